@@ -1,0 +1,78 @@
+"""The `densenet` command. Each command's work is in a module of its own, imported when it is called."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.errors import UserError
+
+app = typer.Typer(
+    help="Train DenseNets on ImageNet: on one CPU, one GPU or many GPU nodes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+Config = Annotated[Path, typer.Argument(help="YAML config, for example configs/demo.yaml", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.epochs=2")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else a Ray of its own")]
+Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, address: Address = None) -> None:
+    """Train, evaluate, and register the model."""
+    from launch.train import train_command
+
+    train_command(console, config, overrides or [], address)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, address: Address = None) -> None:
+    """Show the resolved config and all that follows from it."""
+    from launch.plan import plan_command
+
+    plan_command(console, config, overrides or [], address)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    top: Annotated[int, typer.Option(min=1, help="classes to show")] = 5,
+    uri: Uri = None,
+) -> None:
+    """Classify images with a registered model."""
+    from launch.predict import predict_command
+
+    predict_command(console, model, images, top, uri)
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, uri: Uri = None) -> None:
+    """Open the MLflow UI on this machine."""
+    from launch.ui import ui_command
+
+    ui_command(console, port, uri)
+
+
+@app.command()
+def doctor() -> None:
+    """Test the installation: versions, devices, a second's work of each part."""
+    from launch.doctor import doctor_command
+
+    raise typer.Exit(doctor_command(console))
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted."""
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"error: {error}", style="red")
+        sys.exit(2)

@@ -1,0 +1,191 @@
+"""Ray: an embedded or an existing cluster, and one training on it."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.train
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from launch.net import HOST, check_port, free_port
+from launch.resources import Resources, Share
+from launch.worker import train_worker
+from pipeline.config import Derived, RunConfig
+from pipeline.data.index import DatasetIndex
+from pipeline.errors import UserError
+
+_POLL_S = 0.2
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+
+
+class TrainingError(Exception):
+    """Training failed in the workers for a reason that is not known to be the user's."""
+
+
+@ray.remote(num_cpus=0)
+class Hub:
+    """Carries events from rank 0 to the driver, and remembers the first error."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._error: str | None = None
+
+    def push(self, event: dict[str, Any]) -> None:
+        self._events.append(event | {"time": time.time()})
+        if event["kind"] == "error" and self._error is None:
+            self._error = event["message"]
+
+    def drain(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def error(self) -> str | None:
+        return self._error
+
+
+def cluster_address(option: str | None) -> str | None:
+    """The address of the cluster to join: the option, else RAY_ADDRESS (set inside a Ray job), else None."""
+    return option or os.environ.get("RAY_ADDRESS") or None
+
+
+@contextmanager
+def joined(address: str, log_file: Path) -> Iterator[str]:
+    """Connects to the cluster at `address`, and leaves it at the end; yields the dashboard's address.
+
+    Raises:
+        UserError: no cluster answers there.
+    """
+    with _ray_logs_to(log_file):
+        try:
+            ray.init(address=address, **_QUIET)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]} Start one with "
+                f"`ray start --head`, correct the address, or unset RAY_ADDRESS to run on this machine alone."
+            ) from error
+        try:
+            yield _dashboard()
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def embedded(num_cpus: int, dashboard_port: int | Literal["auto"], log_file: Path) -> Iterator[str]:
+    """Starts a Ray of this run's own on loopback, and stops it at the end; yields the dashboard's address.
+
+    Another cluster on the machine is neither joined nor touched.
+
+    Raises:
+        UserError: the dashboard's port is taken.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if dashboard_port == "auto":
+        port = free_port()
+    else:
+        port = dashboard_port
+        check_port(port, "cluster.dashboard_port")
+    with _ray_logs_to(log_file):
+        ray.init(address="local", num_cpus=num_cpus, dashboard_host=HOST, dashboard_port=port, **_QUIET)
+        try:
+            yield _dashboard()
+        finally:
+            ray.shutdown()
+
+
+def _dashboard() -> str:
+    return f"http://{ray.get_runtime_context().worker.node.address_info['webui_url']}"
+
+
+def offered_by_cluster(address: str) -> Resources:
+    """CPU cores and GPUs of the cluster that this process is connected to."""
+    total = ray.cluster_resources()
+    return Resources(f"the cluster at {address}", int(total.get("CPU", 0)), int(total.get("GPU", 0)), embedded=False)
+
+
+def run(
+    config: RunConfig,
+    derived: Derived,
+    share: Share,
+    train_index: DatasetIndex,
+    val_index: DatasetIndex,
+    run_dir: Path,
+    on_event: Callable[[dict[str, Any]], None],
+) -> None:
+    """Trains on the connected cluster until the run is complete; events arrive in order, in this thread's caller.
+
+    Raises:
+        UserError: a worker met an error that the user can mend.
+        TrainingError: the workers failed more often than `cluster.max_failures`.
+    """
+    hub = Hub.remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config,
+            "derived": derived,
+            "train_index": ray.put(train_index),
+            "val_index": ray.put(val_index),
+            "run_dir": run_dir,
+            "hub": hub,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=derived.workers,
+            use_gpu=share.device == "cuda",
+            resources_per_worker={"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker},
+        ),
+        torch_config=TorchConfig(backend="nccl" if share.device == "cuda" else "gloo"),
+        # Ray's own restore is not used (a fresh name each time): workers find the newest valid checkpoint themselves.
+        run_config=ray.train.RunConfig(
+            name=f"{time.time_ns()}",
+            storage_path=str(run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    done = threading.Event()
+    pump = threading.Thread(target=_pump, args=(hub, on_event, done), daemon=True)
+    pump.start()
+    failure: Exception | None = None
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failure = error
+    finally:
+        done.set()
+        pump.join()
+    message = ray.get(hub.error.remote())
+    if message is not None:
+        raise UserError(message)
+    if failure is not None:
+        raise TrainingError(str(failure)) from failure
+
+
+def _pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
+    """Passes the hub's events on until `done` is set and the hub is empty."""
+    while True:
+        finished = done.wait(_POLL_S)
+        for event in ray.get(hub.drain.remote()):
+            on_event(event)
+        if finished:
+            return
+
+
+@contextmanager
+def _ray_logs_to(file: Path) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("ray")
+    kept, propagate = logger.handlers[:], logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = kept, propagate
+        handler.close()

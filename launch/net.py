@@ -1,0 +1,26 @@
+"""Ports on loopback."""
+
+import socket
+
+from pipeline.errors import UserError
+
+HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int, option: str) -> None:
+    """Raises `UserError` naming `option` when `port` of 127.0.0.1 cannot be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(
+                f"{option}={port} cannot be used on {HOST}: {error.strerror}. Choose another, for example {free_port()}."
+            ) from error

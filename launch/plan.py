@@ -1,0 +1,56 @@
+"""`densenet plan`: everything that a run will do, before it does anything."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.cluster import cluster_address, joined, offered_by_cluster
+from launch.prepare import Prepared, check_writable, prepare, read_config
+from launch.resources import this_machine
+from pipeline.model import parameter_count
+
+
+def plan_command(console: Console, path: Path, overrides: list[str], address: str | None) -> None:
+    """Prints the resolved config and what follows from it; starts nothing but a look at the cluster."""
+    config = read_config(path, overrides)
+    address = cluster_address(address)
+    if address is None:
+        prepared = prepare(config, this_machine())
+    else:
+        output = Path(config.run.output)
+        check_writable(output)
+        with joined(address, output / "ray.log"):
+            prepared = prepare(config, offered_by_cluster(address))
+    console.print(prepared.config.to_yaml(), highlight=False, markup=False, end="", soft_wrap=True)
+    print_plan(console, prepared)
+
+
+def print_plan(console: Console, prepared: Prepared) -> None:
+    """Prints the derived values, one a line, and the warnings."""
+    config, d = prepared.config, prepared.derived
+    parameters = parameter_count(config.model.name, d.num_classes)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    rows = [
+        ("run", f"{config.run.name} in {prepared.run_dir}"),
+        ("model", f"{config.model.name}, {parameters:,} parameters, {d.num_classes} classes"),
+        ("data", f"{d.train_samples:,} training and {d.val_samples:,} evaluation images in {config.data.root}"),
+        ("workers", f"{d.workers} on {d.device}, {d.cpus_per_worker} CPU cores each"),
+        (
+            "global batch",
+            f"{d.global_batch_size} = {d.device_batch_size} per device x {d.accumulation} accumulated "
+            f"x {d.workers} workers",
+        ),
+        (
+            "steps",
+            f"{d.total_steps:,} in all = {config.train.epochs:g} epochs of {d.steps_per_epoch:,.2f}, "
+            f"{d.total_samples:,} samples",
+        ),
+        ("precision", f"{d.precision}, ZeRO stage {config.engine.zero_stage}"),
+        ("evaluation", config.eval.transform),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, soft_wrap=True)
+    for warning in prepared.share.warnings:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)

@@ -1,0 +1,92 @@
+"""What is settled on the driver before any worker starts: paths, data, resources, derived values."""
+
+import datetime
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.resources import Resources, Share, share
+from pipeline.config import Derived, RunConfig, derive, load_config
+from pipeline.data.digits import write_digits
+from pipeline.data.index import DatasetIndex, open_splits
+from pipeline.errors import UserError
+from pipeline.model.densenet import check_name
+
+DIGITS = "digits://"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    config: RunConfig
+    derived: Derived
+    share: Share
+    train_index: DatasetIndex
+    val_index: DatasetIndex
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.output) / str(self.config.run.name)
+
+
+def read_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Loads a config, makes its paths absolute on this machine and gives the run its name."""
+    config = load_config(path, overrides)
+    check_name(config.model.name)
+    name = config.run.name or f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    output = str(_base_folder() / Path(config.run.output).expanduser())
+    root = config.data.root
+    if root is not None and root != DIGITS:
+        root = str(Path.cwd() / Path(root).expanduser())
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"name": name, "output": output}),
+            "data": config.data.model_copy(update={"root": root}),
+        }
+    )
+
+
+def prepare(config: RunConfig, offered: Resources) -> Prepared:
+    """Checks the output folder, opens the data and splits the work.
+
+    Raises:
+        UserError: anything that would stop the run later and can be known now.
+    """
+    output = Path(config.run.output)
+    check_writable(output)
+    if config.data.root == DIGITS:
+        root = output / "data" / "digits"
+        write_digits(root)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": str(root)})})
+    taken = share(config, offered)
+    train_index, val_index = open_splits(config.data.root, config.data.train, config.data.val, output / "index")
+    derived = derive(
+        config,
+        workers=taken.workers,
+        cpus_per_worker=taken.cpus_per_worker,
+        device=taken.device,
+        train_samples=len(train_index),
+        val_samples=len(val_index),
+        num_classes=len(train_index.classes),
+    )
+    return Prepared(config, derived, taken, train_index, val_index)
+
+
+def check_writable(output: Path) -> None:
+    """Raises `UserError` when no file can be written in `output`, which is made if it is missing."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"run.output={output} cannot be written: {error.strerror}. Set run.output to a folder that can."
+        ) from error
+
+
+def _base_folder() -> Path:
+    """Where a relative `run.output` lies: here, or in the home folder when here is a Ray job's throw-away copy."""
+    here = Path.cwd()
+    return Path.home() / "densenet" if "RAY_JOB_ID" in os.environ and "_ray_pkg_" in str(here) else here

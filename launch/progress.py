@@ -1,0 +1,99 @@
+"""What the user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42s`, `3m07s` or `5h03m`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def accuracy(event: dict[str, Any]) -> str:
+    """`top-1 350/360 = 97.22 %, top-5 360/360 = 100.00 %` from an evaluation's counts."""
+    total = event["total"]
+    parts = [
+        f"top-{k} {event[key]}/{total} = {100 * event[key] / total:.2f} %"
+        for k, key in ((1, "top1_correct"), (event["top5_k"], "top5_correct"))
+    ]
+    return ", ".join(parts[:1] if event["top5_k"] == 1 else parts)
+
+
+def step_line(event: dict[str, Any], epochs: float, total_steps: int, workers: int) -> str:
+    """One step event as a line."""
+    per_worker = f" ({event['img_per_s_worker']:.0f} per worker)" if workers > 1 else ""
+    return (
+        f"epoch {event['epoch']:.2f}/{epochs:g}  step {event['step']}/{total_steps}  loss {event['loss']:.4f}  "
+        f"lr {event['lr']:.4g}  {event['img_per_s']:.0f} img/s{per_worker}  "
+        f"data wait {event['data_wait']:.0%}  ETA {duration(event['eta_s'])}"
+    )
+
+
+class Display:
+    """Shows a run's events; use as a context manager around the run."""
+
+    def __init__(self, console: Console, epochs: float, total_steps: int, workers: int) -> None:
+        self._console = console
+        self._epochs, self._total_steps, self._workers = epochs, total_steps, workers
+        self._live = Live(Text(""), console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> "Display":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def status(self, text: str) -> None:
+        """Something that is going on: replaces the live line, or is printed as a line of its own."""
+        if self._live.is_started:
+            self._live.update(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
+        else:
+            self.line(text)
+
+    def line(self, text: str, style: str = "") -> None:
+        """Something that stays."""
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        match event["kind"]:
+            case "step":
+                self.status(step_line(event, self._epochs, self._total_steps, self._workers))
+            case "eval":
+                self.line(
+                    f"epoch {event['epoch']:.2f}: {accuracy(event)}, loss {event['loss']:.4f} "
+                    f"({event['img_per_s']:.0f} img/s)"
+                )
+            case "warning":
+                self.line(f"warning: {event['message']}", style="yellow")
+            case "resumed":
+                self.line(f"resumed at {event['samples_seen']} samples from {event['checkpoint']}")
+            case "phase":
+                self.status(event["name"])
+
+
+class Clock:
+    """Wall time of each phase of a run, in the order in which they ended."""
+
+    def __init__(self) -> None:
+        self._last = time.time()
+        self.phases: dict[str, float] = {}
+
+    def ended(self, phase: str, at: float | None = None) -> None:
+        """Ends `phase` at the Unix time `at` (now by default); the next one begins there."""
+        now = time.time() if at is None else at
+        self.phases[phase] = now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        return " · ".join(f"{name} {duration(seconds)}" for name, seconds in self.phases.items())

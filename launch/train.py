@@ -1,0 +1,180 @@
+"""The driver of one training: prepare, track, run on Ray, register, sum up."""
+
+import json
+import shlex
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run
+from launch.plan import print_plan
+from launch.prepare import Prepared, check_writable, prepare, read_config
+from launch.progress import Clock, Display, accuracy
+from launch.resources import this_machine
+from pipeline.export.package import Registered, register
+from pipeline.tracking.run import Tracker, default_tracking_uri
+from pipeline.train import checkpoint
+from pipeline.train.state import best_checkpoint, checkpoint_root, read_state
+
+_PHASES = {"workers": "worker start", "first_step": "first step"}
+
+
+def train_command(console: Console, path: Path, overrides: list[str], address: str | None) -> None:
+    """Trains as `densenet train` does, and prints the summary.
+
+    Raises:
+        UserError: bad input; nothing is left running.
+        TrainingError: the workers failed for another reason.
+    """
+    clock = Clock()
+    config = read_config(path, overrides)
+    check_writable(Path(config.run.output))
+    address = cluster_address(address)
+    log_file = Path(config.run.output) / str(config.run.name) / "logs" / "ray.log"
+    with ExitStack() as stack:
+        if address is None:
+            prepared = prepare(config, this_machine())
+        else:
+            dashboard = stack.enter_context(joined(address, log_file))
+            prepared = prepare(config, offered_by_cluster(address))
+        print_plan(console, prepared)
+        tracker = _start_tracker(prepared)
+        clock.ended("prepare")
+        try:
+            with _display(console, prepared) as display:
+                if address is None:
+                    display.status("starting Ray")
+                    cpus = max(prepared.derived.workers * prepared.derived.cpus_per_worker, this_machine().cpus)
+                    dashboard = stack.enter_context(embedded(cpus, config.cluster.dashboard_port, log_file))
+                    clock.ended("Ray start")
+                display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
+                speed = _train(prepared, tracker, display, clock)
+                clock.ended("training")
+                display.status("registering the model")
+                best = best_checkpoint(prepared.run_dir)
+                registered = _register(prepared, tracker, best)
+                clock.ended("registration")
+        except KeyboardInterrupt:
+            tracker.finish("KILLED")
+            raise
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        unsent = tracker.finish("FINISHED")
+    _print_summary(console, prepared, tracker, best, registered, speed, clock)
+    if unsent:
+        console.print(f"warning: {unsent} records did not reach {tracker.uri}; they are in {prepared.run_dir}")
+
+
+def _start_tracker(prepared: Prepared) -> Tracker:
+    """Starts the MLflow run, or goes on with the one that this run's folder remembers."""
+    config, run_dir = prepared.config, prepared.run_dir
+    record = run_dir / "mlflow_run.json"
+    run_id = json.loads(record.read_text(encoding="utf-8"))["run_id"] if record.is_file() else None
+    derived = {f"derived.{key}": value for key, value in prepared.derived.model_dump().items()}
+    tracker = Tracker.start(
+        config,
+        run_dir=run_dir,
+        run_name=str(config.run.name),
+        params=derived,
+        tags={
+            "data.train.fingerprint": prepared.train_index.fingerprint,
+            "data.val.fingerprint": prepared.val_index.fingerprint,
+            "eval.transform": config.eval.transform,
+        },
+        run_id=run_id,
+    )
+    checkpoint.write_json(record, {"run_id": tracker.run_id, "uri": tracker.uri})
+    return tracker
+
+
+def _display(console: Console, prepared: Prepared) -> Display:
+    derived = prepared.derived
+    return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers)
+
+
+def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock) -> dict[str, float]:
+    """Trains on the connected cluster; returns the run's mean speed in images/s as the workers measured it."""
+    speed: dict[str, float] = {}
+
+    def on_event(event: dict[str, Any]) -> None:
+        phase = _PHASES.get(event["kind"])
+        if phase is not None and phase not in clock.phases:
+            clock.ended(phase, at=event["time"])
+        if event["kind"] == "trained":
+            speed.update(event["speed"])
+        if event["kind"] in ("step", "eval"):
+            tracker.log(_metrics(event), event["samples_seen"])
+        display.on_event(event)
+
+    run(
+        prepared.config,
+        prepared.derived,
+        prepared.share,
+        prepared.train_index,
+        prepared.val_index,
+        prepared.run_dir,
+        on_event,
+    )
+    return speed
+
+
+def _metrics(event: dict[str, Any]) -> dict[str, float]:
+    """An event's numbers under their MLflow names."""
+    if event["kind"] == "step":
+        return {f"train/{key}": event[key] for key in ("loss", "lr", "img_per_s", "data_wait", "epoch")}
+    total = event["total"]
+    return {
+        "val/top1": 100 * event["top1_correct"] / total,
+        "val/top5": 100 * event["top5_correct"] / total,
+        "val/loss": event["loss"],
+        "val/img_per_s": event["img_per_s"],
+        "val/images": total,
+    }
+
+
+def _register(prepared: Prepared, tracker: Tracker, best: Path) -> Registered:
+    config = prepared.config
+    return register(
+        best,
+        uri=tracker.uri,
+        run_id=tracker.run_id,
+        name=config.tracking.register_as or config.model.name,
+        alias=config.tracking.alias,
+        data_fingerprint=prepared.train_index.fingerprint,
+    )
+
+
+def _print_summary(
+    console: Console,
+    prepared: Prepared,
+    tracker: Tracker,
+    best: Path,
+    registered: Registered,
+    speed: dict[str, float],
+    clock: Clock,
+) -> None:
+    """The run in a few lines: results, where things are, and the two commands that come next."""
+    newest = checkpoint.checkpoints(checkpoint_root(prepared.run_dir))[-1]
+    state = read_state(newest)
+    program = shlex.quote(sys.argv[0]) if shutil.which("densenet") is None else "densenet"
+    uri = "" if tracker.uri == default_tracking_uri() else f" --uri {shlex.quote(tracker.uri)}"
+    picture = shlex.quote(str(prepared.val_index.path(0)))
+    lines = [
+        ("best", f"{accuracy(state['best'])}, at {state['best_at']:,} samples"),
+        ("last", f"{accuracy(state['last'])}, at {state['last_at']:,} samples"),
+        ("evaluated as", prepared.config.eval.transform),
+        ("speed", " · ".join(f"{name} {value:,.0f} img/s" for name, value in speed.items())),
+        ("time", str(clock)),
+        ("checkpoint", str(best)),
+        ("model", f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri})"),
+        ("MLflow UI", f"{program} ui{uri}"),
+        ("predict", f"{program} predict {registered.uri} {picture}{uri}"),
+    ]
+    console.rule("done")
+    for name, text in lines:
+        console.print(f"{name:13}{text}", highlight=False, markup=False, soft_wrap=True)

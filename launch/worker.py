@@ -1,0 +1,70 @@
+"""The function that every Ray Train worker runs, wherever the cluster is."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from pipeline.errors import UserError
+
+
+def train_worker(task: dict[str, Any]) -> None:
+    """Trains one rank; `task` comes from `launch.cluster.run`.
+
+    A `UserError` is told to the hub and not to Ray alone: a restart would only meet it again, so the restarted
+    workers find it there and return at once.
+    """
+    hub = task["hub"]
+    if ray.get(hub.error.remote()) is not None:
+        return
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    _log_to(task["run_dir"] / "logs" / f"rank{rank}.log")
+    os.environ["DS_ACCELERATOR"] = task["derived"].device
+
+    def report(event: dict[str, Any]) -> None:
+        if rank == 0:
+            hub.push.remote(event)
+
+    report({"kind": "phase", "name": "workers"})
+    try:
+        _train(task, report)
+    except UserError as error:
+        ray.get(hub.push.remote({"kind": "error", "message": str(error)}))
+        raise
+
+
+def _train(task: dict[str, Any], report: Any) -> None:
+    import torch
+
+    from pipeline.train.checkpoint import newest_valid
+    from pipeline.train.state import checkpoint_root
+    from pipeline.train.trainer import train
+
+    torch.set_num_threads(task["derived"].cpus_per_worker)
+    resume = newest_valid(checkpoint_root(task["run_dir"]), lambda text: report({"kind": "warning", "message": text}))
+    train(
+        task["config"],
+        task["derived"],
+        ray.get(task["train_index"]),
+        ray.get(task["val_index"]),
+        task["run_dir"],
+        ray.train.torch.get_device(),
+        report,
+        resume,
+    )
+
+
+def _log_to(file: Path) -> None:
+    """Sends this process's standard output and error, those of C libraries too, to the end of a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

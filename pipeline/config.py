@@ -1,0 +1,347 @@
+"""The run's configuration: its schema, its checks and what is derived from it.
+
+A config is YAML. `include: FILE` (or a list of files, relative to the including file) is merged below the file's
+own keys, `key=value` overrides are merged on top, and the result is validated into one frozen `RunConfig`.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rgb = tuple[float, float, float]
+
+
+def _plain_name(name: str) -> str:
+    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise ValueError("must be a plain folder name: no slashes, no leading dot")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Run(Section):
+    name: Name | None = Field(None, description="run folder under `output`; default: CONFIG-YYYYmmdd-HHMMSS")
+    output: str = Field("outputs", description="folder for runs, the data index and the default tracking store")
+    seed: int = Field(0, ge=0, lt=2**64, description="fixes the weights, the sample order and every augmentation")
+
+
+class Model(Section):
+    name: str = Field("densenet121", description="a DenseNet in timm's registry, with this project's additions")
+
+
+class Data(Section):
+    root: str | None = Field(None, description="folder with the splits; each split has one folder per class")
+    train: Name = Field("train", description="name of the training split's folder")
+    val: Name = Field("val", description="name of the evaluation split's folder")
+    image_size: int = Field(224, ge=8, le=1024, description="training picture side, pixels")
+    crop_area: tuple[float, float] = Field((0.08, 1.0), description="random crop's share of the picture's area")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="random crop's width / height")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    mean: Rgb = Field((0.485, 0.456, 0.406), description="per channel, of pixel values in [0, 1]")
+    std: Rgb = Field((0.229, 0.224, 0.225), description="per channel, of pixel values in [0, 1]")
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    threads: Count | Auto = Field("auto", description="DALI threads per worker; auto: the worker's CPU cores")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "Data":
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_area={[low, high]} must be two numbers with 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"crop_ratio={[low, high]} must be two numbers with 0 < low <= high")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={list(self.std)} must be positive")
+        return self
+
+
+class Eval(Section):
+    resize: int = Field(256, ge=8, le=2048, description="shorter side after the resize, pixels")
+    crop: int = Field(224, ge=8, le=1024, description="centre crop's side, pixels")
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    batch_size: Count | Auto = Field("auto", description="pictures per worker and batch; auto: as in training")
+    every_epochs: Count = Field(1, description="epochs between evaluations; the end of the run is always evaluated")
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "Eval":
+        if self.crop > self.resize:
+            raise ValueError(f"crop={self.crop} must not exceed resize={self.resize}")
+        return self
+
+    @property
+    def transform(self) -> str:
+        """The transform in one line, to stand beside every accuracy."""
+        return f"resize {self.resize} {self.interpolation} antialias, centre crop {self.crop}, no EXIF rotation"
+
+
+class Train(Section):
+    epochs: float = Field(90, gt=0, description="passes over the training split; fractions are allowed")
+    global_batch_size: Count = Field(256, description="pictures per optimizer step over all workers")
+    max_device_batch_size: Count = Field(64, description="most pictures that one device holds at once")
+    precision: Auto | Literal["fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on the CPU")
+    log_every_steps: Count = Field(10, description="optimizer steps between log lines")
+
+
+class Optim(Section):
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(0.1, gt=0, description="peak learning rate at the given global batch size")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(1e-4, ge=0, description="on convolution and linear weights only")
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest global gradient norm; null: no clipping")
+
+
+class Schedule(Section):
+    name: Literal["step", "cosine"] = "step"
+    warmup_epochs: float = Field(0, ge=0, description="linear rise to the peak rate")
+    milestones: tuple[float, ...] = Field((30, 60), description="epochs at which `step` multiplies the rate by gamma")
+    gamma: float = Field(0.1, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Schedule":
+        if list(self.milestones) != sorted(set(self.milestones)) or any(m <= 0 for m in self.milestones):
+            raise ValueError(f"milestones={list(self.milestones)} must be positive and rising")
+        return self
+
+
+class Engine(Section):
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO: what is sharded over workers")
+
+
+class Checkpoint(Section):
+    every_epochs: Count = Field(1, description="epochs between checkpoints; the end of the run always has one")
+    keep_last: Count = Field(2, description="newest checkpoints kept; the best one is kept besides")
+
+
+class Cluster(Section):
+    workers: Count | Auto = Field("auto", description="auto: one per GPU, or one on the CPU")
+    cpus_per_worker: Count | Auto = Field("auto", description="auto: the machine's cores shared out")
+    max_failures: int = Field(3, ge=0, description="restarts after a lost worker, from the newest checkpoint")
+    dashboard_port: int | Auto = Field("auto", description="of an embedded Ray, on loopback; auto: any free port")
+
+
+class Tracking(Section):
+    uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`")
+    experiment: str = "densenet"
+    register_as: Name | None = Field(None, description="registered model name; default: the model's name")
+    alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+
+
+class RunConfig(Section):
+    """Everything that a user chooses about one training run."""
+
+    run: Run = Run()
+    device: Auto | Literal["cpu", "cuda"] = Field("auto", description="auto: CUDA where the workers have GPUs")
+    model: Model = Model()
+    data: Data = Data()
+    eval: Eval = Eval()
+    train: Train = Train()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "RunConfig":
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be shorter than "
+                f"train.epochs={self.train.epochs:g}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole config as YAML that `load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class Derived(Section):
+    """What follows from a config, the data and the workers; shown, saved, never chosen.
+
+    `global_batch_size = device_batch_size * accumulation * workers` always holds.
+    """
+
+    workers: Count
+    cpus_per_worker: Count
+    device: Literal["cpu", "cuda"]
+    precision: Literal["fp32", "bf16"]
+    train_samples: Count
+    val_samples: Count
+    num_classes: Count
+    device_batch_size: Count
+    accumulation: Count
+    eval_batch_size: Count
+    total_steps: Count
+    total_samples: Count
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.device_batch_size * self.accumulation * self.workers
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.train_samples / self.global_batch_size
+
+
+def derive(
+    config: RunConfig,
+    *,
+    workers: int,
+    cpus_per_worker: int,
+    device: Literal["cpu", "cuda"],
+    train_samples: int,
+    val_samples: int,
+    num_classes: int,
+) -> Derived:
+    """Splits the global batch over the workers and counts the steps.
+
+    The run's sample order has no gaps, so a batch may hold the end of one epoch and the start of the next;
+    the last step is the first one that completes `train.epochs` passes.
+
+    Raises:
+        ConfigError: the global batch cannot be split evenly, or the data set is smaller than one batch.
+    """
+    batch = config.train.global_batch_size
+    if batch > train_samples:
+        raise ConfigError(
+            f"train.global_batch_size={batch} is more than the {train_samples} training images in data.root: "
+            f"set train.global_batch_size to {train_samples} or less."
+        )
+    if batch % workers:
+        below, above = batch - batch % workers, batch + workers - batch % workers
+        choices = " or ".join(str(b) for b in (below, above) if b > 0)
+        raise ConfigError(
+            f"train.global_batch_size={batch} cannot be divided among {workers} workers: set it to {choices}, "
+            f"or change cluster.workers."
+        )
+    per_worker = batch // workers
+    accumulation = next(
+        a
+        for a in range(1, per_worker + 1)
+        if per_worker % a == 0 and per_worker // a <= config.train.max_device_batch_size
+    )
+    device_batch = per_worker // accumulation
+    eval_batch = device_batch if config.eval.batch_size == "auto" else config.eval.batch_size
+    total_steps = max(1, math.ceil(round(config.train.epochs * train_samples, 6) / batch))
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    return Derived(
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        device=device,
+        precision=precision,
+        train_samples=train_samples,
+        val_samples=val_samples,
+        num_classes=num_classes,
+        device_batch_size=device_batch,
+        accumulation=accumulation,
+        eval_batch_size=eval_batch,
+        total_steps=total_steps,
+        total_samples=total_steps * batch,
+    )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file with its includes, applies `key=value` overrides and validates the result.
+
+    Raises:
+        ConfigError: a file is missing or is not YAML, a key is unknown, or a value is out of range; all the
+            faults found are in the message.
+    """
+    merged = _read(Path(path), seen=())
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override '{override}' is not of the form key=value, for example train.epochs=10.")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"override '{override}' cannot be applied: {_first_line(error)}.") from error
+    try:
+        return RunConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}.") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_faults(error))) from error
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig | ListConfig:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"config files include each other: {' -> '.join(p.name for p in (*seen, path))}.")
+    if not path.is_file():
+        here = f" (included by {seen[-1]})" if seen else ""
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
+        raise ConfigError(f"config file {path}{here} does not exist." + (f" Near: {', '.join(near)}." if near else ""))
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path} must hold `key: value` lines at its top level.")
+    includes = content.pop("include", [])
+    if isinstance(includes, str):
+        includes = [includes]
+    parts = [_read(path.parent / include, (*seen, path)) for include in includes]
+    return OmegaConf.merge(*parts, content)
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """One line per fault: the key, what is allowed, its value; for an unknown key the nearest known one."""
+    allowed: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    for fault in error.errors():
+        where = [str(part) for part in fault["loc"] if not _is_union_branch(str(part))]
+        key = ".".join(where) or "config"
+        if fault["type"] == "extra_forbidden":
+            known = _known_keys(where[:-1])
+            near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean '{'.'.join([*where[:-1], near[0]])}'?" if near else f"known: {', '.join(known)}"
+            allowed[key] = [f"unknown key; {hint}"]
+        else:
+            message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            allowed.setdefault(key, []).append(message[0].lower() + message[1:])
+            if not isinstance(fault["input"], dict | BaseModel):
+                given[key] = fault["input"]
+    return [
+        f"  {key}: {', or '.join(messages)}" + (f"; got {given[key]!r}" if key in given else "")
+        for key, messages in allowed.items()
+    ]
+
+
+def _is_union_branch(part: str) -> bool:
+    """Pydantic adds the tried type of a union (`constrained-int`, `literal['auto']`) to a fault's location."""
+    return part.startswith(("constrained-", "literal[", "function-", "lax-")) or part in ("int", "str", "float")
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in section:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")

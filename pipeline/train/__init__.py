@@ -1,0 +1,1 @@
+"""Training: the engine, the schedule, the loop, exact evaluation and checkpoints."""

@@ -1,0 +1,83 @@
+"""Exact evaluation: every image counted once, at any number of workers, without padding or dropping."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from pipeline.data.dali import Loader
+from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Counts over the whole evaluation split.
+
+    `top5_correct` counts the images whose label is among the `top5_k` best classes, `top5_k = min(5, classes)`; `loss` is
+    the mean cross-entropy over all images, without label smoothing.
+    """
+
+    total: int
+    top1_correct: int
+    top5_correct: int
+    top5_k: int
+    loss: float
+
+    @property
+    def top1_percent(self) -> float:
+        return 100 * self.top1_correct / self.total
+
+    @property
+    def top5_percent(self) -> float:
+        return 100 * self.top5_correct / self.total
+
+
+class Counter:
+    """Sums of one rank over the batches it has seen, kept on the device."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.top5_k = min(5, num_classes)
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, logits_NK: torch.Tensor, labels_N: torch.Tensor) -> None:
+        hits_NK = logits_NK.topk(self.top5_k).indices == labels_N[:, None]
+        n = torch.tensor(len(labels_N), device=labels_N.device)
+        self._counts += torch.stack([n, hits_NK[:, 0].sum(), hits_NK.sum()])
+        self._loss += F.cross_entropy(logits_NK, labels_N, reduction="sum").double()
+
+    def result(self) -> EvalResult:
+        """Adds up all ranks; every rank returns the same result."""
+        dist.all_reduce(self._counts)
+        dist.all_reduce(self._loss)
+        total, top1, top5 = self._counts.tolist()
+        return EvalResult(total, top1, top5, self.top5_k, self._loss.item() / total)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, loader: Loader, plan: EvalPlan, batch_size: int, num_classes: int) -> EvalResult:
+    """Counts the model's hits over the whole evaluation split, which is shared out over the ranks.
+
+    Ranks may have unequal numbers of batches. Where a forward pass is itself collective (ZeRO stage 3), the ranks
+    that have run out join it with an empty picture, and count nothing.
+    """
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    num_samples = len(loader.index)
+    shares = eval_share(num_samples, rank, workers, batch_size)
+    device = loader.device
+    counter = Counter(num_classes, device)
+    engine.train(False)
+    done = 0
+    for batch in loader.run(plan.batch(ids_B) for ids_B in shares):
+        counter.add(engine.forward(batch.images_NCHW), batch.labels_N)
+        done += 1
+    if engine.forward_is_collective:
+        longest = math.ceil(math.ceil(num_samples / workers) / batch_size)
+        side = loader.output_size
+        for _ in range(done, longest):
+            engine.forward(torch.zeros(1, 3, side, side, device=device))
+    engine.train(True)
+    return counter.result()

@@ -1,0 +1,185 @@
+"""The training loop of one rank."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from pipeline.config import Derived, RunConfig
+from pipeline.data.dali import Batch, Loader
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
+from pipeline.errors import UserError
+from pipeline.model import create
+from pipeline.train.engine import Engine
+from pipeline.train.evaluate import EvalResult, evaluate
+from pipeline.train.meter import Meter
+from pipeline.train.schedule import learning_rate
+from pipeline.train.state import RunState, restore, save
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """Trains one model on one rank of a process group that exists already.
+
+    `report` receives events (dicts with a `kind`) on rank 0; it must return at once.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        derived: Derived,
+        train_index: DatasetIndex,
+        val_index: DatasetIndex,
+        run_dir: Path,
+        device: torch.device,
+        report: Report,
+    ) -> None:
+        self.config, self.derived, self.run_dir, self.device, self.report = config, derived, run_dir, device, report
+        self.classes = train_index.classes
+        self.rank = dist.get_rank()
+        torch.manual_seed(config.run.seed)
+        self.engine = Engine(config, derived, create(config.model.name, derived.num_classes), device)
+        data = config.data
+        self.plan = TrainPlan(
+            seed=config.run.seed,
+            widths_N=train_index.widths_N,
+            heights_N=train_index.heights_N,
+            image_size=data.image_size,
+            crop_area=data.crop_area,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+        )
+        self.eval_plan = EvalPlan(val_index.widths_N, val_index.heights_N, config.eval.resize, config.eval.crop)
+        self.loader = self._loader(train_index, derived.device_batch_size, data.image_size, data.interpolation)
+        self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.crop, config.eval.interpolation)
+        self.state = RunState()
+
+    def fit(self, resume: Path | None = None) -> None:
+        """Trains to the end of the run, from `resume` (a sealed checkpoint) or from the start."""
+        if resume is not None:
+            self.state = restore(self.engine, self.config, self.derived, resume)
+            self.report({"kind": "resumed", "samples_seen": self.state.samples_seen, "checkpoint": str(resume)})
+        batch_size, total_steps = self.derived.global_batch_size, self.derived.total_steps
+        first_step = self.state.samples_seen // batch_size
+        meter = Meter(self.derived, self.device)
+        with closing(self.loader), closing(self.eval_loader), closing(self._batches(first_step)) as batches:
+            for step in range(first_step, total_steps):
+                rate = learning_rate(self.config.schedule, self.config.optim, self.derived, self.state.samples_seen)
+                self.engine.set_learning_rate(rate)
+                for _ in range(self.derived.accumulation):
+                    with meter.waiting():
+                        batch = next(batches)
+                    loss = F.cross_entropy(self.engine.forward(batch.images_NCHW), batch.labels_N)
+                    self.engine.backward(loss)
+                    meter.add(loss)
+                self.state.samples_seen += batch_size
+                last = step + 1 == total_steps
+                if step == first_step:
+                    self.report({"kind": "first_step"})
+                if last or (step + 1) % self.config.train.log_every_steps == 0:
+                    self._log(meter, step + 1, rate)
+                evaluate_now = last or self._passed_epoch(self.config.eval.every_epochs)
+                is_best = evaluate_now and self._evaluate()
+                if last or is_best or self._passed_epoch(self.config.checkpoint.every_epochs):
+                    self._checkpoint()
+                if evaluate_now:
+                    meter.restart()
+            if first_step < total_steps:
+                self.report({"kind": "trained", "speed": {"training": meter.mean_img_per_s()}})
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from `first_step` to the end of the run."""
+        return self.loader.run(self._planned(first_step))
+
+    def _planned(self, first_step: int) -> Iterator[PlannedBatch]:
+        d = self.derived
+        for step in range(first_step, d.total_steps):
+            for micro in range(d.accumulation):
+                yield self.plan.batch(
+                    micro_batch(step, micro, self.rank, d.workers, d.device_batch_size, d.accumulation)
+                )
+
+    def _loader(self, index: DatasetIndex, batch_size: int, output_size: int, interpolation: str) -> Loader:
+        threads = self.config.data.threads
+        return Loader(
+            index,
+            device=self.derived.device,
+            device_id=self.device.index if self.derived.device == "cuda" else None,
+            threads=self.derived.cpus_per_worker if threads == "auto" else threads,
+            max_batch_size=batch_size,
+            output_size=output_size,
+            interpolation=interpolation,
+            mean=self.config.data.mean,
+            std=self.config.data.std,
+        )
+
+    def _passed_epoch(self, every: int) -> bool:
+        """Whether the last step completed an epoch whose number is a multiple of `every`."""
+        n = self.derived.train_samples * every
+        seen = self.state.samples_seen
+        return seen // n > (seen - self.derived.global_batch_size) // n
+
+    @property
+    def _epoch(self) -> float:
+        return self.state.samples_seen / self.derived.train_samples
+
+    def _log(self, meter: Meter, step: int, rate: float) -> None:
+        record = meter.read(step)
+        if not math.isfinite(record["loss"]):
+            raise UserError(
+                f"the training loss is {record['loss']} at step {step} (epoch {self._epoch:.2f}): lower optim.lr "
+                f"(now {self.config.optim.lr:g}), lengthen schedule.warmup_epochs or set optim.clip_grad_norm."
+            )
+        self.report(
+            {"kind": "step", "step": step, "samples_seen": self.state.samples_seen, "epoch": self._epoch, "lr": rate}
+            | record
+        )
+
+    def _evaluate(self) -> bool:
+        """Evaluates, reports, and says whether this is the run's best result so far."""
+        self.engine.average_batch_norm()
+        started = time.perf_counter()
+        result = evaluate(
+            self.engine, self.eval_loader, self.eval_plan, self.derived.eval_batch_size, self.derived.num_classes
+        )
+        is_best = self.state.record(result)
+        self.report(
+            {
+                "kind": "eval",
+                "samples_seen": self.state.samples_seen,
+                "epoch": self._epoch,
+                "img_per_s": result.total / (time.perf_counter() - started),
+                **asdict(result),
+            }
+        )
+        return is_best
+
+    def _checkpoint(self) -> None:
+        self.engine.average_batch_norm()
+        folder = save(self.engine, self.config, self.derived, self.state, self.classes, self.run_dir)
+        self.report({"kind": "checkpoint", "samples_seen": self.state.samples_seen, "checkpoint": str(folder)})
+
+
+def train(
+    config: RunConfig,
+    derived: Derived,
+    train_index: DatasetIndex,
+    val_index: DatasetIndex,
+    run_dir: Path,
+    device: torch.device,
+    report: Report,
+    resume: Path | None = None,
+) -> EvalResult | None:
+    """Builds a `Trainer` and runs it to the end; returns the last evaluation."""
+    trainer = Trainer(config, derived, train_index, val_index, run_dir, device, report)
+    trainer.fit(resume)
+    return trainer.state.last

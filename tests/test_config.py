@@ -1,0 +1,100 @@
+"""Configs: includes, overrides, faults and derived values."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import RunConfig, derive, load_config
+from pipeline.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def derived(config: RunConfig, workers: int = 1, samples: int = 1000):
+    return derive(
+        config, workers=workers, cpus_per_worker=1, device="cpu", train_samples=samples, val_samples=10, num_classes=10
+    )
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda f: f.name)
+def test_shipped_configs_load_and_survive_a_round_trip(file, tmp_path):
+    config = load_config(file)
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {epochs: 1, global_batch_size: 8}\noptim: {lr: 0.5}\n")
+    (tmp_path / "run.yaml").write_text("include: base.yaml\ntrain: {epochs: 2}\n")
+    config = load_config(tmp_path / "run.yaml", ["optim.lr=1e-3"])
+    assert (config.train.epochs, config.train.global_batch_size, config.optim.lr) == (2, 8, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", "train.epoch: unknown key; did you mean 'train.epochs'?"),
+        ("zzz=3", "zzz: unknown key; known: run, device, model"),
+        ("train.epochs=many", "train.epochs: must be a valid number, .*; got 'many'"),
+        ("optim.lr=-1", "optim.lr: must be greater than 0; got -1"),
+        ("cluster.workers=0", "cluster.workers: must be greater than or equal to 1, or must be 'auto'; got 0"),
+        ("device=gpu", "device: must be 'auto', or must be 'cpu' or 'cuda'; got 'gpu'"),
+        ("run.name=../up", "run.name: must be a plain folder name"),
+        ("schedule.warmup_epochs=90", "schedule.warmup_epochs=90 must be shorter than train.epochs=90"),
+        ("eval.crop=300", "crop=300 must not exceed resize=256"),
+        ("train.epochs", "override 'train.epochs' is not of the form key=value"),
+        ("data.mean=[1", "override 'data.mean=\\[1' cannot be applied"),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_is_allowed(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(CONFIGS / "densenet121.yaml", [override])
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIGS / "densenet121.yaml", ["train.epochs=-1", "optim.momentum=2"])
+    assert "train.epochs" in str(error.value)
+    assert "optim.momentum" in str(error.value)
+
+
+def test_missing_broken_and_circular_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"densenet12.yaml does not exist. Near: densenet121.yaml"):
+        load_config(CONFIGS / "densenet12.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold `key: value` lines"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "a.yaml").write_text("include: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("include: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"include each other: a.yaml -> b.yaml"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("include: gone.yaml\n")
+    with pytest.raises(ConfigError, match=r"gone.yaml \(included by .*c.yaml\) does not exist"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("workers", "most", "device_batch", "accumulation"), [(1, 64, 64, 4), (2, 64, 64, 2), (4, 64, 64, 1), (2, 50, 32, 4)]
+)
+def test_the_global_batch_is_kept_whatever_the_workers(workers, most, device_batch, accumulation):
+    config = RunConfig.model_validate({"train": {"global_batch_size": 256, "max_device_batch_size": most}})
+    d = derived(config, workers)
+    assert (d.device_batch_size, d.accumulation) == (device_batch, accumulation)
+    assert d.global_batch_size == 256
+
+
+def test_steps_cover_all_epochs_and_not_a_batch_more():
+    config = RunConfig.model_validate({"train": {"global_batch_size": 64, "epochs": 3}})
+    d = derived(config)  # 3,000 samples are 46.9 batches
+    assert (d.total_steps, d.total_samples) == (47, 47 * 64)
+
+
+def test_batches_that_cannot_be_split_or_filled_are_refused():
+    config = RunConfig.model_validate({"train": {"global_batch_size": 64}})
+    with pytest.raises(ConfigError, match="64 cannot be divided among 3 workers: set it to 63 or 66"):
+        derived(config, workers=3)
+    with pytest.raises(ConfigError, match="64 is more than the 40 training images"):
+        derived(config, samples=40)

@@ -1,0 +1,75 @@
+"""Checkpoint folders: sealed last, verified in full, passed over when damaged."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.train import checkpoint
+
+
+def sealed(root: Path, samples: int) -> Path:
+    folder = root / checkpoint.folder_name(samples)
+    partial = checkpoint.partial(folder)
+    (partial / "engine").mkdir(parents=True)
+    (partial / "engine" / "state.pt").write_bytes(bytes(range(256)) * 16)
+    checkpoint.write_json(partial / "state.json", {"samples_seen": samples})
+    checkpoint.seal(folder)
+    return folder
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "engine" / "state.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = folder / "engine" / "state.pt"
+    content = bytearray(file.read_bytes())
+    content[1000] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (truncate, "engine/state.pt has 4095 bytes, 4096 were written"),
+    "flipped": (flip_a_bit, "engine/state.pt has changed"),
+    "gone": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "half a manifest": (lambda f: (f / "manifest.json").write_text('{"format"'), "manifest.json cannot be read"),
+    "later format": (lambda f: (f / "manifest.json").write_text('{"format": 9, "files": {}}'), "its format is 9"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_valid_one_is_found_behind_a_damaged_one(tmp_path, damage):
+    older, newer = sealed(tmp_path, 100), sealed(tmp_path, 200)
+    said: list[str] = []
+    assert checkpoint.newest_valid(tmp_path, said.append) == newer
+    assert said == []
+    spoil, reason = DAMAGES[damage]
+    spoil(newer)
+    assert checkpoint.newest_valid(tmp_path, said.append) == older
+    assert len(said) == 1
+    assert str(newer) in said[0]
+    assert reason in said[0]
+
+
+def test_a_half_written_checkpoint_is_not_one(tmp_path):
+    folder = sealed(tmp_path, 100)
+    folder.rename(checkpoint.partial(folder))
+    assert checkpoint.checkpoints(tmp_path) == []
+    assert checkpoint.newest_valid(tmp_path, pytest.fail) is None
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
+    folders = [sealed(tmp_path, n) for n in (100, 200, 300, 400)]
+    checkpoint.partial(folders[0]).mkdir()
+    checkpoint.prune(tmp_path, keep_last=2, best=folders[0].name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [folders[i].name for i in (0, 2, 3)]
+
+
+def test_the_manifest_lists_every_file_but_itself(tmp_path):
+    folder = sealed(tmp_path, 100)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    on_disk = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(files) == on_disk - {"manifest.json"}

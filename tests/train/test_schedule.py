@@ -1,0 +1,42 @@
+"""Learning rates on the samples-seen clock."""
+
+import pytest
+
+from pipeline.config import RunConfig, derive
+from pipeline.train.schedule import learning_rate
+
+BATCH, IMAGES = 10, 100
+
+
+def rates(**schedule: object) -> list[float]:
+    config = RunConfig.model_validate(
+        {"train": {"global_batch_size": BATCH, "epochs": 10}, "optim": {"lr": 1.0}, "schedule": schedule}
+    )
+    d = derive(
+        config, workers=1, cpus_per_worker=1, device="cpu", train_samples=IMAGES, val_samples=1, num_classes=2
+    )
+    return [learning_rate(config.schedule, config.optim, d, step * BATCH) for step in range(d.total_steps)]
+
+
+def test_step_drops_exactly_at_its_milestones():
+    r = rates(name="step", milestones=[3, 6], gamma=0.1)
+    assert r[:30] == [1.0] * 30
+    assert r[30:60] == pytest.approx([0.1] * 30)
+    assert r[60:] == pytest.approx([0.01] * 40)
+
+
+def test_warmup_starts_low_and_reaches_the_peak_with_its_last_step():
+    r = rates(name="step", milestones=[9], warmup_epochs=2)
+    assert r[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
+    assert r[20] == 1.0
+
+
+def test_cosine_falls_from_the_peak_to_almost_zero():
+    r = rates(name="cosine", warmup_epochs=1)
+    assert max(r) == r[10] == 1.0
+    assert r[10:] == sorted(r[10:], reverse=True)
+    assert 0 < r[-1] < 0.001
+
+
+def test_the_rate_does_not_depend_on_the_batch_within_an_epoch():
+    assert rates(name="cosine")[50] == pytest.approx(0.5)
