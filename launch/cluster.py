@@ -22,7 +22,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 
 _POLL_S = 0.2
-_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+_QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
 
 
 class TrainingError(Exception):
@@ -92,7 +92,13 @@ def embedded(num_cpus: int, dashboard_port: int | Literal["auto"], log_file: Pat
         port = dashboard_port
         check_port(port, "cluster.dashboard_port")
     with _ray_logs_to(log_file):
-        ray.init(address="local", num_cpus=num_cpus, dashboard_host=HOST, dashboard_port=port, **_QUIET)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            dashboard_host=HOST,
+            dashboard_port=port,
+            **_QUIET,
+        )
         try:
             yield _dashboard()
         finally:

@@ -77,7 +77,8 @@ def test_missing_broken_and_circular_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "most", "device_batch", "accumulation"), [(1, 64, 64, 4), (2, 64, 64, 2), (4, 64, 64, 1), (2, 50, 32, 4)]
+    ("workers", "most", "device_batch", "accumulation"),
+    [(1, 64, 64, 4), (2, 64, 64, 2), (4, 64, 64, 1), (2, 50, 32, 4)],
 )
 def test_the_global_batch_is_kept_whatever_the_workers(workers, most, device_batch, accumulation):
     config = RunConfig.model_validate({"train": {"global_batch_size": 256, "max_device_batch_size": most}})

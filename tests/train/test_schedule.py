@@ -12,9 +12,7 @@ def rates(**schedule: object) -> list[float]:
     config = RunConfig.model_validate(
         {"train": {"global_batch_size": BATCH, "epochs": 10}, "optim": {"lr": 1.0}, "schedule": schedule}
     )
-    d = derive(
-        config, workers=1, cpus_per_worker=1, device="cpu", train_samples=IMAGES, val_samples=1, num_classes=2
-    )
+    d = derive(config, workers=1, cpus_per_worker=1, device="cpu", train_samples=IMAGES, val_samples=1, num_classes=2)
     return [learning_rate(config.schedule, config.optim, d, step * BATCH) for step in range(d.total_steps)]
 
 

@@ -1,0 +1,46 @@
+"""The demonstration's data set: scikit-learn's handwritten digits as JPEG class folders."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import DataError
+
+TRAIN_IMAGES, VAL_IMAGES = 1437, 360
+_SIDE = 32
+_QUALITY = 95
+
+
+def write_digits(root: Path) -> None:
+    """Writes `root`/{train,val}/DIGIT/NNNN.jpg: 1,437 and 360 gray pictures of 32 x 32 pixels.
+
+    The source is the 1,797 digits of 8 x 8 pixels, grey values 0-16, that scikit-learn carries (from the UCI set
+    "Optical Recognition of Handwritten Digits"). The split is a fixed shuffle, stratified by class. A complete folder
+    is left as it is; it appears under its name only when all files are there.
+
+    Raises:
+        DataError: `root` exists and holds something else.
+    """
+    if root.exists():
+        found = [sum(1 for _ in (root / split).glob("?/*.jpg")) for split in ("train", "val")]
+        if found != [TRAIN_IMAGES, VAL_IMAGES]:
+            raise DataError(f"{root} is not the digits data set ({found[0]} + {found[1]} images): move it away.")
+        return
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train_ids, _ = train_test_split(
+        np.arange(len(digits.target)), test_size=VAL_IMAGES, random_state=0, stratify=digits.target
+    )
+    in_train = np.isin(np.arange(len(digits.target)), train_ids)
+    temporary = root.with_name(root.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for i, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        folder = temporary / ("train" if in_train[i] else "val") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray(np.rint(picture * 255 / 16).astype(np.uint8))
+        grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.jpg", quality=_QUALITY)
+    temporary.rename(root)

@@ -1,0 +1,1 @@
+"""Export: the packaged model, and predictions by it."""

@@ -1,0 +1,110 @@
+"""A checkpoint becomes a registered MLflow model."""
+
+import importlib.metadata
+import io
+import json
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.tracking.run import connect
+
+_CODE = Path(__file__).with_name("pyfunc_model.py")
+_REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch", "torchvision")
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.long, "class_id"),
+            ColSpec(DataType.string, "class_name"),
+            ColSpec(DataType.double, "probability"),
+            ColSpec(Array(DataType.double), "probabilities"),
+        ]
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model version in the registry."""
+
+    name: str
+    version: str
+    alias: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}@{self.alias}"
+
+
+def register(checkpoint: Path, *, uri: str, run_id: str, name: str, alias: str, data_fingerprint: str) -> Registered:
+    """Packages a checkpoint's model, stores it with the run, registers it and moves `alias` to it.
+
+    The model is `model.safetensors` with `model.json` (architecture, classes, transform) and the code that reads them;
+    results, transform and origin are tags of the version.
+
+    Raises:
+        UserError: the store refuses the model; the checkpoint is untouched.
+    """
+    client = connect(uri)
+    card = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
+    try:
+        # MLflow's advice on packaging and its announcements of each step are of no use to the user here.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with mlflow.start_run(run_id=run_id):
+                info = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(_CODE),
+                    artifacts={
+                        "weights": str(checkpoint / "model.safetensors"),
+                        "card": str(checkpoint / "model.json"),
+                    },
+                    signature=SIGNATURE,
+                    input_example=_example(card["transform"]["resize"]),
+                    pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _REQUIREMENTS],
+                    registered_model_name=name,
+                )
+        version = str(info.registered_model_version)
+        for key, value in _tags(card, data_fingerprint).items():
+            client.set_model_version_tag(name, version, key, value)
+        client.set_registered_model_alias(name, alias, version)
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"the model could not be registered in {uri}: {str(error).splitlines()[0]} The checkpoint is {checkpoint}."
+        ) from error
+    return Registered(name, version, alias)
+
+
+def _example(side: int) -> pd.DataFrame:
+    """One grey JPEG, to show the input's form."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
+    return pd.DataFrame({"image": [buffer.getvalue()]})
+
+
+def _tags(card: dict[str, Any], data_fingerprint: str) -> dict[str, str]:
+    """What a reader of the registry asks first: how good, measured how, trained on what."""
+    metrics = card["metrics"]
+    results = {key: metrics[key] for key in ("top1_correct", "top5_correct", "top5_k", "total")} if metrics else {}
+    tags = {
+        **results,
+        "architecture": card["name"],
+        "samples_seen": card["samples_seen"],
+        "epoch": f"{card['epoch']:g}",
+        "transform": json.dumps(card["transform"]),
+        "data.fingerprint": data_fingerprint,
+        "config_hash": card["config_hash"],
+    }
+    return {key: str(value) for key, value in tags.items()}

@@ -1,0 +1,85 @@
+"""The packaged model's code, stored with it: it needs torch, timm and Pillow, and nothing of this project.
+
+MLflow runs this file on loading ("models from code"), so that nothing is unpickled.
+"""
+
+import base64
+import binascii
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models.densenet import DenseNet
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Classifier(PythonModel):
+    """Encoded images in, class probabilities out, by the evaluation transform that the model was measured with."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        card = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
+        self.classes: list[str] = card["classes"]
+        self.transform: dict[str, Any] = card["transform"]
+        self.model = DenseNet(**card["architecture"], num_classes=card["num_classes"])
+        self.model.load_state_dict(load_file(context.artifacts["weights"]))
+        self.model.eval()
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Classifies the column `image`: encoded pictures as bytes, or as base64 text.
+
+        Returns:
+            One row per picture: class_id (rank in the class list), class_name, probability, and probabilities of all
+            classes in the list's order.
+
+        Raises:
+            MlflowException: a row is not a picture; the message gives its number.
+        """
+        pictures = [self._picture(row, value) for row, value in enumerate(model_input["image"])]
+        with torch.inference_mode():
+            logits_NK = torch.cat([self.model(picture) for picture in pictures])
+        probabilities_NK = logits_NK.softmax(dim=1).double().numpy()
+        best_N = probabilities_NK.argmax(axis=1)
+        return pd.DataFrame(
+            {
+                "class_id": best_N,
+                "class_name": [self.classes[i] for i in best_N],
+                "probability": probabilities_NK.max(axis=1),
+                "probabilities": list(probabilities_NK),
+            }
+        )
+
+    def _picture(self, row: int, value: bytes | str) -> torch.Tensor:
+        """Decodes and transforms one picture to [1, 3, crop, crop]."""
+        try:
+            content = base64.b64decode(value, validate=True) if isinstance(value, str) else value
+            with Image.open(io.BytesIO(content)) as image:
+                rgb = image.convert("RGB")
+        except (OSError, ValueError, TypeError, binascii.Error) as error:
+            raise MlflowException.invalid_parameter_value(f"row {row} of `image` is not a picture: {error}") from error
+        return evaluation_transform(rgb, **self.transform)
+
+
+def evaluation_transform(
+    rgb: Image.Image, resize: int, crop: int, interpolation: str, mean: list[float], std: list[float]
+) -> torch.Tensor:
+    """Shorter side to `resize`, centre crop, normalised, as torchvision does it; EXIF orientation is not applied."""
+    short = min(rgb.size)
+    size = (int(resize * rgb.width / short), int(resize * rgb.height / short))
+    left, top = (round((side - crop) / 2) for side in size)
+    cut = rgb.resize(size, _FILTERS[interpolation]).crop((left, top, left + crop, top + crop))
+    image_HWC = torch.from_numpy(np.array(cut, np.float32)) / 255
+    image_HWC = (image_HWC - torch.tensor(mean)) / torch.tensor(std)
+    return image_HWC.permute(2, 0, 1)[None]
+
+
+mlflow.models.set_model(Classifier())

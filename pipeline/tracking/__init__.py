@@ -1,0 +1,1 @@
+"""Tracking: one MLflow run per training, and look-ups in the model registry."""

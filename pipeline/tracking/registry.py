@@ -1,0 +1,61 @@
+"""Look-ups in the model registry, with errors that say what there is."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipeline.errors import UserError
+from pipeline.tracking.run import connect
+
+_FORM = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A registered model version; `uri` names it by its number, which never moves."""
+
+    name: str
+    version: str
+    run_id: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+def resolve(model_uri: str, uri: str) -> ResolvedModel:
+    """Finds `models:/NAME@ALIAS` or `models:/NAME/VERSION` in the registry at `uri`.
+
+    Raises:
+        UserError: the form is wrong, or there is no such name, alias or version; the message lists those there are.
+    """
+    match = _FORM.fullmatch(model_uri)
+    if match is None:
+        raise UserError(f"'{model_uri}' is not a model: write models:/NAME@ALIAS or models:/NAME/VERSION.")
+    client = connect(uri)
+    name, alias, version = match["name"], match["alias"], match["version"]
+    try:
+        if alias is not None:
+            found = client.get_model_version_by_alias(name, alias)
+        else:
+            found = client.get_model_version(name, version)
+    except MlflowException as error:
+        raise UserError(_what_there_is(client, uri, name, model_uri)) from error
+    return ResolvedModel(found.name, str(found.version), found.run_id)
+
+
+def _what_there_is(client: MlflowClient, uri: str, name: str, model_uri: str) -> str:
+    names = [model.name for model in client.search_registered_models()]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=len(names), cutoff=0)
+        there = f"Registered: {', '.join(near)}." if near else "Nothing is registered there yet."
+        return f"no model named '{name}' in {uri}. {there}"
+    aliases = [f"@{alias} (version {version})" for alias, version in client.get_registered_model(name).aliases.items()]
+    versions = sorted((int(v.version) for v in client.search_model_versions(f"name='{name}'")), reverse=True)
+    return (
+        f"{model_uri} is not in {uri}. Aliases of {name}: {', '.join(aliases) or 'none'}; "
+        f"versions: {', '.join(map(str, versions)) or 'none'}."
+    )

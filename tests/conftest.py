@@ -1,0 +1,72 @@
+"""What tests share: one-rank process groups, and worlds of several ranks in processes of their own."""
+
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture
+def imagenet_samples() -> Path:
+    folder = (SHARED / "imagenet-samples").resolve()
+    if not folder.is_dir():
+        pytest.skip("the ImageNet sample pictures are not on this machine (../shared/data/imagenet-samples)")
+    return folder
+
+
+def join(rank: int, workers: int, store: Path) -> None:
+    """Joins a gloo group over a file, and sets the variables that DeepSpeed reads."""
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    join(0, 1, tmp_path / "store")
+    yield
+    dist.destroy_process_group()
+
+
+def _rank_main(rank: int, function: Callable[..., Any], workers: int, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    join(rank, workers, folder / "store")
+    try:
+        torch.save(function(*args), folder / f"result{rank}.pt")
+    except BaseException:
+        (folder / f"error{rank}.txt").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """`run_ranks(workers, function, *args)` runs a module-level function in each rank; returns all ranks' results."""
+
+    def run(workers: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        try:
+            mp.spawn(_rank_main, (function, workers, folder, args), nprocs=workers)
+        except Exception:
+            for file in folder.glob("error*.txt"):
+                print(file.read_text())
+            raise
+        return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(workers)]
+
+    return run

@@ -1,0 +1,124 @@
+"""The engine against plain PyTorch, batch norm over ranks, full weights at every stage."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.config import Derived, RunConfig, derive
+from pipeline.model import create
+from pipeline.train.engine import Engine, average_batch_norm, deepspeed_config
+from pipeline.train.optim import create_optimizer, parameter_groups
+
+CPU = torch.device("cpu")
+
+
+def settings(stage: int, workers: int = 1, **optim: object) -> tuple[RunConfig, Derived]:
+    config = RunConfig.model_validate(
+        {
+            "model": {"name": "densenet_tiny"},
+            "train": {"epochs": 1, "global_batch_size": 8},
+            "engine": {"zero_stage": stage},
+            "optim": optim,
+        }
+    )
+    d = derive(
+        config,
+        workers=workers,
+        cpus_per_worker=1,
+        device="cpu",
+        train_samples=80,
+        val_samples=8,
+        num_classes=5,
+    )
+    return config, d
+
+
+def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(8, 3, 32, 32, generator=generator), torch.randint(0, 5, (8,), generator=generator))
+        for _ in range(n)
+    ]
+
+
+def plain_losses(config: RunConfig, d: Derived) -> list[float]:
+    torch.manual_seed(0)
+    model = create("densenet_tiny", d.num_classes)
+    optimizer = create_optimizer(model, config.optim)
+    losses = []
+    for images_NCHW, labels_N in batches(5):
+        loss = F.cross_entropy(model(images_NCHW), labels_N)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def every_stage() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+    return [engine_run(stage) for stage in (0, 1, 2, 3)]
+
+
+def engine_run(stage: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    config, d = settings(stage)
+    torch.manual_seed(0)
+    engine = Engine(config, d, create("densenet_tiny", d.num_classes), CPU)
+    losses = []
+    for images_NCHW, labels_N in batches(5):
+        loss = F.cross_entropy(engine.forward(images_NCHW), labels_N)
+        engine.backward(loss)
+        losses.append(loss.item())
+    return losses, engine.full_state()
+
+
+@pytest.mark.slow
+def test_every_zero_stage_gives_plain_pytorchs_losses_and_whole_weights(run_ranks):
+    config, d = settings(0)
+    expected = plain_losses(config, d)
+    names = set(create("densenet_tiny", d.num_classes).state_dict())
+    (runs,) = run_ranks(1, every_stage)
+    for stage, (losses, weights) in enumerate(runs):
+        assert losses == pytest.approx(expected, rel=1e-5), f"stage {stage}"
+        assert set(weights) == names
+        assert all(w.numel() for w in weights.values())
+
+
+def norm_after_averaging() -> tuple[torch.Tensor, torch.Tensor]:
+    rank = torch.distributed.get_rank()
+    norm = torch.nn.BatchNorm2d(3)
+    norm(torch.full((2, 3, 4, 4), float(rank)) + torch.arange(32.0).reshape(2, 1, 4, 4))
+    before = norm.running_mean.clone()
+    average_batch_norm(norm)
+    return before, norm.running_mean
+
+
+def test_running_statistics_are_averaged_over_ranks_that_saw_different_data(run_ranks):
+    (before0, after0), (before1, after1) = run_ranks(2, norm_after_averaging)
+    assert not torch.equal(before0, before1)
+    assert torch.equal(after0, after1)
+    assert torch.allclose(after0, (before0 + before1) / 2)
+
+
+def test_weight_decay_goes_to_convolutions_and_linear_weights_alone():
+    model = create("densenet121", 10)
+    decayed, rest = (sum(p.numel() for p in g["params"]) for g in parameter_groups(model, 1e-4))
+    assert decayed + rest == sum(p.numel() for p in model.parameters())
+    norms = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters())
+    assert rest == norms + model.classifier.bias.numel()
+
+
+def test_clipping_is_always_explicit():
+    config, d = settings(1)
+    assert deepspeed_config(config, d)["gradient_clipping"] == 0.0
+    config, d = settings(1, clip_grad_norm=2.5)
+    assert deepspeed_config(config, d)["gradient_clipping"] == 2.5
+
+
+def test_no_clipping_means_none(one_rank):
+    """DeepSpeed 0.19 clips to norm 1 unless told otherwise: a large gradient must arrive whole."""
+    config, d = settings(1, lr=1.0, momentum=0, nesterov=False, weight_decay=0)
+    model = torch.nn.Linear(1, 1, bias=False)
+    engine = Engine(config, d, model, CPU)
+    before = engine.full_state()["weight"]
+    engine.backward(engine.forward(torch.full((8, 1), 800.0)).mean())
+    assert (before - engine.full_state()["weight"]).item() == pytest.approx(800.0)
