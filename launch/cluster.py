@@ -22,7 +22,6 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 
 _POLL_S = 0.2
-_QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
 
 
 class TrainingError(Exception):
@@ -64,7 +63,7 @@ def joined(address: str, log_file: Path) -> Iterator[str]:
     """
     with _ray_logs_to(log_file):
         try:
-            ray.init(address=address, **_QUIET)
+            ray.init(address=address, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"no Ray cluster answers at {address}: {str(error).splitlines()[0]} Start one with "
@@ -97,7 +96,7 @@ def embedded(num_cpus: int, dashboard_port: int | Literal["auto"], log_file: Pat
             num_cpus=num_cpus,
             dashboard_host=HOST,
             dashboard_port=port,
-            **_QUIET,
+            log_to_driver=False,
         )
         try:
             yield _dashboard()

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.net import HOST, free_port
+from pipeline.config import Device, RunConfig, derive
 
 _REINSTALL = "run `make clean test` in the project's folder, or `pip install --require-hashes -r requirements.lock`"
 
@@ -88,7 +89,7 @@ def _dali() -> str:
     from pipeline.data.index import open_splits
     from pipeline.data.plan import EvalPlan
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "val"):
             picture = Path(folder, split, "class", "picture.jpg")
@@ -115,11 +116,10 @@ def _deepspeed() -> str:
     import torch
     import torch.distributed as dist
 
-    from pipeline.config import RunConfig, derive
     from pipeline.model import create
     from pipeline.train.engine import Engine
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -151,7 +151,6 @@ def _ray() -> str:
 
 
 def _mlflow() -> str:
-    from pipeline.config import RunConfig
     from pipeline.tracking.run import Tracker
 
     with tempfile.TemporaryDirectory() as folder:

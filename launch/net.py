@@ -22,5 +22,6 @@ def check_port(port: int, option: str) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise UserError(
-                f"{option}={port} cannot be used on {HOST}: {error.strerror}. Choose another, for example {free_port()}."
+                f"{option}={port} cannot be used on {HOST}: {error.strerror}. "
+                f"Choose another, for example {free_port()}."
             ) from error

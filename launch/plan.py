@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from launch.cluster import cluster_address, joined, offered_by_cluster
 from launch.prepare import Prepared, check_writable, prepare, read_config
@@ -30,7 +29,6 @@ def print_plan(console: Console, prepared: Prepared) -> None:
     """Prints the derived values, one a line, and the warnings."""
     config, d = prepared.config, prepared.derived
     parameters = parameter_count(config.model.name, d.num_classes)
-    table = Table(box=None, show_header=False, pad_edge=False)
     rows = [
         ("run", f"{config.run.name} in {prepared.run_dir}"),
         ("model", f"{config.model.name}, {parameters:,} parameters, {d.num_classes} classes"),
@@ -49,8 +47,7 @@ def print_plan(console: Console, prepared: Prepared) -> None:
         ("precision", f"{d.precision}, ZeRO stage {config.engine.zero_stage}"),
         ("evaluation", config.eval.transform),
     ]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, soft_wrap=True)
+    for name, text in rows:
+        console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
     for warning in prepared.share.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)

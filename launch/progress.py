@@ -78,8 +78,8 @@ class Display:
                 self.line(f"warning: {event['message']}", style="yellow")
             case "resumed":
                 self.line(f"resumed at {event['samples_seen']} samples from {event['checkpoint']}")
-            case "phase":
-                self.status(event["name"])
+            case "workers_started":
+                self.status("workers started; loading the model and the data")
 
 
 class Clock:

@@ -2,9 +2,8 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
 
-from pipeline.config import RunConfig
+from pipeline.config import Device, RunConfig
 from pipeline.errors import ConfigError
 
 
@@ -22,7 +21,7 @@ class Resources:
 class Share:
     """What the workers of a run take, and what the user should know about it."""
 
-    device: Literal["cpu", "cuda"]
+    device: Device
     workers: int
     cpus_per_worker: int
     warnings: tuple[str, ...]
@@ -50,20 +49,20 @@ def share(config: RunConfig, offered: Resources) -> Share:
         device = "cuda" if offered.gpus else "cpu"
     if device == "cuda" and not offered.gpus:
         raise ConfigError(f"device=cuda needs GPUs, and {offered.where} has none: set device=auto or device=cpu.")
-    workers = config.cluster.workers
-    if workers == "auto":
-        workers = offered.gpus if device == "cuda" else 1
+    default_workers = offered.gpus if device == "cuda" else 1
+    workers = default_workers if config.cluster.workers == "auto" else config.cluster.workers
     if device == "cuda" and workers > offered.gpus:
         raise ConfigError(
             f"cluster.workers={workers} needs {workers} GPUs, and {offered.where} has {offered.gpus}: "
             f"set cluster.workers={offered.gpus}."
         )
-    cpus = config.cluster.cpus_per_worker
-    if cpus == "auto":
-        cpus = max(1, offered.cpus // workers)
+    fair_cpus = max(1, offered.cpus // workers)
+    cpus = fair_cpus if config.cluster.cpus_per_worker == "auto" else config.cluster.cpus_per_worker
     warnings = []
     if workers * cpus > offered.cpus:
-        needs = f"{workers} workers with {cpus} CPU cores each need {workers * cpus}, and {offered.where} has {offered.cpus}"
+        needs = (
+            f"{workers} workers with {cpus} CPU cores each need {workers * cpus}, {offered.where} has {offered.cpus}"
+        )
         if not offered.embedded:
             raise ConfigError(f"{needs}: set fewer cluster.workers or a smaller cluster.cpus_per_worker.")
         warnings.append(f"{needs}: they will share the cores and be slower.")

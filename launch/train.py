@@ -1,6 +1,7 @@
 """The driver of one training: prepare, track, run on Ray, register, sum up."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -20,7 +21,7 @@ from pipeline.tracking.run import Tracker, default_tracking_uri
 from pipeline.train import checkpoint
 from pipeline.train.state import best_checkpoint, checkpoint_root, read_state
 
-_PHASES = {"workers": "worker start", "first_step": "first step"}
+_PHASES = {"workers_started": "worker start", "first_step": "first step"}
 
 
 def train_command(console: Console, path: Path, overrides: list[str], address: str | None) -> None:
@@ -163,7 +164,7 @@ def _print_summary(
     state = read_state(newest)
     program = shlex.quote(sys.argv[0]) if shutil.which("densenet") is None else "densenet"
     uri = "" if tracker.uri == default_tracking_uri() else f" --uri {shlex.quote(tracker.uri)}"
-    picture = shlex.quote(str(prepared.val_index.path(0)))
+    picture = shlex.quote(os.path.relpath(prepared.val_index.path(0)))
     lines = [
         ("best", f"{accuracy(state['best'])}, at {state['best_at']:,} samples"),
         ("last", f"{accuracy(state['last'])}, at {state['last_at']:,} samples"),
@@ -177,4 +178,4 @@ def _print_summary(
     ]
     console.rule("done")
     for name, text in lines:
-        console.print(f"{name:13}{text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:13}{text}", markup=False, soft_wrap=True)

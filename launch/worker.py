@@ -30,7 +30,7 @@ def train_worker(task: dict[str, Any]) -> None:
         if rank == 0:
             hub.push.remote(event)
 
-    report({"kind": "phase", "name": "workers"})
+    report({"kind": "workers_started"})
     try:
         _train(task, report)
     except UserError as error:

@@ -8,16 +8,18 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 
 Auto = Literal["auto"]
+Device = Literal["cpu", "cuda"]
+Interpolation = Literal["bilinear", "bicubic"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rgb = tuple[float, float, float]
@@ -58,7 +60,7 @@ class Data(Section):
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     mean: Rgb = Field((0.485, 0.456, 0.406), description="per channel, of pixel values in [0, 1]")
     std: Rgb = Field((0.229, 0.224, 0.225), description="per channel, of pixel values in [0, 1]")
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     threads: Count | Auto = Field("auto", description="DALI threads per worker; auto: the worker's CPU cores")
 
     @model_validator(mode="after")
@@ -77,7 +79,7 @@ class Data(Section):
 class Eval(Section):
     resize: int = Field(256, ge=8, le=2048, description="shorter side after the resize, pixels")
     crop: int = Field(224, ge=8, le=1024, description="centre crop's side, pixels")
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     batch_size: Count | Auto = Field("auto", description="pictures per worker and batch; auto: as in training")
     every_epochs: Count = Field(1, description="epochs between evaluations; the end of the run is always evaluated")
 
@@ -150,7 +152,7 @@ class RunConfig(Section):
     """Everything that a user chooses about one training run."""
 
     run: Run = Run()
-    device: Auto | Literal["cpu", "cuda"] = Field("auto", description="auto: CUDA where the workers have GPUs")
+    device: Auto | Device = Field("auto", description="auto: CUDA where the workers have GPUs")
     model: Model = Model()
     data: Data = Data()
     eval: Eval = Eval()
@@ -184,7 +186,7 @@ class Derived(Section):
 
     workers: Count
     cpus_per_worker: Count
-    device: Literal["cpu", "cuda"]
+    device: Device
     precision: Literal["fp32", "bf16"]
     train_samples: Count
     val_samples: Count
@@ -209,7 +211,7 @@ def derive(
     *,
     workers: int,
     cpus_per_worker: int,
-    device: Literal["cpu", "cuda"],
+    device: Device,
     train_samples: int,
     val_samples: int,
     num_classes: int,
@@ -276,7 +278,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if not equals or not key.strip():
             raise ConfigError(f"override '{override}' is not of the form key=value, for example train.epochs=10.")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            merged = cast(DictConfig, OmegaConf.merge(merged, OmegaConf.from_dotlist([override])))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"override '{override}' cannot be applied: {_first_line(error)}.") from error
     try:
@@ -287,7 +289,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_faults(error))) from error
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig | ListConfig:
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"config files include each other: {' -> '.join(p.name for p in (*seen, path))}.")
@@ -305,7 +307,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig | ListConfig:
     if isinstance(includes, str):
         includes = [includes]
     parts = [_read(path.parent / include, (*seen, path)) for include in includes]
-    return OmegaConf.merge(*parts, content)
+    return cast(DictConfig, OmegaConf.merge(*parts, content))
 
 
 def _faults(error: ValidationError) -> list[str]:

@@ -1,10 +1,10 @@
 """Pixels: DALI decodes, resizes and normalises what the plan asks for. The one place that knows DALI."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import nvidia.dali.types as types
@@ -14,7 +14,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image
 
-from pipeline.config import Rgb
+from pipeline.config import Device, Interpolation, Rgb
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import Ints, PlannedBatch
 from pipeline.errors import DataError
@@ -47,17 +47,17 @@ class Loader:
         self,
         index: DatasetIndex,
         *,
-        device: Literal["cpu", "cuda"],
+        device: Device,
         device_id: int | None,
         threads: int,
         max_batch_size: int,
         output_size: int,
-        interpolation: Literal["bilinear", "bicubic"],
+        interpolation: Interpolation,
         mean: Rgb,
         std: Rgb,
     ) -> None:
         self.index, self.output_size = index, output_size
-        self.device = torch.device(device, device_id) if device == "cuda" else torch.device("cpu")
+        self.device = torch.device(device) if device_id is None else torch.device(device, device_id)
         self._labels_N = torch.from_numpy(index.labels_N)
         self._ahead: deque[Future[_Input | None]] = deque()
         self._in_flight: deque[Ints] = deque(maxlen=_AHEAD + 3)
@@ -75,7 +75,7 @@ class Loader:
             std=[255 * s for s in std],
             batch_size=max_batch_size,
             num_threads=threads,
-            device_id=device_id if device == "cuda" else None,
+            device_id=device_id,
             prefetch_queue_depth=2,
         )
         self._pipeline.build()
@@ -92,7 +92,7 @@ class Loader:
         self._planner.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
 
-    def run(self, batches: Iterable[PlannedBatch]) -> Iterator[Batch]:
+    def run(self, batches: Iterable[PlannedBatch]) -> Generator[Batch]:
         """Yields the pixels of each planned batch, in order; `batches` is asked for the next ones in a thread.
 
         Raises:

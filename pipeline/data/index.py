@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -132,7 +132,7 @@ def _index(split: Path, classes: Sequence[str], train_classes: tuple[str, ...], 
     images = list_images(split, classes, train_classes)
     cached = cache / f"{split.name}-{hashlib.sha256(str(split.absolute()).encode()).hexdigest()[:16]}.parquet"
     known = _known_sizes(cached)
-    sizes = [known.get((image.path, image.length, image.mtime_ns)) for image in images]
+    sizes: list[Any] = [known.get((image.path, image.length, image.mtime_ns)) for image in images]
     new = [i for i, size in enumerate(sizes) if size is None]
     if new:
         with ThreadPoolExecutor() as pool:
@@ -145,9 +145,9 @@ def _index(split: Path, classes: Sequence[str], train_classes: tuple[str, ...], 
                 + "\n".join(faults[:_SHOWN] + more)
                 + "\nReplace or remove them, then start again."
             )
-        for i, size in zip(new, probed, strict=True):
-            sizes[i] = size  # type: ignore[call-overload]
-    index = DatasetIndex(split.absolute(), train_classes, _table(images, sizes))  # type: ignore[arg-type]
+        sizes_of_new = dict(zip(new, probed, strict=True))
+        sizes = [sizes_of_new.get(i, size) for i, size in enumerate(sizes)]
+    index = DatasetIndex(split.absolute(), train_classes, _table(images, sizes))
     if new:
         cache.mkdir(parents=True, exist_ok=True)
         index.save(cached)

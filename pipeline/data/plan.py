@@ -46,7 +46,7 @@ def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.
 
 def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Words below 2**32 as numbers in [0, 1)."""
-    return words * 2.0**-32
+    return words.astype(np.float64) * 2.0**-32
 
 
 @lru_cache(maxsize=2)

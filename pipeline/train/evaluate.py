@@ -16,8 +16,8 @@ from pipeline.train.engine import Engine
 class EvalResult:
     """Counts over the whole evaluation split.
 
-    `top5_correct` counts the images whose label is among the `top5_k` best classes, `top5_k = min(5, classes)`; `loss` is
-    the mean cross-entropy over all images, without label smoothing.
+    `top5_correct` counts the images whose label is among the `top5_k` best classes, `top5_k = min(5, classes)`;
+    `loss` is the mean cross-entropy over all images, without label smoothing.
     """
 
     total: int
@@ -26,13 +26,9 @@ class EvalResult:
     top5_k: int
     loss: float
 
-    @property
-    def top1_percent(self) -> float:
-        return 100 * self.top1_correct / self.total
-
-    @property
-    def top5_percent(self) -> float:
-        return 100 * self.top5_correct / self.total
+    def better_than(self, other: "EvalResult") -> bool:
+        """More top-1 hits; among equals the lower loss."""
+        return (self.top1_correct, -self.loss) > (other.top1_correct, -other.loss)
 
 
 class Counter:

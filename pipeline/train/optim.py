@@ -14,7 +14,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     The choice goes by the type of the owning module: DenseNet's norms have names like `norm5`, `norm0`, and a
     rule on names would miss them.
     """
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             (decayed if isinstance(module, _DECAYED) and name == "weight" else rest).append(parameter)

@@ -22,7 +22,7 @@ from pipeline.train.evaluate import EvalResult
 class RunState:
     """The run's clock, and its best and last evaluations.
 
-    `best_at` is the clock of the best evaluation: the most top-1 hits, the earliest of equals.
+    `best_at` is the clock of the best evaluation: the most top-1 hits, among equals the lowest loss.
     """
 
     samples_seen: int = 0
@@ -34,7 +34,7 @@ class RunState:
     def record(self, result: EvalResult) -> bool:
         """Keeps an evaluation made now, and says whether it is the new best."""
         self.last, self.last_at = result, self.samples_seen
-        is_best = self.best is None or result.top1_correct > self.best.top1_correct
+        is_best = self.best is None or result.better_than(self.best)
         if is_best:
             self.best, self.best_at = result, self.samples_seen
         return is_best

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pipeline.config import Derived, RunConfig
+from pipeline.config import Derived, Interpolation, RunConfig
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
@@ -96,7 +96,7 @@ class Trainer:
             if first_step < total_steps:
                 self.report({"kind": "trained", "speed": {"training": meter.mean_img_per_s()}})
 
-    def _batches(self, first_step: int) -> Iterator[Batch]:
+    def _batches(self, first_step: int) -> Generator[Batch]:
         """This rank's micro-batches from `first_step` to the end of the run."""
         return self.loader.run(self._planned(first_step))
 
@@ -108,7 +108,7 @@ class Trainer:
                     micro_batch(step, micro, self.rank, d.workers, d.device_batch_size, d.accumulation)
                 )
 
-    def _loader(self, index: DatasetIndex, batch_size: int, output_size: int, interpolation: str) -> Loader:
+    def _loader(self, index: DatasetIndex, batch_size: int, output_size: int, interpolation: Interpolation) -> Loader:
         threads = self.config.data.threads
         return Loader(
             index,

@@ -1,0 +1,197 @@
+"""Pixels: equal to torchvision's, the same at any world size, and damaged files named."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from pipeline.data.dali import Batch, Loader
+from pipeline.data.index import DatasetIndex, open_splits
+from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
+from pipeline.errors import DataError
+
+SIDE = 32
+
+
+def loader(index: DatasetIndex, batch: int = 8, side: int = SIDE, interpolation: str = "bilinear") -> Loader:
+    """Pixels as 0..255, not normalised."""
+    return Loader(
+        index,
+        device="cpu",
+        device_id=None,
+        threads=2,
+        max_batch_size=batch,
+        output_size=side,
+        interpolation=interpolation,
+        mean=(0, 0, 0),
+        std=(1 / 255, 1 / 255, 1 / 255),
+    )
+
+
+def train_plan(index: DatasetIndex, side: int = SIDE) -> TrainPlan:
+    return TrainPlan(3, index.widths_N, index.heights_N, side, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+
+
+@pytest.fixture
+def train_index(folders) -> DatasetIndex:
+    root = folders()
+    return open_splits(str(root), "train", "val", root.parent / "cache")[0]
+
+
+def together(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    return (
+        torch.cat([b.images_NCHW for b in batches]),
+        torch.cat([b.labels_N for b in batches]),
+        np.concatenate([b.ids_N for b in batches]),
+    )
+
+
+STEPS, GLOBAL = 5, 24  # 120 samples of 41: two epochs end inside batches
+
+
+def global_batches(
+    index: DatasetIndex, workers: int, device_batch: int
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Every rank's micro-batches, put together in the order of the positions."""
+    plan, accumulation = train_plan(index), GLOBAL // (workers * device_batch)
+
+    def planned(rank: int) -> Iterator[PlannedBatch]:
+        for step in range(STEPS):
+            for micro in range(accumulation):
+                yield plan.batch(micro_batch(step, micro, rank, workers, device_batch, accumulation))
+
+    by_rank = []
+    for rank in range(workers):
+        with loader(index, device_batch) as reader:
+            by_rank.append(list(reader.run(planned(rank))))
+    return together([by_rank[rank][i] for i in range(STEPS * accumulation) for rank in range(workers)])
+
+
+def test_global_batches_are_the_same_at_any_world_size_and_device_batch(train_index):
+    images, labels, ids = global_batches(train_index, 1, 24)
+    assert labels.dtype == torch.int64
+    for epoch in range(2):
+        assert sorted(ids[41 * epoch : 41 * (epoch + 1)]) == list(range(41))
+    assert labels.tolist() == train_index.labels_N[ids].tolist()
+    for workers, device_batch in ((2, 12), (2, 3), (3, 4), (4, 6), (4, 1)):
+        other_images, other_labels, other_ids = global_batches(train_index, workers, device_batch)
+        assert other_ids.tolist() == ids.tolist(), (workers, device_batch)
+        assert torch.equal(other_labels, labels), (workers, device_batch)
+        assert torch.equal(other_images, images), (workers, device_batch)
+
+
+def test_starting_in_the_middle_gives_what_would_have_come(train_index):
+    plan = train_plan(train_index)
+    with loader(train_index) as reader:
+        whole = list(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(20)))
+        rest = list(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(13, 20)))
+    assert torch.equal(together(whole[13:])[0], together(rest)[0])
+
+
+def test_runs_repeat_also_after_one_was_left_in_the_middle(train_index):
+    plan = train_plan(train_index)
+    batches = [plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(10)]
+    with loader(train_index) as reader:
+        first = together(list(reader.run(batches)))[0]
+        abandoned = reader.run(iter(batches))
+        next(abandoned)
+        abandoned.close()
+        assert torch.equal(together(list(reader.run(batches)))[0], first)
+
+
+def test_partial_and_single_batches_and_two_loaders_at_once(train_index):
+    plan = EvalPlan(train_index.widths_N, train_index.heights_N, SIDE, SIDE)
+    batches = [plan.batch(np.arange(8)), plan.batch(np.arange(8, 11)), plan.batch(np.array([40]))]
+    with loader(train_index) as one, loader(train_index) as two:
+        pairs = list(zip(one.run(batches), two.run(batches), strict=True))
+    assert [len(a.labels_N) for a, _ in pairs] == [8, 3, 1]
+    assert all(torch.equal(a.images_NCHW, b.images_NCHW) for a, b in pairs)
+
+
+def test_closing_leaves_no_threads(train_index):
+    before = set(threading.enumerate())
+    plan = train_plan(train_index)
+    with loader(train_index) as reader:
+        next(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(100)))
+    assert set(threading.enumerate()) == before
+    with pytest.raises(RuntimeError, match="closed"):
+        next(reader.run([]))
+
+
+def run_over(index: DatasetIndex) -> None:
+    plan = EvalPlan(index.widths_N, index.heights_N, SIDE, SIDE)
+    with loader(index) as reader:
+        for _ in reader.run(plan.batch(np.arange(s, min(s + 8, len(index)))) for s in range(0, len(index), 8)):
+            pass
+
+
+def test_a_file_cut_short_after_it_was_indexed_is_named(train_index):
+    file = train_index.path(20)
+    file.write_bytes(file.read_bytes()[:-2].ljust(file.stat().st_size, b"\0"))
+    with pytest.raises(DataError, match="is a JPEG that is cut short") as error:
+        run_over(train_index)
+    assert str(file) in str(error.value)
+
+
+def test_a_file_that_dali_cannot_decode_is_named(train_index):
+    file = train_index.path(20)
+    content = bytearray(file.read_bytes())
+    content[4:-2] = b"\x55" * (len(content) - 6)  # start and end marks are there, nothing between them is
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="damaged image files") as error:
+        run_over(train_index)
+    assert str(file) in str(error.value)
+    assert str(train_index.path(19)) not in str(error.value)
+
+
+@pytest.fixture
+def samples_index(imagenet_samples: Path, tmp_path: Path) -> DatasetIndex:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "any").symlink_to(imagenet_samples)
+    return open_splits(str(tmp_path), "train", "val", tmp_path / "cache")[1]
+
+
+def assert_close(images_NCHW: torch.Tensor, expected: list[Image.Image], most: float) -> None:
+    """Pixels of 0..255 differ by `most` nowhere more, and by 0.2 on average."""
+    expected_NCHW = torch.stack([tv.pil_to_tensor(picture) for picture in expected])
+    difference = (images_NCHW - expected_NCHW).abs()
+    print(f"mean difference {difference.mean():.3f}, largest {difference.max():.0f} of 255")
+    assert difference.mean() <= 0.2
+    assert difference.mean(dim=(1, 2, 3)).max() <= 0.3
+    assert difference.max() <= most
+
+
+@pytest.mark.parametrize(("interpolation", "most"), [("bilinear", 1), ("bicubic", 12)])
+def test_evaluation_pixels_equal_torchvisions(samples_index, interpolation, most):
+    ids = np.arange(len(samples_index))
+    plan = EvalPlan(samples_index.widths_N, samples_index.heights_N, 256, 224)
+    with loader(samples_index, len(ids), 224, interpolation) as reader:
+        (batch,) = reader.run([plan.batch(ids)])
+    expected = []
+    for i in ids:
+        with Image.open(samples_index.path(i)) as picture:  # some are gray, one has an EXIF rotation
+            resized = tv.resize(picture.convert("RGB"), 256, InterpolationMode(interpolation))
+        expected.append(tv.center_crop(resized, 224))
+    assert_close(batch.images_NCHW, expected, most)
+
+
+def test_training_pixels_equal_torchvisions_for_the_same_window(samples_index):
+    """Decoding a window alone leaves the colour of its outermost pixels without neighbours to be smoothed with."""
+    planned = train_plan(samples_index, 224).batch(np.arange(len(samples_index)))
+    with loader(samples_index, len(planned), 224) as reader:
+        (batch,) = reader.run([planned])
+    assert 0 < planned.flips_B.sum() < len(planned)
+    expected = []
+    for i, sample in enumerate(planned.ids_B):
+        box = [int(v) for v in (*planned.window_starts_B2[i], *planned.window_shapes_B2[i])]
+        with Image.open(samples_index.path(sample)) as picture:
+            cut = tv.resized_crop(picture.convert("RGB"), *box, [224, 224], InterpolationMode.BILINEAR)
+        expected.append(tv.hflip(cut) if planned.flips_B[i] else cut)
+    assert_close(batch.images_NCHW, expected, 24)

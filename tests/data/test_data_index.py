@@ -1,0 +1,174 @@
+"""Folders and the index: what is accepted, what is refused and how it is told."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.data.index import open_splits
+from pipeline.errors import DataError
+
+
+def open_set(root: Path, cache: Path | None = None):
+    return open_splits(str(root), "train", "val", cache or root.parent / "cache")
+
+
+def test_rows_are_sorted_and_labelled_by_rank(folders):
+    train, val = open_set(folders())
+    assert (len(train), len(val)) == (41, 12)
+    assert train.classes == val.classes == ("a", "b", "c")
+    paths = train.table["path"].to_pylist()
+    assert paths == sorted(paths)
+    assert [train.classes[label] for label in train.labels_N] == [p[0] for p in paths]
+    for i in (0, 17, 40):
+        with Image.open(train.path(i)) as picture:
+            assert picture.size == (train.widths_N[i], train.heights_N[i])
+        assert train.read(i).tobytes() == train.path(i).read_bytes()
+
+
+def test_a_val_split_without_some_class_keeps_the_training_labels(folders):
+    root = folders()
+    for file in (root / "val" / "a").iterdir():
+        file.unlink()
+    (root / "val" / "a").rmdir()
+    assert set(open_set(root)[1].labels_N) == {1, 2}
+
+
+def test_sizes_are_those_of_the_stored_picture_whatever_exif_says(folders):
+    root = folders()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (60, 40)).save(root / "train" / "a" / "0.jpg", exif=exif)
+    train, _ = open_set(root)
+    assert (train.widths_N[0], train.heights_N[0]) == (60, 40)
+
+
+def test_known_files_are_not_opened_again_and_changed_ones_are(folders, tmp_path):
+    root = folders()
+    first, _ = open_set(root)
+    victim = root / "train" / first.table["path"][3].as_py()
+    stat = victim.stat()
+    victim.write_bytes(b"x" * stat.st_size)
+    os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again, _ = open_set(root)  # same path, length and time: not looked at
+    assert again.fingerprint == first.fingerprint
+    os.utime(victim)
+    with pytest.raises(DataError, match="1 of 41 files"):
+        open_set(root)
+
+
+def test_a_broken_cache_is_made_anew(folders):
+    root = folders()
+    first, _ = open_set(root)
+    for file in (root.parent / "cache").iterdir():
+        file.write_bytes(b"no parquet")
+    assert open_set(root)[0].fingerprint == first.fingerprint
+    assert not list((root.parent / "cache").glob("*.tmp"))
+
+
+def test_the_fingerprint_tells_data_apart_and_not_places(folders, tmp_path):
+    root = folders()
+    first, _ = open_set(root)
+    moved = root.rename(tmp_path / "elsewhere")
+    assert open_set(moved)[0].fingerprint == first.fingerprint
+    next((moved / "train" / "a").iterdir()).unlink()
+    assert open_set(moved)[0].fingerprint != first.fingerprint
+
+
+def test_an_index_can_be_sent_to_another_process(folders):
+    train, _ = open_set(folders())
+    assert pickle.loads(pickle.dumps(train)).fingerprint == train.fingerprint
+
+
+FAULTS = {
+    "text": (b"hello, world", "is not an image of a known format"),
+    "html": (b"<html>404</html>", "is not an image of a known format"),
+    "gif": (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "is not an image of a known format"),
+    "empty": (b"", "it is empty"),
+    "cut jpeg": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "is a JPEG that is cut short"),
+    "cut png": (b"\x89PNG\r\n\x1a\n\x00\x00", "is a PNG that is cut short"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_is_no_whole_image_is_named(folders, fault):
+    root = folders()
+    content, reason = FAULTS[fault]
+    (root / "train" / "b" / "bad one.JPEG").write_bytes(content)
+    with pytest.raises(DataError, match=reason) as error:
+        open_set(root)
+    assert "b/bad one.JPEG" in str(error.value)
+    assert "1 of 42 files" in str(error.value)
+
+
+def test_a_jpeg_without_its_last_two_bytes_is_refused_and_one_with_padding_is_not(folders):
+    root = folders()
+    file = next((root / "train" / "a").iterdir())
+    whole = file.read_bytes()
+    file.write_bytes(whole + bytes(100))
+    open_set(root)
+    file.write_bytes(whole[:-2])
+    with pytest.raises(DataError, match="cut short"):
+        open_set(root)
+
+
+def test_many_bad_files_still_make_a_short_message(folders):
+    root = folders()
+    for i in range(20):
+        (root / "train" / "c" / f"bad{i:02d}.jpg").write_bytes(b"no")
+    with pytest.raises(DataError) as error:
+        open_set(root)
+    assert "20 of 61 files" in str(error.value)
+    assert "and 15 more" in str(error.value)
+    assert len(str(error.value).splitlines()) == 8
+
+
+def test_png_in_a_jpeg_name_hidden_files_and_clutter_are_fine(folders):
+    root = folders()
+    Image.new("RGBA", (40, 40)).save(root / "train" / "a" / "0.JPEG", "PNG")
+    (root / "train" / "a" / ".DS_Store").write_bytes(b"x")
+    (root / "train" / "a" / "Thumbs.db").write_bytes(b"x")
+    assert len(open_set(root)[0]) == 42
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: (r / "train").rename(r / "training"), "no folder 'train' \\(folders there: training, val\\)"),
+        (lambda r: (r / "train" / "d").mkdir(), "class folders without files: d"),
+        (lambda r: (r / "train" / "a" / "sub").mkdir(), "is a folder inside a class folder"),
+        (lambda r: (r / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"x"), "validation archive is flat"),
+    ],
+)
+def test_a_wrong_layout_is_told_with_the_right_one(folders, spoil, message):
+    root = folders()
+    spoil(root)
+    with pytest.raises(DataError, match=message):
+        open_set(root)
+
+
+def test_a_val_class_that_train_lacks_is_named(folders):
+    root = folders()
+    (root / "train" / "b").rename(root.parent / "away")
+    with pytest.raises(DataError, match=r"val has classes that the training split lacks: b"):
+        open_set(root)
+
+
+def test_no_root_and_a_missing_root(tmp_path):
+    with pytest.raises(DataError, match="data.root is not set"):
+        open_splits(None, "train", "val", tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        open_splits(str(tmp_path / "gone"), "train", "val", tmp_path)
+
+
+def test_reading_notices_a_file_that_changed_or_went(folders):
+    root = folders()
+    train, _ = open_set(root)
+    train.path(0).unlink()
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        train.read(0)
+    train.path(1).write_bytes(b"short")
+    with pytest.raises(DataError, match="has changed since it was indexed"):
+        train.read(1)
