@@ -1,5 +1,6 @@
 """What tests share: one-rank process groups, and worlds of several ranks in processes of their own."""
 
+import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,6 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Ranks are forked from a server that has imported the heavy packages once and has started no threads.
+multiprocessing.set_forkserver_preload(["torch", "timm", "deepspeed", "pipeline.train.trainer"])
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -25,7 +30,6 @@ def imagenet_samples() -> Path:
 def join(rank: int, workers: int, store: Path) -> None:
     """Joins a gloo group over a file, and sets the variables that DeepSpeed reads."""
     os.environ |= {
-        "DS_ACCELERATOR": "cpu",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(workers),
@@ -35,10 +39,10 @@ def join(rank: int, workers: int, store: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
 
 
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    join(0, 1, tmp_path / "store")
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone; one for all tests, since DeepSpeed remembers its groups."""
+    join(0, 1, tmp_path_factory.mktemp("group") / "store")
     yield
     dist.destroy_process_group()
 
@@ -62,7 +66,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
     def run(workers: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
         try:
-            mp.spawn(_rank_main, (function, workers, folder, args), nprocs=workers)
+            mp.start_processes(_rank_main, (function, workers, folder, args), workers, start_method="forkserver")
         except Exception:
             for file in folder.glob("error*.txt"):
                 print(file.read_text())

@@ -1,0 +1,32 @@
+"""A run's settings for a small picture set."""
+
+from pipeline.config import Derived, RunConfig, derive
+from pipeline.data.index import DatasetIndex
+
+
+def settings(
+    train_index: DatasetIndex, val_index: DatasetIndex, workers: int = 1, **sections: dict
+) -> tuple[RunConfig, Derived]:
+    """A config for the picture set, and what follows from it."""
+    tree: dict = {
+        "run": {"seed": 5},
+        "model": {"name": "densenet_tiny"},
+        "data": {"image_size": 32},
+        "eval": {"resize": 32, "crop": 32},
+        "train": {"epochs": 2, "global_batch_size": 8, "log_every_steps": 2},
+        "optim": {"lr": 0.02},
+        "schedule": {"name": "cosine"},
+    }
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section
+    config = RunConfig.model_validate(tree)
+    derived = derive(
+        config,
+        workers=workers,
+        cpus_per_worker=1,
+        device="cpu",
+        train_samples=len(train_index),
+        val_samples=len(val_index),
+        num_classes=len(train_index.classes),
+    )
+    return config, derived

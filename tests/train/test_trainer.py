@@ -1,0 +1,80 @@
+"""The whole loop on one rank: events, checkpoints, resume bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import UserError
+from pipeline.model import create
+from pipeline.train import checkpoint
+from pipeline.train.state import best_checkpoint, checkpoint_root
+from pipeline.train.trainer import Trainer
+from tests.train.settings import settings
+
+CPU = torch.device("cpu")
+
+
+def run(indexes: tuple, run_dir: Path, resume: Path | None = None, **sections: dict) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    config, derived = settings(*indexes, **sections)
+    Trainer(config, derived, *indexes, run_dir, CPU, events.append).fit(resume)
+    return events
+
+
+def losses(events: list[dict[str, Any]]) -> dict[int, float]:
+    return {e["step"]: e["loss"] for e in events if e["kind"] == "step"}
+
+
+@pytest.mark.slow
+def test_a_run_in_two_parts_equals_one_in_one_bit_for_bit(one_rank, indexes, tmp_path):
+    data = indexes()
+    whole = run(data, tmp_path / "whole", checkpoint={"keep_last": 9})
+    middle = checkpoint_root(tmp_path / "whole") / checkpoint.folder_name(40)
+    assert checkpoint.fault(middle) is None
+    rest = run(data, tmp_path / "rest", resume=middle, checkpoint={"keep_last": 9})
+    assert rest[0] == {"kind": "resumed", "samples_seen": 40, "checkpoint": str(middle)}
+    assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 5}
+    ends = [load_file(best_or_last(tmp_path / name) / "model.safetensors") for name in ("whole", "rest")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def best_or_last(run_dir: Path) -> Path:
+    return checkpoint.checkpoints(checkpoint_root(run_dir))[-1]
+
+
+@pytest.mark.slow
+def test_events_checkpoints_and_the_model_card(one_rank, indexes, tmp_path):
+    train_index, val_index = data = indexes()
+    events = run(data, tmp_path, train={"max_device_batch_size": 4})  # two micro-batches a step
+    steps = [e for e in events if e["kind"] == "step"]
+    assert [e["step"] for e in steps] == [2, 4, 6, 8, 10]
+    assert [e["samples_seen"] for e in steps] == [16, 32, 48, 64, 80]
+    assert all(0 <= e["data_wait"] <= 1 and e["img_per_s"] > 0 for e in steps)
+    evals = [e for e in events if e["kind"] == "eval"]
+    assert [(e["samples_seen"], e["total"], e["top5_k"]) for e in evals] == [(40, 13, 3), (80, 13, 3)]
+    saved = [Path(e["checkpoint"]) for e in events if e["kind"] == "checkpoint"]
+    assert saved == checkpoint.checkpoints(checkpoint_root(tmp_path))
+    best = best_checkpoint(tmp_path)
+    card = json.loads((best / "model.json").read_text())
+    assert card["classes"] == list(train_index.classes)
+    assert card["metrics"]["total"] == len(val_index)
+    assert card["metrics"]["top1_correct"] == max(e["top1_correct"] for e in evals)
+    create("densenet_tiny", 3).load_state_dict(load_file(best / "model.safetensors"), strict=True)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_refused_with_the_differences(one_rank, indexes, tmp_path):
+    data = indexes()
+    run(data, tmp_path / "first", train={"epochs": 1})
+    saved = best_or_last(tmp_path / "first")
+    with pytest.raises(UserError, match=r"run.seed was 5 and is 6; engine.zero_stage was 1 and is 2"):
+        run(data, tmp_path / "second", resume=saved, run={"seed": 6}, engine={"zero_stage": 2})
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_advice(one_rank, indexes, tmp_path):
+    with pytest.raises(UserError, match=r"the training loss is (nan|inf) at step \d+ .* lower optim.lr"):
+        run(indexes(), tmp_path, optim={"lr": 1e18, "momentum": 0.0}, train={"epochs": 5})
