@@ -65,7 +65,9 @@ class Classifier(PythonModel):
             with Image.open(io.BytesIO(content)) as image:
                 rgb = image.convert("RGB")
         except (OSError, ValueError, TypeError, binascii.Error) as error:
-            raise MlflowException.invalid_parameter_value(f"row {row} of `image` is not a picture: {error}") from error
+            raise MlflowException.invalid_parameter_value(
+                f"row {row} of `image` is not a picture: give the bytes of a JPEG or PNG file, or their base64 text"
+            ) from error
         return evaluation_transform(rgb, **self.transform)
 
 
