@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.errors import UserError
+from pipeline.errors import TrainingError, UserError
 
 app = typer.Typer(
     help="Train DenseNets on ImageNet: on one CPU, one GPU or many GPU nodes.",
@@ -29,7 +29,11 @@ def train(config: Config, overrides: Overrides = None, address: Address = None) 
     """Train, evaluate, and register the model."""
     from launch.train import train_command
 
-    train_command(console, config, overrides or [], address)
+    try:
+        train_command(console, config, overrides or [], address)
+    except KeyboardInterrupt:
+        errors.print("interrupted: checkpoints and records so far are kept", style="yellow")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -76,3 +80,6 @@ def main() -> None:
     except UserError as error:
         errors.print(f"error: {error}", style="red")
         sys.exit(2)
+    except TrainingError as error:
+        errors.print(f"training failed: {error}", style="red")
+        sys.exit(1)

@@ -7,25 +7,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import ray.train
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from launch.net import HOST, check_port, free_port
+from launch.net import HOST, answers
 from launch.resources import Resources, Share
 from launch.worker import train_worker
 from pipeline.config import Derived, RunConfig
 from pipeline.data.index import DatasetIndex
-from pipeline.errors import UserError
+from pipeline.errors import TrainingError, UserError
 
 _POLL_S = 0.2
-
-
-class TrainingError(Exception):
-    """Training failed in the workers for a reason that is not known to be the user's."""
+_CONNECT_S = 5
+_NO_CLUSTER = (
+    "Start a cluster with `ray start --head`, correct the address, or unset RAY_ADDRESS to run on this machine."
+)
 
 
 @ray.remote(num_cpus=0)
@@ -61,14 +61,16 @@ def joined(address: str, log_file: Path) -> Iterator[str]:
     Raises:
         UserError: no cluster answers there.
     """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit() and not answers(host, int(port), _CONNECT_S):
+        raise UserError(
+            f"nothing answers at the Ray address {address}. {_NO_CLUSTER}"
+        )  # Ray itself would try for minutes
     with _ray_logs_to(log_file):
         try:
             ray.init(address=address, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]} Start one with "
-                f"`ray start --head`, correct the address, or unset RAY_ADDRESS to run on this machine alone."
-            ) from error
+            raise UserError(f"no Ray cluster at {address}: {str(error).splitlines()[0]} {_NO_CLUSTER}") from error
         try:
             yield _dashboard()
         finally:
@@ -76,26 +78,18 @@ def joined(address: str, log_file: Path) -> Iterator[str]:
 
 
 @contextmanager
-def embedded(num_cpus: int, dashboard_port: int | Literal["auto"], log_file: Path) -> Iterator[str]:
+def embedded(num_cpus: int, dashboard_port: int, log_file: Path) -> Iterator[str]:
     """Starts a Ray of this run's own on loopback, and stops it at the end; yields the dashboard's address.
 
     Another cluster on the machine is neither joined nor touched.
-
-    Raises:
-        UserError: the dashboard's port is taken.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if dashboard_port == "auto":
-        port = free_port()
-    else:
-        port = dashboard_port
-        check_port(port, "cluster.dashboard_port")
     with _ray_logs_to(log_file):
         ray.init(
             address="local",
             num_cpus=num_cpus,
             dashboard_host=HOST,
-            dashboard_port=port,
+            dashboard_port=dashboard_port,
             log_to_driver=False,
         )
         try:
@@ -168,7 +162,7 @@ def run(
     if message is not None:
         raise UserError(message)
     if failure is not None:
-        raise TrainingError(str(failure)) from failure
+        raise TrainingError(f"{failure}\nThe workers' own logs are in {run_dir / 'logs'}.") from failure
 
 
 def _pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: threading.Event) -> None:

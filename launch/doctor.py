@@ -148,7 +148,7 @@ def _ray() -> str:
 
     from launch.cluster import embedded
 
-    with tempfile.TemporaryDirectory() as folder, embedded(1, "auto", Path(folder, "ray.log")):
+    with tempfile.TemporaryDirectory() as folder, embedded(1, free_port(), Path(folder, "ray.log")):
         process = ray.get(ray.remote(lambda: os.getpid()).remote())
     return f"a task ran in process {process} of an embedded cluster"
 

@@ -25,3 +25,12 @@ def check_port(port: int, option: str) -> None:
                 f"{option}={port} cannot be used on {HOST}: {error.strerror}. "
                 f"Choose another, for example {free_port()}."
             ) from error
+
+
+def answers(host: str, port: int, timeout_s: float) -> bool:
+    """Whether something accepts connections at `host`:`port`."""
+    try:
+        socket.create_connection((host, port), timeout_s).close()
+    except OSError:
+        return False
+    return True

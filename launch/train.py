@@ -12,10 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run
+from launch.net import check_port, free_port
 from launch.plan import print_plan
 from launch.prepare import Prepared, check_writable, prepare, read_config
 from launch.progress import Clock, Display, accuracy
 from launch.resources import this_machine
+from pipeline.config import RunConfig
 from pipeline.export.package import Registered, register
 from pipeline.tracking.run import Tracker, default_tracking_uri
 from pipeline.train import checkpoint
@@ -32,12 +34,14 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
         TrainingError: the workers failed for another reason.
     """
     clock = Clock()
+    default_uri = default_tracking_uri()
     config = read_config(path, overrides)
     check_writable(Path(config.run.output))
     address = cluster_address(address)
     log_file = Path(config.run.output) / str(config.run.name) / "logs" / "ray.log"
     with ExitStack() as stack:
         if address is None:
+            dashboard_port = _dashboard_port(config)
             prepared = prepare(config, this_machine())
         else:
             dashboard = stack.enter_context(joined(address, log_file))
@@ -50,7 +54,7 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
                 if address is None:
                     display.status("starting Ray")
                     cpus = max(prepared.derived.workers * prepared.derived.cpus_per_worker, this_machine().cpus)
-                    dashboard = stack.enter_context(embedded(cpus, config.cluster.dashboard_port, log_file))
+                    dashboard = stack.enter_context(embedded(cpus, dashboard_port, log_file))
                     clock.ended("Ray start")
                 display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
                 speed = _train(prepared, tracker, display, clock)
@@ -62,13 +66,22 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
         except KeyboardInterrupt:
             tracker.finish("KILLED")
             raise
-        except BaseException:
+        except Exception:
             tracker.finish("FAILED")
             raise
         unsent = tracker.finish("FINISHED")
-    _print_summary(console, prepared, tracker, best, registered, speed, clock)
+    uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(tracker.uri)}"
+    _print_summary(console, prepared, uri, best, registered, speed, clock)
     if unsent:
         console.print(f"warning: {unsent} records did not reach {tracker.uri}; they are in {prepared.run_dir}")
+
+
+def _dashboard_port(config: RunConfig) -> int:
+    port = config.cluster.dashboard_port
+    if port == "auto":
+        return free_port()
+    check_port(port, "cluster.dashboard_port")
+    return port
 
 
 def _start_tracker(prepared: Prepared) -> Tracker:
@@ -153,7 +166,7 @@ def _register(prepared: Prepared, tracker: Tracker, best: Path) -> Registered:
 def _print_summary(
     console: Console,
     prepared: Prepared,
-    tracker: Tracker,
+    uri: str,
     best: Path,
     registered: Registered,
     speed: dict[str, float],
@@ -163,8 +176,8 @@ def _print_summary(
     newest = checkpoint.checkpoints(checkpoint_root(prepared.run_dir))[-1]
     state = read_state(newest)
     program = shlex.quote(sys.argv[0]) if shutil.which("densenet") is None else "densenet"
-    uri = "" if tracker.uri == default_tracking_uri() else f" --uri {shlex.quote(tracker.uri)}"
-    picture = shlex.quote(os.path.relpath(prepared.val_index.path(0)))
+    picture = prepared.val_index.path(0)
+    picture_here = shlex.quote(min(str(picture), os.path.relpath(picture), key=len))
     lines = [
         ("best", f"{accuracy(state['best'])}, at {state['best_at']:,} samples"),
         ("last", f"{accuracy(state['last'])}, at {state['last_at']:,} samples"),
@@ -174,7 +187,7 @@ def _print_summary(
         ("checkpoint", str(best)),
         ("model", f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri})"),
         ("MLflow UI", f"{program} ui{uri}"),
-        ("predict", f"{program} predict {registered.uri} {picture}{uri}"),
+        ("predict", f"{program} predict {registered.uri} {picture_here}{uri}"),
     ]
     console.rule("done")
     for name, text in lines:

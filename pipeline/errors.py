@@ -15,3 +15,7 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data folder or a file in it is wrong."""
+
+
+class TrainingError(Exception):
+    """Training failed in the workers for a reason that is not known to be the user's."""

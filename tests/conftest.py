@@ -19,6 +19,14 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests use neither the user's cluster nor the user's tracking server, nor what another test has set."""
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def imagenet_samples() -> Path:
     folder = (SHARED / "imagenet-samples").resolve()

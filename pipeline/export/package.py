@@ -63,6 +63,7 @@ def register(checkpoint: Path, *, uri: str, run_id: str, name: str, alias: str, 
         # MLflow's advice on packaging and its announcements of each step are of no use to the user here.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
+            mlflow.set_tracking_uri(uri)
             with mlflow.start_run(run_id=run_id):
                 info = mlflow.pyfunc.log_model(
                     name="model",

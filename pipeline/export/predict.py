@@ -33,6 +33,7 @@ def predict_files(model_uri: str, uri: str, images: Sequence[Path], top: int = 5
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MLflow's notes on versions; the pinned ones are in the model
+            mlflow.set_tracking_uri(uri)
             model = mlflow.pyfunc.load_model(resolved.uri, suppress_warnings=True)
             frame = model.predict(pd.DataFrame({"image": contents}))
     except (MlflowException, OSError) as error:
