@@ -34,7 +34,7 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
         TrainingError: the workers failed for another reason.
     """
     clock = Clock()
-    default_uri = default_tracking_uri()
+    default_uri = default_tracking_uri()  # asked for now: registering sets the variable that it reads
     config = read_config(path, overrides)
     check_writable(Path(config.run.output))
     address = cluster_address(address)

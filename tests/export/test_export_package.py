@@ -1,0 +1,158 @@
+"""The packaged model: registered, found, loaded without this project, and right."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.transforms import functional as tv
+
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.export.package import Registered, register
+from pipeline.export.predict import predict_files
+from pipeline.model import ARCHITECTURES, create
+from pipeline.tracking.run import Tracker, tracking_uri
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+TRANSFORM = {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+
+
+def trained_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = create("densenet_tiny", len(CLASSES))
+    with torch.no_grad():
+        for _ in range(5):
+            model(torch.randn(8, 3, 32, 32))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registered, str, Path]:
+    """A model in a registry of its own, the registry's address and a folder with a picture."""
+    folder = tmp_path_factory.mktemp("registry")
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    save_file(trained_model().state_dict(), checkpoint / "model.safetensors")
+    card = {
+        "name": "densenet_tiny",
+        "architecture": ARCHITECTURES["densenet_tiny"],
+        "num_classes": len(CLASSES),
+        "classes": CLASSES,
+        "transform": TRANSFORM,
+        "metrics": {"top1_correct": 3, "top5_correct": 4, "top5_k": 5, "total": 5, "loss": 0.5},
+        "samples_seen": 123,
+        "epoch": 1.5,
+        "config_hash": "abc",
+    }
+    (checkpoint / "model.json").write_text(json.dumps(card))
+    config = RunConfig.model_validate({"run": {"output": str(folder)}})
+    tracker = Tracker.start(config, run_dir=folder / "run", run_name="one", params={}, tags={})
+    uri = tracking_uri(config)
+    model = register(
+        checkpoint,
+        uri=uri,
+        run_id=tracker.run_id,
+        name="tiny",
+        alias="candidate",
+        data_fingerprint="f00d",
+    )
+    tracker.finish("FINISHED")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.jpg")
+    return model, uri, folder
+
+
+def expected(picture: Path) -> torch.Tensor:
+    with Image.open(picture) as image:
+        cut = tv.center_crop(tv.resize(image.convert("RGB"), TRANSFORM["resize"]), TRANSFORM["crop"])
+    with torch.no_grad():
+        return trained_model()(tv.normalize(tv.to_tensor(cut), TRANSFORM["mean"], TRANSFORM["std"])[None]).softmax(1)[0]
+
+
+def test_the_version_has_alias_run_and_results(registered):
+    model, uri, _ = registered
+    assert (model.name, model.version, model.uri) == ("tiny", "1", "models:/tiny@candidate")
+    version = MlflowClient(uri, uri).get_model_version_by_alias("tiny", "candidate")
+    assert version.tags["top1_correct"] == "3"
+    assert version.tags["total"] == "5"
+    assert version.tags["data.fingerprint"] == "f00d"
+    assert json.loads(version.tags["transform"]) == TRANSFORM
+
+
+def test_predictions_equal_plain_timm_after_torchvisions_transform(registered):
+    model, uri, folder = registered
+    for name in (model.uri, "models:/tiny/1"):
+        (prediction,) = predict_files(name, uri, [folder / "picture.jpg"], top=99)
+        probabilities = expected(folder / "picture.jpg")
+        assert [p for _, p in prediction.classes] == sorted((p for _, p in prediction.classes), reverse=True)
+        for class_name, probability in prediction.classes:
+            assert probability == pytest.approx(probabilities[CLASSES.index(class_name)].item(), abs=1e-6)
+        assert len(prediction.classes) == len(CLASSES)
+
+
+def test_mlflow_loads_it_and_takes_bytes_and_base64(registered):
+    model, uri, folder = registered
+    mlflow.set_tracking_uri(uri)
+    content = (folder / "picture.jpg").read_bytes()
+    loaded = mlflow.pyfunc.load_model(model.uri)
+    frame = loaded.predict(pd.DataFrame({"image": [content, content]}))
+    assert frame["probabilities"][0] == pytest.approx(frame["probabilities"][1])
+    assert frame["class_name"][0] == CLASSES[frame["class_id"][0]]
+    assert frame["probability"][0] == max(frame["probabilities"][0])
+    text = base64.b64encode(content).decode()
+    again = loaded.unwrap_python_model().predict(None, pd.DataFrame({"image": [text]}))
+    assert again["probabilities"][0] == pytest.approx(frame["probabilities"][0])
+    with pytest.raises(mlflow.MlflowException, match="row 1 of `image` is not a picture"):
+        loaded.predict(pd.DataFrame({"image": [content, b"no picture"]}))
+
+
+@pytest.mark.slow
+def test_it_loads_where_this_project_is_not(registered):
+    model, uri, folder = registered
+    code = f"""
+import sys, mlflow, pandas
+mlflow.set_tracking_uri({uri!r})
+loaded = mlflow.pyfunc.load_model({model.uri!r})
+print(loaded.predict(pandas.DataFrame({{"image": [open("picture.jpg", "rb").read()]}}))["class_name"][0])
+assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "launch")]
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == CLASSES[int(expected(folder / "picture.jpg").argmax())]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("models:/tony@candidate", "no model named 'tony' .* Registered: tiny"),
+        ("models:/tiny@champion", r"Aliases of tiny: @candidate \(version 1\); versions: 1"),
+        ("models:/tiny/7", r"Aliases of tiny: @candidate \(version 1\); versions: 1"),
+        ("tiny", "write models:/NAME@ALIAS or models:/NAME/VERSION"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_with_those_that_are(registered, name, message):
+    _, uri, folder = registered
+    with pytest.raises(UserError, match=message):
+        predict_files(name, uri, [folder / "picture.jpg"])
+
+
+def test_files_that_are_no_pictures_are_named(registered):
+    model, uri, folder = registered
+    (folder / "notes.txt").write_text("x")
+    for file, message in (
+        ("gone.jpg", "does not exist"),
+        ("checkpoint", "is not a file"),
+        ("notes.txt", "not an image"),
+    ):
+        with pytest.raises(UserError, match=f"{file} .*{message}|{file} {message}"):
+            predict_files(model.uri, uri, [folder / file])
