@@ -5,6 +5,7 @@ own keys, `key=value` overrides are merged on top, and the result is validated i
 """
 
 import difflib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ class Data(Section):
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     mean: Rgb = Field((0.485, 0.456, 0.406), description="per channel, of pixel values in [0, 1]")
     std: Rgb = Field((0.229, 0.224, 0.225), description="per channel, of pixel values in [0, 1]")
-    interpolation: Interpolation = "bilinear"
+    interpolation: Interpolation = Field("bilinear", description="filter of the resize, always antialiased")
     threads: Count | Auto = Field("auto", description="DALI threads per worker; auto: the worker's CPU cores")
 
     @model_validator(mode="after")
@@ -79,7 +80,7 @@ class Data(Section):
 class Eval(Section):
     resize: int = Field(256, ge=8, le=2048, description="shorter side after the resize, pixels")
     crop: int = Field(224, ge=8, le=1024, description="centre crop's side, pixels")
-    interpolation: Interpolation = "bilinear"
+    interpolation: Interpolation = Field("bilinear", description="filter of the resize, always antialiased")
     batch_size: Count | Auto = Field("auto", description="pictures per worker and batch; auto: as in training")
     every_epochs: Count = Field(1, description="epochs between evaluations; the end of the run is always evaluated")
 
@@ -104,19 +105,19 @@ class Train(Section):
 
 
 class Optim(Section):
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd"] = Field("sgd", description="SGD without dampening")
     lr: float = Field(0.1, gt=0, description="peak learning rate at the given global batch size")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = True
+    momentum: float = Field(0.9, ge=0, lt=1, description="0 <= momentum < 1")
+    nesterov: bool = Field(True, description="Nesterov's look-ahead; without effect at momentum 0")
     weight_decay: float = Field(1e-4, ge=0, description="on convolution and linear weights only")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest global gradient norm; null: no clipping")
 
 
 class Schedule(Section):
-    name: Literal["step", "cosine"] = "step"
+    name: Literal["step", "cosine"] = Field("step", description="`step` or `cosine` (falls to 0 at the end)")
     warmup_epochs: float = Field(0, ge=0, description="linear rise to the peak rate")
     milestones: tuple[float, ...] = Field((30, 60), description="epochs at which `step` multiplies the rate by gamma")
-    gamma: float = Field(0.1, gt=0, le=1)
+    gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Schedule":
@@ -143,9 +144,9 @@ class Cluster(Section):
 
 class Tracking(Section):
     uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`")
-    experiment: str = "densenet"
+    experiment: str = Field("densenet", description="MLflow experiment, made if missing")
     register_as: Name | None = Field(None, description="registered model name; default: the model's name")
-    alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="moved to the new version")
 
 
 class RunConfig(Section):
@@ -347,3 +348,21 @@ def _known_keys(section: list[str]) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].rstrip(".")
+
+
+def describe() -> str:
+    """All keys with their defaults and meanings, as a Markdown table: the content of `docs/config.md`."""
+    lines = ["# Config keys", "", "Written by `python -m pipeline.config`.", ""]
+    lines += ["| key | default | meaning |", "|---|---|---|"]
+    for name, section in RunConfig.model_fields.items():
+        if isinstance(section.default, Section):
+            fields = {f"{name}.{key}": field for key, field in type(section.default).model_fields.items()}
+        else:
+            fields = {name: section}
+        for key, field in fields.items():
+            lines.append(f"| `{key}` | `{json.dumps(field.default)}` | {field.description or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(describe(), end="")

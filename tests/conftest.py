@@ -1,7 +1,9 @@
-"""What tests share: one-rank process groups, and worlds of several ranks in processes of their own."""
+"""What tests share: the command line, one-rank process groups, and worlds of several ranks."""
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,9 @@ import torch.multiprocessing as mp
 multiprocessing.set_forkserver_preload(["torch", "timm", "deepspeed", "pipeline.train.trainer"])
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+BIN = Path(sys.executable).parent
+PROJECT = Path(__file__).resolve().parents[1]
+SHARED = PROJECT / ".." / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -80,5 +84,23 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
                 print(file.read_text())
             raise
         return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(workers)]
+
+    return run
+
+
+@pytest.fixture
+def shell() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`shell(program, *arguments, env={...})` runs a program of this environment in the project's folder."""
+
+    def run(program: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            [str(BIN / program), *arguments],
+            cwd=PROJECT,
+            env=os.environ | {"PATH": path} | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     return run

@@ -1,0 +1,110 @@
+"""Whole runs on an embedded Ray, as a user starts them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_demo_from_training_to_prediction(shell, tmp_path):
+    """Three epochs of the demo: the summary's every line is true, and its last command works as printed."""
+    done = shell("densenet", "train", "configs/demo.yaml", "train.epochs=3", f"run.output={tmp_path}")
+    assert done.returncode == 0, done.stdout
+    out = done.stdout
+
+    assert re.search(
+        r"epoch 0\.45/3  step 10/68  loss \d\.\d{4}  lr 0\.04454  \d+ img/s \(\d+ per worker\)  data wait", out
+    )
+    assert "ETA" in out
+    for noise in (
+        "(RayTrainWorker",
+        "(TrainController",
+        "INFO",
+        "WARNING",
+        "Traceback",
+        "Token authentication",
+        "\x1b[",
+    ):
+        assert noise not in out
+    (run_dir,) = tmp_path.glob("demo-*")
+    assert {p.name for p in (run_dir / "logs").iterdir()} == {"rank0.log", "rank1.log", "ray.log"}
+    assert "Started a local Ray instance" in (run_dir / "logs" / "ray.log").read_text()
+
+    summary = dict(line.split(maxsplit=1) for line in out.split("done")[1].splitlines()[1:])
+    top1, top5 = re.findall(r"top-\d (\d+)/360", summary["best"])
+    assert 340 <= int(top1) <= int(top5) <= 360
+    assert f"top-1 {top1}/360 = {100 * int(top1) / 360:.2f} %" in summary["best"]
+    assert re.fullmatch(r"training [\d,]+ img/s", summary["speed"])
+    for phase in ("prepare", "Ray start", "worker start", "first step", "training", "registration"):
+        assert phase in summary["time"]
+    checkpoint = Path(summary["checkpoint"])
+    assert json.loads((checkpoint / "model.json").read_text())["metrics"]["top1_correct"] == int(top1)
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri, uri)
+    version = client.get_model_version_by_alias("densenet_tiny", "candidate")
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/top1"] > 94
+    assert len(client.get_metric_history(version.run_id, "train/loss")) == 7
+
+    program, *arguments = shlex.split(out.splitlines()[-1].removeprefix("predict"))
+    predicted = shell(program, *arguments)
+    assert predicted.returncode == 0, predicted.stdout
+    label = Path(arguments[2]).parent.name
+    assert re.search(rf"\d\d\.\d\d%  {label}$", predicted.stdout.splitlines()[1]), predicted.stdout
+
+
+def test_densenet121_on_real_imagenet_pictures(shell, tmp_path, imagenet_samples):
+    """The paper's model and recipe at 224 pixels for a few steps; one folder per WordNet id, as on a real tree."""
+    for split in ("train", "val"):
+        for picture in imagenet_samples.iterdir():
+            folder = tmp_path / "imagenet" / split / picture.name.split("_")[0]
+            folder.mkdir(parents=True)
+            (folder / picture.name).symlink_to(picture)
+    done = shell(
+        "densenet",
+        "train",
+        "configs/densenet121.yaml",
+        f"data.root={tmp_path / 'imagenet'}",
+        f"run.output={tmp_path / 'out'}",
+        "train.epochs=0.4",
+        "train.global_batch_size=8",
+        "train.log_every_steps=1",
+    )
+    assert done.returncode == 0, done.stdout
+    assert "densenet121, 6,994,856 parameters, 40 classes" in done.stdout
+    assert re.search(r"epoch 0\.40/0\.4  step 2/2  loss \d+\.\d+  lr 0\.1 ", done.stdout)
+    assert re.search(r"top-1 \d+/40 = .* top-5 \d+/40", done.stdout)
+    assert "resize 256 bilinear antialias, centre crop 224, no EXIF rotation" in done.stdout
+
+
+def test_a_picture_that_breaks_in_training_is_named(shell, tmp_path):
+    """Damage that only decoding finds: start and end are in order, so the index accepts the file."""
+    for split in ("train", "val"):
+        for i in range(8):
+            file = tmp_path / "set" / split / "ab"[i % 2] / f"{i}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (30 * i, 0, 0)).save(file)
+    victim = tmp_path / "set" / "train" / "a" / "4.jpg"
+    content = bytearray(victim.read_bytes())
+    content[200:-2] = b"\x55" * (len(content) - 202)
+    victim.write_bytes(content)
+    done = shell(
+        "densenet",
+        "train",
+        "configs/demo.yaml",
+        f"data.root={tmp_path / 'set'}",
+        f"run.output={tmp_path / 'out'}",
+        "train.global_batch_size=4",
+    )
+    assert done.returncode == 2, done.stdout
+    assert f"{victim}: " in done.stdout
+    assert "Replace or remove them" in done.stdout
+    assert "Traceback" not in done.stdout

@@ -1,0 +1,68 @@
+"""The documents: commands that run, links that lead somewhere, the table of config keys."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.config import describe
+
+PROJECT = Path(__file__).resolve().parents[1]
+README = (PROJECT / "README.md").read_text()
+DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+
+
+def commands() -> list[list[str]]:
+    """Every command of README's shell blocks, split into words, without the comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_key_table_is_up_to_date():
+    assert (PROJECT / "docs" / "config.md").read_text() == describe(), (
+        "run `python -m pipeline.config > docs/config.md`"
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_lead_to_files(document):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_make_targets_exist():
+    targets = [words[1] for words in commands() if words[0] == "make"]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=PROJECT, check=True, capture_output=True)
+
+
+def test_training_commands_plan(shell, tmp_path):
+    """What README trains can be planned as written, with a small set in the place of ImageNet."""
+    for split in ("train", "val"):
+        for name in ("n01", "n02"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            Image.new("RGB", (300, 260)).save(tmp_path / "set" / split / name / "1.JPEG")
+    small = ["train.global_batch_size=2", f"run.output={tmp_path}"]
+    places = {"data.root=/data/imagenet": f"data.root={tmp_path / 'set'}", "run.output=/shared/runs": small[1]}
+    planned = 0
+    for words in commands():
+        if "densenet" in words and words[words.index("densenet") + 1] in ("plan", "train"):
+            arguments = [places.get(word, word) for word in words[words.index("densenet") + 2 :]]
+            done = shell("densenet", "plan", *arguments, *(small if "configs/demo.yaml" not in arguments else []))
+            assert done.returncode == 0, done.stdout
+            assert "global batch" in done.stdout
+            planned += 1
+    assert planned == 3
+
+
+@pytest.mark.slow
+def test_doctor_finds_everything_well(shell):
+    assert ["densenet", "doctor"] in commands()
+    done = shell("densenet", "doctor")
+    assert done.returncode == 0, done.stdout
+    for part in ("torch", "timm", "DALI", "DeepSpeed", "Ray", "MLflow"):
+        assert re.search(rf"{part} +\d[\d.]+ +ok: ", done.stdout), done.stdout
