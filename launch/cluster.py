@@ -155,6 +155,8 @@ def run(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         failure = error
+    except SystemExit:  # Ray's own handling of Ctrl-C, after it has ended the workers
+        raise KeyboardInterrupt from None
     finally:
         done.set()
         pump.join()

@@ -182,7 +182,10 @@ def _print_summary(
         ("best", f"{accuracy(state['best'])}, at {state['best_at']:,} samples"),
         ("last", f"{accuracy(state['last'])}, at {state['last_at']:,} samples"),
         ("evaluated as", prepared.config.eval.transform),
-        ("speed", " · ".join(f"{name} {value:,.0f} img/s" for name, value in speed.items())),
+        (
+            "speed",
+            " · ".join(f"{name} {value:,.0f} img/s" for name, value in speed.items()) or "nothing was left to train",
+        ),
         ("time", str(clock)),
         ("checkpoint", str(best)),
         ("model", f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri})"),
