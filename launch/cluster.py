@@ -63,9 +63,8 @@ def joined(address: str, log_file: Path) -> Iterator[str]:
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit() and not answers(host, int(port), _CONNECT_S):
-        raise UserError(
-            f"nothing answers at the Ray address {address}. {_NO_CLUSTER}"
-        )  # Ray itself would try for minutes
+        # Ray itself would go on trying for minutes.
+        raise UserError(f"nothing answers at the Ray address {address}. {_NO_CLUSTER}")
     with _ray_logs_to(log_file):
         try:
             ray.init(address=address, log_to_driver=False)
@@ -117,7 +116,7 @@ def run(
     run_dir: Path,
     on_event: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Trains on the connected cluster until the run is complete; events arrive in order, in this thread's caller.
+    """Trains on the connected cluster until the run is complete; `on_event` gets the events in order, in a thread.
 
     Raises:
         UserError: a worker met an error that the user can mend.
@@ -153,18 +152,26 @@ def run(
     failure: Exception | None = None
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
     except SystemExit:  # Ray's own handling of Ctrl-C, after it has ended the workers
         raise KeyboardInterrupt from None
     finally:
         done.set()
         pump.join()
-    message = ray.get(hub.error.remote())
+    message = _error(hub)
     if message is not None:
         raise UserError(message)
     if failure is not None:
         raise TrainingError(f"{failure}\nThe workers' own logs are in {run_dir / 'logs'}.") from failure
+
+
+def _error(hub: Any) -> str | None:
+    """The first error that a worker has told the hub; None too when the hub has gone with its node."""
+    try:
+        return ray.get(hub.error.remote())
+    except ray.exceptions.RayError:
+        return None
 
 
 def _pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: threading.Event) -> None:

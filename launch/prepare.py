@@ -1,7 +1,6 @@
 """What is settled on the driver before any worker starts: paths, data, resources, derived values."""
 
 import datetime
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,4 +88,4 @@ def check_writable(output: Path) -> None:
 def _base_folder() -> Path:
     """Where a relative `run.output` lies: here, or in the home folder when here is a Ray job's throw-away copy."""
     here = Path.cwd()
-    return Path.home() / "densenet" if "RAY_JOB_ID" in os.environ and "_ray_pkg_" in str(here) else here
+    return Path.home() / "densenet" if "_ray_pkg_" in str(here) else here

@@ -19,7 +19,7 @@ from launch.progress import Clock, Display, accuracy
 from launch.resources import this_machine
 from pipeline.config import RunConfig
 from pipeline.export.package import Registered, register
-from pipeline.tracking.run import Tracker, default_tracking_uri
+from pipeline.tracking.run import Tracker, default_tracking_uri, shown
 from pipeline.train import checkpoint
 from pipeline.train.state import best_checkpoint, checkpoint_root, read_state
 
@@ -70,10 +70,10 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
             tracker.finish("FAILED")
             raise
         unsent = tracker.finish("FINISHED")
-    uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(tracker.uri)}"
+    uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(shown(tracker.uri))}"
     _print_summary(console, prepared, uri, best, registered, speed, clock)
     if unsent:
-        console.print(f"warning: {unsent} records did not reach {tracker.uri}; they are in {prepared.run_dir}")
+        console.print(f"warning: {unsent} records did not reach {shown(tracker.uri)}; they are in {prepared.run_dir}")
 
 
 def _dashboard_port(config: RunConfig) -> int:
@@ -102,7 +102,7 @@ def _start_tracker(prepared: Prepared) -> Tracker:
         },
         run_id=run_id,
     )
-    checkpoint.write_json(record, {"run_id": tracker.run_id, "uri": tracker.uri})
+    checkpoint.write_json(record, {"run_id": tracker.run_id})
     return tracker
 
 

@@ -6,16 +6,16 @@ import sys
 from rich.console import Console
 
 from launch.net import HOST, check_port
-from pipeline.tracking.run import default_tracking_uri
+from pipeline.tracking.run import default_tracking_uri, shown
 
 
 def ui_command(console: Console, port: int, uri: str | None) -> None:
     """Replaces this process by MLflow's server; a remote tracking server has its UI at its own address."""
     uri = uri or default_tracking_uri()
     if uri.startswith(("http://", "https://")):
-        console.print(f"the tracking server's UI is at {uri}")
+        console.print(f"the tracking server's UI is at {shown(uri)}")
         return
     check_port(port, "--port")
-    console.print(f"MLflow UI at http://{HOST}:{port} for {uri}; stop it with Ctrl-C", soft_wrap=True)
+    console.print(f"MLflow UI at http://{HOST}:{port} for {shown(uri)}; stop it with Ctrl-C", soft_wrap=True)
     arguments = ["server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])

@@ -46,6 +46,9 @@ def _train(task: dict[str, Any], report: Any) -> None:
     from pipeline.train.trainer import train
 
     torch.set_num_threads(task["derived"].cpus_per_worker)
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     resume = newest_valid(checkpoint_root(task["run_dir"]), lambda text: report({"kind": "warning", "message": text}))
     train(
         task["config"],
@@ -53,7 +56,7 @@ def _train(task: dict[str, Any], report: Any) -> None:
         ray.get(task["train_index"]),
         ray.get(task["val_index"]),
         task["run_dir"],
-        ray.train.torch.get_device(),
+        device,
         report,
         resume,
     )

@@ -7,6 +7,7 @@ own keys, `key=value` overrides are merged on top, and the result is validated i
 import difflib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -30,6 +31,12 @@ def _plain_name(name: str) -> str:
     if not name or any(c in name for c in "/\\\0") or name.startswith("."):
         raise ValueError("must be a plain folder name: no slashes, no leading dot")
     return name
+
+
+def _no_password(uri: str) -> str:
+    if re.search(r"://[^/@:]*:[^/@]+@", uri):
+        raise ValueError("must not hold a password, since configs are saved and shown: use MLFLOW_TRACKING_URI")
+    return uri
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]
@@ -143,7 +150,9 @@ class Cluster(Section):
 
 
 class Tracking(Section):
-    uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`")
+    uri: Annotated[str, AfterValidator(_no_password)] | None = Field(
+        None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`"
+    )
     experiment: str = Field("densenet", description="MLflow experiment, made if missing")
     register_as: Name | None = Field(None, description="registered model name; default: the model's name")
     alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="moved to the new version")
@@ -326,7 +335,7 @@ def _faults(error: ValidationError) -> list[str]:
         else:
             message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             allowed.setdefault(key, []).append(message[0].lower() + message[1:])
-            if not isinstance(fault["input"], dict | BaseModel):
+            if not isinstance(fault["input"], dict | BaseModel) and "password" not in message:
                 given[key] = fault["input"]
     return [
         f"  {key}: {', or '.join(messages)}" + (f"; got {given[key]!r}" if key in given else "")

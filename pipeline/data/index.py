@@ -92,7 +92,7 @@ class DatasetIndex:
         offset, length = int(self._places[1][sample]), int(self._places[2][sample])
         path = self.path(sample)
         try:
-            with path.open("rb", buffering=0) as file:
+            with path.open("rb") as file:
                 file.seek(offset)
                 content = file.read(length + 1)
         except OSError as error:
@@ -123,9 +123,12 @@ def open_splits(root: str | None, train: str, val: str, cache: Path) -> tuple[Da
         DataError: a folder is missing or is not laid out in class folders, or files are damaged or are no images.
     """
     train_folder, val_folder = find_splits(root, train, val)
-    classes = list_classes(train_folder)
-    train_index = _index(train_folder, classes, classes, cache)
-    return train_index, _index(val_folder, list_classes(val_folder), classes, cache)
+    try:
+        classes = list_classes(train_folder)
+        train_index = _index(train_folder, classes, classes, cache)
+        return train_index, _index(val_folder, list_classes(val_folder), classes, cache)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
 
 
 def _index(split: Path, classes: Sequence[str], train_classes: tuple[str, ...], cache: Path) -> DatasetIndex:

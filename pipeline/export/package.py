@@ -18,7 +18,7 @@ from mlflow.types.schema import Array
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.tracking.run import connect
+from pipeline.tracking.run import connect, shown
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch", "torchvision")
@@ -83,7 +83,8 @@ def register(checkpoint: Path, *, uri: str, run_id: str, name: str, alias: str, 
         client.set_registered_model_alias(name, alias, version)
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"the model could not be registered in {uri}: {str(error).splitlines()[0]} The checkpoint is {checkpoint}."
+            f"the model could not be registered in {shown(uri)}: {str(error).splitlines()[0]} "
+            f"The checkpoint is {checkpoint}."
         ) from error
     return Registered(name, version, alias)
 

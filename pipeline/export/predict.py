@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.tracking.registry import resolve
+from pipeline.tracking.run import shown
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def predict_files(model_uri: str, uri: str, images: Sequence[Path], top: int = 5
             model = mlflow.pyfunc.load_model(resolved.uri, suppress_warnings=True)
             frame = model.predict(pd.DataFrame({"image": contents}))
     except (MlflowException, OSError) as error:
-        raise UserError(f"{model_uri} ({resolved.uri} in {uri}) cannot be used: {error}") from error
+        raise UserError(f"{model_uri} ({resolved.uri} in {shown(uri)}) cannot be used: {error}") from error
     names = model.unwrap_python_model().classes
     return [
         Prediction(path, sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])[:top])

@@ -8,7 +8,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.tracking.run import connect
+from pipeline.tracking.run import connect, shown
 
 _FORM = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
@@ -52,10 +52,10 @@ def _what_there_is(client: MlflowClient, uri: str, name: str, model_uri: str) ->
     if name not in names:
         near = difflib.get_close_matches(name, names, n=len(names), cutoff=0)
         there = f"Registered: {', '.join(near)}." if near else "Nothing is registered there yet."
-        return f"no model named '{name}' in {uri}. {there}"
+        return f"no model named '{name}' in {shown(uri)}. {there}"
     aliases = [f"@{alias} (version {version})" for alias, version in client.get_registered_model(name).aliases.items()]
     versions = sorted((int(v.version) for v in client.search_model_versions(f"name='{name}'")), reverse=True)
     return (
-        f"{model_uri} is not in {uri}. Aliases of {name}: {', '.join(aliases) or 'none'}; "
+        f"{model_uri} is not in {shown(uri)}. Aliases of {name}: {', '.join(aliases) or 'none'}; "
         f"versions: {', '.join(map(str, versions)) or 'none'}."
     )

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import subprocess
 import threading
 import time
@@ -37,6 +38,11 @@ def default_tracking_uri() -> str:
     return tracking_uri(RunConfig(run=Run(output=str(Path("outputs").absolute()))))
 
 
+def shown(uri: str) -> str:
+    """The URI without its password, for messages."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
 def connect(uri: str) -> MlflowClient:
     """A client for tracking and registry at `uri`, which fails in seconds and keeps quiet on the terminal."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -51,8 +57,8 @@ def connect(uri: str) -> MlflowClient:
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"no MLflow tracking store answers at {uri}: {_first_line(error)} Start the server, or set tracking.uri, "
-            f"--uri or MLFLOW_TRACKING_URI to another; unset, a SQLite file is used."
+            f"no MLflow tracking store answers at {shown(uri)}: {_first_line(error, uri)} Start the server, or "
+            f"set tracking.uri, --uri or MLFLOW_TRACKING_URI to another; unset, a SQLite file is used."
         ) from error
     return client
 
@@ -104,7 +110,7 @@ class Tracker:
             _describe(client, run_id, _flat(config.model_dump(mode="json")) | params, tags | _environment())
             client.log_text(run_id, config.to_yaml(), "config.yaml")
         except MlflowException as error:
-            raise UserError(f"MLflow at {uri} refused the run: {_first_line(error)}") from error
+            raise UserError(f"MLflow at {shown(uri)} refused the run: {_first_line(error, uri)}") from error
         return cls(client, uri, run_id, run_dir / "metrics.jsonl")
 
     def log(self, metrics: dict[str, float], samples_seen: int) -> None:
@@ -166,7 +172,7 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
-        raise UserError(f"tracking.experiment={name} is deleted in {uri}: restore it, or choose another name.")
+        raise UserError(f"tracking.experiment={name} is deleted in {shown(uri)}: restore it, or choose another name.")
     return found.experiment_id
 
 
@@ -204,5 +210,5 @@ def _parts(items: Sequence[_T], size: int) -> Iterable[Sequence[_T]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_line(error: Exception, uri: str) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].replace(uri, shown(uri))

@@ -156,6 +156,13 @@ def test_a_val_class_that_train_lacks_is_named(folders):
         open_set(root)
 
 
+def test_a_link_that_leads_nowhere_is_named(folders):
+    root = folders()
+    (root / "train" / "a" / "lost.jpg").symlink_to("/nowhere")
+    with pytest.raises(DataError, match=r"train/a/lost.jpg cannot be used: No such file"):
+        open_set(root)
+
+
 def test_no_root_and_a_missing_root(tmp_path):
     with pytest.raises(DataError, match="data.root is not set"):
         open_splits(None, "train", "val", tmp_path)

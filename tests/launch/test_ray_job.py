@@ -28,8 +28,8 @@ def ignored_file() -> Path:
 
 def test_the_demo_as_a_job_and_a_job_that_fails(ray_head, shell, tmp_path, ignored_file):
     submit = ["job", "submit", "--address", ray_head.dashboard, "--working-dir", ".", "--"]
-    submit += ["densenet", "train", "configs/demo.yaml"]
-    done = shell("ray", *submit, "train.epochs=2", f"run.output={tmp_path}", env=ray_head.env)
+    train = ["densenet", "train", "configs/demo.yaml"]
+    done = shell("ray", *submit, *train, "train.epochs=2", f"run.output={tmp_path}", env=ray_head.env)
     assert done.returncode == 0, done.stdout
     assert "top-1" in done.stdout
     assert "succeeded" in done.stdout
@@ -38,9 +38,11 @@ def test_the_demo_as_a_job_and_a_job_that_fails(ray_head, shell, tmp_path, ignor
     assert {"launch/cli.py", "pipeline/config.py", "configs/demo.yaml"} <= names
     assert not [name for name in names if name.startswith((".git/", ".venv/", "outputs/"))]
 
-    failed = shell("ray", *submit, "optim.lr=-1", env=ray_head.env)
+    failed = shell("ray", *submit, "env", f"HOME={tmp_path}", *train, "cluster.workers=4", env=ray_head.env)
     assert failed.returncode != 0
-    assert "optim.lr: must be greater than 0" in failed.stdout
+    assert "has 2: set fewer cluster.workers" in failed.stdout
+    # Without run.output, what a job writes is not lost with the job's own folder.
+    assert (tmp_path / "densenet" / "outputs" / "data" / "digits").is_dir()
 
 
 def test_a_driver_beside_the_cluster_joins_it_and_asks_what_it_has(ray_head, shell, tmp_path):

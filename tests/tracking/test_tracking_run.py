@@ -91,6 +91,13 @@ def test_a_store_of_an_unknown_kind_and_a_deleted_experiment_are_refused(tmp_pat
         start(c, tmp_path)
 
 
+def test_a_password_is_never_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
+    with pytest.raises(UserError, match=r"http://me:\*\*\*@127.0.0.1:9") as error:
+        start(config(tmp_path), tmp_path)
+    assert "hunter2" not in str(error.value)
+
+
 class Server:
     """A real `mlflow server` on loopback that can be stopped and started again."""
 
