@@ -1,0 +1,1 @@
+"""The command line, and Ray: how runs are started and watched."""

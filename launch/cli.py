@@ -29,11 +29,7 @@ def train(config: Config, overrides: Overrides = None, address: Address = None) 
     """Train, evaluate, and register the model."""
     from launch.train import train_command
 
-    try:
-        train_command(console, config, overrides or [], address)
-    except KeyboardInterrupt:
-        errors.print("interrupted: checkpoints and records so far are kept", style="yellow")
-        raise typer.Exit(130) from None
+    train_command(console, config, overrides or [], address)
 
 
 @app.command()

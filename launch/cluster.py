@@ -98,7 +98,12 @@ def embedded(num_cpus: int, dashboard_port: int, log_file: Path) -> Iterator[str
 
 
 def _dashboard() -> str:
-    return f"http://{ray.get_runtime_context().worker.node.address_info['webui_url']}"
+    return f"http://{_node()['webui_url']}"
+
+
+def _node() -> dict[str, str]:
+    """What Ray tells of the node that this driver is on."""
+    return ray.get_runtime_context().worker.node.address_info
 
 
 def offered_by_cluster(address: str) -> Resources:
@@ -163,7 +168,9 @@ def run(
     if message is not None:
         raise UserError(message)
     if failure is not None:
-        raise TrainingError(f"{failure}\nThe workers' own logs are in {run_dir / 'logs'}.") from failure
+        raise TrainingError(
+            f"{failure}\nThe workers' own logs are in {run_dir / 'logs'}, Ray's in {_node()['session_dir']}/logs."
+        ) from failure
 
 
 def _error(hub: Any) -> str | None:

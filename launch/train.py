@@ -32,6 +32,7 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
     Raises:
         UserError: bad input; nothing is left running.
         TrainingError: the workers failed for another reason.
+        SystemExit: 130, after Ctrl-C.
     """
     clock = Clock()
     default_uri = default_tracking_uri()  # asked for now: registering sets the variable that it reads
@@ -65,7 +66,8 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
                 clock.ended("registration")
         except KeyboardInterrupt:
             tracker.finish("KILLED")
-            raise
+            console.print("interrupted: checkpoints and records so far are kept", style="yellow")
+            raise SystemExit(130) from None
         except Exception:
             tracker.finish("FAILED")
             raise

@@ -1,0 +1,1 @@
+"""What runs inside a worker, and the offline tools; never imports `launch`."""

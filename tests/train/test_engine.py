@@ -122,3 +122,20 @@ def test_no_clipping_means_none(one_rank):
     before = engine.full_state()["weight"]
     engine.backward(engine.forward(torch.full((8, 1), 800.0)).mean())
     assert (before - engine.full_state()["weight"]).item() == pytest.approx(800.0)
+
+
+def test_bf16_computes_in_half_precision_and_keeps_weights_and_statistics_in_fp32(one_rank):
+    config, d = settings(1)
+    torch.manual_seed(0)
+    engine = Engine(config, d.model_copy(update={"precision": "bf16"}), create("densenet_tiny", d.num_classes), CPU)
+    seen: dict[str, torch.dtype] = {}
+    for name in ("conv0", "norm0"):
+        module = engine.module.get_submodule(f"features.{name}")
+        module.register_forward_hook(lambda m, inputs, output, name=name: seen.update({name: output.dtype}))
+    images_NCHW, labels_N = batches(1)[0]
+    loss = F.cross_entropy(engine.forward(images_NCHW), labels_N)
+    engine.backward(loss)
+    assert loss.item() == pytest.approx(plain_losses(config, d)[0], abs=0.05)
+    assert seen["conv0"] == torch.bfloat16
+    weights = engine.full_state()
+    assert {w.dtype for k, w in weights.items() if not k.endswith("num_batches_tracked")} == {torch.float32}
