@@ -24,7 +24,6 @@ def train_worker(task: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     _log_to(task["run_dir"] / "logs" / f"rank{rank}.log")
-    os.environ["DS_ACCELERATOR"] = task["derived"].device
 
     def report(event: dict[str, Any]) -> None:
         if rank == 0:
@@ -41,25 +40,16 @@ def train_worker(task: dict[str, Any]) -> None:
 def _train(task: dict[str, Any], report: Any) -> None:
     import torch
 
-    from pipeline.train.checkpoint import newest_valid
-    from pipeline.train.state import checkpoint_root
-    from pipeline.train.trainer import train
+    from pipeline.train.state import newest_checkpoint
+    from pipeline.train.trainer import Trainer
 
     torch.set_num_threads(task["derived"].cpus_per_worker)
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    resume = newest_valid(checkpoint_root(task["run_dir"]), lambda text: report({"kind": "warning", "message": text}))
-    train(
-        task["config"],
-        task["derived"],
-        ray.get(task["train_index"]),
-        ray.get(task["val_index"]),
-        task["run_dir"],
-        device,
-        report,
-        resume,
-    )
+    resume = newest_checkpoint(task["run_dir"], lambda text: report({"kind": "warning", "message": text}))
+    indexes = ray.get(task["train_index"]), ray.get(task["val_index"])
+    Trainer(task["config"], task["derived"], *indexes, task["run_dir"], device, report).fit(resume)
 
 
 def _log_to(file: Path) -> None:

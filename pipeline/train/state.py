@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def save(
         checkpoint.prune(root, config.checkpoint.keep_last, best)
     dist.barrier()
     return folder
+
+
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run that verifies, if any (a collective: rank 0 looks and tells the others)."""
+    found: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        found = [checkpoint.newest_valid(checkpoint_root(run_dir), warn)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def restore(engine: Engine, config: RunConfig, derived: Derived, folder: Path) -> RunState:

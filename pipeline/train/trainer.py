@@ -19,7 +19,7 @@ from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
 from pipeline.errors import UserError
 from pipeline.model import create
 from pipeline.train.engine import Engine
-from pipeline.train.evaluate import EvalResult, evaluate
+from pipeline.train.evaluate import evaluate
 from pipeline.train.meter import Meter
 from pipeline.train.schedule import learning_rate
 from pipeline.train.state import RunState, restore, save
@@ -167,19 +167,3 @@ class Trainer:
         self.engine.average_batch_norm()
         folder = save(self.engine, self.config, self.derived, self.state, self.classes, self.run_dir)
         self.report({"kind": "checkpoint", "samples_seen": self.state.samples_seen, "checkpoint": str(folder)})
-
-
-def train(
-    config: RunConfig,
-    derived: Derived,
-    train_index: DatasetIndex,
-    val_index: DatasetIndex,
-    run_dir: Path,
-    device: torch.device,
-    report: Report,
-    resume: Path | None = None,
-) -> EvalResult | None:
-    """Builds a `Trainer` and runs it to the end; returns the last evaluation."""
-    trainer = Trainer(config, derived, train_index, val_index, run_dir, device, report)
-    trainer.fit(resume)
-    return trainer.state.last
