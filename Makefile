@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 
 SHELL := bash
@@ -32,7 +33,7 @@ lock: $(READY)  ## write requirements.lock anew from pyproject.toml
 clean:  ## remove the environment and all outputs
 	rm -rf $(VENV) outputs
 
-$(READY): requirements.lock pyproject.toml
+$(PACKAGES): requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else \
 		f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	@echo "Installing the environment in $(VENV): about 7 GB, 4-10 minutes, once."
@@ -40,6 +41,9 @@ $(READY): requirements.lock pyproject.toml
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off --require-hashes -r requirements.lock \
 		| awk '/^Collecting/ && ++n % 25 == 0 {print "  " n " packages fetched"; fflush()} \
 		       /^Installing collected/ {print "  " n " packages fetched, unpacking them (the longest part)"; fflush()}'
+	@touch $(PACKAGES)
+
+$(READY): $(PACKAGES) pyproject.toml
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 	@echo "Installed."

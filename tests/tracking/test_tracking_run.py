@@ -91,6 +91,14 @@ def test_a_store_of_an_unknown_kind_and_a_deleted_experiment_are_refused(tmp_pat
         start(c, tmp_path)
 
 
+def test_trainings_that_start_at_once_on_a_new_file_all_succeed(tmp_path):
+    code = f"from pipeline.tracking.run import connect; connect('sqlite:///{tmp_path}/mlflow.db')"
+    started = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in started:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+
+
 def test_a_password_is_never_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
     with pytest.raises(UserError, match=r"http://me:\*\*\*@127.0.0.1:9") as error:
