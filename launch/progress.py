@@ -17,6 +17,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
+def speed(img_per_s: float) -> str:
+    """Images per second: whole ones from 100 on, else with one decimal."""
+    return f"{img_per_s:,.0f} img/s" if img_per_s >= 100 else f"{img_per_s:.1f} img/s"
+
+
 def accuracy(event: dict[str, Any]) -> str:
     """`top-1 350/360 = 97.22 %, top-5 360/360 = 100.00 %` from an evaluation's counts."""
     total = event["total"]
@@ -29,10 +34,10 @@ def accuracy(event: dict[str, Any]) -> str:
 
 def step_line(event: dict[str, Any], epochs: float, total_steps: int, workers: int) -> str:
     """One step event as a line."""
-    per_worker = f" ({event['img_per_s_worker']:.0f} per worker)" if workers > 1 else ""
+    per_worker = f" ({speed(event['img_per_s_worker'])} per worker)" if workers > 1 else ""
     return (
         f"epoch {event['epoch']:.2f}/{epochs:g}  step {event['step']}/{total_steps}  loss {event['loss']:.4f}  "
-        f"lr {event['lr']:.4g}  {event['img_per_s']:.0f} img/s{per_worker}  "
+        f"lr {event['lr']:.4g}  {speed(event['img_per_s'])}{per_worker}  "
         f"data wait {event['data_wait']:.0%}  ETA {duration(event['eta_s'])}"
     )
 
@@ -72,7 +77,7 @@ class Display:
             case "eval":
                 self.line(
                     f"epoch {event['epoch']:.2f}: {accuracy(event)}, loss {event['loss']:.4f} "
-                    f"({event['img_per_s']:.0f} img/s)"
+                    f"({speed(event['img_per_s'])})"
                 )
             case "warning":
                 self.line(f"warning: {event['message']}", style="yellow")

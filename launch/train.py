@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from launch.cluster import cluster_address, embedded, joined, offered_by_cluster
 from launch.net import check_port, free_port
 from launch.plan import print_plan
 from launch.prepare import Prepared, check_writable, prepare, read_config
-from launch.progress import Clock, Display, accuracy
+from launch.progress import Clock, Display, accuracy, speed
 from launch.resources import this_machine
 from pipeline.config import RunConfig
 from pipeline.export.package import Registered, register
@@ -58,7 +59,7 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
                     dashboard = stack.enter_context(embedded(cpus, dashboard_port, log_file))
                     clock.ended("Ray start")
                 display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
-                speed = _train(prepared, tracker, display, clock)
+                img_per_s = _train(prepared, tracker, display, clock)
                 clock.ended("training")
                 display.status("registering the model")
                 best = best_checkpoint(prepared.run_dir)
@@ -73,7 +74,7 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
             raise
         unsent = tracker.finish("FINISHED")
     uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(shown(tracker.uri))}"
-    _print_summary(console, prepared, uri, best, registered, speed, clock)
+    _print_summary(console, prepared, uri, best, registered, img_per_s, clock)
     if unsent:
         console.print(f"warning: {unsent} records did not reach {shown(tracker.uri)}; they are in {prepared.run_dir}")
 
@@ -113,16 +114,17 @@ def _display(console: Console, prepared: Prepared) -> Display:
     return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers)
 
 
-def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock) -> dict[str, float]:
-    """Trains on the connected cluster; returns the run's mean speed in images/s as the workers measured it."""
-    speed: dict[str, float] = {}
+def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock) -> float | None:
+    """Trains on the connected cluster; returns the mean speed in images/s, or None when nothing was left to train."""
+    img_per_s: float | None = None
 
     def on_event(event: dict[str, Any]) -> None:
+        nonlocal img_per_s
         phase = _PHASES.get(event["kind"])
         if phase is not None and phase not in clock.phases:
             clock.ended(phase, at=event["time"])
         if event["kind"] == "trained":
-            speed.update(event["speed"])
+            img_per_s = event["img_per_s"]
         if event["kind"] in ("step", "eval"):
             tracker.log(_metrics(event), event["samples_seen"])
         display.on_event(event)
@@ -136,7 +138,7 @@ def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock)
         prepared.run_dir,
         on_event,
     )
-    return speed
+    return img_per_s
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
@@ -154,8 +156,13 @@ def _metrics(event: dict[str, Any]) -> dict[str, float]:
 
 
 def _register(prepared: Prepared, tracker: Tracker, best: Path) -> Registered:
-    config = prepared.config
-    return register(
+    """Registers the best checkpoint, unless an earlier start of this run has done so."""
+    config, record = prepared.config, prepared.run_dir / "registered.json"
+    if record.is_file():
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["checkpoint"] == best.name:
+            return Registered(**known["model"])
+    registered = register(
         best,
         uri=tracker.uri,
         run_id=tracker.run_id,
@@ -163,6 +170,8 @@ def _register(prepared: Prepared, tracker: Tracker, best: Path) -> Registered:
         alias=config.tracking.alias,
         data_fingerprint=prepared.train_index.fingerprint,
     )
+    checkpoint.write_json(record, {"checkpoint": best.name, "model": asdict(registered)})
+    return registered
 
 
 def _print_summary(
@@ -171,7 +180,7 @@ def _print_summary(
     uri: str,
     best: Path,
     registered: Registered,
-    speed: dict[str, float],
+    img_per_s: float | None,
     clock: Clock,
 ) -> None:
     """The run in a few lines: results, where things are, and the two commands that come next."""
@@ -184,10 +193,7 @@ def _print_summary(
         ("best", f"{accuracy(state['best'])}, at {state['best_at']:,} samples"),
         ("last", f"{accuracy(state['last'])}, at {state['last_at']:,} samples"),
         ("evaluated as", prepared.config.eval.transform),
-        (
-            "speed",
-            " · ".join(f"{name} {value:,.0f} img/s" for name, value in speed.items()) or "nothing was left to train",
-        ),
+        ("speed", "nothing was left to train" if img_per_s is None else f"{speed(img_per_s)} in training"),
         ("time", str(clock)),
         ("checkpoint", str(best)),
         ("model", f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri})"),

@@ -94,7 +94,7 @@ class Trainer:
                 if evaluate_now:
                     meter.restart()
             if first_step < total_steps:
-                self.report({"kind": "trained", "speed": {"training": meter.mean_img_per_s()}})
+                self.report({"kind": "trained", "img_per_s": meter.mean_img_per_s()})
 
     def _batches(self, first_step: int) -> Generator[Batch]:
         """This rank's micro-batches from `first_step` to the end of the run."""

@@ -19,7 +19,8 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     out = done.stdout
 
     assert re.search(
-        r"epoch 0\.45/3  step 10/68  loss \d\.\d{4}  lr 0\.04454  \d+ img/s \(\d+ per worker\)  data wait", out
+        r"epoch 0\.45/3  step 10/68  loss \d\.\d{4}  lr 0\.04454  [\d.]+ img/s \([\d.]+ img/s per worker\)  data wait",
+        out,
     )
     assert "ETA" in out
     for noise in (
@@ -40,7 +41,7 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     top1, top5 = re.findall(r"top-\d (\d+)/360", summary["best"])
     assert 340 <= int(top1) <= int(top5) <= 360
     assert f"top-1 {top1}/360 = {100 * int(top1) / 360:.2f} %" in summary["best"]
-    assert re.fullmatch(r"training [\d,]+ img/s", summary["speed"])
+    assert re.fullmatch(r"[\d,.]+ img/s in training", summary["speed"])
     for phase in ("prepare", "Ray start", "worker start", "first step", "training", "registration"):
         assert phase in summary["time"]
     checkpoint = Path(summary["checkpoint"])
