@@ -48,6 +48,7 @@ class Display:
     def __init__(self, console: Console, epochs: float, total_steps: int, workers: int) -> None:
         self._console = console
         self._epochs, self._total_steps, self._workers = epochs, total_steps, workers
+        self._starts = 0
         self._live = Live(Text(""), console=console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> "Display":
@@ -84,6 +85,11 @@ class Display:
             case "resumed":
                 self.line(f"resumed at {event['samples_seen']} samples from {event['checkpoint']}")
             case "workers_started":
+                self._starts += 1
+                if self._starts > 1:
+                    self.line(
+                        f"warning: a worker was lost, all were started again (start {self._starts})", style="yellow"
+                    )
                 self.status("workers started; loading the model and the data")
 
 
