@@ -71,6 +71,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted."""
+    console.file = sys.stdout  # held on to: while Ray runs, what it prints to sys.stdout goes to a log file
     try:
         app()
     except UserError as error:

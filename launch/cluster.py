@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +193,14 @@ def _pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: threading.
 
 @contextmanager
 def _ray_logs_to(file: Path) -> Iterator[None]:
+    """Sends Ray's log, and what it prints in this process, to the end of a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logger = logging.getLogger("ray")
     kept, propagate = logger.handlers[:], logger.propagate
-    logger.handlers, logger.propagate = [handler], False
-    try:
-        yield
-    finally:
-        logger.handlers, logger.propagate = kept, propagate
-        handler.close()
+    with file.open("a", encoding="utf-8", buffering=1) as stream:
+        logger.handlers, logger.propagate = [logging.StreamHandler(stream)], False
+        try:
+            with redirect_stdout(stream), redirect_stderr(stream):
+                yield
+        finally:
+            logger.handlers, logger.propagate = kept, propagate

@@ -49,7 +49,14 @@ class Display:
         self._console = console
         self._epochs, self._total_steps, self._workers = epochs, total_steps, workers
         self._starts = 0
-        self._live = Live(Text(""), console=console, transient=True, refresh_per_second=4)
+        self._live = Live(
+            Text(""),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     def __enter__(self) -> "Display":
         if self._console.is_terminal:
