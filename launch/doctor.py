@@ -89,7 +89,7 @@ def _dali() -> str:
     from PIL import Image
 
     from pipeline.data.dali import Loader
-    from pipeline.data.index import open_splits
+    from pipeline.data.dataset import open_splits
     from pipeline.data.plan import EvalPlan
 
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"

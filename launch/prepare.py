@@ -7,8 +7,9 @@ from pathlib import Path
 
 from launch.resources import Resources, Share, share
 from pipeline.config import Derived, RunConfig, derive, load_config
+from pipeline.data.dataset import open_splits
 from pipeline.data.digits import write_digits
-from pipeline.data.index import DatasetIndex, open_splits
+from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.model.densenet import check_name
 

@@ -1,9 +1,12 @@
 """Pixels: DALI decodes, resizes and normalises what the plan asks for. The one place that knows DALI."""
 
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image
 
 from pipeline.config import Device, Interpolation, Rgb
+from pipeline.data.folders import listed
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import Ints, PlannedBatch
 from pipeline.errors import DataError
@@ -59,14 +63,12 @@ class Loader:
         self.index, self.output_size = index, output_size
         self.device = torch.device(device) if device_id is None else torch.device(device, device_id)
         self._labels_N = torch.from_numpy(index.labels_N)
-        self._ahead: deque[Future[_Input | None]] = deque()
-        self._in_flight: deque[Ints] = deque(maxlen=_AHEAD + 3)
         self._planner = ThreadPoolExecutor(1, "plan")
         self._readers = ThreadPoolExecutor(_READERS, "read")
-        self._batches: Iterator[PlannedBatch] = iter(())
-        self._planned: deque[Ints] = deque()
+        self._current: _Run | None = None
         self._closed = False
-        self._pipeline = _pipeline(
+        self._new_pipeline = partial(
+            _pipeline,
             source=self._next_input,
             decoder="mixed" if device == "cuda" else "cpu",
             output_size=output_size,
@@ -78,7 +80,7 @@ class Loader:
             device_id=device_id,
             prefetch_queue_depth=2,
         )
-        self._pipeline.build()
+        self._pipeline = self._new_pipeline()
 
     def __enter__(self) -> "Loader":
         return self
@@ -87,40 +89,54 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads; the loader cannot be used again."""
+        """Ends the threads and frees DALI's memory; the loader cannot be used again."""
         self._closed = True
+        self._current = None
         self._planner.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
+        self._pipeline = None
 
     def run(self, batches: Iterable[PlannedBatch]) -> Generator[Batch]:
         """Yields the pixels of each planned batch, in order; `batches` is asked for the next ones in a thread.
+
+        A loader does one run at a time: a new one ends one that was left in the middle.
 
         Raises:
             DataError: a file is damaged or has gone; the message names it. The loader is closed then.
         """
         if self._closed:
             raise RuntimeError("this loader is closed")
-        self._batches = iter(batches)
+        self._drain()
+        run = self._current = _Run(iter(batches))
         for _ in range(_AHEAD):
-            self._load_next()
+            self._load_next(run)
         try:
-            while True:
-                try:
-                    (images,) = self._pipeline.run()
-                except StopIteration:
-                    break
-                except DataError:
-                    self.close()
-                    raise
-                except RuntimeError as error:
-                    self.close()
-                    raise self._diagnosis(error) from error
-                yield self._batch(images, self._planned.popleft())
+            while (batch := self._next_batch(run)) is not None:
+                yield batch
         finally:
-            self._drain()
+            if self._current is run:
+                self._drain()
 
-    def _load_next(self) -> None:
-        self._ahead.append(self._planner.submit(self._load, self._batches))
+    def _next_batch(self, run: "_Run") -> Batch | None:
+        if self._current is not run:
+            raise RuntimeError("this run has ended: its loader was closed or has begun a newer run")
+        try:
+            (images,) = self._pipeline.run()
+        except StopIteration:
+            return None
+        except DataError:
+            self.close()
+            raise
+        except RuntimeError as error:
+            self.close()
+            fault = self._diagnosis(error, run)
+            if fault is None:
+                raise
+            raise fault from error
+        return self._batch(images, run.in_dali.popleft())
+
+    def _load_next(self, run: "_Run") -> None:
+        run.ahead.append(self._planner.submit(self._load, run.batches))
 
     def _load(self, batches: Iterator[PlannedBatch]) -> "_Input | None":
         """Plans and reads the next batch (in the planner's thread); None after the last one."""
@@ -131,15 +147,15 @@ class Loader:
 
     def _next_input(self) -> tuple[Any, ...]:
         """DALI's request for the next batch."""
-        if not self._ahead:
+        run = self._current
+        if run is None or not run.ahead:
             raise StopIteration
-        loaded = self._ahead.popleft().result()
+        loaded = run.ahead.popleft().result()
         if loaded is None:
-            self._ahead.clear()
+            run.ahead.clear()
             raise StopIteration
-        self._load_next()
-        self._planned.append(loaded.planned.ids_B)
-        self._in_flight.append(loaded.planned.ids_B)
+        self._load_next(run)
+        run.in_dali.append(loaded.planned.ids_B)
         return loaded.arrays()
 
     def _batch(self, images: Any, ids_N: Ints) -> Batch:
@@ -152,24 +168,45 @@ class Loader:
 
     def _drain(self) -> None:
         """Brings the pipeline back to its start, also when the caller stopped in the middle."""
-        if self._closed:
+        if self._current is None:
             return
-        self._ahead.clear()
+        for future in self._current.ahead:
+            future.cancel()
+        self._current.ahead.clear()
         try:
             while True:
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
-        self._planned.clear()
+        except RuntimeError:  # a damaged file beyond where the run was left: it is named by a run that asks for it
+            self._pipeline = self._new_pipeline()
+        self._current = None
 
-    def _diagnosis(self, error: RuntimeError) -> DataError:
-        """Names the files that cannot be decoded, of the batches that DALI was at work on."""
-        paths = [self.index.path(sample) for ids_B in self._in_flight for sample in ids_B]
-        damaged = [f"  {path}: {fault}" for path in paths if (fault := _decode_fault(path)) is not None]
+    def _diagnosis(self, error: RuntimeError, run: "_Run") -> DataError | None:
+        """Names the files that cannot be decoded, of the batches that DALI held; None if the fault lies elsewhere."""
+        paths = [self.index.path(sample) for ids_B in run.in_dali for sample in ids_B]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF blocks and of large pictures, which are no faults here
+            damaged = [f"{path}: {fault}" for path in paths if (fault := _decode_fault(path)) is not None]
         if damaged:
-            return DataError("damaged image files:\n" + "\n".join(damaged[:5]) + "\nReplace or remove them.")
-        detail = next((line for line in str(error).splitlines() if "Error" in line), str(error))
-        return DataError(f"DALI cannot decode one of {paths[0]} ... {paths[-1]}: {detail}")
+            return DataError("damaged image files:\n  " + listed(damaged, "\n  ") + "\nReplace or remove them.")
+        if "fn.decoders" not in str(error):
+            return None
+        reason = next(filter(str.strip, str(error).partition("encountered:")[2].splitlines()), str(error))
+        return DataError(
+            f"DALI cannot decode one of these files, although PIL can ({reason}):\n  "
+            + listed([str(path) for path in paths], "\n  ")
+            + "\nConvert it to an 8-bit JPEG or PNG, or remove it."
+        )
+
+
+@dataclass
+class _Run:
+    """What is under way: the plan, the batches that are being read, and the samples of those that DALI holds."""
+
+    batches: Iterator[PlannedBatch]
+    ahead: "deque[Future[_Input | None]]" = field(default_factory=deque)
+    in_dali: deque[Ints] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
@@ -214,7 +251,7 @@ def _pipeline(
     return fn.crop_mirror_normalize(images, mirror=flip, mean=mean, std=std, dtype=types.FLOAT, output_layout="CHW")
 
 
-def _decode_fault(path: Any) -> str | None:
+def _decode_fault(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             image.convert("RGB")

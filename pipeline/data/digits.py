@@ -1,5 +1,6 @@
 """The demonstration's data set: scikit-learn's handwritten digits as JPEG class folders."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def write_digits(root: Path) -> None:
         DataError: `root` exists and holds something else.
     """
     if root.exists():
-        found = [sum(1 for _ in (root / split).glob("?/*.jpg")) for split in ("train", "val")]
-        if found != [TRAIN_IMAGES, VAL_IMAGES]:
+        found = _count(root)
+        if found != (TRAIN_IMAGES, VAL_IMAGES):
             raise DataError(f"{root} is not the digits data set ({found[0]} + {found[1]} images): move it away.")
         return
     from sklearn.datasets import load_digits
@@ -36,11 +37,20 @@ def write_digits(root: Path) -> None:
         np.arange(len(digits.target)), test_size=VAL_IMAGES, random_state=0, stratify=digits.target
     )
     in_train = np.isin(np.arange(len(digits.target)), train_ids)
-    temporary = root.with_name(root.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = root.with_name(f"{root.name}.{os.getpid()}.tmp")
     for i, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = temporary / ("train" if in_train[i] else "val") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray(np.rint(picture * 255 / 16).astype(np.uint8))
         grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.jpg", quality=_QUALITY)
-    temporary.rename(root)
+    try:
+        temporary.rename(root)
+    except OSError:
+        if _count(root) != (TRAIN_IMAGES, VAL_IMAGES):
+            raise
+        shutil.rmtree(temporary)  # another process was writing the same, and was first
+
+
+def _count(root: Path) -> tuple[int, int]:
+    train, val = (sum(1 for _ in (root / split).glob("?/*.jpg")) for split in ("train", "val"))
+    return train, val

@@ -1,5 +1,7 @@
 """Pixels: equal to torchvision's, the same at any world size, and damaged files named."""
 
+import gc
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from pipeline.data.dali import Batch, Loader
-from pipeline.data.index import DatasetIndex, open_splits
+from pipeline.data.dataset import open_splits
+from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
 from pipeline.errors import DataError
 
@@ -105,6 +108,38 @@ def test_runs_repeat_also_after_one_was_left_in_the_middle(train_index):
         assert torch.equal(together(list(reader.run(batches)))[0], first)
 
 
+def test_a_new_run_ends_one_that_was_left_open(train_index):
+    plan = train_plan(train_index)
+    batches = [plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(10)]
+    with loader(train_index) as reader:
+        left_open = reader.run(iter(batches))
+        next(left_open)
+        ids = [batch.ids_N.tolist() for batch in reader.run(batches[5:])]
+        assert ids == [planned.ids_B.tolist() for planned in batches[5:]]
+        with pytest.raises(RuntimeError, match="has ended"):
+            next(left_open)
+        left_open = reader.run(iter(batches))
+        next(left_open)
+    with pytest.raises(RuntimeError, match="has ended"):
+        next(left_open)
+
+
+def test_a_run_of_no_batches_is_empty_and_the_next_is_not(train_index):
+    batches = [train_plan(train_index).batch(np.arange(8))]
+    with loader(train_index) as reader:
+        assert [len(list(reader.run(b))) for b in ([], batches, [], batches)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_an_error_of_the_plan_is_not_blamed_on_files(train_index, kind):
+    def planned() -> Iterator[PlannedBatch]:
+        yield train_plan(train_index).batch(np.arange(8))
+        raise kind("of the plan")
+
+    with loader(train_index) as reader, pytest.raises(kind, match="^of the plan$"):
+        list(reader.run(planned()))
+
+
 def test_partial_and_single_batches_and_two_loaders_at_once(train_index):
     plan = EvalPlan(train_index.widths_N, train_index.heights_N, SIDE, SIDE)
     batches = [plan.batch(np.arange(8)), plan.batch(np.arange(8, 11)), plan.batch(np.array([40]))]
@@ -114,12 +149,23 @@ def test_partial_and_single_batches_and_two_loaders_at_once(train_index):
     assert all(torch.equal(a.images_NCHW, b.images_NCHW) for a, b in pairs)
 
 
+def native_threads() -> set[str]:
+    """Threads of this process, DALI's among them; its first pipeline starts some that stay."""
+    return set(os.listdir("/proc/self/task"))
+
+
 def test_closing_leaves_no_threads(train_index):
-    before = set(threading.enumerate())
     plan = train_plan(train_index)
+    with loader(train_index):
+        pass
+    gc.collect()
+    before, native_before = set(threading.enumerate()), native_threads()
     with loader(train_index) as reader:
-        next(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(100)))
+        run = reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(100))
+        next(run)
+        assert len(native_threads() - native_before) > 2
     assert set(threading.enumerate()) == before
+    assert native_threads() <= native_before
     with pytest.raises(RuntimeError, match="closed"):
         next(reader.run([]))
 
@@ -148,6 +194,48 @@ def test_a_file_that_dali_cannot_decode_is_named(train_index):
         run_over(train_index)
     assert str(file) in str(error.value)
     assert str(train_index.path(19)) not in str(error.value)
+
+
+def test_a_damaged_file_is_not_told_before_it_is_asked_for(train_index):
+    """A run that is left before it keeps its own outcome, and the loader goes on; the run that needs the file fails."""
+    file = train_index.path(12)
+    content = bytearray(file.read_bytes())
+    content[4:-2] = b"\x55" * (len(content) - 6)
+    file.write_bytes(content)
+    plan = EvalPlan(train_index.widths_N, train_index.heights_N, SIDE, SIDE)
+    batches = [plan.batch(np.arange(s, s + 8)) for s in range(0, 40, 8)]
+    with loader(train_index) as reader:
+        run = reader.run(iter(batches))
+        next(run)
+        run.close()
+        assert len(list(reader.run(batches[2:]))) == 3
+        with pytest.raises(DataError, match="damaged image files") as error:
+            list(reader.run(batches))
+    assert str(file) in str(error.value)
+
+
+def test_a_file_that_only_pil_decodes_is_among_those_told(folders):
+    root = folders()
+    odd = root / "train" / "a" / "0.tif"
+    Image.new("I", (40, 40)).save(odd)  # 32-bit integers
+    index, _ = open_splits(str(root), "train", "val", root.parent / "cache")
+    with pytest.raises(DataError, match="DALI cannot decode one of these files") as error:
+        run_over(index)
+    assert str(odd) in str(error.value)
+    assert len(str(error.value).splitlines()) <= 8
+
+
+def test_stored_orientation_is_not_applied_to_tiff_either(folders):
+    root = folders()
+    stored = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(stored).save(root / "train" / "a" / "0.jpg", "TIFF", exif=exif)
+    index, _ = open_splits(str(root), "train", "val", root.parent / "cache")
+    assert (index.widths_N[0], index.heights_N[0]) == (60, 40)
+    with loader(index, side=40) as reader:
+        (batch,) = reader.run([EvalPlan(index.widths_N, index.heights_N, 40, 40).batch(np.arange(1))])
+    assert torch.equal(batch.images_NCHW[0], torch.from_numpy(stored[:, 10:50].astype(np.float32)).permute(2, 0, 1))
 
 
 @pytest.fixture

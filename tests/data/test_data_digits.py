@@ -1,6 +1,7 @@
 """The demonstration's data set."""
 
 import hashlib
+import multiprocessing
 
 import pytest
 
@@ -22,6 +23,17 @@ def test_digits_are_whole_stratified_and_the_same_every_time(tmp_path):
         return hashlib.sha256(content).hexdigest()
 
     assert digest("one") == digest("two")
+
+
+def test_two_processes_at_once_write_one_set(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=write_digits, args=(tmp_path / "digits",)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
 
 
 def test_a_folder_that_is_something_else_is_left_alone(tmp_path):

@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from pipeline.data.index import open_splits
+from pipeline.data.dataset import open_splits
 from pipeline.errors import DataError
 
 
@@ -21,7 +23,7 @@ def test_rows_are_sorted_and_labelled_by_rank(folders):
     assert train.classes == val.classes == ("a", "b", "c")
     paths = train.table["path"].to_pylist()
     assert paths == sorted(paths)
-    assert [train.classes[label] for label in train.labels_N] == [p[0] for p in paths]
+    assert [train.classes[label] for label in train.labels_N] == [p.split("/")[1] for p in paths]
     for i in (0, 17, 40):
         with Image.open(train.path(i)) as picture:
             assert picture.size == (train.widths_N[i], train.heights_N[i])
@@ -48,7 +50,7 @@ def test_sizes_are_those_of_the_stored_picture_whatever_exif_says(folders):
 def test_known_files_are_not_opened_again_and_changed_ones_are(folders, tmp_path):
     root = folders()
     first, _ = open_set(root)
-    victim = root / "train" / first.table["path"][3].as_py()
+    victim = root / first.table["path"][3].as_py()
     stat = victim.stat()
     victim.write_bytes(b"x" * stat.st_size)
     os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -79,7 +81,57 @@ def test_the_fingerprint_tells_data_apart_and_not_places(folders, tmp_path):
 
 def test_an_index_can_be_sent_to_another_process(folders):
     train, _ = open_set(folders())
-    assert pickle.loads(pickle.dumps(train)).fingerprint == train.fingerprint
+    sent = pickle.dumps(train)
+    assert pickle.loads(sent).fingerprint == train.fingerprint
+    assert train.labels_N.sum() + train.widths_N.sum() > 0
+    assert len(pickle.dumps(train)) == len(sent)  # what was computed since is not sent
+
+
+def test_indexing_is_silent_and_leaves_the_warning_filters_as_they_were(folders, recwarn):
+    root = folders(train=600)  # files for several threads
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(root / "train" / "a" / "0.jpg", exif=exif.tobytes()[:-4])  # PIL warns of it
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        train, _ = open_set(root)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(train) == 601
+    assert list(warnings.filters) == before
+    assert not recwarn.list
+
+
+def test_good_files_are_remembered_when_others_are_bad(folders):
+    root = folders()
+    bad = root / "train" / "b" / "bad.jpg"
+    bad.write_bytes(b"no")
+    with pytest.raises(DataError, match="1 of 42 files"):
+        open_set(root)
+    good = root / "train" / "a" / "it's 000.JPEG"
+    stat = good.stat()
+    good.write_bytes(b"x" * stat.st_size)
+    os.utime(good, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    bad.unlink()
+    assert len(open_set(root)[0]) == 41  # `good` was not opened again
+
+
+def test_a_cache_folder_that_cannot_be_made_is_told(folders):
+    root = folders()
+    (root.parent / "cache").write_text("a file")
+    with pytest.raises(DataError, match="cache: File exists. Set run.output to a folder"):
+        open_set(root)
+
+
+def test_a_name_that_is_not_utf8_is_told(folders):
+    root = folders()
+    file = os.fsencode(root / "train" / "a") + b"/\xff.jpg"
+    os.link(root / "train" / "a" / "it's 000.JPEG", file)
+    with pytest.raises(DataError, match=r"\\xff\.jpg' has a name that is not UTF-8"):
+        open_set(root)
+    os.rename(file, os.fsencode(root / "train" / "a" / "ü # \N{CJK UNIFIED IDEOGRAPH-732B}.jpg"))
+    assert len(open_set(root)[0]) == 42
 
 
 FAULTS = {
@@ -136,10 +188,10 @@ def test_png_in_a_jpeg_name_hidden_files_and_clutter_are_fine(folders):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda r: (r / "train").rename(r / "training"), "no folder 'train' \\(folders there: training, val\\)"),
+        (lambda r: (r / "train").rename(r / "training"), "no folder 'train' \\(in it: training, val\\)"),
         (lambda r: (r / "train" / "d").mkdir(), "class folders without files: d"),
         (lambda r: (r / "train" / "a" / "sub").mkdir(), "is a folder inside a class folder"),
-        (lambda r: (r / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"x"), "validation archive is flat"),
+        (lambda r: (r / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"x"), "validation pictures are flat"),
     ],
 )
 def test_a_wrong_layout_is_told_with_the_right_one(folders, spoil, message):
@@ -179,3 +231,6 @@ def test_reading_notices_a_file_that_changed_or_went(folders):
     train.path(1).write_bytes(b"short")
     with pytest.raises(DataError, match="has changed since it was indexed"):
         train.read(1)
+    train.path(2).write_bytes(train.path(2).read_bytes() + b"more")
+    with pytest.raises(DataError, match="has changed since it was indexed"):
+        train.read(2)

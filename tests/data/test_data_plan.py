@@ -65,6 +65,23 @@ def test_a_sample_is_cropped_alike_however_it_is_reached():
             assert np.array_equal(getattr(single, name)[0], getattr(whole, name)[i]), name
 
 
+def test_a_sample_is_cropped_and_flipped_anew_in_each_epoch():
+    p, n = plan(), 103
+    first, second = (p.batch(np.arange(epoch * n, (epoch + 1) * n)) for epoch in range(2))
+    a, b = np.argsort(first.ids_B), np.argsort(second.ids_B)
+    same_window = (first.window_shapes_B2[a] == second.window_shapes_B2[b]).all(axis=1)
+    assert same_window.mean() < 0.1
+    assert 0.3 < (first.flips_B[a] == second.flips_B[b]).mean() < 0.7
+
+
+def test_windows_reach_every_place_that_they_fit():
+    n = 2000
+    b = plan(n, widths_N=np.full(n, 8), heights_N=np.full(n, 8)).batch(np.arange(n))
+    small = (b.window_shapes_B2 == 5).all(axis=1)
+    for axis in range(2):
+        assert set(b.window_starts_B2[small, axis].tolist()) == {0, 1, 2, 3}
+
+
 def test_windows_lie_inside_and_keep_area_and_ratio():
     sides = np.random.default_rng(2).integers(250, 500, (2, 1000))
     p = plan(1000, widths_N=sides[0], heights_N=sides[1])

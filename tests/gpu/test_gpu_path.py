@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.data.dali import Loader
-from pipeline.data.index import open_splits
+from pipeline.data.dataset import open_splits
 from pipeline.data.plan import EvalPlan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.index import DatasetIndex, open_splits
+from pipeline.data.dataset import open_splits
+from pipeline.data.index import DatasetIndex
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+"""A data set's folder: `dataset.json`, `index/SPLIT.parquet`, and the data in `SPLIT/` as shards or class folders.
+
+`dataset.json` is written last, so that a folder that has one is complete.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.data.folders import listed, scan_splits
+from pipeline.data.index import DatasetIndex, load_table
+from pipeline.errors import DataError
+
+MANIFEST = "dataset.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard's size in bytes and its SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its samples, their bytes, and its shards by path below the root (none for class folders)."""
+
+    samples: int
+    bytes: int
+    shards: dict[str, Shard] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `dataset.json` holds; `made` says from what and how, for people."""
+
+    layout: Literal["shards", "folders"]
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    made: dict[str, Any]
+
+    def save(self, root: Path) -> None:
+        """Writes `dataset.json`, to a temporary name first."""
+        file = root / MANIFEST
+        temporary = file.with_name(f"{MANIFEST}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"format": _FORMAT} | asdict(self), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """Reads the content of a `dataset.json`; `where` names it in errors.
+
+    Raises:
+        DataError: it is damaged, or of another version.
+    """
+    try:
+        content = json.loads(text)
+        if content.pop("format") != _FORMAT:
+            raise DataError(f"{where} is of another version of this project: make the data set or its index anew.")
+        splits = {
+            name: Split(split["samples"], split["bytes"], {p: Shard(**s) for p, s in split["shards"].items()})
+            for name, split in content.pop("splits").items()
+        }
+        return Manifest(classes=tuple(content.pop("classes")), splits=splits, **content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}): make the data set anew.") from error
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The folder's manifest; None where there is none."""
+    file = root / MANIFEST
+    try:
+        return parse_manifest(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}.") from error
+
+
+def index_file(root: Path, split: str) -> Path:
+    return root / "index" / f"{split}.parquet"
+
+
+def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
+    """The index of a split of a data set's folder; its shards are not looked at.
+
+    Raises:
+        DataError: there is no such split, or its index is missing, damaged or of other data.
+    """
+    if split not in manifest.splits:
+        raise DataError(f"{root} has no split '{split}', it has {', '.join(manifest.splits)}: correct the name.")
+    index = DatasetIndex(root.absolute(), manifest.classes, load_table(index_file(root, split)))
+    expected = manifest.splits[split]
+    if len(index) != expected.samples or index.total_bytes != expected.bytes:
+        raise DataError(
+            f"{index_file(root, split)} has {len(index)} samples, {root / MANIFEST} says {expected.samples}: "
+            f"they are not of the same data set. Make the data set or its index anew."
+        )
+    return index
+
+
+def check_shards(root: Path, split: Split) -> None:
+    """Compares the shards' sizes with the manifest.
+
+    Raises:
+        DataError: shards are missing or of another size; some are named.
+    """
+    wrong = []
+    for name, shard in split.shards.items():
+        try:
+            size = (root / name).stat().st_size
+        except OSError as error:
+            wrong.append(f"{name}: {error.strerror}")
+            continue
+        if size != shard.bytes:
+            wrong.append(f"{name}: {size} bytes, indexed with {shard.bytes}")
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} of {len(split.shards)} shards in {root} are not those that were indexed:\n  "
+            + listed(wrong, "\n  ")
+            + "\nCopy or prepare them anew; `densenet data verify` compares everything."
+        )
+
+
+def open_splits(
+    root: str | None,
+    train: str,
+    val: str,
+    cache: Path,
+    skip_damaged: bool = False,
+    warn: Callable[[str], None] = print,
+) -> tuple[DatasetIndex, DatasetIndex]:
+    """Indexes of the training and the evaluation split of a data set's folder, or of class folders without an index.
+
+    The latter are looked at file by file, and remembered in the folder `cache`. With `skip_damaged`, damaged training
+    files found there are left out and told to `warn`.
+
+    Raises:
+        DataError: something is missing, damaged, or not laid out as it must be.
+    """
+    manifest = read_manifest(Path(root)) if root is not None else None
+    if root is None or manifest is None:
+        return scan_splits(root, train, val, cache, skip_damaged, warn)
+    folder = Path(root)
+    indexes = open_index(folder, manifest, train), open_index(folder, manifest, val)
+    for name in (train, val):
+        check_shards(folder, manifest.splits[name])
+    return indexes
