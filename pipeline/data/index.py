@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zlib
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.files import File, Files
 from pipeline.data.images import TAIL, cut_short
 from pipeline.errors import DataError
 
@@ -34,7 +35,6 @@ SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),  # of a picture's file, when the index serves as a cache
     ]
 )
-_OPEN_FILES = 256
 
 
 class DatasetIndex:
@@ -108,8 +108,8 @@ class DatasetIndex:
         return None if column.null_count else column.to_numpy()
 
     @cached_property
-    def _open_shard(self) -> Any:
-        return lru_cache(_OPEN_FILES)(_File)
+    def _shards(self) -> Files:
+        return Files()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -142,9 +142,9 @@ class DatasetIndex:
         path, offset, length = self.path(sample), int(self._offsets_N[sample]), int(self._lengths_N[sample])
         try:
             if self.in_shards:
-                content = self._open_shard(path).read(offset, length)
+                content = self._shards.open(path).read(offset, length)
             else:
-                content = _File(path).read(offset, length + 1)
+                content = File(path).read(offset, length + 1)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if len(content) != length:
@@ -169,26 +169,6 @@ class DatasetIndex:
 
     def _integers(self, column: str) -> NDArray[np.int64]:
         return self.table[column].to_numpy().astype(np.int64)
-
-
-class _File:
-    """A file that is read at positions by several threads; it is closed when nobody holds it any longer."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self, offset: int, length: int) -> bytes:
-        content = os.pread(self._descriptor, length, offset)
-        while 0 < len(content) < length and (
-            more := os.pread(self._descriptor, length - len(content), offset + len(content))
-        ):
-            content += more
-        return content
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
 
 
 def table_of(rows: dict[str, list[Any]]) -> pa.Table:

@@ -21,6 +21,7 @@ _ROUNDS = 10
 
 _SHUFFLE, _CROP = 0, 1  # what random words are for: the counters' last word
 _TRIES = 10
+_CHUNK = 1 << 14  # samples whose random words fit the processor's cache
 
 
 def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.uint64]:
@@ -35,11 +36,21 @@ def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.
     Returns:
         Random words below 2**32, shape [4, *broadcast shape], uint64.
     """
-    c0, c1, c2, c3 = np.broadcast_arrays(*counters_4)
+    c0, c1, c2, c3 = (np.array(c, np.uint64) for c in np.broadcast_arrays(*counters_4))
+    p0, p1 = np.empty_like(c0), np.empty_like(c0)
     k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
     for _ in range(_ROUNDS):
-        p0, p1 = _M0 * c0, _M1 * c2
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
+        np.multiply(c0, _M0, out=p0)
+        np.multiply(c2, _M1, out=p1)
+        # c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0), in the arrays that are there
+        np.right_shift(p1, _SHIFT, out=c0)
+        c0 ^= c1
+        c0 ^= k0
+        np.right_shift(p0, _SHIFT, out=c2)
+        c2 ^= c3
+        c2 ^= k1
+        np.bitwise_and(p1, _LOW, out=c1)
+        np.bitwise_and(p0, _LOW, out=c3)
         k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
     return np.stack([c0, c1, c2, c3])
 
@@ -49,13 +60,29 @@ def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     return words.astype(np.float64) * 2.0**-32
 
 
+def permutation(seed: int, epoch: int, num_samples: int, windows_N: Ints | None = None) -> Ints:
+    """The order of the samples in an epoch: they are sorted by as many random bits as fit beside their numbers.
+
+    With `windows_N`, samples are sorted by their window first, and mixed within each.
+    """
+    id_bits = max(1, (num_samples - 1).bit_length())
+    window_bits = 0 if windows_N is None else int(windows_N.max()).bit_length()
+    keys_N = np.empty(num_samples, np.uint64)
+    for start in range(0, num_samples, _CHUNK):
+        ids = np.arange(start, min(start + _CHUNK, num_samples), dtype=np.uint64)
+        words = philox((ids, np.uint64(epoch), np.uint64(0), np.uint64(_SHUFFLE)), seed)  # type: ignore[arg-type]
+        keys_N[start : start + len(ids)] = (words[0] << _SHIFT | words[1]) >> np.uint64(window_bits)
+    if windows_N is not None and window_bits:
+        keys_N |= windows_N.astype(np.uint64) << np.uint64(64 - window_bits)
+    low = np.uint64((1 << id_bits) - 1)
+    # The number in the lowest bits makes all keys distinct, so that any sorting method gives the same order.
+    ordered_N = np.sort((keys_N & ~low) | np.arange(num_samples, dtype=np.uint64))
+    return (ordered_N & low).astype(np.int64)
+
+
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_samples: int) -> Ints:
-    """The order of the samples in an epoch: they are sorted by 64 random bits each."""
-    samples = np.arange(num_samples, dtype=np.uint64)
-    zero = np.uint64(0)
-    words_4N = philox((samples, np.uint64(epoch), zero, np.uint64(_SHUFFLE)), seed)  # type: ignore[arg-type]
-    return np.argsort(words_4N[0] << _SHIFT | words_4N[1], kind="stable")
+def _full(seed: int, epoch: int, num_samples: int) -> Ints:
+    return permutation(seed, epoch, num_samples)
 
 
 @dataclass(frozen=True)
@@ -97,7 +124,7 @@ class TrainPlan:
         ids_B = np.empty_like(positions_B)
         for epoch in np.unique(epochs_B):
             here = epochs_B == epoch
-            ids_B[here] = _permutation(self.seed, int(epoch), num_samples)[places_B[here]]
+            ids_B[here] = _full(self.seed, int(epoch), num_samples)[places_B[here]]
         return epochs_B, ids_B
 
     def batch(self, positions_B: Ints) -> PlannedBatch:

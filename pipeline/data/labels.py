@@ -1,0 +1,65 @@
+"""What ImageNet's validation pictures are: from the development kit or from Kaggle's list.
+
+A class's label is the rank of its WordNet id among the sorted ids. The kit's own ILSVRC2012_ID is another numbering,
+and only leads from a picture to its WordNet id.
+"""
+
+import csv
+import io
+import tarfile
+from pathlib import Path
+
+from pipeline.errors import DataError
+
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+KAGGLE_VAL, KAGGLE_CLASSES = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
+_META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+_VAL_PICTURE = "ILSVRC2012_val_{:08d}"
+
+
+def devkit_labels(file: Path) -> dict[str, str]:
+    """WordNet ids of the validation pictures, by file name without its ending, from the development kit.
+
+    Raises:
+        DataError: the kit is damaged or lacks one of its two tables.
+    """
+    from scipy.io import loadmat
+
+    contents: dict[str, bytes] = {}
+    try:
+        with tarfile.open(file, "r:gz") as archive:
+            for info in archive:
+                for name in (_META, _TRUTH):
+                    if info.isreg() and info.name.endswith(name):
+                        stream = archive.extractfile(info)
+                        contents[name] = stream.read() if stream is not None else b""
+        missing = [name for name in (_META, _TRUTH) if name not in contents]
+        if missing:
+            raise DataError(f"{file} lacks {', '.join(missing)}: download it again.")
+        synsets = loadmat(io.BytesIO(contents[_META]), squeeze_me=True)["synsets"]
+        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        truth = [wnids[int(line)] for line in contents[_TRUTH].split()]
+    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{file} cannot be read ({type(error).__name__}: {error}): download it again.") from error
+    return {_VAL_PICTURE.format(number): wnid for number, wnid in enumerate(truth, start=1)}
+
+
+def kaggle_labels(file: Path) -> dict[str, str]:
+    """WordNet ids of the validation pictures, by file name without its ending, from Kaggle's `LOC_val_solution.csv`.
+
+    A line holds boxes, each five words long and led by its class; the first one's is the picture's.
+
+    Raises:
+        DataError: the file is not laid out so.
+    """
+    labels = {}
+    with file.open(encoding="utf-8", newline="") as stream:
+        rows = csv.DictReader(stream)
+        if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
+            raise DataError(f"{file} must have the columns ImageId and PredictionString; it has {rows.fieldnames}.")
+        for row in rows:
+            words = (row["PredictionString"] or "").split()
+            if not words:
+                raise DataError(f"{file}, line {rows.line_num}: {row['ImageId']} has no class.")
+            labels[row["ImageId"]] = words[0]
+    return labels

@@ -1,0 +1,145 @@
+"""What scanning a source of pictures gives, and what the scanners of several layouts share."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.data.folders import listed
+from pipeline.data.index import table_of
+from pipeline.errors import DataError
+
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+_WNID = re.compile(r"n\d{8}")
+_VAL_WORDS = ("val", "validation")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture in a source: its name there, and where its bytes lie in the file `path` below the source's root."""
+
+    name: str
+    path: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A source's pictures: `splits` maps train and val to tables in the index's schema.
+
+    Names are `CLASS/FILE`; widths, heights and checksums are null unless the source is a prepared data set, whose order
+    is kept; else rows are sorted by label and name.
+    """
+
+    layout: str
+    root: Path
+    classes: tuple[str, ...]
+    splits: dict[str, pa.Table]
+
+
+def labelled(pictures: Iterable[tuple[int, Found]], classes: tuple[str, ...]) -> pa.Table:
+    """A split's table from pictures with their labels."""
+    rows = sorted(pictures, key=lambda row: (row[0], row[1].name, row[1].path, row[1].offset))
+    return table_of(
+        {
+            "path": [found.path for _, found in rows],
+            "name": [f"{classes[label]}/{found.name.rpartition('/')[2]}" for label, found in rows],
+            "offset": [found.offset for _, found in rows],
+            "length": [found.length for _, found in rows],
+            "label": [label for label, _ in rows],
+        }
+    )
+
+
+def by_file_name(pictures: Iterable[Found], wnids: dict[str, str], classes: tuple[str, ...]) -> pa.Table:
+    """A flat validation split's table; `wnids` maps file names without their ending to classes.
+
+    Raises:
+        DataError: a picture has no label, or one of a class that the training split lacks.
+    """
+    ranks = {wnid: rank for rank, wnid in enumerate(classes)}
+    stems = [(found.name.rpartition("/")[2].rpartition(".")[0], found) for found in pictures]
+    unlabelled = sorted(found.name for stem, found in stems if stem not in wnids)
+    if unlabelled:
+        raise DataError(f"{len(unlabelled)} validation pictures have no label: {listed(unlabelled)}.")
+    foreign = sorted({wnids[stem] for stem, _ in stems} - ranks.keys())
+    if foreign:
+        raise DataError(f"validation pictures are of classes that the training split lacks: {listed(foreign)}.")
+    return labelled([(ranks[wnids[stem]], found) for stem, found in stems], classes)
+
+
+def by_number(
+    pictures: dict[str, list[tuple[int, Found]]], class_names: tuple[str, ...] | None, where: Path
+) -> tuple[tuple[str, ...], dict[str, pa.Table]]:
+    """Classes and tables of splits whose pictures carry numbers as labels.
+
+    Where every picture's name holds a WordNet id, and each number stands for one id, classes are the sorted ids, and
+    labels their ranks, whatever the numbers were. Else the numbers are the labels, and `class_names` their names.
+
+    Raises:
+        DataError: numbers are negative or too large, or some have no training picture.
+    """
+    numbers = {split: {number for number, _ in rows} for split, rows in pictures.items()}
+    used = set.union(*numbers.values())
+    if min(used) < 0:
+        odd = [found.name for rows in pictures.values() for number, found in rows if number < 0]
+        raise DataError(
+            f"{where}: {len(odd)} pictures have negative labels, as test sets do ({listed(odd)}): leave them out."
+        )
+    lacking = sorted(used - numbers["train"])
+    if lacking:
+        raise DataError(f"{where}: no training picture has the labels {listed([str(n) for n in lacking])}.")
+    ids = _wordnet_ids(pictures)
+    if ids is not None:
+        classes = tuple(sorted(ids.values()))
+        rank = {number: classes.index(wnid) for number, wnid in ids.items()}
+    else:
+        classes = class_names or tuple(str(number) for number in range(max(used) + 1))
+        if max(used) >= len(classes):
+            raise DataError(f"{where}: label {max(used)} is beyond the {len(classes)} class names.")
+        rank = {number: number for number in used}
+    tables = {
+        split: labelled([(rank[number], found) for number, found in rows], classes) for split, rows in pictures.items()
+    }
+    return classes, tables
+
+
+def _wordnet_ids(pictures: dict[str, list[tuple[int, Found]]]) -> dict[int, str] | None:
+    """The WordNet id that each label stands for, by the training pictures' names; None unless that is one each."""
+    ids: dict[int, str] = {}
+    for number, found in pictures["train"]:
+        match = _WNID.search(found.name)
+        if match is None or ids.setdefault(number, match[0]) != match[0]:
+            return None
+    return ids if len(set(ids.values())) == len(ids) else None
+
+
+def split_files(root: Path, ending: str) -> dict[str, list[Path]]:
+    """Files of train and val, told by words in their paths below `root`; those of test splits are left out.
+
+    Raises:
+        DataError: a file's split is unclear, or a split has no file.
+    """
+    splits: dict[str, list[Path]] = {"train": [], "val": []}
+    unclear = []
+    for file in sorted(root.rglob(f"*.{ending}")):
+        below = file.relative_to(root)
+        if any(part.startswith(".") for part in below.parts):
+            continue
+        words = re.split(r"[^a-z]+", str(below).lower())
+        kinds = {"val" if word in _VAL_WORDS else "train" for word in words if word in ("train", *_VAL_WORDS)}
+        if len(kinds) == 1:
+            splits[kinds.pop()].append(file)
+        elif "test" not in words:
+            unclear.append(file.name)
+    if unclear or not all(splits.values()):
+        counts = ", ".join(f"{len(files)} of {split}" for split, files in splits.items())
+        odd = f"; not told: {listed(unclear)}" if unclear else ""
+        raise DataError(
+            f"{root}: the splits of .{ending} files are told by the words train, val or validation in their paths: "
+            f"{counts}{odd}. Rename them."
+        )
+    return splits
