@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launch import data_cli
 from pipeline.errors import TrainingError, UserError
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(data_cli.app, name="data")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # all of these DALI decodes
@@ -14,6 +16,7 @@ HEAD = 1 << 16  # bytes that nearly always reach a picture's size
 TAIL = 4096  # bytes that may follow a JPEG's end mark
 _MAGIC = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _ORIENTATION = 0x0112
+_BENIGN = "extraneous bytes"  # libjpeg's warning of bytes between two parts, both of which are whole
 
 
 @dataclass(frozen=True)
@@ -85,23 +88,39 @@ def decode(content: bytes) -> Image.Image:
     """Decodes a whole picture as stored.
 
     Raises:
-        NotAnImage: it cannot be decoded to the end.
+        NotAnImage: it cannot be decoded to the end, or a JPEG's data are damaged or have holes, which most decoders
+            pass over and fill with gray.
     """
     fault = cut_short(content[:16], content)
     if fault is not None:
         raise NotAnImage(fault)
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+            try:
+                return Image.fromarray(_decode_strictly(content, image.mode))
+            except ValueError as error:
+                if (_BENIGN not in str(error) and "orrupt" in str(error)) or "remature" in str(error):
+                    raise NotAnImage(f"cannot be decoded: {error}") from error
         image.load()
         return image
+    except NotAnImage:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise NotAnImage(f"cannot be decoded: {error}") from error
 
 
-def orientation(image: Image.Image) -> int | None:
+def _decode_strictly(content: bytes, mode: str) -> NDArray[np.uint8]:
+    """The pixels as PIL would decode them; raises ValueError also where libjpeg only warns."""
+    pixels = simplejpeg.decode_jpeg(content, "GRAY" if mode == "L" else "RGB", strict=True)
+    return pixels[..., 0] if mode == "L" else pixels
+
+
+def orientation(content: bytes) -> int | None:
     """The EXIF orientation, 1 being upright; None where there is none. Damaged EXIF blocks count as none."""
     try:
-        value = image.getexif().get(_ORIENTATION)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            value = image.getexif().get(_ORIENTATION)
     except Exception:  # PIL raises whatever the damage leads to; EXIF is not needed for anything
         return None
     return value if isinstance(value, int) else None

@@ -1,0 +1,97 @@
+"""The options of `densenet data`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="Make, check, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None)
+console = Console(highlight=False)
+
+Root = Annotated[Path, typer.Argument(help="a data set's folder, or a source of any known layout", show_default=False)]
+Workers = Annotated[int, typer.Option(min=1, help="processes", show_default="one per CPU core")]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="prepared, ilsvrc, kaggle, parquet, webdataset or folders; told by looking if not given"),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="file for the whole report")]
+CORES = len(os.sched_getaffinity(0))
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="folder with the archives, shards or class folders")],
+    target: Annotated[Path, typer.Argument(help="the data set's folder: new, empty, or begun before")],
+    to: Annotated[str, typer.Option(help="shards or folders")] = "shards",
+    shorter_side: Annotated[
+        int | None, typer.Option(min=16, help="re-encode: the shorter side is at most so many pixels")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="of JPEGs that are encoded; 90 with --shorter-side, else 95")
+    ] = None,
+    shard_size: Annotated[float, typer.Option(min=0.01, help="MB of pictures in a shard")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="of the order in the shards")] = 0,
+    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="leave damaged pictures out")] = False,
+    workers: Workers = CORES,
+    layout: Layout = None,
+) -> None:
+    """Make a data set from archives, shards, Parquet files or class folders.
+
+    An interrupted preparation goes on when the command is repeated.
+    Example: densenet data prepare /downloads /data/imagenet
+    """
+    from launch.data import prepare_command
+    from pipeline.data.prepare import Options
+    from pipeline.errors import UserError
+
+    if to not in ("shards", "folders"):
+        raise UserError(f"--to={to} is not known: use shards or folders.")
+    options = Options(
+        to=to,  # type: ignore[arg-type]
+        seed=seed,
+        shard_bytes=round(shard_size * 1e6),
+        shorter_side=shorter_side,
+        quality=quality or (95 if shorter_side is None else 90),
+    )
+    prepare_command(console, source, target, options, workers, layout, skip_damaged)
+
+
+@app.command()
+def index(root: Root, workers: Workers = CORES, layout: Layout = None) -> None:
+    """Index data where it lies, with checksums: class folders, shards, archives."""
+    from launch.data import index_command
+
+    index_command(console, root, workers, layout)
+
+
+@app.command()
+def verify(
+    root: Root,
+    json_file: Json = None,
+    any_counts: Annotated[
+        bool, typer.Option("--any-counts", help="1,000 WordNet ids need not have ImageNet's numbers of pictures")
+    ] = False,
+    workers: Workers = CORES,
+    layout: Layout = None,
+) -> None:
+    """Read and decode everything; exit code 1 where there is damage."""
+    from launch.data import verify_command
+
+    raise typer.Exit(verify_command(console, root, workers, layout, any_counts, json_file))
+
+
+@app.command()
+def stats(
+    root: Root,
+    samples: Annotated[int, typer.Option(min=0, help="pictures decoded of each split; 0: all")] = 5000,
+    plot: Annotated[Path, typer.Option(help="PNG file")] = Path("stats.png"),
+    json_file: Json = None,
+    workers: Workers = CORES,
+    layout: Layout = None,
+) -> None:
+    """Count classes, and measure sizes, bytes and channels, with a plot."""
+    from launch.data import stats_command
+
+    stats_command(console, root, samples, workers, layout, plot, json_file)

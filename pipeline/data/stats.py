@@ -1,0 +1,139 @@
+"""`densenet data stats`: a data set in numbers and one picture."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.data.files import Files
+from pipeline.data.images import NotAnImage, decode, quiet, to_rgb
+from pipeline.data.inspect import Chunk, chunks
+from pipeline.data.plan import permutation
+from pipeline.data.pool import Pool
+from pipeline.data.sources import recognise
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True)
+class SplitStats:
+    """A split: pictures per class (by label), and of the decoded sample widths, heights (pixels) and lengths (bytes).
+
+    `mean` and `std` are per RGB channel, of pixel values in [0, 1] of whole pictures; each picture weighs the same.
+    """
+
+    samples: int
+    bytes: int
+    per_class: list[int]
+    decoded: int
+    unreadable: int
+    mean: list[float]
+    std: list[float]
+    widths: list[int]
+    heights: list[int]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The splits of a data set or a source."""
+
+    root: str
+    layout: str
+    classes: tuple[str, ...]
+    splits: dict[str, SplitStats]
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers for machines, without the lists of each picture's size."""
+        tree = asdict(self)
+        for split in tree["splits"].values():
+            for name in ("widths", "heights", "lengths"):
+                values = np.array(split.pop(name))
+                split[name] = {f"p{q}": float(np.percentile(values, q)) for q in (0, 5, 25, 50, 75, 95, 100)}
+        return tree
+
+
+def stats(root: Path, samples: int, pool: Pool, layout: str | None = None) -> Stats:
+    """Counts all pictures, and decodes `samples` of each split (0: all), chosen evenly at random.
+
+    Raises:
+        DataError: it cannot be read as any layout, or no picture can be decoded.
+    """
+    root = root.absolute()
+    found = recognise(root, layout)
+    scan = found.scan(root, None, pool)
+    splits = {}
+    for split, table in scan.splits.items():
+        chosen = np.sort(permutation(0, 0, len(table))[: samples or None])
+        tasks = list(chunks(scan.root, split, table.take(chosen), decoded=True))
+        parts = pool.map(_measure, tasks, f"decoding {split}", [len(task.table) for task in tasks])
+        sizes = np.concatenate([part[0] for part in parts])
+        moments = np.concatenate([part[1] for part in parts])
+        if not len(sizes):
+            raise DataError(f"none of the {len(chosen)} pictures of {split} can be decoded: `densenet data verify`.")
+        mean = moments.mean(axis=0)
+        splits[split] = SplitStats(
+            samples=len(table),
+            bytes=pc.sum(table["length"]).as_py(),
+            per_class=np.bincount(table["label"].to_numpy(), minlength=len(scan.classes)).tolist(),
+            decoded=len(sizes),
+            unreadable=len(chosen) - len(sizes),
+            mean=mean[:3].tolist(),
+            std=np.sqrt(mean[3:] - mean[:3] ** 2).tolist(),
+            widths=sizes[:, 0].tolist(),
+            heights=sizes[:, 1].tolist(),
+            lengths=sizes[:, 2].tolist(),
+        )
+    return Stats(str(root), found.name, scan.classes, splits)
+
+
+def _measure(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Sizes [n, 3] (width, height, bytes), and the means of x and of x squared per channel [n, 6], of what decodes."""
+    files = Files()
+    sizes, moments = [], []
+    columns = (chunk.table[name].to_pylist() for name in ("path", "offset", "length"))
+    with quiet():
+        for path, offset, length in zip(*columns, strict=True):
+            try:
+                image = decode(files.open(chunk.root / path).read(offset, length))
+            except (NotAnImage, OSError):
+                continue
+            x = np.asarray(to_rgb(image).convert("RGB"), np.float64).reshape(-1, 3) / 255
+            sizes.append((image.width, image.height, length))
+            moments.append(np.concatenate([x.mean(axis=0), (x * x).mean(axis=0)]))
+    return np.array(sizes, np.int64).reshape(-1, 3), np.array(moments).reshape(-1, 6)
+
+
+def plot(result: Stats, file: Path) -> None:
+    """Draws class balance, picture sizes, bytes and channels of each split into a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    balance, sides, lengths, channels = figure.subplots(2, 2).ravel()
+    for i, (name, split) in enumerate(result.splits.items()):
+        per_class = np.sort(split.per_class)[::-1]
+        balance.step(np.arange(len(per_class)), per_class, where="mid", label=f"{name}: {split.samples:,} pictures")
+        shorter = np.minimum(split.widths, split.heights)
+        _histogram(sides, shorter, f"{name}: {split.decoded:,} decoded")
+        _histogram(lengths, np.array(split.lengths) / 1000, name)
+        channels.bar(np.arange(3) + 0.3 * i, split.mean, 0.28, yerr=split.std, capsize=3, label=name)
+    balance.set(title="pictures per class", xlabel="classes, largest first", ylim=(0, None))
+    sides.set(title="shorter side", xlabel="pixels", ylabel="share of the pictures", xscale="log")
+    lengths.set(title="encoded length", xlabel="KB", ylabel="share of the pictures", xscale="log")
+    channels.set(title="channels: mean and standard deviation", ylim=(0, 1))
+    channels.set_xticks(np.arange(3) + 0.15, ["red", "green", "blue"])
+    for axes in (balance, sides, lengths, channels):
+        axes.legend(fontsize="small")
+    figure.suptitle(f"{result.root} ({result.layout}, {len(result.classes):,} classes)")
+    temporary = file.with_name(f".{file.stem}.tmp{file.suffix or '.png'}")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(file)
+
+
+def _histogram(axes: Any, values: NDArray[Any], label: str) -> None:
+    bins = np.geomspace(values.min() * 0.99, values.max() * 1.01, 50)
+    axes.hist(values, bins=bins, weights=np.full(len(values), 1 / len(values)), alpha=0.6, label=label)

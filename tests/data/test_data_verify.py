@@ -1,0 +1,236 @@
+"""Verification finds each planted fault; statistics and indexes in place tell what is there."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.dataset import open_splits
+from pipeline.data.images import quiet
+from pipeline.data.in_place import index_in_place
+from pipeline.data.inspect import KINDS
+from pipeline.data.pool import Pool
+from pipeline.data.prepare import Options, prepare
+from pipeline.data.stats import plot, stats
+from pipeline.data.verify import Report, verify
+from pipeline.errors import DataError
+from tests.data import made_up
+
+
+def check(root: Path, **options: object) -> Report:
+    with Pool(1) as pool:
+        return verify(root, pool, **options)
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    made_up.write_ilsvrc(tmp_path / "source", made_up.pictures())
+    with Pool(1) as pool:
+        prepare(tmp_path / "source", tmp_path / "set", Options(shard_bytes=20_000), pool)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def class_folders(tmp_path) -> Path:
+    made_up.write_folders(tmp_path / "set", made_up.pictures())
+    return tmp_path / "set"
+
+
+def test_a_sound_set_has_no_damage_and_its_numbers_are_right(shards):
+    report = check(shards)
+    assert report.damage == []
+    assert report.counts() == {"exif": 1}
+    train = report.splits["train"]
+    assert (train.samples, train.classes, train.per_class) == (32, 3, (8, 8, 16))
+    assert train.formats == {"JPEG": 32}
+    assert train.modes == {"RGB": 31, "L": 1}
+    assert report.splits["val"].samples == 9
+    assert json.loads(json.dumps(report.to_json()))["damaged"] is False
+
+
+def test_sources_can_be_verified_before_they_are_prepared(tmp_path):
+    made_up.write_ilsvrc(tmp_path / "source", made_up.pictures())
+    report = check(tmp_path / "source")
+    assert report.layout == "ilsvrc"
+    assert report.counts() == {"format": 1, "colour": 2, "exif": 1}
+    assert "n02105855_2933.JPEG" in next(f for f in report.findings if f.kind == "format").where
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 0x55
+    file.write_bytes(content)
+
+
+def flip_picture(root: Path) -> None:
+    train, _ = open_splits(str(root), "train", "val", root)
+    flip(train.path(3), train.table["offset"][3].as_py() + train.table["length"][3].as_py() // 2)
+
+
+def change_label(root: Path) -> None:
+    train, _ = open_splits(str(root), "train", "val", root)
+    file = train.path(0)
+    content = bytearray(file.read_bytes())
+    at = content.index(b"000000000000.cls") + 512
+    content[at] = ord("0") + (content[at] - ord("0") + 1) % 3
+    file.write_bytes(content)
+
+
+def swap_shards(root: Path) -> None:
+    first, second = root / "train" / "train-000000.tar", root / "train" / "train-000001.tar"
+    first.rename(root / "other")
+    second.rename(first)
+    (root / "other").rename(second)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kinds"),
+    [
+        (flip_picture, {"checksum", "shard"}),
+        (change_label, {"label", "shard"}),
+        (swap_shards, {"shard", "checksum"}),
+        (lambda r: (r / "train" / "train-000001.tar").unlink(), {"unreadable"}),
+        (lambda r: shutil.copy(r / "val" / "val-000000.tar", r / "val" / "val-000007.tar"), {"unlisted"}),
+        (lambda r: (r / "val" / "val-000000.tar").write_bytes(b"x" * 600), {"shard", "unreadable"}),
+    ],
+)
+def test_each_fault_in_shards_is_found(damage, kinds, shards):
+    damage(shards)
+    report = check(shards)
+    found = {finding.kind for finding in report.damage}
+    assert kinds <= found <= kinds | {"unreadable", "size"}  # bytes of elsewhere may pass for another picture
+    assert report.to_json()["damaged"] is True
+
+
+def test_an_index_of_other_shards_is_refused(shards, tmp_path):
+    with Pool(1) as pool:
+        prepare(tmp_path / "source", tmp_path / "other", Options(shard_bytes=9_000, seed=3), pool)
+    for file in (tmp_path / "other" / "train").iterdir():
+        shutil.copy(file, shards / "train")
+    with pytest.raises(DataError, match=r"\d of \d shards in .* are not those that were indexed"):
+        open_splits(str(shards), "train", "val", tmp_path)
+    assert {"shard", "unlisted"} <= {finding.kind for finding in check(shards).damage}
+    shutil.copy(tmp_path / "other" / "index" / "train.parquet", shards / "index")
+    (shards / "dataset.json").write_text(
+        (shards / "dataset.json").read_text().replace('"samples": 32', '"samples": 31')
+    )
+    with pytest.raises(DataError, match=r"train.parquet has 32 samples, .*dataset.json says 31"):
+        check(shards)
+
+
+def replaced(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda root: (root / "train" / "n01440764" / name).write_bytes(content) and None
+
+
+WHOLE = made_up.encoded(made_up.picture(999, (300, 200)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "detail"),
+    [
+        (replaced("cut.JPEG", WHOLE[:-9]), "unreadable", "is a JPEG that is cut short"),
+        (replaced("hole.JPEG", WHOLE[:2000] + WHOLE[-20:]), "unreadable", "cannot be decoded"),
+        (replaced("empty.JPEG", b""), "unreadable", "it is empty"),
+        (replaced("page.JPEG", b"<html>no</html>"), "unreadable", "begins with '<html>no</html>'"),
+        (replaced("a.JPEG", made_up.encoded(made_up.picture(1), "WEBP")), "format", "is a WEBP named as a JPEG"),
+        (replaced("a.png", made_up.encoded(made_up.picture(1), "PNG")), "format", "is a PNG"),
+        (replaced("a.jpg", made_up.encoded(made_up.picture(1, mode="CMYK"))), "colour", "colours are CMYK"),
+        (replaced("a.jpg", made_up.encoded(made_up.picture(1, (20, 90)))), "small", "20 x 90 pixels"),
+    ],
+)
+def test_each_fault_in_class_folders_is_found(damage, kind, detail, class_folders):
+    clean = check(class_folders)
+    damage(class_folders)
+    report = check(class_folders)
+    new = [finding for finding in report.findings if finding not in clean.findings]
+    assert [(finding.kind, detail in finding.detail) for finding in new] == [(kind, True)]
+    assert bool(report.damage) == KINDS[kind][0]
+
+
+def test_duplicates_are_told_within_and_across_splits(class_folders):
+    train, val = class_folders / "train", class_folders / "val"
+    shutil.copy(train / "n01440764" / "n01440764_0.JPEG", train / "n01440764" / "again.JPEG")
+    shutil.copy(train / "n01440764" / "n01440764_1.JPEG", train / "n02105855" / "wrong.JPEG")
+    shutil.copy(train / "n01440764" / "n01440764_2.JPEG", val / "n01440764" / "leak.JPEG")
+    report = check(class_folders)
+    told = {(f.kind, f.where, f.detail) for f in report.findings if f.kind in ("duplicate", "across")}
+    assert told == {
+        ("duplicate", "train/n01440764/n01440764_0.JPEG", "the same as train/n01440764/again.JPEG"),
+        (
+            "duplicate",
+            "train/n02105855/wrong.JPEG",
+            "the same as train/n01440764/n01440764_1.JPEG, of another class",
+        ),
+        ("across", "val/n01440764/leak.JPEG", "the same as train/n01440764/n01440764_2.JPEG"),
+    }
+
+
+def test_a_set_of_imagenets_classes_must_have_imagenets_numbers(tmp_path):
+    content = made_up.encoded(Image.new("RGB", (40, 40)))
+    tree = {split: {f"n{i:08d}": {"1.JPEG": content} for i in range(1000)} for split in ("train", "val")}
+    made_up.write_folders(tmp_path / "set", tree)
+    details = [finding.detail for finding in check(tmp_path / "set").damage]
+    assert details == [
+        "1,000 pictures, ILSVRC2012 has 1,281,167 (--any-counts if this is a part)",
+        "1,000 pictures, ILSVRC2012 has 50,000 (--any-counts if this is a part)",
+    ]
+    assert check(tmp_path / "set", any_counts=True).damage == []
+
+
+@pytest.mark.parametrize(
+    "write", [made_up.write_folders, made_up.write_webdataset, made_up.write_ilsvrc, made_up.write_kaggle]
+)
+def test_data_is_indexed_where_it_lies(write, tmp_path):
+    tree = made_up.pictures()
+    write(tmp_path / "set", tree)
+    with Pool(1) as pool:
+        manifest = index_in_place(tmp_path / "set", pool)
+        with pytest.raises(DataError, match="has an index already"):
+            index_in_place(tmp_path / "set", pool)
+    assert manifest.classes == made_up.CLASSES
+    assert check(tmp_path / "set").damage == []
+    for split, index in zip(tree, open_splits(str(tmp_path / "set"), "train", "val", tmp_path), strict=True):
+        there = sorted((index.classes[label], index.read(i).tobytes()) for i, label in enumerate(index.labels_N))
+        assert there == sorted((wnid, content) for wnid, files in tree[split].items() for content in files.values())
+
+
+def test_an_index_in_place_names_what_is_damaged(class_folders):
+    replaced("cut.JPEG", WHOLE[:-9])(class_folders)
+    with (
+        pytest.raises(DataError, match=r"1 damaged pictures in train:\n  train/n01440764/cut.JPEG: is a JPEG"),
+        Pool(1) as p,
+    ):
+        index_in_place(class_folders, p)
+
+
+def test_parquet_files_are_prepared_before_they_are_verified(tmp_path):
+    made_up.write_parquet(tmp_path / "set", made_up.pictures())
+    with pytest.raises(DataError, match="make a data set of them first, with `densenet data prepare`"):
+        check(tmp_path / "set")
+
+
+def test_statistics_are_those_of_the_pictures(shards, tmp_path):
+    with Pool(1) as pool:
+        result = stats(shards, 0, pool)
+        assert len(stats(shards, 5, pool).splits["train"].widths) == 5
+    train = result.splits["train"]
+    assert (train.samples, train.decoded, train.per_class) == (32, 32, [8, 16, 8])
+    index, _ = open_splits(str(shards), "train", "val", tmp_path)
+    means, squares = [], []
+    for i in range(len(index)):
+        with quiet(), Image.open(io.BytesIO(index.read(i))) as image:
+            x = np.asarray(image.convert("RGB"), np.float64) / 255
+        means.append(x.mean(axis=(0, 1)))
+        squares.append((x**2).mean(axis=(0, 1)))
+    assert train.mean == pytest.approx(np.mean(means, axis=0))
+    assert train.std == pytest.approx(np.sqrt(np.mean(squares, axis=0) - np.mean(means, axis=0) ** 2))
+    assert sorted(train.widths) == sorted(index.widths_N)
+    plot(result, tmp_path / "stats.png")
+    with Image.open(tmp_path / "stats.png") as image:
+        assert image.size[0] > 1000
+    assert result.to_json()["splits"]["train"]["widths"]["p100"] == max(train.widths)
