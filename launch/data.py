@@ -12,13 +12,13 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from launch.progress import duration
-from pipeline.data.in_place import index_in_place
-from pipeline.data.inspect import KINDS
-from pipeline.data.pool import Pool
-from pipeline.data.prepare import Options, prepare
-from pipeline.data.space import gigabytes
-from pipeline.data.stats import Stats, plot, stats
-from pipeline.data.verify import Report, verify
+from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.inspect import KINDS
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.space import gigabytes
+from pipeline.data.tools.stats import Stats, plot, stats
+from pipeline.data.tools.verify import Report, verify
 from pipeline.errors import UserError
 
 _SHOWN = 5  # findings of each kind; the JSON report has them all

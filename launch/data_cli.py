@@ -43,7 +43,7 @@ def prepare(
     Example: densenet data prepare /downloads /data/imagenet
     """
     from launch.data import prepare_command
-    from pipeline.data.prepare import Options
+    from pipeline.data.tools.prepare import Options
     from pipeline.errors import UserError
 
     if to not in ("shards", "folders"):

@@ -19,9 +19,9 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits, read_manifest
 from pipeline.data.images import quiet
-from pipeline.data.pool import Pool
-from pipeline.data.prepare import Options, Prepared, prepare
-from pipeline.data.sources import recognise
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, Prepared, prepare
+from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError
 from tests.data import made_up
 from tests.data.made_up import CLASSES
@@ -191,8 +191,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from pipeline.data.images import quiet
-from pipeline.data.pool import Pool
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
 
 if __name__ == "__main__":
     with Pool(2, lambda what, done, total: print(what, done, total, flush=True)) as pool:

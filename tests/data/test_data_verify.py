@@ -12,12 +12,12 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits
 from pipeline.data.images import quiet
-from pipeline.data.in_place import index_in_place
-from pipeline.data.inspect import KINDS
-from pipeline.data.pool import Pool
-from pipeline.data.prepare import Options, prepare
-from pipeline.data.stats import plot, stats
-from pipeline.data.verify import Report, verify
+from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.inspect import KINDS
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.stats import plot, stats
+from pipeline.data.tools.verify import Report, verify
 from pipeline.errors import DataError
 from tests.data import made_up
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.dataset import MANIFEST, Manifest, Shard, read_manifest
-from pipeline.data.inspect import KINDS, Finding, Looked, chunks, look, where
-from pipeline.data.pool import Pool
-from pipeline.data.sources import recognise
-from pipeline.data.tars import members
+from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.sources import recognise
+from pipeline.data.tools.tars import members
 from pipeline.errors import DataError
 
 IMAGENET = {"classes": 1000, "train": 1_281_167, "val": 50_000}
@@ -37,7 +37,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found; `findings` are those of `pipeline.data.inspect.KINDS`."""
+    """What was found; `findings` are those of `pipeline.data.tools.inspect.KINDS`."""
 
     root: str
     layout: str

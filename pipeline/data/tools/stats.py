@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, quiet, to_rgb
-from pipeline.data.inspect import Chunk, chunks
 from pipeline.data.plan import permutation
-from pipeline.data.pool import Pool
-from pipeline.data.sources import recognise
+from pipeline.data.tools.inspect import Chunk, chunks
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError
 
 

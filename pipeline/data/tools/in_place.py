@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 from pipeline.data.dataset import MANIFEST, Manifest, Shard, Split, index_file
 from pipeline.data.folders import listed
 from pipeline.data.index import SCHEMA, save_table
-from pipeline.data.inspect import chunks, look
-from pipeline.data.pool import Pool
-from pipeline.data.sources import recognise
+from pipeline.data.tools.inspect import chunks, look
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError
 
 

@@ -1,0 +1,1 @@
+"""Offline tools: data sets from any source, made, verified, indexed and described."""
