@@ -12,11 +12,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from launch.progress import duration
+from pipeline.data.space import gigabytes
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.inspect import KINDS
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import Options, prepare
-from pipeline.data.tools.space import gigabytes
 from pipeline.data.tools.stats import Stats, plot, stats
 from pipeline.data.tools.verify import Report, verify
 from pipeline.errors import UserError

@@ -106,7 +106,6 @@ def _dali() -> str:
             device_id=0 if device == "cuda" else None,
             threads=1,
             max_batch_size=1,
-            output_size=32,
             interpolation="bilinear",
             mean=(0, 0, 0),
             std=(1, 1, 1),

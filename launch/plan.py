@@ -45,9 +45,9 @@ def print_plan(console: Console, prepared: Prepared) -> None:
             f"{d.total_samples:,} samples",
         ),
         ("precision", f"{d.precision}, ZeRO stage {config.engine.zero_stage}"),
-        ("evaluation", config.eval.transform),
+        ("evaluation", config.eval.description),
     ]
     for name, text in rows:
         console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
-    for warning in prepared.share.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    for warning in prepared.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)

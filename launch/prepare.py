@@ -2,18 +2,18 @@
 
 import datetime
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.resources import Resources, Share, share
-from pipeline.config import Derived, RunConfig, derive, load_config
+from pipeline.config import DIGITS, Derived, RunConfig, derive, load_config
 from pipeline.data.dataset import open_splits
 from pipeline.data.digits import write_digits
 from pipeline.data.index import DatasetIndex
+from pipeline.data.staging import fetch_indexes, is_remote
 from pipeline.errors import UserError
 from pipeline.model.densenet import check_name
-
-DIGITS = "digits://"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Prepared:
     share: Share
     train_index: DatasetIndex
     val_index: DatasetIndex
+    warnings: tuple[str, ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -38,12 +39,13 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     name = config.run.name or f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     output = str(_base_folder() / Path(config.run.output).expanduser())
     root = config.data.root
-    if root is not None and root != DIGITS:
-        root = str(Path.cwd() / Path(root).expanduser())
+    if root is not None and not is_remote(root):
+        root = _absolute(root)
+    stage = config.data.stage
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"name": name, "output": output}),
-            "data": config.data.model_copy(update={"root": root}),
+            "data": config.data.model_copy(update={"root": root, "stage": stage and _absolute(stage)}),
         }
     )
 
@@ -61,7 +63,8 @@ def prepare(config: RunConfig, offered: Resources) -> Prepared:
         write_digits(root)
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": str(root)})})
     taken = share(config, offered)
-    train_index, val_index = open_splits(config.data.root, config.data.train, config.data.val, output / "index")
+    warnings = list(taken.warnings)
+    train_index, val_index = _open_data(config, output / "index", warnings.append)
     derived = derive(
         config,
         workers=taken.workers,
@@ -71,7 +74,24 @@ def prepare(config: RunConfig, offered: Resources) -> Prepared:
         val_samples=len(val_index),
         num_classes=len(train_index.classes),
     )
-    return Prepared(config, derived, taken, train_index, val_index)
+    if config.data.shuffle == "windowed" and not train_index.shards:
+        raise UserError(
+            f"data.shuffle=windowed mixes within windows of shards, but data.root={config.data.root} holds class "
+            f"folders, each a class of its own: use data.shuffle=full, or prepare shards."
+        )
+    return Prepared(config, derived, taken, train_index, val_index, tuple(warnings))
+
+
+def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> tuple[DatasetIndex, DatasetIndex]:
+    data = config.data
+    if data.root is not None and is_remote(data.root):
+        train_index, val_index = fetch_indexes(data.root, (data.train, data.val), cache)
+        return train_index, val_index
+    return open_splits(data.root, data.train, data.val, cache, data.on_corrupt == "skip", warn)
+
+
+def _absolute(path: str) -> str:
+    return str(Path.cwd() / Path(path).expanduser())
 
 
 def check_writable(output: Path) -> None:

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+_SKIPPED_SHOWN = 10  # the workers' logs name all of them
+
 
 def duration(seconds: float) -> str:
     """Seconds as `42s`, `3m07s` or `5h03m`."""
@@ -49,6 +51,7 @@ class Display:
         self._console = console
         self._epochs, self._total_steps, self._workers = epochs, total_steps, workers
         self._starts = 0
+        self.skipped: set[int] = set()
         self._live = Live(
             Text(""),
             console=console,
@@ -89,6 +92,10 @@ class Display:
                 )
             case "warning":
                 self.line(f"warning: {event['message']}", style="yellow")
+            case "skipped":
+                self.skipped.add(event["sample"])
+                if len(self.skipped) <= _SKIPPED_SHOWN:
+                    self.line(f"warning: replaced {event['message']}", style="yellow")
             case "resumed":
                 self.line(f"resumed at {event['samples_seen']} samples from {event['checkpoint']}")
             case "workers_started":

@@ -75,6 +75,13 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
         unsent = tracker.finish("FINISHED")
     uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(shown(tracker.uri))}"
     _print_summary(console, prepared, uri, best, registered, img_per_s, clock)
+    if display.skipped:
+        console.print(
+            f"warning: {len(display.skipped)} damaged training pictures were replaced by others; they are named in "
+            f"{prepared.run_dir / 'logs'}",
+            style="yellow",
+            soft_wrap=True,
+        )
     if unsent:
         console.print(f"warning: {unsent} records did not reach {shown(tracker.uri)}; they are in {prepared.run_dir}")
 
@@ -101,7 +108,7 @@ def _start_tracker(prepared: Prepared) -> Tracker:
         tags={
             "data.train.fingerprint": prepared.train_index.fingerprint,
             "data.val.fingerprint": prepared.val_index.fingerprint,
-            "eval.transform": config.eval.transform,
+            "eval.transform": config.eval.description,
         },
         run_id=run_id,
     )
@@ -126,7 +133,7 @@ def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock)
         if event["kind"] == "trained":
             img_per_s = event["img_per_s"]
         if event["kind"] in ("step", "eval"):
-            tracker.log(_metrics(event), event["samples_seen"])
+            tracker.log(_metrics(event) | {"data/skipped": len(display.skipped)}, event["samples_seen"])
         display.on_event(event)
 
     run(
@@ -187,18 +194,20 @@ def _print_summary(
     newest = checkpoint.checkpoints(checkpoint_root(prepared.run_dir))[-1]
     state = read_state(newest)
     program = shlex.quote(sys.argv[0]) if shutil.which("densenet") is None else "densenet"
-    picture = prepared.val_index.path(0)
-    picture_here = shlex.quote(min(str(picture), os.path.relpath(picture), key=len))
+    picture = "IMAGE"
+    if not prepared.val_index.in_shards:
+        file = prepared.val_index.path(0)
+        picture = shlex.quote(min(str(file), os.path.relpath(file), key=len))
     lines = [
         ("best", f"{accuracy(state['best'])}, at {state['best_at']:,} samples"),
         ("last", f"{accuracy(state['last'])}, at {state['last_at']:,} samples"),
-        ("evaluated as", prepared.config.eval.transform),
+        ("evaluated as", prepared.config.eval.description),
         ("speed", "nothing was left to train" if img_per_s is None else f"{speed(img_per_s)} in training"),
         ("time", str(clock)),
         ("checkpoint", str(best)),
         ("model", f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri})"),
         ("MLflow UI", f"{program} ui{uri}"),
-        ("predict", f"{program} predict {registered.uri} {picture_here}{uri}"),
+        ("predict", f"{program} predict {registered.uri} {picture}{uri}"),
     ]
     console.rule("done")
     for name, text in lines:

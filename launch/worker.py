@@ -9,6 +9,9 @@ import ray
 import ray.train
 import ray.train.torch
 
+from pipeline.config import RunConfig
+from pipeline.data.index import DatasetIndex
+from pipeline.data.staging import stage
 from pipeline.errors import UserError
 
 
@@ -26,7 +29,9 @@ def train_worker(task: dict[str, Any]) -> None:
     _log_to(task["run_dir"] / "logs" / f"rank{rank}.log")
 
     def report(event: dict[str, Any]) -> None:
-        if rank == 0:
+        if event["kind"] == "skipped":
+            print(event["message"])
+        if rank == 0 or event["kind"] == "skipped":
             hub.push.remote(event)
 
     report({"kind": "workers_started"})
@@ -43,13 +48,21 @@ def _train(task: dict[str, Any], report: Any) -> None:
     from pipeline.train.state import newest_checkpoint
     from pipeline.train.trainer import Trainer
 
+    train_index = _on_this_node(task["config"], ray.get(task["train_index"]))
+    val_index = _on_this_node(task["config"], ray.get(task["val_index"]))
     torch.set_num_threads(task["derived"].cpus_per_worker)
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     resume = newest_checkpoint(task["run_dir"], lambda text: report({"kind": "warning", "message": text}))
-    indexes = ray.get(task["train_index"]), ray.get(task["val_index"])
-    Trainer(task["config"], task["derived"], *indexes, task["run_dir"], device, report).fit(resume)
+    Trainer(task["config"], task["derived"], train_index, val_index, task["run_dir"], device, report).fit(resume)
+
+
+def _on_this_node(config: RunConfig, index: DatasetIndex) -> DatasetIndex:
+    """The index of the data as this node reads them: where they are, or of the copy on its own disk."""
+    if config.data.stage is None:
+        return index
+    return stage(index, str(config.data.root), Path(config.data.stage))
 
 
 def _log_to(file: Path) -> None:

@@ -19,6 +19,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pipeline.errors import ConfigError
 
+DIGITS = "digits://"  # the data root that stands for the demonstration's pictures
+
 Auto = Literal["auto"]
 Device = Literal["cpu", "cuda"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -35,7 +37,7 @@ def _plain_name(name: str) -> str:
 
 def _no_password(uri: str) -> str:
     if re.search(r"://[^/@:]*:[^/@]+@", uri):
-        raise ValueError("must not hold a password, since configs are saved and shown: use MLFLOW_TRACKING_URI")
+        raise ValueError("must not hold a password, since configs are saved and shown: use environment variables")
     return uri
 
 
@@ -59,10 +61,20 @@ class Model(Section):
 
 
 class Data(Section):
-    root: str | None = Field(None, description="folder with the splits; each split has one folder per class")
-    train: Name = Field("train", description="name of the training split's folder")
-    val: Name = Field("val", description="name of the evaluation split's folder")
+    root: Annotated[str, AfterValidator(_no_password)] | None = Field(
+        None,
+        description="a prepared data set's folder or address (s3://...), or a folder with class folders in each split",
+    )
+    train: Name = Field("train", description="name of the training split")
+    val: Name = Field("val", description="name of the evaluation split")
+    stage: str | None = Field(None, description="folder on each node's own disk, to which shards are copied first")
+    on_corrupt: Literal["error", "skip"] = Field("error", description="damaged training pictures: end, or replace them")
+    shuffle: Literal["full", "windowed"] = Field("full", description="`windowed`: within windows of shards")
+    window: Count = Field(16, description="shards in a window of the windowed shuffle")
     image_size: int = Field(224, ge=8, le=1024, description="training picture side, pixels")
+    progressive: tuple[tuple[float, int], ...] = Field(
+        (), description="[epoch, side] pairs: pictures of that side until that epoch, `image_size` afterwards"
+    )
     crop_area: tuple[float, float] = Field((0.08, 1.0), description="random crop's share of the picture's area")
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="random crop's width / height")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
@@ -70,6 +82,9 @@ class Data(Section):
     std: Rgb = Field((0.229, 0.224, 0.225), description="per channel, of pixel values in [0, 1]")
     interpolation: Interpolation = Field("bilinear", description="filter of the resize, always antialiased")
     threads: Count | Auto = Field("auto", description="DALI threads per worker; auto: the worker's CPU cores")
+    readers: int = Field(
+        4, ge=0, le=256, description="threads per worker that read files ahead; 0: the planning one does"
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> "Data":
@@ -81,15 +96,54 @@ class Data(Section):
             raise ValueError(f"crop_ratio={[low, high]} must be two numbers with 0 < low <= high")
         if min(self.std) <= 0:
             raise ValueError(f"std={list(self.std)} must be positive")
+        if self.root is not None and "://" in self.root and self.root != DIGITS and self.stage is None:
+            raise ValueError(f"root={self.root} is an address: set stage to a folder on each node's own disk")
+        epochs = [epoch for epoch, _ in self.progressive]
+        if epochs != sorted(set(epochs)) or any(e <= 0 for e in epochs) or any(s < 8 for _, s in self.progressive):
+            pairs = [list(pair) for pair in self.progressive]
+            raise ValueError(f"progressive={pairs} must be [epoch, side] pairs with rising epochs and sides from 8")
         return self
+
+    @property
+    def largest_side(self) -> int:
+        """The largest training picture's side, pixels."""
+        return max(self.image_size, *(side for _, side in self.progressive), 0)
+
+    def side_at(self, epoch: float) -> int:
+        """The training picture's side, pixels, at a point of the run."""
+        return next((side for until, side in self.progressive if epoch < until), self.image_size)
+
+
+_EVAL_PRESETS: dict[str, tuple[float, Interpolation]] = {  # crop / resize, filter
+    "torchvision": (224 / 256, "bilinear"),  # torchvision.transforms._presets.ImageClassification's defaults
+    "timm": (0.875, "bicubic"),  # timm.data.constants: DEFAULT_CROP_PCT and its models' usual filter
+}
 
 
 class Eval(Section):
-    resize: int = Field(256, ge=8, le=2048, description="shorter side after the resize, pixels")
+    transform: Literal["torchvision", "timm"] = Field(
+        "torchvision", description="whose sizes and filter are the defaults of the next keys"
+    )
     crop: int = Field(224, ge=8, le=1024, description="centre crop's side, pixels")
-    interpolation: Interpolation = Field("bilinear", description="filter of the resize, always antialiased")
+    resize: int = Field(256, ge=8, le=2048, description="shorter side after the resize, pixels; default: crop / 0.875")
+    interpolation: Interpolation = Field(
+        "bilinear", description="filter of the resize, always antialiased; default: bilinear, bicubic for `timm`"
+    )
     batch_size: Count | Auto = Field("auto", description="pictures per worker and batch; auto: as in training")
     every_epochs: Count = Field(1, description="epochs between evaluations; the end of the run is always evaluated")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """Fills in what the transform's preset says, so that a saved config holds the numbers."""
+        if not isinstance(given, dict) or given.get("transform", "torchvision") not in _EVAL_PRESETS:
+            return given
+        share, interpolation = _EVAL_PRESETS[given.get("transform", "torchvision")]
+        crop = given.get("crop", 224)
+        filled: dict[str, Any] = {"interpolation": interpolation}
+        if isinstance(crop, int):
+            filled["resize"] = int(crop / share)
+        return filled | given
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "Eval":
@@ -98,7 +152,7 @@ class Eval(Section):
         return self
 
     @property
-    def transform(self) -> str:
+    def description(self) -> str:
         """The transform in one line, to stand beside every accuracy."""
         return f"resize {self.resize} {self.interpolation} antialias, centre crop {self.crop}, no EXIF rotation"
 

@@ -17,5 +17,9 @@ class DataError(UserError):
     """A data folder or a file in it is wrong."""
 
 
+class DamagedSample(DataError):
+    """One sample's bytes are not a whole picture, or not those that were indexed."""
+
+
 class TrainingError(Exception):
     """Training failed in the workers for a reason that is not known to be the user's."""

@@ -1,12 +1,10 @@
 """Pixels: DALI decodes, resizes and normalises what the plan asks for. The one place that knows DALI."""
 
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +13,15 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from PIL import Image
 
 from pipeline.config import Device, Interpolation, Rgb
 from pipeline.data.folders import listed
+from pipeline.data.images import NotAnImage, decode, quiet
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import Ints, PlannedBatch
-from pipeline.errors import DataError
+from pipeline.data.plan import Ints, PlannedBatch, TrainPlan
+from pipeline.errors import DamagedSample, DataError
 
 _AHEAD = 2  # batches read ahead of DALI, which holds as many more
-_READERS = 4  # threads that read a batch's files: storage with latency needs several requests at once
 _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -43,8 +40,10 @@ class Batch:
 class Loader:
     """Turns planned batches into pixels; use as a context manager, or close it.
 
-    Reading runs ahead in threads of its own and DALI decodes ahead in others, so the caller waits only when both are
-    slower than it is. There is no state from one `run` to the next.
+    Reading runs ahead in threads of its own (`readers` of them; with 0 the planning thread reads) and DALI decodes
+    ahead in others, so the caller waits only when both are slower than it is. There is no state from one `run` to the
+    next but which samples are damaged. With `skip_by`, the plan of the batches, damaged samples are replaced by others
+    that follow from the seed, the epoch and the sample alone, and are listed in `skipped`; without it they are errors.
     """
 
     def __init__(
@@ -55,23 +54,25 @@ class Loader:
         device_id: int | None,
         threads: int,
         max_batch_size: int,
-        output_size: int,
         interpolation: Interpolation,
         mean: Rgb,
         std: Rgb,
+        readers: int = 4,
+        skip_by: TrainPlan | None = None,
     ) -> None:
-        self.index, self.output_size = index, output_size
+        self.index = index
         self.device = torch.device(device) if device_id is None else torch.device(device, device_id)
+        self.skipped: dict[int, str] = {}
+        self._skip_by = skip_by
         self._labels_N = torch.from_numpy(index.labels_N)
         self._planner = ThreadPoolExecutor(1, "plan")
-        self._readers = ThreadPoolExecutor(_READERS, "read")
+        self._readers = ThreadPoolExecutor(readers, "read") if readers else None
         self._current: _Run | None = None
         self._closed = False
         self._new_pipeline = partial(
             _pipeline,
             source=self._next_input,
             decoder="mixed" if device == "cuda" else "cpu",
-            output_size=output_size,
             interpolation=_FILTERS[interpolation],
             mean=[255 * m for m in mean],
             std=[255 * s for s in std],
@@ -93,7 +94,8 @@ class Loader:
         self._closed = True
         self._current = None
         self._planner.shutdown(cancel_futures=True)
-        self._readers.shutdown(cancel_futures=True)
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
         self._pipeline = None
 
     def run(self, batches: Iterable[PlannedBatch]) -> Generator[Batch]:
@@ -118,22 +120,55 @@ class Loader:
                 self._drain()
 
     def _next_batch(self, run: "_Run") -> Batch | None:
-        if self._current is not run:
-            raise RuntimeError("this run has ended: its loader was closed or has begun a newer run")
-        try:
-            (images,) = self._pipeline.run()
-        except StopIteration:
-            return None
-        except DataError:
-            self.close()
-            raise
-        except RuntimeError as error:
-            self.close()
-            fault = self._diagnosis(error, run)
-            if fault is None:
+        while True:
+            if self._current is not run:
+                raise RuntimeError("this run has ended: its loader was closed or has begun a newer run")
+            try:
+                (images,) = self._pipeline.run()
+            except StopIteration:
+                return None
+            except DataError:
+                self.close()
                 raise
-            raise fault from error
-        return self._batch(images, run.in_dali.popleft())
+            except RuntimeError as error:
+                self._recover(run, error)
+                continue
+            return self._batch(images, run.in_dali.popleft().planned.ids_B)
+
+    def _recover(self, run: "_Run", error: RuntimeError) -> None:
+        """After DALI met something that it cannot decode: goes on without it, or says what it is."""
+        damaged = self._damaged(run)
+        if damaged and self._skip_by is not None:
+            self.skipped |= damaged
+            run.again.extendleft(loaded.wanted for loaded in reversed(run.in_dali))
+            run.in_dali.clear()
+            self._pipeline = self._new_pipeline()
+            return
+        self.close()
+        if damaged:
+            raise DataError(
+                "damaged image files:\n  " + listed(list(damaged.values()), "\n  ") + "\nReplace or remove them."
+            ) from error
+        if "fn.decoders" not in str(error):
+            raise error
+        reason = next(filter(str.strip, str(error).partition("encountered:")[2].splitlines()), str(error))
+        places = [self.index.describe(sample) for loaded in run.in_dali for sample in loaded.planned.ids_B]
+        raise DataError(
+            f"DALI cannot decode one of these pictures, although PIL can ({reason}):\n  "
+            + listed(places, "\n  ")
+            + "\nConvert it to an 8-bit JPEG or PNG, or remove it."
+        ) from error
+
+    def _damaged(self, run: "_Run") -> dict[int, str]:
+        """Those of the samples in DALI that cannot be decoded, and why."""
+        found = {}
+        with quiet():
+            for sample in {int(sample) for loaded in run.in_dali for sample in loaded.planned.ids_B}:
+                try:
+                    decode(self.index.read(sample).tobytes()).convert("RGB")
+                except NotAnImage as error:
+                    found[sample] = f"{self.index.describe(sample)}: {error}"
+        return found
 
     def _load_next(self, run: "_Run") -> None:
         run.ahead.append(self._planner.submit(self._load, run.batches))
@@ -141,21 +176,48 @@ class Loader:
     def _load(self, batches: Iterator[PlannedBatch]) -> "_Input | None":
         """Plans and reads the next batch (in the planner's thread); None after the last one."""
         planned = next(batches, None)
-        if planned is None:
-            return None
-        return _Input(planned, list(self._readers.map(self.index.read, planned.ids_B)))
+        return None if planned is None else self._read(planned)
+
+    def _read(self, planned: PlannedBatch) -> "_Input":
+        each = map if self._readers is None else self._readers.map
+        if self._skip_by is None:
+            return _Input(planned, planned, list(each(self.index.read, planned.ids_B)))
+        read = partial(self._read_or_replace, self._skip_by)
+        pairs = list(each(read, planned.epochs_B, planned.ids_B))
+        ids_B = np.array([sample for sample, _ in pairs])
+        taken = planned
+        if (ids_B != planned.ids_B).any():
+            taken = self._skip_by.samples(planned.epochs_B, ids_B, planned.side)
+        return _Input(taken, planned, [content for _, content in pairs])
+
+    def _read_or_replace(self, plan: TrainPlan, epoch: int, sample: int) -> tuple[int, NDArray[np.uint8]]:
+        """The sample, or the first sound one of those that take its place."""
+        for candidate in (sample, *plan.replacements(epoch, sample)):
+            if candidate in self.skipped:
+                continue
+            try:
+                return int(candidate), self.index.read(candidate)
+            except DamagedSample as error:
+                self.skipped[int(candidate)] = str(error)
+        raise DataError(f"{self.skipped[int(sample)]} All that were to take its place are damaged too.")
 
     def _next_input(self) -> tuple[Any, ...]:
         """DALI's request for the next batch."""
         run = self._current
-        if run is None or not run.ahead:
+        if run is None:
             raise StopIteration
-        loaded = run.ahead.popleft().result()
-        if loaded is None:
-            run.ahead.clear()
+        if run.again:
+            loaded: _Input | None = self._read(run.again.popleft())
+        elif not run.ahead:
             raise StopIteration
-        self._load_next(run)
-        run.in_dali.append(loaded.planned.ids_B)
+        else:
+            loaded = run.ahead.popleft().result()
+            if loaded is None:
+                run.ahead.clear()
+                raise StopIteration
+            self._load_next(run)
+        assert loaded is not None
+        run.in_dali.append(loaded)
         return loaded.arrays()
 
     def _batch(self, images: Any, ids_N: Ints) -> Batch:
@@ -173,6 +235,7 @@ class Loader:
         for future in self._current.ahead:
             future.cancel()
         self._current.ahead.clear()
+        self._current.again.clear()
         try:
             while True:
                 self._pipeline.run()
@@ -182,59 +245,43 @@ class Loader:
             self._pipeline = self._new_pipeline()
         self._current = None
 
-    def _diagnosis(self, error: RuntimeError, run: "_Run") -> DataError | None:
-        """Names the files that cannot be decoded, of the batches that DALI held; None if the fault lies elsewhere."""
-        paths = [self.index.path(sample) for ids_B in run.in_dali for sample in ids_B]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF blocks and of large pictures, which are no faults here
-            damaged = [f"{path}: {fault}" for path in paths if (fault := _decode_fault(path)) is not None]
-        if damaged:
-            return DataError("damaged image files:\n  " + listed(damaged, "\n  ") + "\nReplace or remove them.")
-        if "fn.decoders" not in str(error):
-            return None
-        reason = next(filter(str.strip, str(error).partition("encountered:")[2].splitlines()), str(error))
-        return DataError(
-            f"DALI cannot decode one of these files, although PIL can ({reason}):\n  "
-            + listed([str(path) for path in paths], "\n  ")
-            + "\nConvert it to an 8-bit JPEG or PNG, or remove it."
-        )
-
 
 @dataclass
 class _Run:
-    """What is under way: the plan, the batches that are being read, and the samples of those that DALI holds."""
+    """What is under way: the plan, batches that are being read, those that DALI holds, those that it must get again."""
 
     batches: Iterator[PlannedBatch]
     ahead: "deque[Future[_Input | None]]" = field(default_factory=deque)
-    in_dali: deque[Ints] = field(default_factory=deque)
+    in_dali: "deque[_Input]" = field(default_factory=deque)
+    again: deque[PlannedBatch] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
 class _Input:
-    """A planned batch with the encoded bytes of its files."""
+    """A planned batch with the encoded bytes of its samples; `wanted` is the plan before damaged ones were replaced."""
 
     planned: PlannedBatch
+    wanted: PlannedBatch
     encoded: list[NDArray[np.uint8]]
 
     def arrays(self) -> tuple[Any, ...]:
         p = self.planned
         sizes_B2 = p.sizes_B2.astype(np.float32)
-        return self.encoded, p.window_starts_B2, p.window_shapes_B2, sizes_B2, p.origins_B2, p.flips_B
+        sides_B2 = np.full((len(p), 2), p.side, np.int32)
+        return self.encoded, p.window_starts_B2, p.window_shapes_B2, sizes_B2, p.origins_B2, sides_B2, p.flips_B
 
 
 @pipeline_def
-def _pipeline(
-    source: Any, decoder: str, output_size: int, interpolation: Any, mean: list[float], std: list[float]
-) -> Any:
+def _pipeline(source: Any, decoder: str, interpolation: Any, mean: list[float], std: list[float]) -> Any:
     """One pipeline for training and evaluation: decode a window, resize, cut, mirror, normalise.
 
     Decoding is bit-identical to PIL's on the CPU; EXIF orientation is not applied, as in torchvision.
     """
-    encoded, start, shape, size, origin, flip = fn.external_source(
+    encoded, start, shape, size, origin, side, flip = fn.external_source(
         source=source,
-        num_outputs=6,
-        dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32],
-        ndim=[1, 1, 1, 1, 1, 0],
+        num_outputs=7,
+        dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32, types.INT32],
+        ndim=[1, 1, 1, 1, 1, 1, 0],
     )
     images = fn.decoders.image_slice(
         encoded,
@@ -247,14 +294,5 @@ def _pipeline(
         use_fast_idct=False,
     )
     images = fn.resize(images, size=size, interp_type=interpolation, antialias=True)
-    images = fn.slice(images, start=origin, shape=[output_size, output_size], axis_names="HW")
+    images = fn.slice(images, start=origin, shape=side, axis_names="HW")
     return fn.crop_mirror_normalize(images, mirror=flip, mean=mean, std=std, dtype=types.FLOAT, output_layout="CHW")
-
-
-def _decode_fault(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        return str(error)
-    return None

@@ -11,19 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data.folders import listed, scan_splits
-from pipeline.data.index import DatasetIndex, load_table
+from pipeline.data.index import DatasetIndex, Shard, load_table
 from pipeline.errors import DataError
 
 MANIFEST = "dataset.json"
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A shard's size in bytes and its SHA-256."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -92,8 +84,8 @@ def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
     """
     if split not in manifest.splits:
         raise DataError(f"{root} has no split '{split}', it has {', '.join(manifest.splits)}: correct the name.")
-    index = DatasetIndex(root.absolute(), manifest.classes, load_table(index_file(root, split)))
     expected = manifest.splits[split]
+    index = DatasetIndex(root.absolute(), manifest.classes, load_table(index_file(root, split)), expected.shards)
     if len(index) != expected.samples or index.total_bytes != expected.bytes:
         raise DataError(
             f"{index_file(root, split)} has {len(index)} samples, {root / MANIFEST} says {expected.samples}: "

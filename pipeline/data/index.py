@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import zlib
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.files import File, Files
 from pipeline.data.images import TAIL, cut_short
-from pipeline.errors import DataError
+from pipeline.errors import DamagedSample, DataError
 
 SCHEMA = pa.schema(
     [
@@ -37,25 +38,42 @@ SCHEMA = pa.schema(
 )
 
 
+_ADVICE = (
+    "Replace or remove it and start again; `densenet data verify` finds all such pictures, and "
+    "data.on_corrupt=skip trains without them."
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard's size in bytes and its SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
 class DatasetIndex:
     """One split of a data set below `root`; `table` has the columns of `SCHEMA`.
 
-    `classes` are the training classes, whose rank the labels are. Samples of one shard lie together.
+    `classes` are the training classes, whose rank the labels are. Samples of one shard lie together; `shards` tells of
+    each what it must be (nothing for class folders).
     """
 
-    def __init__(self, root: Path, classes: tuple[str, ...], table: pa.Table) -> None:
-        self.root, self.classes, self.table = root, classes, table
+    def __init__(
+        self, root: Path, classes: tuple[str, ...], table: pa.Table, shards: dict[str, Shard] | None = None
+    ) -> None:
+        self.root, self.classes, self.table, self.shards = root, classes, table, shards or {}
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles what was given, without what follows from it."""
-        return DatasetIndex, (self.root, self.classes, self.table)
+        return DatasetIndex, (self.root, self.classes, self.table, self.shards)
 
     def moved(self, root: Path) -> "DatasetIndex":
         """The same data in another place."""
-        return DatasetIndex(root, self.classes, self.table)
+        return DatasetIndex(root, self.classes, self.table, self.shards)
 
     @cached_property
     def labels_N(self) -> NDArray[np.int64]:
@@ -137,7 +155,8 @@ class DatasetIndex:
         """A sample's encoded bytes.
 
         Raises:
-            DataError: the file has gone, the bytes are not those that were indexed, or are a JPEG cut short.
+            DamagedSample: the bytes are not those that were indexed, or are a JPEG cut short.
+            DataError: the file cannot be read at all.
         """
         path, offset, length = self.path(sample), int(self._offsets_N[sample]), int(self._lengths_N[sample])
         try:
@@ -148,20 +167,14 @@ class DatasetIndex:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if len(content) != length:
-            raise DataError(f"{path} has changed since it was indexed; {length} bytes were expected. {self._advice}")
-        if self._crc32_N is not None and zlib.crc32(content) != self._crc32_N[sample]:
-            raise DataError(
-                f"{self.describe(sample)} does not have the checksum that it was indexed with: the file was changed "
-                f"or damaged. {self._advice}"
-            )
-        fault = cut_short(content[:16], content[-TAIL:])
+            fault: str | None = f"has changed since it was indexed; {length} bytes were expected"
+        elif self._crc32_N is not None and zlib.crc32(content) != self._crc32_N[sample]:
+            fault = "does not have the checksum that it was indexed with"
+        else:
+            fault = cut_short(content[:16], content[-TAIL:])
         if fault:
-            raise DataError(f"{self.describe(sample)} {fault}. Replace or remove it.")
+            raise DamagedSample(f"{self.describe(sample)} {fault}. {_ADVICE}")
         return np.frombuffer(content, np.uint8)
-
-    @property
-    def _advice(self) -> str:
-        return "`densenet data verify` finds all such files; `densenet data prepare` or `index` makes the index anew."
 
     def save(self, file: Path) -> None:
         """Writes the index as Parquet, to a temporary name first."""

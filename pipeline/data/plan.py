@@ -5,9 +5,9 @@ gives the sample, and a counter-based generator keyed by (seed, epoch, sample) g
 So the same global batches come whatever the number of workers, the split of the batch or the number of restarts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,9 @@ _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _ROUNDS = 10
 
-_SHUFFLE, _CROP = 0, 1  # what random words are for: the counters' last word
+# what random words are for: the counters' last word
+_SHUFFLE, _CROP = 0, 1
+_SHUFFLE_SHARDS, _REPLACE = 6, 7
 _TRIES = 10
 _CHUNK = 1 << 14  # samples whose random words fit the processor's cache
 
@@ -55,22 +57,24 @@ def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.
     return np.stack([c0, c1, c2, c3])
 
 
-def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Words below 2**32 as numbers in [0, 1)."""
     return words.astype(np.float64) * 2.0**-32
 
 
-def permutation(seed: int, epoch: int, num_samples: int, windows_N: Ints | None = None) -> Ints:
+def permutation(
+    seed: int, epoch: int, num_samples: int, windows_N: Ints | None = None, purpose: int = _SHUFFLE
+) -> Ints:
     """The order of the samples in an epoch: they are sorted by as many random bits as fit beside their numbers.
 
-    With `windows_N`, samples are sorted by their window first, and mixed within each.
+    With `windows_N`, samples are sorted by the number of their window first, and mixed within each.
     """
     id_bits = max(1, (num_samples - 1).bit_length())
     window_bits = 0 if windows_N is None else int(windows_N.max()).bit_length()
     keys_N = np.empty(num_samples, np.uint64)
     for start in range(0, num_samples, _CHUNK):
         ids = np.arange(start, min(start + _CHUNK, num_samples), dtype=np.uint64)
-        words = philox((ids, np.uint64(epoch), np.uint64(0), np.uint64(_SHUFFLE)), seed)  # type: ignore[arg-type]
+        words = philox((ids, np.uint64(epoch), np.uint64(0), np.uint64(purpose)), seed)  # type: ignore[arg-type]
         keys_N[start : start + len(ids)] = (words[0] << _SHIFT | words[1]) >> np.uint64(window_bits)
     if windows_N is not None and window_bits:
         keys_N |= windows_N.astype(np.uint64) << np.uint64(64 - window_bits)
@@ -80,9 +84,15 @@ def permutation(seed: int, epoch: int, num_samples: int, windows_N: Ints | None 
     return (ordered_N & low).astype(np.int64)
 
 
-@lru_cache(maxsize=2)
-def _full(seed: int, epoch: int, num_samples: int) -> Ints:
-    return permutation(seed, epoch, num_samples)
+def windowed_permutation(seed: int, epoch: int, files_N: Ints, window: int) -> Ints:
+    """The order of an epoch for storage that is slow to jump about in: few shards are open at a time.
+
+    The shards are put in random order and cut into windows of `window` shards; samples are mixed within each window.
+    """
+    num_files = int(files_N.max()) + 1
+    place_of_file = np.empty(num_files, np.int64)
+    place_of_file[permutation(seed, epoch, num_files, purpose=_SHUFFLE_SHARDS)] = np.arange(num_files)
+    return permutation(seed, epoch, len(files_N), windows_N=place_of_file[files_N] // window)
 
 
 @dataclass(frozen=True)
@@ -90,70 +100,97 @@ class PlannedBatch:
     """What to decode and how to cut it, for a batch of B samples.
 
     The window (top-left `window_starts_B2`, size `window_shapes_B2`) of the stored picture is decoded and resized to
-    `sizes_B2`; the output picture is cut from it at `origins_B2` and mirrored where `flips_B` is 1. All pairs are
-    (vertical, horizontal), in pixels, int32.
+    `sizes_B2`; a square of `side` pixels is cut from it at `origins_B2`, and mirrored where `flips_B` is 1. All pairs
+    are (vertical, horizontal), in pixels, int32. `epochs_B` are those of the run's sample order, 0 in evaluation.
     """
 
     ids_B: Ints
+    epochs_B: Ints
     window_starts_B2: NDArray[np.int32]
     window_shapes_B2: NDArray[np.int32]
     sizes_B2: NDArray[np.int32]
     origins_B2: NDArray[np.int32]
     flips_B: NDArray[np.int32]
+    side: int
 
     def __len__(self) -> int:
         return len(self.ids_B)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainPlan:
-    """Random-resized crops and flips in shuffled order; arguments as in `pipeline.config.Data`."""
+    """Random-resized crops and flips in shuffled order; arguments as in `pipeline.config.Data`.
+
+    `files_N` gives each sample's shard, for the windowed shuffle in windows of `window` shards; None: the full one.
+    """
 
     seed: int
     widths_N: Ints = field(repr=False)
     heights_N: Ints = field(repr=False)
-    image_size: int
     crop_area: tuple[float, float]
     crop_ratio: tuple[float, float]
     flip: float
+    files_N: Ints | None = field(default=None, repr=False)
+    window: int = 1
+
+    def __len__(self) -> int:
+        return len(self.widths_N)
+
+    @cached_property
+    def _order(self) -> Callable[[int], Ints]:
+        return lru_cache(2)(self._new_order)
+
+    def _new_order(self, epoch: int) -> Ints:
+        if self.files_N is None:
+            return permutation(self.seed, epoch, len(self))
+        return windowed_permutation(self.seed, epoch, self.files_N, self.window)
 
     def locate(self, positions_B: Ints) -> tuple[Ints, Ints]:
         """The epochs and the samples at positions of the run's sample order."""
-        num_samples = len(self.widths_N)
-        epochs_B, places_B = np.divmod(positions_B, num_samples)
+        epochs_B, places_B = np.divmod(positions_B, len(self))
         ids_B = np.empty_like(positions_B)
         for epoch in np.unique(epochs_B):
             here = epochs_B == epoch
-            ids_B[here] = _full(self.seed, int(epoch), num_samples)[places_B[here]]
+            ids_B[here] = self._order(int(epoch))[places_B[here]]
         return epochs_B, ids_B
 
-    def batch(self, positions_B: Ints) -> PlannedBatch:
-        """Plans the samples at positions of the run's sample order.
+    def batch(self, positions_B: Ints, side: int) -> PlannedBatch:
+        """Plans the samples at positions of the run's sample order, as pictures of `side` pixels."""
+        return self.samples(*self.locate(positions_B), side)
+
+    def samples(self, epochs_B: Ints, ids_B: Ints, side: int) -> PlannedBatch:
+        """Plans the given samples as they are seen in the given epochs.
 
         The crop follows torchvision's `RandomResizedCrop`: up to ten tries of a share of the area, uniform in
         `crop_area`, and a ratio, log-uniform in `crop_ratio`; then the largest centred window of a legal ratio.
         """
-        epochs_B, ids_B = self.locate(positions_B)
-        words_4BT = philox(
-            (
-                ids_B.astype(np.uint64)[:, None],
-                epochs_B.astype(np.uint64)[:, None],
-                np.arange(_TRIES + 1, dtype=np.uint64),
-                np.full(1, _CROP, np.uint64),
-            ),
-            self.seed,
-        )
-        u_4BT = _uniform(words_4BT)
+        u_4BT = self._uniform(epochs_B, ids_B, _TRIES + 1, _CROP)
         starts_B2, shapes_B2 = self._windows(self.heights_N[ids_B], self.widths_N[ids_B], u_4BT[..., :_TRIES])
-        size = np.int32(self.image_size)
         return PlannedBatch(
             ids_B=ids_B,
+            epochs_B=epochs_B,
             window_starts_B2=starts_B2,
             window_shapes_B2=shapes_B2,
-            sizes_B2=np.full((len(ids_B), 2), size),
+            sizes_B2=np.full((len(ids_B), 2), side, np.int32),
             origins_B2=np.zeros((len(ids_B), 2), np.int32),
             flips_B=(u_4BT[0, :, _TRIES] < self.flip).astype(np.int32),
+            side=side,
         )
+
+    def replacements(self, epoch: int, sample: int) -> Ints:
+        """Samples to take the place of a damaged one in an epoch, in this order: some thirty, drawn at random."""
+        u_41T = self._uniform(np.array([epoch]), np.array([sample]), 8, _REPLACE)
+        return (u_41T * len(self)).astype(np.int64).ravel()
+
+    def _uniform(self, epochs_B: Ints, ids_B: Ints, tries: int, purpose: int) -> NDArray[np.float64]:
+        """Four numbers in [0, 1) for each sample and try, shape [4, B, tries]."""
+        counters = (
+            ids_B.astype(np.uint64)[:, None],
+            epochs_B.astype(np.uint64)[:, None],
+            np.arange(tries, dtype=np.uint64),
+            np.full(1, purpose, np.uint64),
+        )
+        return uniform(philox(counters, self.seed))
 
     def _windows(
         self, heights_B: Ints, widths_B: Ints, u_4BT: NDArray[np.float64]
@@ -202,11 +239,13 @@ class EvalPlan:
         sizes_B2 = (self.resize * shapes_B2 / short_B1).astype(np.int64)
         return PlannedBatch(
             ids_B=ids_B,
+            epochs_B=np.zeros_like(ids_B),
             window_starts_B2=np.zeros_like(shapes_B2, np.int32),
             window_shapes_B2=shapes_B2.astype(np.int32),
             sizes_B2=sizes_B2.astype(np.int32),
             origins_B2=np.rint((sizes_B2 - self.crop) / 2).astype(np.int32),
             flips_B=np.zeros(len(ids_B), np.int32),
+            side=self.crop,
         )
 
 

@@ -72,8 +72,7 @@ def evaluate(engine: Engine, loader: Loader, plan: EvalPlan, batch_size: int, nu
         done += 1
     if engine.forward_is_collective:
         longest = math.ceil(math.ceil(num_samples / workers) / batch_size)
-        side = loader.output_size
         for _ in range(done, longest):
-            engine.forward(torch.zeros(1, 3, side, side, device=device))
+            engine.forward(torch.zeros(1, 3, plan.crop, plan.crop, device=device))
     engine.train(True)
     return counter.result()

@@ -30,7 +30,8 @@ Report = Callable[[dict[str, Any]], None]
 class Trainer:
     """Trains one model on one rank of a process group that exists already.
 
-    `report` receives events (dicts with a `kind`) on rank 0; it must return at once.
+    `report` receives events (dicts with a `kind`); it must return at once. Those of rank 0 count; but every rank tells
+    of the damaged training pictures that it met and replaced (`skipped`).
     """
 
     def __init__(
@@ -53,15 +54,22 @@ class Trainer:
             seed=config.run.seed,
             widths_N=train_index.widths_N,
             heights_N=train_index.heights_N,
-            image_size=data.image_size,
             crop_area=data.crop_area,
             crop_ratio=data.crop_ratio,
             flip=data.flip,
+            files_N=train_index.files_N if data.shuffle == "windowed" else None,
+            window=data.window,
         )
         self.eval_plan = EvalPlan(val_index.widths_N, val_index.heights_N, config.eval.resize, config.eval.crop)
-        self.loader = self._loader(train_index, derived.device_batch_size, data.image_size, data.interpolation)
-        self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.crop, config.eval.interpolation)
+        self.loader = self._loader(
+            train_index,
+            derived.device_batch_size,
+            data.interpolation,
+            skip_by=self.plan if data.on_corrupt == "skip" else None,
+        )
+        self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.interpolation)
         self.state = RunState()
+        self._told = 0  # of the skipped samples
 
     def fit(self, resume: Path | None = None) -> None:
         """Trains to the end of the run, from `resume` (a sealed checkpoint) or from the start."""
@@ -87,6 +95,7 @@ class Trainer:
                     self.report({"kind": "first_step"})
                 if last or (step + 1) % self.config.train.log_every_steps == 0:
                     self._log(meter, step + 1, rate)
+                    self._tell_skipped()
                 evaluate_now = last or self._passed_epoch(self.config.eval.every_epochs)
                 is_best = evaluate_now and self._evaluate()
                 if last or is_best or self._passed_epoch(self.config.checkpoint.every_epochs):
@@ -103,23 +112,26 @@ class Trainer:
     def _planned(self, first_step: int) -> Iterator[PlannedBatch]:
         d = self.derived
         for step in range(first_step, d.total_steps):
+            side = self.config.data.side_at(step * d.global_batch_size / d.train_samples)
             for micro in range(d.accumulation):
-                yield self.plan.batch(
-                    micro_batch(step, micro, self.rank, d.workers, d.device_batch_size, d.accumulation)
-                )
+                positions_B = micro_batch(step, micro, self.rank, d.workers, d.device_batch_size, d.accumulation)
+                yield self.plan.batch(positions_B, side)
 
-    def _loader(self, index: DatasetIndex, batch_size: int, output_size: int, interpolation: Interpolation) -> Loader:
-        threads = self.config.data.threads
+    def _loader(
+        self, index: DatasetIndex, batch_size: int, interpolation: Interpolation, skip_by: TrainPlan | None = None
+    ) -> Loader:
+        data = self.config.data
         return Loader(
             index,
             device=self.derived.device,
             device_id=self.device.index if self.derived.device == "cuda" else None,
-            threads=self.derived.cpus_per_worker if threads == "auto" else threads,
+            threads=self.derived.cpus_per_worker if data.threads == "auto" else data.threads,
+            readers=data.readers,
             max_batch_size=batch_size,
-            output_size=output_size,
             interpolation=interpolation,
-            mean=self.config.data.mean,
-            std=self.config.data.std,
+            mean=data.mean,
+            std=data.std,
+            skip_by=skip_by,
         )
 
     def _passed_epoch(self, every: int) -> bool:
@@ -143,6 +155,11 @@ class Trainer:
             {"kind": "step", "step": step, "samples_seen": self.state.samples_seen, "epoch": self._epoch, "lr": rate}
             | record
         )
+
+    def _tell_skipped(self) -> None:
+        for sample in list(self.loader.skipped)[self._told :]:
+            self.report({"kind": "skipped", "sample": sample, "message": self.loader.skipped[sample]})
+            self._told += 1
 
     def _evaluate(self) -> bool:
         """Evaluates, reports, and says whether this is the run's best result so far."""

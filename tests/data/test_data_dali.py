@@ -22,7 +22,7 @@ from pipeline.errors import DataError
 SIDE = 32
 
 
-def loader(index: DatasetIndex, batch: int = 8, side: int = SIDE, interpolation: str = "bilinear") -> Loader:
+def loader(index: DatasetIndex, batch: int = 8, interpolation: str = "bilinear", **rest: object) -> Loader:
     """Pixels as 0..255, not normalised."""
     return Loader(
         index,
@@ -30,15 +30,15 @@ def loader(index: DatasetIndex, batch: int = 8, side: int = SIDE, interpolation:
         device_id=None,
         threads=2,
         max_batch_size=batch,
-        output_size=side,
         interpolation=interpolation,
         mean=(0, 0, 0),
         std=(1 / 255, 1 / 255, 1 / 255),
+        **rest,
     )
 
 
-def train_plan(index: DatasetIndex, side: int = SIDE) -> TrainPlan:
-    return TrainPlan(3, index.widths_N, index.heights_N, side, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+def train_plan(index: DatasetIndex) -> TrainPlan:
+    return TrainPlan(3, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def global_batches(
     def planned(rank: int) -> Iterator[PlannedBatch]:
         for step in range(STEPS):
             for micro in range(accumulation):
-                yield plan.batch(micro_batch(step, micro, rank, workers, device_batch, accumulation))
+                yield plan.batch(micro_batch(step, micro, rank, workers, device_batch, accumulation), SIDE)
 
     by_rank = []
     for rank in range(workers):
@@ -92,14 +92,14 @@ def test_global_batches_are_the_same_at_any_world_size_and_device_batch(train_in
 def test_starting_in_the_middle_gives_what_would_have_come(train_index):
     plan = train_plan(train_index)
     with loader(train_index) as reader:
-        whole = list(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(20)))
-        rest = list(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(13, 20)))
+        whole = list(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1), SIDE) for s in range(20)))
+        rest = list(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1), SIDE) for s in range(13, 20)))
     assert torch.equal(together(whole[13:])[0], together(rest)[0])
 
 
 def test_runs_repeat_also_after_one_was_left_in_the_middle(train_index):
     plan = train_plan(train_index)
-    batches = [plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(10)]
+    batches = [plan.batch(micro_batch(s, 0, 0, 1, 8, 1), SIDE) for s in range(10)]
     with loader(train_index) as reader:
         first = together(list(reader.run(batches)))[0]
         abandoned = reader.run(iter(batches))
@@ -110,7 +110,7 @@ def test_runs_repeat_also_after_one_was_left_in_the_middle(train_index):
 
 def test_a_new_run_ends_one_that_was_left_open(train_index):
     plan = train_plan(train_index)
-    batches = [plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(10)]
+    batches = [plan.batch(micro_batch(s, 0, 0, 1, 8, 1), SIDE) for s in range(10)]
     with loader(train_index) as reader:
         left_open = reader.run(iter(batches))
         next(left_open)
@@ -125,7 +125,7 @@ def test_a_new_run_ends_one_that_was_left_open(train_index):
 
 
 def test_a_run_of_no_batches_is_empty_and_the_next_is_not(train_index):
-    batches = [train_plan(train_index).batch(np.arange(8))]
+    batches = [train_plan(train_index).batch(np.arange(8), SIDE)]
     with loader(train_index) as reader:
         assert [len(list(reader.run(b))) for b in ([], batches, [], batches)] == [0, 1, 0, 1]
 
@@ -133,7 +133,7 @@ def test_a_run_of_no_batches_is_empty_and_the_next_is_not(train_index):
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_an_error_of_the_plan_is_not_blamed_on_files(train_index, kind):
     def planned() -> Iterator[PlannedBatch]:
-        yield train_plan(train_index).batch(np.arange(8))
+        yield train_plan(train_index).batch(np.arange(8), SIDE)
         raise kind("of the plan")
 
     with loader(train_index) as reader, pytest.raises(kind, match="^of the plan$"):
@@ -161,7 +161,7 @@ def test_closing_leaves_no_threads(train_index):
     gc.collect()
     before, native_before = set(threading.enumerate()), native_threads()
     with loader(train_index) as reader:
-        run = reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1)) for s in range(100))
+        run = reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1), SIDE) for s in range(100))
         next(run)
         assert len(native_threads() - native_before) > 2
     assert set(threading.enumerate()) == before
@@ -219,7 +219,7 @@ def test_a_file_that_only_pil_decodes_is_among_those_told(folders):
     odd = root / "train" / "a" / "0.tif"
     Image.new("I", (40, 40)).save(odd)  # 32-bit integers
     index, _ = open_splits(str(root), "train", "val", root.parent / "cache")
-    with pytest.raises(DataError, match="DALI cannot decode one of these files") as error:
+    with pytest.raises(DataError, match="DALI cannot decode one of these pictures") as error:
         run_over(index)
     assert str(odd) in str(error.value)
     assert len(str(error.value).splitlines()) <= 8
@@ -233,7 +233,7 @@ def test_stored_orientation_is_not_applied_to_tiff_either(folders):
     Image.fromarray(stored).save(root / "train" / "a" / "0.jpg", "TIFF", exif=exif)
     index, _ = open_splits(str(root), "train", "val", root.parent / "cache")
     assert (index.widths_N[0], index.heights_N[0]) == (60, 40)
-    with loader(index, side=40) as reader:
+    with loader(index) as reader:
         (batch,) = reader.run([EvalPlan(index.widths_N, index.heights_N, 40, 40).batch(np.arange(1))])
     assert torch.equal(batch.images_NCHW[0], torch.from_numpy(stored[:, 10:50].astype(np.float32)).permute(2, 0, 1))
 
@@ -260,7 +260,7 @@ def assert_close(images_NCHW: torch.Tensor, expected: list[Image.Image], most: f
 def test_evaluation_pixels_equal_torchvisions(samples_index, interpolation, most):
     ids = np.arange(len(samples_index))
     plan = EvalPlan(samples_index.widths_N, samples_index.heights_N, 256, 224)
-    with loader(samples_index, len(ids), 224, interpolation) as reader:
+    with loader(samples_index, len(ids), interpolation) as reader:
         (batch,) = reader.run([plan.batch(ids)])
     expected = []
     for i in ids:
@@ -272,8 +272,8 @@ def test_evaluation_pixels_equal_torchvisions(samples_index, interpolation, most
 
 def test_training_pixels_equal_torchvisions_for_the_same_window(samples_index):
     """Decoding a window alone leaves the colour of its outermost pixels without neighbours to be smoothed with."""
-    planned = train_plan(samples_index, 224).batch(np.arange(len(samples_index)))
-    with loader(samples_index, len(planned), 224) as reader:
+    planned = train_plan(samples_index).batch(np.arange(len(samples_index)), 224)
+    with loader(samples_index, len(planned)) as reader:
         (batch,) = reader.run([planned])
     assert 0 < planned.flips_B.sum() < len(planned)
     expected = []

@@ -34,7 +34,6 @@ def plan(n: int = 103, **changes: object) -> TrainPlan:
         "seed": 7,
         "widths_N": rng.integers(40, 900, n),
         "heights_N": rng.integers(40, 900, n),
-        "image_size": 32,
         "crop_area": (0.08, 1.0),
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": 0.5,
@@ -58,16 +57,16 @@ def test_the_order_depends_on_the_seed():
 
 def test_a_sample_is_cropped_alike_however_it_is_reached():
     p = plan()
-    whole = p.batch(np.arange(95, 115))  # the end of one epoch and the start of the next
+    whole = p.batch(np.arange(95, 115), 32)  # the end of one epoch and the start of the next
     for i in range(20):
-        single = p.batch(np.array([95 + i]))
+        single = p.batch(np.array([95 + i]), 32)
         for name in ("ids_B", "window_starts_B2", "window_shapes_B2", "flips_B"):
             assert np.array_equal(getattr(single, name)[0], getattr(whole, name)[i]), name
 
 
 def test_a_sample_is_cropped_and_flipped_anew_in_each_epoch():
     p, n = plan(), 103
-    first, second = (p.batch(np.arange(epoch * n, (epoch + 1) * n)) for epoch in range(2))
+    first, second = (p.batch(np.arange(epoch * n, (epoch + 1) * n), 32) for epoch in range(2))
     a, b = np.argsort(first.ids_B), np.argsort(second.ids_B)
     same_window = (first.window_shapes_B2[a] == second.window_shapes_B2[b]).all(axis=1)
     assert same_window.mean() < 0.1
@@ -76,7 +75,7 @@ def test_a_sample_is_cropped_and_flipped_anew_in_each_epoch():
 
 def test_windows_reach_every_place_that_they_fit():
     n = 2000
-    b = plan(n, widths_N=np.full(n, 8), heights_N=np.full(n, 8)).batch(np.arange(n))
+    b = plan(n, widths_N=np.full(n, 8), heights_N=np.full(n, 8)).batch(np.arange(n), 32)
     small = (b.window_shapes_B2 == 5).all(axis=1)
     for axis in range(2):
         assert set(b.window_starts_B2[small, axis].tolist()) == {0, 1, 2, 3}
@@ -85,7 +84,7 @@ def test_windows_reach_every_place_that_they_fit():
 def test_windows_lie_inside_and_keep_area_and_ratio():
     sides = np.random.default_rng(2).integers(250, 500, (2, 1000))
     p = plan(1000, widths_N=sides[0], heights_N=sides[1])
-    b = p.batch(np.arange(5000))
+    b = p.batch(np.arange(5000), 32)
     shapes = np.stack([p.heights_N[b.ids_B], p.widths_N[b.ids_B]], axis=1)
     assert (b.window_starts_B2 >= 0).all()
     assert (b.window_shapes_B2 > 0).all()
@@ -102,7 +101,7 @@ def test_windows_lie_inside_and_keep_area_and_ratio():
 def test_crops_are_distributed_as_torchvisions():
     n = 4000
     p = plan(n, widths_N=np.full(n, 500), heights_N=np.full(n, 375))
-    b = p.batch(np.arange(n))
+    b = p.batch(np.arange(n), 32)
     torch.manual_seed(0)
     picture = torch.empty(3, 375, 500)
     crop = v2.RandomResizedCrop(32)
@@ -125,7 +124,7 @@ def cdf(values: object, grid: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("width", "height", "window"), [(1000, 10, (10, 13)), (10, 1000, (13, 10))])
 def test_pictures_that_no_try_fits_get_the_largest_centred_window(width, height, window):
-    b = plan(1, widths_N=np.array([width]), heights_N=np.array([height]), crop_area=(0.9, 1.0)).batch(np.arange(1))
+    b = plan(1, widths_N=np.array([width]), heights_N=np.array([height]), crop_area=(0.9, 1.0)).batch(np.arange(1), 32)
     assert tuple(b.window_shapes_B2[0]) == window
     assert tuple(b.window_starts_B2[0]) == ((height - window[0]) // 2, (width - window[1]) // 2)
 

@@ -28,7 +28,6 @@ def test_mixed_decode_is_close_to_the_cpus(imagenet_samples: Path, tmp_path: Pat
             device_id=device_id,
             threads=2,
             max_batch_size=len(index),
-            output_size=224,
             interpolation="bilinear",
             mean=(0, 0, 0),
             std=(1 / 255, 1 / 255, 1 / 255),

@@ -35,7 +35,7 @@ def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, floa
 
 def test_a_run_holds_config_versions_and_metrics_on_the_samples_clock(tmp_path):
     c = config(tmp_path)
-    tracker = start(c, tmp_path, tags={"eval.transform": c.eval.transform})
+    tracker = start(c, tmp_path, tags={"eval.transform": c.eval.description})
     for i in range(5):
         tracker.log({"train/loss": 1 / (i + 1), "train/lr": 0.1}, samples_seen=64 * i)
     assert tracker.finish("FINISHED") == 0

@@ -38,7 +38,6 @@ def evaluate_rank(train_index: DatasetIndex, val_index: DatasetIndex, batch_size
         device_id=None,
         threads=1,
         max_batch_size=batch_size,
-        output_size=32,
         interpolation="bilinear",
         mean=config.data.mean,
         std=config.data.std,

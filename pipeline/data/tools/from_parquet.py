@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.space import check_space
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Found, Scan, by_number, split_files
-from pipeline.data.tools.space import check_space
 from pipeline.errors import DataError
 
 _ROWS = 128  # read together: some 15 MB of ImageNet

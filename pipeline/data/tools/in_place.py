@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.dataset import MANIFEST, Manifest, Shard, Split, index_file
+from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.folders import listed
-from pipeline.data.index import SCHEMA, save_table
+from pipeline.data.index import SCHEMA, Shard, save_table
 from pipeline.data.tools.inspect import chunks, look
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.sources import recognise

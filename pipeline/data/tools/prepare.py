@@ -23,17 +23,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from pipeline.data.dataset import MANIFEST, Manifest, Shard, Split, index_file, read_manifest
+from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
 from pipeline.data.files import Files
 from pipeline.data.folders import listed
 from pipeline.data.images import NotAnImage, decode, encode, header, quiet, shrink, to_rgb
-from pipeline.data.index import load_table, save_table, table_of
+from pipeline.data.index import Shard, load_table, save_table, table_of
 from pipeline.data.plan import permutation
+from pipeline.data.space import check_space
 from pipeline.data.tools import tars
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Scan
 from pipeline.data.tools.sources import recognise
-from pipeline.data.tools.space import check_space
 from pipeline.errors import DataError
 
 _WORK = ".prepare"

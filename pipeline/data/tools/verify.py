@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.dataset import MANIFEST, Manifest, Shard, read_manifest
+from pipeline.data.dataset import MANIFEST, Manifest, read_manifest
+from pipeline.data.index import Shard
 from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.sources import recognise

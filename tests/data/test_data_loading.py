@@ -1,0 +1,223 @@
+"""Loading: shards like folders, damage that is replaced, sizes that change, nothing left behind."""
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from pipeline.data.dali import Loader
+from pipeline.data.dataset import open_splits
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, windowed_permutation
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
+from pipeline.errors import DataError
+from tests.data import made_up
+
+SIDE = 32
+
+
+def loader(index: DatasetIndex, batch: int = 6, **rest: object) -> Loader:
+    return Loader(
+        index,
+        device="cpu",
+        device_id=None,
+        threads=2,
+        max_batch_size=batch,
+        interpolation="bilinear",
+        mean=(0, 0, 0),
+        std=(1 / 255, 1 / 255, 1 / 255),
+        **rest,
+    )
+
+
+def train_plan(index: DatasetIndex) -> TrainPlan:
+    return TrainPlan(3, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+
+
+def run(reader: Loader, plan: TrainPlan, steps: int = 12, batch: int = 6) -> tuple[torch.Tensor, list[int]]:
+    batches = list(reader.run(plan.batch(micro_batch(s, 0, 0, 1, batch, 1), SIDE) for s in range(steps)))
+    return torch.cat([b.images_NCHW for b in batches]), [int(i) for b in batches for i in b.ids_N]
+
+
+def make(tmp_path: Path, to: str) -> DatasetIndex:
+    made_up.write_folders(tmp_path / "source", made_up.pictures())
+    with Pool(1) as pool:
+        prepare(tmp_path / "source", tmp_path / to, Options(to=to, shard_bytes=20_000), pool)
+    return open_splits(str(tmp_path / to), "train", "val", tmp_path)[0]
+
+
+def test_shards_and_folders_give_the_same_pixels(tmp_path):
+    shards, folders = make(tmp_path, "shards"), make(tmp_path, "folders")
+    assert (shards.in_shards, folders.in_shards) == (True, False)
+    names = [path.partition("/")[2] for path in folders.table["path"].to_pylist()]
+    twins = np.array([names.index(name) for name in shards.table["name"].to_pylist()])
+    plans = [EvalPlan(index.widths_N, index.heights_N, SIDE, SIDE) for index in (shards, folders)]
+    with loader(shards, 32) as one, loader(folders, 32) as two:
+        (a,), (b,) = one.run([plans[0].batch(np.arange(32))]), two.run([plans[1].batch(twins)])
+    assert torch.equal(a.images_NCHW, b.images_NCHW)
+    assert torch.equal(a.labels_N, b.labels_N)
+
+
+@pytest.mark.parametrize("readers", [0, 1, 7])
+def test_any_number_of_reading_threads_gives_the_same(readers, tmp_path):
+    index = make(tmp_path, "shards")
+    with loader(index) as usual, loader(index, readers=readers) as other:
+        expected, ids = run(usual, train_plan(index))
+        images, other_ids = run(other, train_plan(index))
+    assert other_ids == ids
+    assert torch.equal(images, expected)
+
+
+def test_pictures_may_change_their_size_from_batch_to_batch(tmp_path):
+    index = make(tmp_path, "shards")
+    plan = train_plan(index)
+    with loader(index) as reader:
+        batches = list(reader.run(plan.batch(np.arange(6 * i, 6 * i + 6), side) for i, side in enumerate((16, 24, 40))))
+        (alone,) = reader.run([plan.batch(np.arange(6, 12), 24)])
+    assert [tuple(b.images_NCHW.shape) for b in batches] == [(6, 3, side, side) for side in (16, 24, 40)]
+    assert torch.equal(batches[1].images_NCHW, alone.images_NCHW)
+
+
+def overwrite(index: DatasetIndex, sample: int, content: bytes) -> None:
+    """Damages a sample, in an index without checksums that has seen it so."""
+    file = index.path(sample)
+    stat = file.stat()
+    file.write_bytes(content[: stat.st_size].ljust(stat.st_size, b"\0"))
+
+
+@pytest.fixture
+def damaged(folders, tmp_path) -> tuple[DatasetIndex, set[int]]:
+    """Class folders with pictures that fail in different ways: in reading, and only in DALI."""
+    root = folders()
+    index, _ = open_splits(str(root), "train", "val", tmp_path / "cache")
+    overwrite(index, 5, b"<html>")
+    for sample in (11, 23):  # whole to look at, but the tables that decoding needs are gone
+        content = bytearray(index.path(sample).read_bytes())
+        at = content.index(b"\xff\xdb")
+        content[at : at + 2] = b"\xff\xfe"
+        index.path(sample).write_bytes(bytes(content))
+    return index, {5, 11, 23}
+
+
+def test_damaged_pictures_end_a_run_unless_they_may_be_skipped(damaged):
+    index, bad = damaged
+    with loader(index) as reader, pytest.raises(DataError) as error:
+        run(reader, train_plan(index))
+    assert any(str(index.path(sample)) in str(error.value) for sample in bad)
+
+
+def test_damaged_pictures_are_replaced_alike_at_any_world_size(damaged):
+    index, bad = damaged
+    plan = train_plan(index)
+    with loader(index, skip_by=plan) as reader:
+        images, ids = run(reader, plan)
+        assert set(reader.skipped) == bad
+        assert all(str(index.path(sample)) in reason for sample, reason in reader.skipped.items())
+        again, _ = run(reader, plan)  # now that they are known
+    assert torch.equal(again, images)
+    planned = [int(i) for i in plan.locate(np.arange(72))[1]]
+    assert all(i not in bad for i in ids)
+    assert [i for i, p in zip(ids, planned, strict=True) if p not in bad] == [p for p in planned if p not in bad]
+    assert (images.flatten(1).amax(dim=1) > 0).all()  # never a black picture
+    by_rank = []
+    for rank in range(2):
+        with loader(index, 3, skip_by=plan) as reader:
+            steps = (plan.batch(micro_batch(s, 0, rank, 2, 3, 1), SIDE) for s in range(12))
+            by_rank.append([batch.images_NCHW for batch in reader.run(steps)])
+    together = torch.cat([by_rank[rank][step] for step in range(12) for rank in range(2)])
+    assert torch.equal(together, images)
+
+
+def test_bytes_that_rot_in_a_shard_are_told_and_can_be_skipped(tmp_path):
+    index = make(tmp_path, "shards")
+    offset, length = (index.table[name][3].as_py() for name in ("offset", "length"))
+    with index.path(3).open("r+b") as file:
+        file.seek(offset + length // 2)
+        file.write(b"rot")
+    plan = train_plan(index)
+    with loader(index) as reader, pytest.raises(DataError, match=r"does not have the checksum .* data.on_corrupt=skip"):
+        run(reader, plan)
+    with loader(index, skip_by=plan) as reader:
+        _, ids = run(reader, plan)
+        assert list(reader.skipped) == [3]
+        assert 3 not in ids
+
+
+def test_storage_that_is_gone_is_not_passed_over(tmp_path):
+    index = make(tmp_path, "shards")
+    plan = train_plan(index)
+    index.path(0).unlink()
+    with loader(index, skip_by=plan) as reader, pytest.raises(DataError, match="cannot be read: No such file"):
+        run(reader, plan)
+
+
+def test_a_data_set_that_is_damaged_all_over_ends_the_run(damaged):
+    index, _ = damaged
+    for sample in range(len(index)):
+        overwrite(index, sample, b"x")
+    with (
+        loader(index, skip_by=train_plan(index)) as reader,
+        pytest.raises(DataError, match="All that were to take its"),
+    ):
+        run(reader, train_plan(index))
+
+
+def test_fifty_epochs_leave_memory_threads_and_files_as_they_were(tmp_path):
+    index = make(tmp_path, "shards")
+    plan, process = train_plan(index), psutil.Process()
+    shared = set(os.listdir("/dev/shm"))
+    threads = threading.active_count()
+
+    def epochs(count: int) -> Iterator[PlannedBatch]:
+        for step in range(count * len(index) // 8):
+            yield plan.batch(micro_batch(step, 0, 0, 1, 8, 1), SIDE)
+
+    with loader(index, 8) as reader:
+        for _ in reader.run(epochs(10)):
+            pass
+        gc.collect()
+        before, files = process.memory_info().rss, process.num_fds()
+        for _ in reader.run(epochs(50)):
+            pass
+        gc.collect()
+        assert process.memory_info().rss - before < 8e6
+        assert process.num_fds() == files
+    assert threading.active_count() == threads
+    assert set(os.listdir("/dev/shm")) == shared
+
+
+def test_windowed_order_has_every_sample_once_and_few_shards_at_a_time():
+    files_N = np.repeat(np.arange(40), 25)
+    orders = [windowed_permutation(3, epoch, files_N, 5) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(1000))
+        for start in range(0, 1000, 125):
+            assert len(set(files_N[order[start : start + 125]])) == 5
+    assert not np.array_equal(orders[0], orders[1])
+    groups = [{frozenset(files_N[order[s : s + 125]]) for s in range(0, 1000, 125)} for order in orders]
+    assert groups[0] != groups[1]  # other shards come together in each epoch
+    assert np.array_equal(orders[0], windowed_permutation(3, 0, files_N, 5))
+    within = orders[0][:125]
+    assert (np.diff(files_N[within]) != 0).mean() > 0.6  # mixed, not one shard after the other
+
+
+def test_a_window_of_all_shards_is_a_full_shuffle_and_positions_are_the_plans(tmp_path):
+    index = make(tmp_path, "shards")
+    assert index.files_N.max() > 1
+    plan = TrainPlan(
+        3, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, files_N=index.files_N, window=1
+    )
+    _, ids_B = plan.locate(np.arange(len(index)))
+    assert (np.diff(index.files_N[ids_B]) != 0).sum() == index.files_N.max()  # one shard after the other
+    assert sorted(ids_B) == list(range(len(index)))
+    assert (
+        windowed_permutation(3, 0, np.zeros(10, np.int64), 4).tolist()
+        == windowed_permutation(3, 0, np.zeros(10, np.int64), 9).tolist()
+    )
