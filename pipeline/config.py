@@ -114,6 +114,44 @@ class Data(Section):
         return next((side for until, side in self.progressive if epoch < until), self.image_size)
 
 
+class Augment(Section):
+    brightness: Fraction = Field(0, description="factor uniform in 1 +- this, on top of crop and flip")
+    contrast: Fraction = Field(0, description="factor uniform in 1 +- this")
+    saturation: Fraction = Field(0, description="factor uniform in 1 +- this")
+    lighting: float = Field(0, ge=0, description="standard deviation of AlexNet's PCA lighting; the paper's is 0.1")
+    auto: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="DALI's suites of operators")
+    auto_ops: int = Field(2, ge=1, le=8, description="operators one after another in `randaugment`")
+    auto_magnitude: int = Field(9, ge=0, le=30, description="strength of each in `randaugment`, 0 to 30")
+    erase: Fraction = Field(0, description="probability of erasing a box")
+    erase_area: tuple[float, float] = Field((0.02, 1 / 3), description="box's share of the picture's area")
+    erase_ratio: tuple[float, float] = Field((0.3, 3.3), description="box's height / width")
+    erase_fill: Literal["mean", "noise"] = Field("mean", description="what the box is filled with")
+    mixup: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no mixup")
+    cutmix: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no CutMix")
+    mix_probability: Fraction = Field(1, description="share of the pairs of pictures that are mixed")
+    cutmix_share: Fraction = Field(0.5, description="share of CutMix where mixup is on too")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "Augment":
+        low, high = self.erase_area
+        if not 0 < low <= high < 1:
+            raise ValueError(f"erase_area={[low, high]} must be two numbers with 0 < low <= high < 1")
+        low, high = self.erase_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"erase_ratio={[low, high]} must be two numbers with 0 < low <= high")
+        return self
+
+    @property
+    def auto_stages(self) -> int:
+        """Operators of `auto` that come one after another; 0 where it is off."""
+        return {"none": 0, "randaugment": self.auto_ops, "trivialaugment": 1}[self.auto]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are mixed with each other, in pairs."""
+        return bool(self.mixup or self.cutmix)
+
+
 _EVAL_PRESETS: dict[str, tuple[float, Interpolation]] = {  # crop / resize, filter
     "torchvision": (224 / 256, "bilinear"),  # torchvision.transforms._presets.ImageClassification's defaults
     "timm": (0.875, "bicubic"),  # timm.data.constants: DEFAULT_CROP_PCT and its models' usual filter
@@ -219,6 +257,7 @@ class RunConfig(Section):
     device: Auto | Device = Field("auto", description="auto: CUDA where the workers have GPUs")
     model: Model = Model()
     data: Data = Data()
+    augment: Augment = Augment()
     eval: Eval = Eval()
     train: Train = Train()
     optim: Optim = Optim()
@@ -302,11 +341,17 @@ def derive(
             f"or change cluster.workers."
         )
     per_worker = batch // workers
-    accumulation = next(
-        a
-        for a in range(1, per_worker + 1)
-        if per_worker % a == 0 and per_worker // a <= config.train.max_device_batch_size
-    )
+    unit = 2 if config.augment.mixes else 1  # pictures are mixed in pairs, which must not be parted
+    most = config.train.max_device_batch_size
+    accumulations = [a for a in range(1, per_worker + 1) if per_worker % (a * unit) == 0 and per_worker // a <= most]
+    if not accumulations:
+        raise ConfigError(
+            f"augment.mixup and augment.cutmix mix pairs of pictures, so each of the {workers} workers needs an even "
+            f"number of them at once: train.global_batch_size={batch} gives {per_worker} per worker and step, at most "
+            f"train.max_device_batch_size={most} at once. Set train.global_batch_size to a multiple of {2 * workers}, "
+            f"and train.max_device_batch_size to 2 or more."
+        )
+    accumulation = accumulations[0]
     device_batch = per_worker // accumulation
     eval_batch = device_batch if config.eval.batch_size == "auto" else config.eval.batch_size
     total_steps = max(1, math.ceil(round(config.train.epochs * train_samples, 6) / batch))

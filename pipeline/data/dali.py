@@ -1,10 +1,11 @@
 """Pixels: DALI decodes, resizes and normalises what the plan asks for. The one place that knows DALI."""
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,19 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from pipeline.config import Device, Interpolation, Rgb
+from pipeline.config import Augment, Device, Interpolation, Rgb
+from pipeline.data import batch_ops
+from pipeline.data.auto_augment import augmented
 from pipeline.data.folders import listed
 from pipeline.data.images import NotAnImage, decode, quiet
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import Ints, PlannedBatch, TrainPlan
+from pipeline.data.philox import Ints
+from pipeline.data.plan import PlannedBatch, TrainPlan
+from pipeline.data.resize import Resizer
 from pipeline.errors import DamagedSample, DataError
 
 _AHEAD = 2  # batches read ahead of DALI, which holds as many more
+_NOTHING = np.empty(0, np.uint8)
 _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -29,11 +35,13 @@ _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
 class Batch:
     """Pictures ready for the model, on its device.
 
-    `images_NCHW` is normalised fp32, `labels_N` int64, `ids_N` the samples' rows in the index.
+    `images_NCHW` is normalised fp32, `labels_N` int64, `ids_N` the samples' rows in the index. `targets` are the
+    labels, or, where pictures are mixed, the classes' shares (fp32, [N, classes]).
     """
 
     images_NCHW: torch.Tensor
     labels_N: torch.Tensor
+    targets: torch.Tensor
     ids_N: Ints
 
 
@@ -58,29 +66,45 @@ class Loader:
         mean: Rgb,
         std: Rgb,
         readers: int = 4,
+        augment: Augment | None = None,
         skip_by: TrainPlan | None = None,
     ) -> None:
+        augment = augment or Augment()
         self.index = index
         self.device = torch.device(device) if device_id is None else torch.device(device, device_id)
         self.skipped: dict[int, str] = {}
         self._skip_by = skip_by
         self._labels_N = torch.from_numpy(index.labels_N)
         self._planner = ThreadPoolExecutor(1, "plan")
+        self._num_readers = max(1, readers)
         self._readers = ThreadPoolExecutor(readers, "read") if readers else None
+        self._augmented = partial(
+            batch_ops.apply, num_classes=len(index.classes), mean=mean, std=std, erase_fill=augment.erase_fill
+        )
+        dali_does_all = device == "cuda" or augment.auto_stages > 0
+        self._resizer = None if dali_does_all else Resizer(threads, interpolation, mean, std)
         self._current: _Run | None = None
         self._closed = False
-        self._new_pipeline = partial(
-            _pipeline,
-            source=self._next_input,
-            decoder="mixed" if device == "cuda" else "cpu",
-            interpolation=_FILTERS[interpolation],
-            mean=[255 * m for m in mean],
-            std=[255 * s for s in std],
-            batch_size=max_batch_size,
-            num_threads=threads,
-            device_id=device_id,
-            prefetch_queue_depth=2,
-        )
+        common = {
+            "source": self._next_input,
+            "batch_size": max_batch_size,
+            "num_threads": threads,
+            "device_id": device_id,
+            "prefetch_queue_depth": 2,
+        }
+        if self._resizer is not None:
+            self._new_pipeline = partial(_windows_pipeline, **common)
+        else:
+            self._new_pipeline = partial(
+                _pixels_pipeline,
+                decoder="mixed" if device == "cuda" else "cpu",
+                auto=augment.auto,
+                stages=augment.auto_stages,
+                interpolation=_FILTERS[interpolation],
+                mean=[255 * m for m in mean],
+                std=[255 * s for s in std],
+                **common,
+            )
         self._pipeline = self._new_pipeline()
 
     def __enter__(self) -> "Loader":
@@ -96,6 +120,8 @@ class Loader:
         self._planner.shutdown(cancel_futures=True)
         if self._readers is not None:
             self._readers.shutdown(cancel_futures=True)
+        if self._resizer is not None:
+            self._resizer.close()
         self._pipeline = None
 
     def run(self, batches: Iterable[PlannedBatch]) -> Generator[Batch]:
@@ -112,28 +138,35 @@ class Loader:
         run = self._current = _Run(iter(batches))
         for _ in range(_AHEAD):
             self._load_next(run)
+        outputs = self._outputs(run)
         try:
-            while (batch := self._next_batch(run)) is not None:
-                yield batch
+            for output in _one_ahead(outputs) if self._resizer else outputs:
+                self._check_current(run)
+                yield self._finished(output)
+        except Exception:
+            if self._current is run:
+                self.close()
+            raise
         finally:
             if self._current is run:
                 self._drain()
 
-    def _next_batch(self, run: "_Run") -> Batch | None:
+    def _outputs(self, run: "_Run") -> "Iterator[_Output]":
+        """What DALI makes of each batch."""
         while True:
-            if self._current is not run:
-                raise RuntimeError("this run has ended: its loader was closed or has begun a newer run")
+            self._check_current(run)
             try:
                 (images,) = self._pipeline.run()
             except StopIteration:
-                return None
-            except DataError:
-                self.close()
-                raise
+                return
             except RuntimeError as error:
                 self._recover(run, error)
                 continue
-            return self._batch(images, run.in_dali.popleft().planned.ids_B)
+            yield self._output(images, run.in_dali.popleft().planned)
+
+    def _check_current(self, run: "_Run") -> None:
+        if self._current is not run:
+            raise RuntimeError("this run has ended: its loader was closed or has begun a newer run")
 
     def _recover(self, run: "_Run", error: RuntimeError) -> None:
         """After DALI met something that it cannot decode: goes on without it, or says what it is."""
@@ -144,7 +177,6 @@ class Loader:
             run.in_dali.clear()
             self._pipeline = self._new_pipeline()
             return
-        self.close()
         if damaged:
             raise DataError(
                 "damaged image files:\n  " + listed(list(damaged.values()), "\n  ") + "\nReplace or remove them."
@@ -179,27 +211,34 @@ class Loader:
         return None if planned is None else self._read(planned)
 
     def _read(self, planned: PlannedBatch) -> "_Input":
+        shares = [slice(i, None, self._num_readers) for i in range(self._num_readers)]
         each = map if self._readers is None else self._readers.map
-        if self._skip_by is None:
-            return _Input(planned, planned, list(each(self.index.read, planned.ids_B)))
-        read = partial(self._read_or_replace, self._skip_by)
-        pairs = list(each(read, planned.epochs_B, planned.ids_B))
-        ids_B = np.array([sample for sample, _ in pairs])
+        ids_B, encoded = planned.ids_B.copy(), [_NOTHING] * len(planned)
+        for share, read in zip(shares, each(partial(self._read_share, planned), shares), strict=True):
+            ids_B[share] = [sample for sample, _ in read]
+            encoded[share] = [content for _, content in read]
         taken = planned
-        if (ids_B != planned.ids_B).any():
-            taken = self._skip_by.samples(planned.epochs_B, ids_B, planned.side)
-        return _Input(taken, planned, [content for _, content in pairs])
+        if self._skip_by is not None and (ids_B != planned.ids_B).any():
+            taken = self._skip_by.replaced(planned, ids_B)
+        return _Input(taken, planned, encoded)
+
+    def _read_share(self, planned: PlannedBatch, share: slice) -> list[tuple[int, NDArray[np.uint8]]]:
+        """One thread's share of a batch: the samples read, and their bytes."""
+        if self._skip_by is None:
+            return [(sample, self.index.read(sample)) for sample in planned.ids_B[share].tolist()]
+        samples = zip(planned.epochs_B[share].tolist(), planned.ids_B[share].tolist(), strict=True)
+        return [self._read_or_replace(self._skip_by, epoch, sample) for epoch, sample in samples]
 
     def _read_or_replace(self, plan: TrainPlan, epoch: int, sample: int) -> tuple[int, NDArray[np.uint8]]:
         """The sample, or the first sound one of those that take its place."""
-        for candidate in (sample, *plan.replacements(epoch, sample)):
+        for candidate in chain([sample], plan.replacements(epoch, sample)):
             if candidate in self.skipped:
                 continue
             try:
-                return int(candidate), self.index.read(candidate)
+                return candidate, self.index.read(candidate)
             except DamagedSample as error:
-                self.skipped[int(candidate)] = str(error)
-        raise DataError(f"{self.skipped[int(sample)]} All that were to take its place are damaged too.")
+                self.skipped[candidate] = str(error)
+        raise DataError(f"{self.skipped[sample]} All that were to take its place are damaged too.")
 
     def _next_input(self) -> tuple[Any, ...]:
         """DALI's request for the next batch."""
@@ -218,15 +257,25 @@ class Loader:
             self._load_next(run)
         assert loaded is not None
         run.in_dali.append(loaded)
-        return loaded.arrays()
+        return loaded.windows() if self._resizer is not None else loaded.windows() + loaded.pixels() + loaded.auto()
 
-    def _batch(self, images: Any, ids_N: Ints) -> Batch:
+    def _output(self, images: Any, planned: PlannedBatch) -> "_Output":
+        labels_N = self._labels_N[planned.ids_B].to(self.device, non_blocking=True)
+        if self._resizer is not None:
+            windows = [images.at(i) for i in range(len(planned))]
+            return _Output(self._resizer.submit(windows, planned).result, labels_N, planned)
         tensor = images.as_tensor()
-        images_NCHW = torch.empty(tensor.shape(), dtype=torch.float32, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(tensor, images_NCHW, cuda_stream=stream)
-        labels_N = self._labels_N[ids_N].to(self.device, non_blocking=True)
-        return Batch(images_NCHW, labels_N, ids_N)
+        if self.device.type == "cpu":
+            images_NCHW = torch.from_dlpack(tensor)  # without a copy: DALI's executor allocates each output anew
+        else:  # a copy on the model's stream: DALI may use its memory again before the model is done with it
+            images_NCHW = torch.empty(tensor.shape(), dtype=torch.float32, device=self.device)
+            feed_ndarray(tensor, images_NCHW, cuda_stream=torch.cuda.current_stream(self.device))
+        return _Output(lambda: images_NCHW, labels_N, planned)
+
+    def _finished(self, output: "_Output") -> Batch:
+        planned, labels_N = output.planned, output.labels_N
+        images_NCHW, targets = self._augmented(output.images_NCHW(), labels_N, planned.augmentations)
+        return Batch(images_NCHW, labels_N, targets, planned.ids_B)
 
     def _drain(self) -> None:
         """Brings the pipeline back to its start, also when the caller stopped in the middle."""
@@ -244,6 +293,29 @@ class Loader:
         except RuntimeError:  # a damaged file beyond where the run was left: it is named by a run that asks for it
             self._pipeline = self._new_pipeline()
         self._current = None
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A batch whose pictures may still be in the making."""
+
+    images_NCHW: Callable[[], torch.Tensor]
+    labels_N: torch.Tensor
+    planned: PlannedBatch
+
+
+def _one_ahead(outputs: Iterator[_Output]) -> Iterator[_Output]:
+    """Each output after the next one has been begun, so that threads have work while the caller has the last one."""
+    ahead = next(outputs, None)
+    while ahead is not None:
+        current, fault = ahead, None
+        try:
+            ahead = next(outputs, None)
+        except Exception as error:
+            ahead, fault = None, error  # told when it is asked for
+        yield current
+        if fault is not None:
+            raise fault
 
 
 @dataclass
@@ -264,26 +336,35 @@ class _Input:
     wanted: PlannedBatch
     encoded: list[NDArray[np.uint8]]
 
-    def arrays(self) -> tuple[Any, ...]:
+    def windows(self) -> tuple[Any, ...]:
+        """What decoding needs."""
+        return self.encoded, self.planned.window_starts_B2, self.planned.window_shapes_B2
+
+    def pixels(self) -> tuple[Any, ...]:
+        """What comes after it."""
         p = self.planned
-        sizes_B2 = p.sizes_B2.astype(np.float32)
-        sides_B2 = np.full((len(p), 2), p.side, np.int32)
-        return self.encoded, p.window_starts_B2, p.window_shapes_B2, sizes_B2, p.origins_B2, sides_B2, p.flips_B
+        return p.sizes_B2.astype(np.float32), p.origins_B2, np.full((len(p), 2), p.side, np.int32), p.flips_B
+
+    def auto(self) -> tuple[Any, ...]:
+        """Which augmentations DALI is to apply, where it is to."""
+        planned = self.planned.augmentations.auto
+        return () if planned is None else (planned.ops_BM, planned.bins_BM, planned.signs_BM)
 
 
-@pipeline_def
-def _pipeline(source: Any, decoder: str, interpolation: Any, mean: list[float], std: list[float]) -> Any:
-    """One pipeline for training and evaluation: decode a window, resize, cut, mirror, normalise.
+_WINDOWS = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1)]  # types and dimensions of `_Input.windows`
+_PIXELS = [(types.FLOAT, 1), (types.INT32, 1), (types.INT32, 1), (types.INT32, 0)]
+_AUTO = [(types.INT32, 1)] * 3
 
-    Decoding is bit-identical to PIL's on the CPU; EXIF orientation is not applied, as in torchvision.
-    """
-    encoded, start, shape, size, origin, side, flip = fn.external_source(
-        source=source,
-        num_outputs=7,
-        dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32, types.INT32],
-        ndim=[1, 1, 1, 1, 1, 1, 0],
+
+def _inputs(source: Any, kinds: list[tuple[Any, int]]) -> Any:
+    return fn.external_source(
+        source=source, num_outputs=len(kinds), dtype=[kind for kind, _ in kinds], ndim=[ndim for _, ndim in kinds]
     )
-    images = fn.decoders.image_slice(
+
+
+def _decoded(encoded: Any, start: Any, shape: Any, decoder: str) -> Any:
+    """Windows of pictures, bit-identical to PIL's on the CPU; EXIF orientation is not applied, as in torchvision."""
+    return fn.decoders.image_slice(
         encoded,
         device=decoder,
         start=start,
@@ -293,6 +374,26 @@ def _pipeline(source: Any, decoder: str, interpolation: Any, mean: list[float], 
         adjust_orientation=False,
         use_fast_idct=False,
     )
+
+
+@pipeline_def
+def _windows_pipeline(source: Any) -> Any:
+    """On the CPU DALI only decodes; see `pipeline.data.resize` for the rest."""
+    encoded, start, shape = _inputs(source, _WINDOWS)
+    return _decoded(encoded, start, shape, "cpu")
+
+
+@pipeline_def(enable_conditionals=True)
+def _pixels_pipeline(
+    source: Any, decoder: str, interpolation: Any, mean: list[float], std: list[float], auto: str, stages: int
+) -> Any:
+    """On the GPU, or where it augments, DALI does all: decode a window, resize, cut, augment, mirror, normalise."""
+    inputs = _inputs(source, _WINDOWS + _PIXELS + (_AUTO if stages else []))
+    encoded, start, shape, size, origin, side, flip = inputs[:7]
+    images = _decoded(encoded, start, shape, decoder)
     images = fn.resize(images, size=size, interp_type=interpolation, antialias=True)
     images = fn.slice(images, start=origin, shape=side, axis_names="HW")
+    if stages:
+        ops, bins, signs = inputs[7:]
+        images = augmented(images, ops, bins, signs, side, auto, stages)
     return fn.crop_mirror_normalize(images, mirror=flip, mean=mean, std=std, dtype=types.FLOAT, output_layout="CHW")

@@ -12,59 +12,15 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from pipeline.config import Augment
+from pipeline.data.augment import Augmentations, augmentations
+from pipeline.data.philox import CROP, REPLACE, SHUFFLE, SHUFFLE_SHARDS, Ints, draw, philox
 
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
-_ROUNDS = 10
-
-# what random words are for: the counters' last word
-_SHUFFLE, _CROP = 0, 1
-_SHUFFLE_SHARDS, _REPLACE = 6, 7
 _TRIES = 10
 _CHUNK = 1 << 14  # samples whose random words fit the processor's cache
 
 
-def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.uint64]:
-    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), vectorised.
-
-    Written out here so that a run's sample order does not depend on the version of a library.
-
-    Args:
-        counters_4: four arrays that broadcast together, values below 2**32.
-        seed: the key, below 2**64.
-
-    Returns:
-        Random words below 2**32, shape [4, *broadcast shape], uint64.
-    """
-    c0, c1, c2, c3 = (np.array(c, np.uint64) for c in np.broadcast_arrays(*counters_4))
-    p0, p1 = np.empty_like(c0), np.empty_like(c0)
-    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
-    for _ in range(_ROUNDS):
-        np.multiply(c0, _M0, out=p0)
-        np.multiply(c2, _M1, out=p1)
-        # c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0), in the arrays that are there
-        np.right_shift(p1, _SHIFT, out=c0)
-        c0 ^= c1
-        c0 ^= k0
-        np.right_shift(p0, _SHIFT, out=c2)
-        c2 ^= c3
-        c2 ^= k1
-        np.bitwise_and(p1, _LOW, out=c1)
-        np.bitwise_and(p0, _LOW, out=c3)
-        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return np.stack([c0, c1, c2, c3])
-
-
-def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Words below 2**32 as numbers in [0, 1)."""
-    return words.astype(np.float64) * 2.0**-32
-
-
-def permutation(
-    seed: int, epoch: int, num_samples: int, windows_N: Ints | None = None, purpose: int = _SHUFFLE
-) -> Ints:
+def permutation(seed: int, epoch: int, num_samples: int, windows_N: Ints | None = None, purpose: int = SHUFFLE) -> Ints:
     """The order of the samples in an epoch: they are sorted by as many random bits as fit beside their numbers.
 
     With `windows_N`, samples are sorted by the number of their window first, and mixed within each.
@@ -75,7 +31,7 @@ def permutation(
     for start in range(0, num_samples, _CHUNK):
         ids = np.arange(start, min(start + _CHUNK, num_samples), dtype=np.uint64)
         words = philox((ids, np.uint64(epoch), np.uint64(0), np.uint64(purpose)), seed)  # type: ignore[arg-type]
-        keys_N[start : start + len(ids)] = (words[0] << _SHIFT | words[1]) >> np.uint64(window_bits)
+        keys_N[start : start + len(ids)] = (words[0] << np.uint64(32) | words[1]) >> np.uint64(window_bits)
     if windows_N is not None and window_bits:
         keys_N |= windows_N.astype(np.uint64) << np.uint64(64 - window_bits)
     low = np.uint64((1 << id_bits) - 1)
@@ -91,7 +47,7 @@ def windowed_permutation(seed: int, epoch: int, files_N: Ints, window: int) -> I
     """
     num_files = int(files_N.max()) + 1
     place_of_file = np.empty(num_files, np.int64)
-    place_of_file[permutation(seed, epoch, num_files, purpose=_SHUFFLE_SHARDS)] = np.arange(num_files)
+    place_of_file[permutation(seed, epoch, num_files, purpose=SHUFFLE_SHARDS)] = np.arange(num_files)
     return permutation(seed, epoch, len(files_N), windows_N=place_of_file[files_N] // window)
 
 
@@ -101,17 +57,19 @@ class PlannedBatch:
 
     The window (top-left `window_starts_B2`, size `window_shapes_B2`) of the stored picture is decoded and resized to
     `sizes_B2`; a square of `side` pixels is cut from it at `origins_B2`, and mirrored where `flips_B` is 1. All pairs
-    are (vertical, horizontal), in pixels, int32. `epochs_B` are those of the run's sample order, 0 in evaluation.
+    are (vertical, horizontal), in pixels, int32. In evaluation positions are ids, and epochs 0.
     """
 
-    ids_B: Ints
+    positions_B: Ints
     epochs_B: Ints
+    ids_B: Ints
     window_starts_B2: NDArray[np.int32]
     window_shapes_B2: NDArray[np.int32]
     sizes_B2: NDArray[np.int32]
     origins_B2: NDArray[np.int32]
     flips_B: NDArray[np.int32]
     side: int
+    augmentations: Augmentations = field(default_factory=Augmentations)
 
     def __len__(self) -> int:
         return len(self.ids_B)
@@ -132,6 +90,7 @@ class TrainPlan:
     flip: float
     files_N: Ints | None = field(default=None, repr=False)
     window: int = 1
+    augment: Augment = field(default_factory=Augment)
 
     def __len__(self) -> int:
         return len(self.widths_N)
@@ -156,41 +115,37 @@ class TrainPlan:
 
     def batch(self, positions_B: Ints, side: int) -> PlannedBatch:
         """Plans the samples at positions of the run's sample order, as pictures of `side` pixels."""
-        return self.samples(*self.locate(positions_B), side)
+        return self._planned(positions_B, *self.locate(positions_B), side)
 
-    def samples(self, epochs_B: Ints, ids_B: Ints, side: int) -> PlannedBatch:
-        """Plans the given samples as they are seen in the given epochs.
+    def replaced(self, planned: PlannedBatch, ids_B: Ints) -> PlannedBatch:
+        """The batch with other samples at its positions, as they are seen in that epoch."""
+        return self._planned(planned.positions_B, planned.epochs_B, ids_B, planned.side)
 
-        The crop follows torchvision's `RandomResizedCrop`: up to ten tries of a share of the area, uniform in
-        `crop_area`, and a ratio, log-uniform in `crop_ratio`; then the largest centred window of a legal ratio.
+    def replacements(self, epoch: int, sample: int) -> Iterator[int]:
+        """Samples to take the place of a damaged one in an epoch, in this order: 32, drawn at random."""
+        u_41T = draw(self.seed, np.array([epoch]), np.array([sample]), 8, REPLACE)
+        yield from (u_41T * len(self)).astype(np.int64).ravel().tolist()
+
+    def _planned(self, positions_B: Ints, epochs_B: Ints, ids_B: Ints, side: int) -> PlannedBatch:
+        """Windows by torchvision's `RandomResizedCrop`.
+
+        That is up to ten tries of a share of the area, uniform in `crop_area`, and a ratio, log-uniform in
+        `crop_ratio`; then the largest centred window of a legal ratio.
         """
-        u_4BT = self._uniform(epochs_B, ids_B, _TRIES + 1, _CROP)
+        u_4BT = draw(self.seed, epochs_B, ids_B, _TRIES + 1, CROP)
         starts_B2, shapes_B2 = self._windows(self.heights_N[ids_B], self.widths_N[ids_B], u_4BT[..., :_TRIES])
         return PlannedBatch(
-            ids_B=ids_B,
+            positions_B=positions_B,
             epochs_B=epochs_B,
+            ids_B=ids_B,
             window_starts_B2=starts_B2,
             window_shapes_B2=shapes_B2,
             sizes_B2=np.full((len(ids_B), 2), side, np.int32),
             origins_B2=np.zeros((len(ids_B), 2), np.int32),
             flips_B=(u_4BT[0, :, _TRIES] < self.flip).astype(np.int32),
             side=side,
+            augmentations=augmentations(self.augment, self.seed, positions_B, epochs_B, ids_B, side),
         )
-
-    def replacements(self, epoch: int, sample: int) -> Ints:
-        """Samples to take the place of a damaged one in an epoch, in this order: some thirty, drawn at random."""
-        u_41T = self._uniform(np.array([epoch]), np.array([sample]), 8, _REPLACE)
-        return (u_41T * len(self)).astype(np.int64).ravel()
-
-    def _uniform(self, epochs_B: Ints, ids_B: Ints, tries: int, purpose: int) -> NDArray[np.float64]:
-        """Four numbers in [0, 1) for each sample and try, shape [4, B, tries]."""
-        counters = (
-            ids_B.astype(np.uint64)[:, None],
-            epochs_B.astype(np.uint64)[:, None],
-            np.arange(tries, dtype=np.uint64),
-            np.full(1, purpose, np.uint64),
-        )
-        return uniform(philox(counters, self.seed))
 
     def _windows(
         self, heights_B: Ints, widths_B: Ints, u_4BT: NDArray[np.float64]
@@ -238,8 +193,9 @@ class EvalPlan:
         short_B1 = shapes_B2.min(axis=1, keepdims=True)
         sizes_B2 = (self.resize * shapes_B2 / short_B1).astype(np.int64)
         return PlannedBatch(
-            ids_B=ids_B,
+            positions_B=ids_B,
             epochs_B=np.zeros_like(ids_B),
+            ids_B=ids_B,
             window_starts_B2=np.zeros_like(shapes_B2, np.int32),
             window_shapes_B2=shapes_B2.astype(np.int32),
             sizes_B2=sizes_B2.astype(np.int32),

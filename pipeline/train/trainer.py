@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pipeline.config import Derived, Interpolation, RunConfig
+from pipeline.config import Augment, Derived, Interpolation, RunConfig
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
@@ -59,12 +59,14 @@ class Trainer:
             flip=data.flip,
             files_N=train_index.files_N if data.shuffle == "windowed" else None,
             window=data.window,
+            augment=config.augment,
         )
         self.eval_plan = EvalPlan(val_index.widths_N, val_index.heights_N, config.eval.resize, config.eval.crop)
         self.loader = self._loader(
             train_index,
             derived.device_batch_size,
             data.interpolation,
+            augment=config.augment,
             skip_by=self.plan if data.on_corrupt == "skip" else None,
         )
         self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.interpolation)
@@ -86,7 +88,7 @@ class Trainer:
                 for _ in range(self.derived.accumulation):
                     with meter.waiting():
                         batch = next(batches)
-                    loss = F.cross_entropy(self.engine.forward(batch.images_NCHW), batch.labels_N)
+                    loss = F.cross_entropy(self.engine.forward(batch.images_NCHW), batch.targets)
                     self.engine.backward(loss)
                     meter.add(loss)
                 self.state.samples_seen += batch_size
@@ -118,7 +120,12 @@ class Trainer:
                 yield self.plan.batch(positions_B, side)
 
     def _loader(
-        self, index: DatasetIndex, batch_size: int, interpolation: Interpolation, skip_by: TrainPlan | None = None
+        self,
+        index: DatasetIndex,
+        batch_size: int,
+        interpolation: Interpolation,
+        augment: Augment | None = None,
+        skip_by: TrainPlan | None = None,
     ) -> Loader:
         data = self.config.data
         return Loader(
@@ -131,6 +138,7 @@ class Trainer:
             interpolation=interpolation,
             mean=data.mean,
             std=data.std,
+            augment=augment,
             skip_by=skip_by,
         )
 

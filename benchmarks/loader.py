@@ -1,0 +1,203 @@
+"""Training pictures per second, 224 pixels: this loader beside torchvision, timm, webdataset and DALI's own reader.
+
+    python -m benchmarks.loader PICTURES [--rounds 5]
+
+PICTURES is a folder of JPEGs; they are copied to some thousand in class folders, prepared as shards, and once more with
+a shorter side of 400 pixels. All loaders decode the same pictures with the same cores, random-resized crop and flip.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from benchmarks.common import in_turns, report, seconds
+from pipeline.data.dali import Loader
+from pipeline.data.dataset import open_splits
+from pipeline.data.plan import TrainPlan, micro_batch
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIDE, BATCH, PICTURES = 224, 64, 2048
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    """Measures original pictures, then those with a shorter side of 400."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_class_folders(options.pictures, root / "original")
+        measure("loader, original JPEGs", root / "original", root / "original-shards", options.rounds)
+        with Pool(CORES) as pool:
+            small = Options(to="folders", shorter_side=400, quality=90)
+            prepare(root / "original", root / "small", small, pool)
+        measure("loader, shorter side 400", root / "small", root / "small-shards", options.rounds)
+
+
+def write_class_folders(pictures: Path, root: Path) -> None:
+    """Copies of the pictures in turn, `PICTURES` of them, in eight classes; and a token evaluation split."""
+    files = sorted(file for file in pictures.iterdir() if file.suffix.lower() in (".jpg", ".jpeg"))
+    for split, count in (("train", PICTURES), ("val", 8)):
+        for i in range(count):
+            target = root / split / f"n{i % 8:08d}" / f"{i:05d}.JPEG"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files[i % len(files)], target)
+
+
+def measure(name: str, folders: Path, shards: Path, rounds: int) -> None:
+    """All loaders on the same pictures."""
+    with Pool(CORES) as pool:
+        prepare(folders, shards, Options(shard_bytes=16_000_000), pool)
+    cases = {
+        "this loader, shards": ours(shards),
+        "this loader, class folders": ours(folders),
+        "DALI's file reader": dali_reader(folders / "train"),
+        "torchvision": torchvision_loader(folders / "train"),
+        "timm": timm_loader(folders / "train"),
+        "webdataset": webdataset_loader(shards / "train"),
+    }
+    timed = {case: timed_case(run) for case, run in cases.items()}
+    report(name, in_turns(timed, rounds), "img/s", "this loader, shards")
+
+
+def timed_case(run: Callable[[], Iterable[int]]) -> Callable[[], float]:
+    """Pictures per second over one whole pass; worker processes are there already, from the round that is not kept."""
+
+    def measured() -> float:
+        counts: list[int] = []
+        elapsed = seconds(lambda: counts.extend(run()))
+        return sum(counts) / elapsed
+
+    return measured
+
+
+def ours(root: Path) -> Callable[[], Iterable[int]]:
+    index, _ = open_splits(str(root), "train", "val", root.parent / f"{root.name}-cache")
+    plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    loader = Loader(
+        index,
+        device="cpu",
+        device_id=None,
+        threads=CORES,
+        max_batch_size=BATCH,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+    )
+    rounds = iter(range(1000))
+
+    def run() -> Iterable[int]:
+        first = next(rounds) * PICTURES // BATCH
+        steps = range(first, first + PICTURES // BATCH)
+        return (
+            len(batch.labels_N)
+            for batch in loader.run(plan.batch(micro_batch(step, 0, 0, 1, BATCH, 1), SIDE) for step in steps)
+        )
+
+    return run
+
+
+def dali_reader(split: Path) -> Callable[[], Iterable[int]]:
+    """NVIDIA's own recipe: the file reader, `image_random_crop`, resize, normalise."""
+    import nvidia.dali.types as types
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+
+    @pipeline_def(batch_size=BATCH, num_threads=CORES, device_id=None)
+    def pipeline() -> Any:
+        encoded, labels = fn.readers.file(file_root=str(split), random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(encoded, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+        images = fn.resize(images, resize_x=SIDE, resize_y=SIDE, interp_type=types.INTERP_TRIANGULAR, antialias=True)
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(),
+            mean=[255 * m for m in MEAN],
+            std=[255 * s for s in STD],
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+        return images, labels
+
+    iterator = DALIGenericIterator(
+        [pipeline()],
+        ["images", "labels"],
+        reader_name="reader",
+        last_batch_policy=LastBatchPolicy.DROP,
+        auto_reset=True,
+    )
+    return lambda: (len(batch[0]["labels"]) for batch in iterator)
+
+
+def torchvision_transform() -> Any:
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIDE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def torchvision_loader(split: Path) -> Callable[[], Iterable[int]]:
+    """The reference training script's loader, with workers that stay."""
+    dataset = ImageFolder(str(split), torchvision_transform())
+    loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=CORES, drop_last=True, persistent_workers=True)
+    return lambda: (len(labels) for _, labels in loader)
+
+
+def timm_loader(split: Path) -> Callable[[], Iterable[int]]:
+    """timm's loader with the same augmentation, and no others."""
+    from timm.data import create_dataset, create_loader
+
+    loader = create_loader(
+        create_dataset("", root=str(split)),
+        input_size=(3, SIDE, SIDE),
+        batch_size=BATCH,
+        is_training=True,
+        use_prefetcher=False,
+        color_jitter=None,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+        num_workers=CORES,
+        device=torch.device("cpu"),
+    )
+    return lambda: (len(labels) for _, labels in loader)
+
+
+def webdataset_loader(split: Path) -> Callable[[], Iterable[int]]:
+    """The webdataset package on the same shards, with torchvision's transforms."""
+    import webdataset
+
+    files = sorted(str(file) for file in split.glob("*.tar"))
+    transform = torchvision_transform()
+    dataset = (
+        webdataset.WebDataset(files, shardshuffle=len(files), seed=0, workersplitter=webdataset.split_by_worker)
+        .shuffle(200)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transform, int)
+        .batched(BATCH, partial=False)
+    )
+    loader = DataLoader(dataset, batch_size=None, num_workers=CORES, persistent_workers=True)
+    return lambda: (len(labels) for _, labels in loader)
+
+
+if __name__ == "__main__":
+    main()
