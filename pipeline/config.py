@@ -142,6 +142,11 @@ class Augment(Section):
         return self
 
     @property
+    def colours(self) -> bool:
+        """Whether pictures' colours are changed."""
+        return bool(self.brightness or self.contrast or self.saturation or self.lighting)
+
+    @property
     def auto_stages(self) -> int:
         """Operators of `auto` that come one after another; 0 where it is off."""
         return {"none": 0, "randaugment": self.auto_ops, "trivialaugment": 1}[self.auto]

@@ -72,22 +72,25 @@ class Augmentations:
     mix: Mix | None = None
 
 
+def tries(config: Augment) -> dict[int, int]:
+    """How many random numbers of each purpose `augmentations` wants of `draw` for each sample."""
+    wanted = {COLOUR: 2 * config.colours, AUTO: config.auto_stages, ERASE: (_TRIES + 1) * bool(config.erase)}
+    return {purpose: int(count) for purpose, count in wanted.items() if count}
+
+
 def augmentations(
-    config: Augment, seed: int, positions_B: Ints, epochs_B: Ints, ids_B: Ints, side: int
+    config: Augment, seed: int, positions_B: Ints, draws: dict[int, NDArray[np.float64]], side: int
 ) -> Augmentations:
     """Plans the augmentations of samples at positions of the run's order, as pictures of `side` pixels."""
-    sample = (seed, epochs_B, ids_B)
-    has_colour = config.brightness or config.contrast or config.saturation or config.lighting
     return Augmentations(
-        colour=_colour(config, *sample) if has_colour else None,
-        auto=_auto(config, *sample) if config.auto != "none" else None,
-        erase=_erase(config, *sample, side) if config.erase else None,
+        colour=_colour(config, draws[COLOUR]) if COLOUR in draws else None,
+        auto=_auto(config, draws[AUTO]) if AUTO in draws else None,
+        erase=_erase(config, draws[ERASE], side) if ERASE in draws else None,
         mix=_mix(config, seed, positions_B, side) if config.mixes else None,
     )
 
 
-def _colour(config: Augment, seed: int, epochs_B: Ints, ids_B: Ints) -> Colour:
-    u_4B2 = draw(seed, epochs_B, ids_B, 2, COLOUR)
+def _colour(config: Augment, u_4B2: NDArray[np.float64]) -> Colour:
     brightness_B, contrast_B, saturation_B = (
         1 + strength * (2 * u_4B2[i, :, 0] - 1)
         for i, strength in enumerate((config.brightness, config.contrast, config.saturation))
@@ -97,50 +100,51 @@ def _colour(config: Augment, seed: int, epochs_B: Ints, ids_B: Ints) -> Colour:
     return Colour(*(v.astype(np.float32) for v in (brightness_B, contrast_B, saturation_B, lighting_B3)))
 
 
-def _auto(config: Augment, seed: int, epochs_B: Ints, ids_B: Ints) -> Auto:
-    u_4BM = draw(seed, epochs_B, ids_B, config.auto_stages, AUTO)
+def _auto(config: Augment, u_4BM: NDArray[np.float64]) -> Auto:
     random = config.auto == "trivialaugment"
     bins_BM = u_4BM[1] * MAGNITUDES if random else np.full(u_4BM.shape[1:], config.auto_magnitude)
     ops_BM, signs_BM = u_4BM[0] * NUM_OPS, u_4BM[2] * 2
-    return Auto(*(values_BM.astype(np.int32) for values_BM in (ops_BM, bins_BM, signs_BM)))
+    # DALI wants each row in one piece.
+    return Auto(*(values_BM.astype(np.int32, order="C") for values_BM in (ops_BM, bins_BM, signs_BM)))
 
 
-def _erase(config: Augment, seed: int, epochs_B: Ints, ids_B: Ints, side: int) -> Erase:
+def _erase(config: Augment, u_4BT: NDArray[np.float64], side: int) -> Erase:
     """torchvision's `RandomErasing` (Zhong et al. 2017): the first of ten boxes that fits, if any."""
-    u_4BT = draw(seed, epochs_B, ids_B, _TRIES + 1, ERASE)
+    chosen_E = np.flatnonzero(u_4BT[0, :, 0] < config.erase)
+    u_4ET = u_4BT[:, chosen_E, 1:]
     low, high = config.erase_area
-    areas_BT = side * side * (low + (high - low) * u_4BT[0, :, :_TRIES])
+    areas_ET = side * side * (low + (high - low) * u_4ET[0])
     log_low, log_high = np.log(config.erase_ratio)
-    ratios_BT = np.exp(log_low + (log_high - log_low) * u_4BT[1, :, :_TRIES])
-    h_BT = np.rint(np.sqrt(areas_BT * ratios_BT)).astype(np.int64)
-    w_BT = np.rint(np.sqrt(areas_BT / ratios_BT)).astype(np.int64)
-    fits_BT = (h_BT < side) & (w_BT < side)
-    batch, try_B = np.arange(len(ids_B)), fits_BT.argmax(axis=1)
-    h_B, w_B = h_BT[batch, try_B], w_BT[batch, try_B]
-    top_B = (u_4BT[2, batch, try_B] * (side - h_B + 1)).astype(np.int64)
-    left_B = (u_4BT[3, batch, try_B] * (side - w_B + 1)).astype(np.int64)
-    erased_B = (u_4BT[0, :, _TRIES] < config.erase) & fits_BT.any(axis=1)
-    boxes_B4 = np.stack([top_B, left_B, h_B, w_B], axis=1) * erased_B[:, None]
-    return Erase(boxes_B4, (u_4BT[1, :, _TRIES] * 2.0**32).astype(np.int64))
+    ratios_ET = np.exp(log_low + (log_high - log_low) * u_4ET[1])
+    h_ET = np.rint(np.sqrt(areas_ET * ratios_ET)).astype(np.int64)
+    w_ET = np.rint(np.sqrt(areas_ET / ratios_ET)).astype(np.int64)
+    fits_ET = (h_ET < side) & (w_ET < side)
+    rows, try_E = np.arange(len(chosen_E)), fits_ET.argmax(axis=1)
+    h_E, w_E = h_ET[rows, try_E], w_ET[rows, try_E]
+    top_E = (u_4ET[2, rows, try_E] * (side - h_E + 1)).astype(np.int64)
+    left_E = (u_4ET[3, rows, try_E] * (side - w_E + 1)).astype(np.int64)
+    boxes_B4 = np.zeros((u_4BT.shape[1], 4), np.int64)
+    boxes_B4[chosen_E] = np.stack([top_E, left_E, h_E, w_E], axis=1) * fits_ET.any(axis=1)[:, None]
+    return Erase(boxes_B4, (u_4BT[1, :, 0] * 2.0**32).astype(np.int64))
 
 
 def _mix(config: Augment, seed: int, positions_B: Ints, side: int) -> Mix:
     """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019) of neighbours; a box counts as it lies in the picture."""
-    pairs_B = positions_B // 2
-    u_4B2 = draw(seed, pairs_B >> 32, pairs_B & 0xFFFFFFFF, 2, MIX)
-    mixed_B = u_4B2[0, :, 0] < config.mix_probability
+    pairs_P, of_pair_B = np.unique(positions_B // 2, return_inverse=True)
+    u_4P2 = draw(seed, pairs_P >> 32, pairs_P & 0xFFFFFFFF, {MIX: 2})[MIX]
+    mixed_P = u_4P2[0, :, 0] < config.mix_probability
     if config.mixup and config.cutmix:
-        cut_B = u_4B2[1, :, 0] < config.cutmix_share
+        cut_P = u_4P2[1, :, 0] < config.cutmix_share
     else:
-        cut_B = np.full(len(pairs_B), bool(config.cutmix))
-    alpha_B = np.where(cut_B, config.cutmix or 1.0, config.mixup or 1.0)
-    lam_B = betaincinv(alpha_B, alpha_B, u_4B2[2, :, 0])
-    cut_side_B = side * np.sqrt(1 - lam_B)
-    y_B, x_B = (u_4B2[i, :, 1] * side for i in (0, 1))
-    top_B, bottom_B = (np.clip(np.rint(y_B + s * cut_side_B / 2), 0, side) for s in (-1, 1))
-    left_B, right_B = (np.clip(np.rint(x_B + s * cut_side_B / 2), 0, side) for s in (-1, 1))
-    boxes_B4 = np.stack([top_B, left_B, bottom_B - top_B, right_B - left_B], axis=1).astype(np.int64)
-    boxes_B4 *= (cut_B & mixed_B)[:, None]
-    blend_B = np.where(mixed_B & ~cut_B, lam_B, 1.0)
-    weight_B = blend_B - boxes_B4[:, 2] * boxes_B4[:, 3] / (side * side)
-    return Mix(blend_B.astype(np.float32), weight_B.astype(np.float32), boxes_B4)
+        cut_P = np.full(len(pairs_P), bool(config.cutmix))
+    alpha_P = np.where(cut_P, config.cutmix or 1.0, config.mixup or 1.0)
+    lam_P = betaincinv(alpha_P, alpha_P, u_4P2[2, :, 0])
+    cut_side_P = side * np.sqrt(1 - lam_P)
+    y_P, x_P = (u_4P2[i, :, 1] * side for i in (0, 1))
+    top_P, bottom_P = (np.clip(np.rint(y_P + s * cut_side_P / 2), 0, side) for s in (-1, 1))
+    left_P, right_P = (np.clip(np.rint(x_P + s * cut_side_P / 2), 0, side) for s in (-1, 1))
+    boxes_P4 = np.stack([top_P, left_P, bottom_P - top_P, right_P - left_P], axis=1).astype(np.int64)
+    boxes_P4 *= (cut_P & mixed_P)[:, None]
+    blend_P = np.where(mixed_P & ~cut_P, lam_P, 1.0)
+    weight_P = blend_P - boxes_P4[:, 2] * boxes_P4[:, 3] / (side * side)
+    return Mix(blend_P.astype(np.float32)[of_pair_B], weight_P.astype(np.float32)[of_pair_B], boxes_P4[of_pair_B])

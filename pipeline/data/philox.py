@@ -50,12 +50,21 @@ def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     return words.astype(np.float64) * 2.0**-32
 
 
-def draw(seed: int, epochs_B: Ints, ids_B: Ints, tries: int, purpose: int) -> NDArray[np.float64]:
-    """Four numbers in [0, 1) for each sample as it is in an epoch and each try, shape [4, B, tries]."""
+def draw(seed: int, epochs_B: Ints, ids_B: Ints, tries: dict[int, int]) -> dict[int, NDArray[np.float64]]:
+    """Four numbers in [0, 1) for each sample as it is in an epoch, each purpose and each of its tries.
+
+    Args:
+        tries: how many there are for each purpose; all are computed together, which is what makes it fast.
+
+    Returns:
+        For each purpose an array of shape [4, B, tries].
+    """
     counters = (
         ids_B.astype(np.uint64)[:, None],
         epochs_B.astype(np.uint64)[:, None],
-        np.arange(tries, dtype=np.uint64),
-        np.full(1, purpose, np.uint64),
+        np.concatenate([np.arange(count, dtype=np.uint64) for count in tries.values()]),
+        np.repeat(np.fromiter(tries, np.uint64), list(tries.values())),
     )
-    return uniform(philox(counters, seed))
+    u_4BT = uniform(philox(counters, seed))
+    ends = np.cumsum(list(tries.values())).tolist()
+    return {purpose: u_4BT[..., end - tries[purpose] : end] for purpose, end in zip(tries, ends, strict=True)}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Augment
-from pipeline.data.augment import Augmentations, augmentations
+from pipeline.data.augment import Augmentations, augmentations, tries
 from pipeline.data.philox import CROP, REPLACE, SHUFFLE, SHUFFLE_SHARDS, Ints, draw, philox
 
 _TRIES = 10
@@ -123,7 +123,7 @@ class TrainPlan:
 
     def replacements(self, epoch: int, sample: int) -> Iterator[int]:
         """Samples to take the place of a damaged one in an epoch, in this order: 32, drawn at random."""
-        u_41T = draw(self.seed, np.array([epoch]), np.array([sample]), 8, REPLACE)
+        u_41T = draw(self.seed, np.array([epoch]), np.array([sample]), {REPLACE: 8})[REPLACE]
         yield from (u_41T * len(self)).astype(np.int64).ravel().tolist()
 
     def _planned(self, positions_B: Ints, epochs_B: Ints, ids_B: Ints, side: int) -> PlannedBatch:
@@ -132,7 +132,8 @@ class TrainPlan:
         That is up to ten tries of a share of the area, uniform in `crop_area`, and a ratio, log-uniform in
         `crop_ratio`; then the largest centred window of a legal ratio.
         """
-        u_4BT = draw(self.seed, epochs_B, ids_B, _TRIES + 1, CROP)
+        draws = draw(self.seed, epochs_B, ids_B, {CROP: _TRIES + 1} | tries(self.augment))
+        u_4BT = draws[CROP]
         starts_B2, shapes_B2 = self._windows(self.heights_N[ids_B], self.widths_N[ids_B], u_4BT[..., :_TRIES])
         return PlannedBatch(
             positions_B=positions_B,
@@ -144,7 +145,7 @@ class TrainPlan:
             origins_B2=np.zeros((len(ids_B), 2), np.int32),
             flips_B=(u_4BT[0, :, _TRIES] < self.flip).astype(np.int32),
             side=side,
-            augmentations=augmentations(self.augment, self.seed, positions_B, epochs_B, ids_B, side),
+            augmentations=augmentations(self.augment, self.seed, positions_B, draws, side),
         )
 
     def _windows(

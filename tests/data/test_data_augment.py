@@ -11,11 +11,12 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipeline.config import Augment, RunConfig, derive
 from pipeline.data import batch_ops
-from pipeline.data.augment import MAGNITUDES, NUM_OPS, Augmentations, Auto, Colour, Erase, Mix, augmentations
+from pipeline.data.augment import MAGNITUDES, NUM_OPS, Augmentations, Auto, Colour, Erase, Mix, augmentations, tries
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
+from pipeline.data.philox import CROP, draw
 from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch
 from pipeline.errors import ConfigError
 
@@ -34,9 +35,11 @@ ALL_ON = Augment(
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def plan(config: Augment, n: int = N, epoch: int = 3) -> Augmentations:
-    positions = np.arange(n)
-    return augmentations(config, 7, positions, np.full(n, epoch), positions, SIDE)
+def plan(config: Augment, n: int = N, epoch: int = 3, first: int = 0) -> Augmentations:
+    """For samples `first` to `first + n`, which are at positions of the same numbers."""
+    ids = np.arange(first, first + n)
+    draws = draw(7, np.full(n, epoch), ids, {CROP: 1} | tries(config))
+    return augmentations(config, 7, ids, draws, SIDE)
 
 
 def distance(values: np.ndarray, cdf: np.ndarray) -> float:
@@ -55,8 +58,7 @@ def test_what_is_off_is_not_planned():
 def test_numbers_depend_on_seed_epoch_and_sample_and_not_on_the_batch():
     whole = plan(ALL_ON, 40)
     for start, stop in ((0, 6), (6, 40)):
-        ids = np.arange(start, stop)
-        part = augmentations(ALL_ON, 7, ids, np.full(len(ids), 3), ids, SIDE)
+        part = plan(ALL_ON, stop - start, first=start)
         for name in ("colour", "auto", "erase", "mix"):
             for field, values in vars(getattr(part, name)).items():
                 assert np.array_equal(values, getattr(getattr(whole, name), field)[start:stop]), (name, field)
@@ -76,7 +78,7 @@ def test_colour_factors_are_uniform_and_lighting_has_the_papers_covariance():
 def test_shares_follow_the_beta_distribution_and_partners_share_them():
     from scipy.stats import beta
 
-    mix = augmentations(Augment(mixup=0.2), 7, np.arange(2 * N), np.zeros(2 * N, int), np.arange(2 * N), SIDE).mix
+    mix = plan(Augment(mixup=0.2), 2 * N).mix
     assert np.array_equal(mix.blend_B[::2], mix.blend_B[1::2])
     assert np.array_equal(mix.blend_B, mix.weight_B)
     ordered = np.sort(mix.blend_B[::2].astype(float))

@@ -5,9 +5,14 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
+
+from pipeline.data.dataset import open_splits
+from pipeline.data.plan import TrainPlan
+from pipeline.data.staging import stage
 
 pytestmark = pytest.mark.slow
 
@@ -63,17 +68,31 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
 
 
 def test_densenet121_on_real_imagenet_pictures(shell, tmp_path, imagenet_samples):
-    """The paper's model and recipe at 224 pixels for a few steps; one folder per WordNet id, as on a real tree."""
+    """The paper's model and recipe at 224 pixels for a few steps, from shards that are staged and have rotted there."""
     for split in ("train", "val"):
         for picture in imagenet_samples.iterdir():
             folder = tmp_path / "imagenet" / split / picture.name.split("_")[0]
             folder.mkdir(parents=True)
             (folder / picture.name).symlink_to(picture)
+    root, fast = tmp_path / "shards", tmp_path / "fast"
+    done = shell("densenet", "data", "prepare", str(tmp_path / "imagenet"), str(root), "--shard-size", "1")
+    assert done.returncode == 0, done.stdout
+    index, _ = open_splits(str(root), "train", "val", tmp_path)
+    plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (0.75, 1.33), 0.5, index.files_N, window=2)
+    third = int(plan.locate(np.array([2]))[1][0])
+    staged = stage(index, str(root), fast)
+    with staged.path(third).open("r+b") as file:
+        file.seek(index.table["offset"][third].as_py() + 900)
+        file.write(b"rot")
     done = shell(
         "densenet",
         "train",
         "configs/densenet121.yaml",
-        f"data.root={tmp_path / 'imagenet'}",
+        f"data.root={root}",
+        f"data.stage={fast}",
+        "data.shuffle=windowed",
+        "data.window=2",
+        "data.on_corrupt=skip",
         f"run.output={tmp_path / 'out'}",
         "train.epochs=0.4",
         "train.global_batch_size=8",
@@ -84,6 +103,8 @@ def test_densenet121_on_real_imagenet_pictures(shell, tmp_path, imagenet_samples
     assert re.search(r"epoch 0\.40/0\.4  step 2/2  loss \d+\.\d+  lr 0\.1 ", done.stdout)
     assert re.search(r"top-1 \d+/40 = .* top-5 \d+/40", done.stdout)
     assert "resize 256 bilinear antialias, centre crop 224, no EXIF rotation" in done.stdout
+    assert f"warning: replaced {staged.describe(third)} does not have the checksum" in done.stdout
+    assert "warning: 1 damaged training pictures were replaced by others" in done.stdout
 
 
 def test_a_picture_that_breaks_in_training_is_named(shell, tmp_path):

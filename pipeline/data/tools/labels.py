@@ -9,6 +9,8 @@ import io
 import tarfile
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.errors import DataError
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -36,7 +38,7 @@ def devkit_labels(file: Path) -> dict[str, str]:
         missing = [name for name in (_META, _TRUTH) if name not in contents]
         if missing:
             raise DataError(f"{file} lacks {', '.join(missing)}: download it again.")
-        synsets = loadmat(io.BytesIO(contents[_META]), squeeze_me=True)["synsets"]
+        synsets = np.atleast_1d(loadmat(io.BytesIO(contents[_META]), squeeze_me=True)["synsets"])
         wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
         truth = [wnids[int(line)] for line in contents[_TRUTH].split()]
     except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:

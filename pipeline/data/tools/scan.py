@@ -16,7 +16,7 @@ _WNID = re.compile(r"n\d{8}")
 _VAL_WORDS = ("val", "validation")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are a million of them
 class Found:
     """A picture in a source: its name there, and where its bytes lie in the file `path` below the source's root."""
 

@@ -20,7 +20,7 @@ class Writable(Protocol):
     def write(self, content: bytes, /) -> int: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are a million of them
 class Member:
     """A regular file in an archive; `offset` is where its bytes begin in the file on disk."""
 

@@ -1,0 +1,151 @@
+"""Preparation from ImageNet's archives: pictures per second, and the peak of memory.
+
+    python -m benchmarks.prepare PICTURES [--rounds 3]
+
+PICTURES is a folder of JPEGs; they are copied to some thousand in archives like ILSVRC2012's. Copying is measured
+beside a plain loop over `tarfile`, re-encoding beside Pillow's own decode, resize and encode in as many processes.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import resource
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+from scipy.io import savemat
+
+from benchmarks.common import in_turns, keep, report, seconds
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
+
+CLASSES, PER_CLASS, SHARD, PER_SHARD = 8, 256, 16_000_000, 160  # pictures of 0.1 MB
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    """Measures copying, then re-encoding to a shorter side of 400 at quality 90."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        write_archives(options.pictures, source)
+        copying = {
+            "densenet data prepare": prepared(source, Path(folder), Options(shard_bytes=SHARD)),
+            "plain tarfile loop": timed(lambda: tarfile_loop(source, Path(folder, "plain"))),
+        }
+        report("prepare, copied", in_turns(copying, options.rounds), "img/s", "densenet data prepare")
+        small = Options(shard_bytes=SHARD, shorter_side=400, quality=90)
+        encoding = {
+            "densenet data prepare": prepared(source, Path(folder), small),
+            "Pillow alone": timed(lambda: pillow(source)),
+        }
+        report("prepare, re-encoded", in_turns(encoding, options.rounds), "img/s", "densenet data prepare")
+    for who, what in ((resource.RUSAGE_SELF, "main process"), (resource.RUSAGE_CHILDREN, "largest worker")):
+        peak = resource.getrusage(who).ru_maxrss * 1024 / 1e6
+        print(f"  peak memory, {what}: {peak:.0f} MB")
+        keep("prepare, memory", what, peak, "MB")
+
+
+def write_archives(pictures: Path, root: Path) -> None:
+    """Archives like ILSVRC2012's, with copies of the pictures in turn."""
+    root.mkdir()
+    files = sorted(file for file in pictures.iterdir() if file.suffix.lower() in (".jpg", ".jpeg"))
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
+        for label in range(CLASSES):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                for i in range(PER_CLASS):
+                    name = f"n{label:08d}_{i}.JPEG"
+                    inner.add(files[(label * PER_CLASS + i) % len(files)], name)
+            add(outer, f"n{label:08d}.tar", buffer.getvalue())
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as val:
+        val.add(files[0], "ILSVRC2012_val_00000001.JPEG")
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": {"ILSVRC2012_ID": [1], "WNID": ["n00000000"]}})
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as kit:
+        add(kit, "data/meta.mat", meta.getvalue())
+        add(kit, "data/ILSVRC2012_validation_ground_truth.txt", b"1\n")
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def timed(function: Callable[[], object]) -> Callable[[], float]:
+    return lambda: CLASSES * PER_CLASS / seconds(function)
+
+
+def prepared(source: Path, folder: Path, options: Options) -> Callable[[], float]:
+    """From the scan to the finished data set; processes are started before the clock."""
+
+    def measured() -> float:
+        target = folder / "set"
+        with Pool(CORES) as pool:
+            pool.map(_start, range(CORES), "starting")
+            elapsed = seconds(lambda: prepare(source, target, options, pool))
+        shutil.rmtree(target)
+        return CLASSES * PER_CLASS / elapsed
+
+    return measured
+
+
+def _start(task: int) -> None:
+    """Brings a worker to life."""
+
+
+def inner_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(source / "ILSVRC2012_img_train.tar") as outer:
+        for member in outer:
+            stream = outer.extractfile(member)
+            assert stream is not None
+            with tarfile.open(fileobj=io.BytesIO(stream.read())) as inner:
+                for picture in inner:
+                    content = inner.extractfile(picture)
+                    assert content is not None
+                    yield picture.name, content.read()
+
+
+def tarfile_loop(source: Path, target: Path) -> None:
+    """What a short script does: read the nested archives, write shards in the order of reading; on disk at the end."""
+    target.mkdir(exist_ok=True)
+    pictures = list(inner_pictures(source))
+    for number, start in enumerate(range(0, len(pictures), PER_SHARD)):
+        with (target / f"{number}.tar").open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w") as out:
+                for name, content in pictures[start : start + PER_SHARD]:
+                    add(out, name, content)
+                    add(out, name.replace(".JPEG", ".cls"), name[1:9].encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def pillow(source: Path) -> None:
+    """Decode, resize, encode of the same pictures, in as many processes, with nothing written."""
+    with multiprocessing.get_context("fork").Pool(CORES) as pool:
+        for _ in pool.imap_unordered(_pillow, (content for _, content in inner_pictures(source)), chunksize=16):
+            pass
+
+
+def _pillow(content: bytes) -> int:
+    with Image.open(io.BytesIO(content)) as image:
+        rgb = image.convert("RGB")
+    short = min(rgb.size)
+    if short > 400:
+        rgb = rgb.resize((round(rgb.width * 400 / short), round(rgb.height * 400 / short)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    rgb.save(buffer, "JPEG", quality=90)
+    return buffer.tell()
+
+
+if __name__ == "__main__":
+    main()
