@@ -201,6 +201,12 @@ def table_of(rows: dict[str, list[Any]]) -> pa.Table:
     )
 
 
+def rows_of(table: pa.Table, start: int, count: int) -> pa.Table:
+    """A copy of some rows, paths as plain strings: a slice would be sent to other processes with the whole table."""
+    rows = table.take(np.arange(start, min(start + count, len(table))))
+    return rows.set_column(0, "path", rows["path"].cast(pa.string())) if "path" in rows.column_names else rows
+
+
 def save_table(table: pa.Table, file: Path) -> None:
     """Writes a table as Parquet, to a temporary name first."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.dataset import open_splits
+from pipeline.data.index import rows_of, table_of
 from pipeline.errors import DataError
 
 
@@ -234,3 +235,10 @@ def test_reading_notices_a_file_that_changed_or_went(folders):
     train.path(2).write_bytes(train.path(2).read_bytes() + b"more")
     with pytest.raises(DataError, match="has changed since it was indexed"):
         train.read(2)
+
+
+def test_rows_are_sent_to_other_processes_without_their_table():
+    table = table_of({"path": [f"{i:050d}" for i in range(10_000)], "label": list(range(10_000))})
+    rows = rows_of(table, 9_990, 20)
+    assert rows["label"].to_pylist() == list(range(9_990, 10_000))
+    assert len(pickle.dumps(rows)) < 10_000

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.files import Files
 from pipeline.data.images import Header, NotAnImage, decode, header, orientation, quiet
+from pipeline.data.index import rows_of
 
 CHUNK = 256  # pictures in a task
 _DIGEST = 16  # bytes of a content hash
@@ -75,10 +76,8 @@ class Looked:
 
 def chunks(root: Path, split: str, table: pa.Table, decoded: bool) -> Iterator[Chunk]:
     """Cuts a split's table into tasks for `look`."""
-    # As plain strings: each part's table would carry all paths otherwise.
-    table = table.set_column(0, "path", table["path"].cast(pa.string()))
     for start in range(0, len(table), CHUNK):
-        yield Chunk(root, split, table.slice(start, CHUNK).combine_chunks(), decoded)
+        yield Chunk(root, split, rows_of(table, start, CHUNK), decoded)
 
 
 def where(path: str, name: str | None, offset: int) -> str:

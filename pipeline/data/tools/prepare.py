@@ -27,7 +27,7 @@ from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_ma
 from pipeline.data.files import Files
 from pipeline.data.folders import listed
 from pipeline.data.images import NotAnImage, decode, encode, header, quiet, shrink, to_rgb
-from pipeline.data.index import Shard, load_table, save_table, table_of
+from pipeline.data.index import Shard, load_table, rows_of, save_table, table_of
 from pipeline.data.plan import permutation
 from pipeline.data.space import check_space
 from pipeline.data.tools import tars
@@ -200,11 +200,9 @@ def _parts(scan: Scan, split: str, target: Path, options: Options, skip_damaged:
     else:
         _check_names(table, split)
         number = -(-count // _FOLDER_PART)
-    # As plain strings: each part's table would carry all paths otherwise.
-    table = table.set_column(0, "path", table["path"].cast(pa.string()))
     bounds = [i * count // number for i in range(number + 1)]
     return [
-        _Part(scan.root, target, split, i, table.slice(start, stop - start).combine_chunks(), options, skip_damaged)
+        _Part(scan.root, target, split, i, rows_of(table, start, stop - start), options, skip_damaged)
         for i, (start, stop) in enumerate(pairwise(bounds))
     ]
 

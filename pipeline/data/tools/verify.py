@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.dataset import MANIFEST, Manifest, read_manifest
-from pipeline.data.index import Shard
+from pipeline.data.index import Shard, rows_of
 from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.sources import recognise
@@ -120,12 +120,18 @@ def _shards(root: Path, manifest: Manifest, splits: dict[str, pa.Table], pool: P
     """Compares shards with their hashes, and the members of those that this project wrote with the index."""
     tasks = []
     for split, table in splits.items():
-        paths = pc.unique(table["path"]).to_pylist()
-        written_here = manifest.made.get("to") == "shards"
-        for path, shard in manifest.splits[split].shards.items():
-            rows = table.filter(pc.equal(table["path"], path)) if written_here and path in paths else None
-            tasks.append((root, split, path, shard, rows))
+        rows = _rows_by_path(table) if manifest.made.get("to") == "shards" else {}
+        tasks += [(root, split, path, shard, rows.get(path)) for path, shard in manifest.splits[split].shards.items()]
     return [finding for found in pool.map(_shard, tasks, "comparing shards") for finding in found]
+
+
+def _rows_by_path(table: pa.Table) -> dict[str, pa.Table]:
+    """The rows of each shard, which lie together."""
+    path = table["path"].combine_chunks()
+    codes, first, count = np.unique(path.indices.to_numpy(), return_index=True, return_counts=True)
+    rows = table.drop_columns("path")
+    slices = zip(codes.tolist(), first.tolist(), count.tolist(), strict=True)
+    return {path.dictionary[code].as_py(): rows_of(rows, start, length) for code, start, length in slices}
 
 
 def _shard(task: tuple[Path, str, str, Shard, pa.Table | None]) -> list[Finding]:
