@@ -101,3 +101,28 @@ def test_batches_that_cannot_be_split_or_filled_are_refused():
         derived(config, workers=3)
     with pytest.raises(ConfigError, match="64 is more than the 40 training images"):
         derived(config, samples=40)
+
+
+def test_the_evaluations_transform_sets_the_defaults_of_its_sizes_and_filter(tmp_path):
+    timm = RunConfig.model_validate({"eval": {"transform": "timm"}}).eval
+    assert (timm.resize, timm.crop, timm.interpolation) == (256, 224, "bicubic")
+    other = RunConfig.model_validate({"eval": {"transform": "timm", "crop": 288, "interpolation": "bilinear"}}).eval
+    assert (other.resize, other.interpolation) == (329, "bilinear")
+    plain = RunConfig.model_validate({"eval": {"crop": 192}}).eval
+    assert (plain.resize, plain.interpolation) == (219, "bilinear")
+    assert "resize: 219" in RunConfig(eval=plain).to_yaml()  # what is saved does not depend on defaults
+    with pytest.raises(ValueError, match="transform"):
+        RunConfig.model_validate({"eval": {"transform": "keras"}})
+
+
+def test_progressive_sizes_hold_until_their_epoch():
+    data = RunConfig.model_validate({"data": {"progressive": [[2, 128], [5.5, 160]]}}).data
+    assert [data.side_at(epoch) for epoch in (0, 1.99, 2, 5.4, 5.5, 80)] == [128, 128, 160, 160, 224, 224]
+    for wrong in ([[2, 128], [1, 160]], [[0, 128]], [[1, 4]]):
+        with pytest.raises(ValueError, match="pairs with rising epochs"):
+            RunConfig.model_validate({"data": {"progressive": wrong}})
+
+
+def test_passwords_stay_out_of_the_datas_address():
+    with pytest.raises(ValueError, match="must not hold a password"):
+        RunConfig.model_validate({"data": {"root": "s3://me:secret@bucket/set", "stage": "/fast"}})

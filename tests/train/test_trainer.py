@@ -16,6 +16,19 @@ from pipeline.train.trainer import Trainer
 from tests.train.settings import settings
 
 CPU = torch.device("cpu")
+EVERYTHING = {  # every source of randomness, and pictures that grow in the middle of the run
+    "data": {"image_size": 32, "progressive": [[1.2, 24]]},
+    "augment": {
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "saturation": 0.4,
+        "lighting": 0.1,
+        "erase": 0.5,
+        "erase_fill": "noise",
+        "mixup": 0.2,
+        "cutmix": 1.0,
+    },
+}
 
 
 def run(indexes: tuple, run_dir: Path, resume: Path | None = None, **sections: dict) -> list[dict[str, Any]]:
@@ -32,10 +45,10 @@ def losses(events: list[dict[str, Any]]) -> dict[int, float]:
 @pytest.mark.slow
 def test_a_run_in_two_parts_equals_one_in_one_bit_for_bit(one_rank, indexes, tmp_path):
     data = indexes()
-    whole = run(data, tmp_path / "whole", checkpoint={"keep_last": 9})
+    whole = run(data, tmp_path / "whole", checkpoint={"keep_last": 9}, **EVERYTHING)
     middle = checkpoint_root(tmp_path / "whole") / checkpoint.folder_name(40)
     assert checkpoint.fault(middle) is None
-    rest = run(data, tmp_path / "rest", resume=middle, checkpoint={"keep_last": 9})
+    rest = run(data, tmp_path / "rest", resume=middle, checkpoint={"keep_last": 9}, **EVERYTHING)
     assert rest[0] == {"kind": "resumed", "samples_seen": 40, "checkpoint": str(middle)}
     assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 5}
     ends = [load_file(best_or_last(tmp_path / name) / "model.safetensors") for name in ("whole", "rest")]

@@ -1,0 +1,85 @@
+"""Pictures of all kinds: what they are told to be, and what becomes of their colours."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.folders import probe
+from pipeline.data.images import HEAD, Header, NotAnImage, decode, encode, header, shrink, to_rgb
+from tests.data import made_up
+
+RGB = made_up.picture(1)
+WHOLE = made_up.encoded(RGB)
+
+
+def alpha(mode: str) -> Image.Image:
+    image = RGB.convert(mode)
+    image.putalpha(Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60), np.uint8)))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "kind"),
+    [
+        (RGB, "PNG"),
+        (RGB, "WEBP"),
+        (RGB, "BMP"),
+        (RGB, "TIFF"),
+        (RGB.convert("P"), "PNG"),
+        (RGB.convert("1"), "PNG"),
+        (alpha("RGBA"), "PNG"),
+        (alpha("LA"), "PNG"),
+        (RGB.convert("CMYK"), "JPEG"),
+    ],
+)
+def test_colours_become_what_pil_makes_of_them(image, kind):
+    content = made_up.encoded(image, kind)
+    head = header(content, content)
+    assert (head.format, head.width, head.height) == (kind, 60, 50)
+    assert not head.plain_jpeg
+    with Image.open(io.BytesIO(content)) as theirs:
+        expected = np.asarray(theirs.convert("RGB"))
+    assert np.array_equal(np.asarray(to_rgb(decode(content)).convert("RGB")), expected)
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off():
+    values = np.asarray(RGB.convert("L")).astype(np.uint16)
+    content = made_up.encoded(Image.fromarray(values * 257), "PNG")
+    assert np.array_equal(np.asarray(to_rgb(decode(content))), values)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpegs_decode_to_pils_pixels(mode):
+    content = made_up.encoded(RGB.convert(mode))
+    assert header(content, content) == Header("JPEG", 60, 50, mode)
+    with Image.open(io.BytesIO(content)) as theirs:
+        assert np.array_equal(np.asarray(decode(content)), np.asarray(theirs))
+
+
+def test_bytes_between_whole_parts_are_no_fault_and_holes_are():
+    decode(WHOLE[:-2] + b"\0" * 7 + WHOLE[-2:])
+    with pytest.raises(NotAnImage, match="cannot be decoded: .*premature end"):
+        decode(WHOLE[: len(WHOLE) // 2] + WHOLE[-2:])
+
+
+def test_a_size_behind_large_profiles_is_found(tmp_path):
+    comments = b"".join(b"\xff\xfe\xff\xff" + bytes(0xFFFF - 2) for _ in range(3))
+    assert len(comments) > HEAD
+    (tmp_path / "a.jpg").write_bytes(WHOLE[:2] + comments + WHOLE[2:])
+    assert probe(tmp_path / "a.jpg") == Header("JPEG", 60, 50, "RGB")
+    (tmp_path / "b.jpg").write_bytes(WHOLE[:2] + comments + b"\xff\xd9")
+    assert "damaged head" in str(probe(tmp_path / "b.jpg"))
+
+
+def test_shrinking_keeps_the_ratio_and_never_enlarges():
+    assert shrink(RGB, 25).size == (30, 25)
+    assert shrink(RGB, 50) is RGB
+    assert shrink(Image.new("RGB", (4000, 20)), 10).size == (2000, 10)
+
+
+def test_encoding_leaves_metadata_out_and_repeats():
+    turned = RGB.copy()
+    turned.info |= {"exif": b"Exif\0\0junk", "icc_profile": b"x" * 100}
+    assert encode(turned, 90) == encode(RGB, 90)
