@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config import describe
+from pipeline.data.tools.inspect import KINDS
+from tests.data import made_up
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text()
@@ -57,6 +59,24 @@ def test_training_commands_plan(shell, tmp_path):
             assert "global batch" in done.stdout
             planned += 1
     assert planned == 3
+
+
+def test_data_commands_run(shell, tmp_path):
+    """README's data commands, in their order, with made-up archives in the place of the downloads."""
+    made_up.write_ilsvrc(tmp_path / "downloads", made_up.pictures())
+    places = {"/downloads": str(tmp_path / "downloads"), "/data/imagenet": str(tmp_path / "imagenet")}
+    ran = []
+    for words in commands():
+        if words[:2] == ["densenet", "data"]:
+            done = shell("densenet", *(places.get(word, word) for word in words[1:]))
+            assert done.returncode == 0, done.stdout
+            ran.append(words[2])
+    assert ran == ["prepare", "verify"]
+
+
+def test_what_verification_finds_is_explained():
+    explained = re.findall(r"^\| `(\w+)` \| (yes|no) \|", (PROJECT / "docs" / "data.md").read_text(), re.MULTILINE)
+    assert explained == [(kind, "yes" if is_damage else "no") for kind, (is_damage, _) in KINDS.items()]
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ def test_each_fault_in_shards_is_found(damage, kinds, shards):
     found = {finding.kind for finding in report.damage}
     assert kinds <= found <= kinds | {"unreadable", "size"}  # bytes of elsewhere may pass for another picture
     assert report.to_json()["damaged"] is True
+    assert len(set(report.findings)) == len(report.findings)
 
 
 def test_an_index_of_other_shards_is_refused(shards, tmp_path):

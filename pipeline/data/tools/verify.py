@@ -86,6 +86,7 @@ def verify(root: Path, pool: Pool, layout: str | None = None, any_counts: bool =
     findings += _duplicates(scan.splits, digests)
     if not any_counts:
         findings += _counts(scan.classes, splits)
+    findings = list(dict.fromkeys(findings))  # a shard that is gone is missed more than once
     order = list(KINDS)
     findings.sort(key=lambda f: (order.index(f.kind), f.split, f.where))
     return Report(str(root), found.name, splits, findings)
