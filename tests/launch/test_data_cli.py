@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,11 @@ def test_ctrl_c_ends_a_preparation_and_its_processes_and_the_next_start_goes_on(
     command = ["data", "prepare", str(tmp_path / "source"), str(tmp_path / "set")]
     options = ["--shorter-side", "600", "--shard-size", "0.4", "--workers", "2"]
     with subprocess.Popen(
-        [str(BIN / "densenet"), *command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(BIN / "densenet"), *command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     ) as process:
         while not list((tmp_path / "set").glob("train/*.tar")):
             assert process.poll() is None
