@@ -7,7 +7,7 @@ from rich.console import Console
 from launch.cluster import cluster_address, joined, offered_by_cluster
 from launch.prepare import Prepared, check_writable, prepare, read_config
 from launch.resources import this_machine
-from pipeline.model import parameter_count
+from pipeline.model import size
 
 
 def plan_command(console: Console, path: Path, overrides: list[str], address: str | None) -> None:
@@ -28,10 +28,14 @@ def plan_command(console: Console, path: Path, overrides: list[str], address: st
 def print_plan(console: Console, prepared: Prepared) -> None:
     """Prints the derived values, one a line, and the warnings."""
     config, d = prepared.config, prepared.derived
-    parameters = parameter_count(config.model.name, d.num_classes)
+    model = size(config.model.name, d.num_classes, config.data.image_size)
     rows = [
         ("run", f"{config.run.name} in {prepared.run_dir}"),
-        ("model", f"{config.model.name}, {parameters:,} parameters, {d.num_classes} classes"),
+        (
+            "model",
+            f"{config.model.name}, {model.parameters:,} parameters, {d.num_classes} classes, "
+            f"{model.multiply_adds / 1e9:.3g} G multiply-adds at {config.data.image_size} pixels",
+        ),
         ("data", f"{d.train_samples:,} training and {d.val_samples:,} evaluation images in {config.data.root}"),
         ("workers", f"{d.workers} on {d.device}, {d.cpus_per_worker} CPU cores each"),
         (

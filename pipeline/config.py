@@ -24,6 +24,7 @@ DIGITS = "digits://"  # the data root that stands for the demonstration's pictur
 Auto = Literal["auto"]
 Device = Literal["cpu", "cuda"]
 Interpolation = Literal["bilinear", "bicubic"]
+Memory = Literal["none", "checkpoint", "shared-stats"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rgb = tuple[float, float, float]
@@ -58,6 +59,7 @@ class Run(Section):
 
 class Model(Section):
     name: str = Field("densenet121", description="a DenseNet in timm's registry, with this project's additions")
+    memory: Memory = Field("none", description="what the backward pass computes anew instead of keeping it")
 
 
 class Data(Section):
@@ -278,6 +280,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be shorter than "
                 f"train.epochs={self.train.epochs:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits(self) -> "RunConfig":
+        if self.model.memory == "shared-stats" and self.engine.zero_stage == 3:
+            raise ValueError(
+                "model.memory=shared-stats needs the norms' weights outside of their modules, where ZeRO stage 3 does "
+                "not gather them: set engine.zero_stage to 0, 1 or 2, or model.memory=checkpoint"
             )
         return self
 

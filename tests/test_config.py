@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config import RunConfig, derive, load_config
 from pipeline.errors import ConfigError
@@ -126,3 +127,8 @@ def test_progressive_sizes_hold_until_their_epoch():
 def test_passwords_stay_out_of_the_datas_address():
     with pytest.raises(ValueError, match="must not hold a password"):
         RunConfig.model_validate({"data": {"root": "s3://me:secret@bucket/set", "stage": "/fast"}})
+
+
+def test_a_memory_mode_that_a_zero_stage_cannot_serve_is_refused():
+    with pytest.raises(ValidationError, match=r"model.memory=shared-stats .* set engine.zero_stage to 0, 1 or 2"):
+        RunConfig.model_validate({"model": {"memory": "shared-stats"}, "engine": {"zero_stage": 3}})

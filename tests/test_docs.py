@@ -74,6 +74,14 @@ def test_data_commands_run(shell, tmp_path):
     assert ran == ["prepare", "verify"]
 
 
+def test_the_models_are_listed_with_their_sizes(shell):
+    assert ["densenet", "models", "list"] in commands()
+    done = shell("densenet", "models", "list")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"densenet264 +1000 +33,337,704 +5\.752 +224 +ImageNet 77\.85 / 93\.88", done.stdout)
+    assert re.search(r"densenet_bc_l100_k12 +10 +769,162 +0\.288 +32 +CIFAR-10 95\.49", done.stdout)
+
+
 def test_what_verification_finds_is_explained():
     explained = re.findall(r"^\| `(\w+)` \| (yes|no) \|", (PROJECT / "docs" / "data.md").read_text(), re.MULTILINE)
     assert explained == [(kind, "yes" if is_damage else "no") for kind, (is_damage, _) in KINDS.items()]

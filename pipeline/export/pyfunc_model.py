@@ -30,7 +30,7 @@ class Classifier(PythonModel):
         card = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
         self.classes: list[str] = card["classes"]
         self.transform: dict[str, Any] = card["transform"]
-        self.model = DenseNet(**card["architecture"], num_classes=card["num_classes"])
+        self.model = network(card["architecture"], card["num_classes"])
         self.model.load_state_dict(load_file(context.artifacts["weights"]))
         self.model.eval()
 
@@ -69,6 +69,19 @@ class Classifier(PythonModel):
                 f"row {row} of `image` is not a picture: give the bytes of a JPEG or PNG file, or their base64 text"
             ) from error
         return evaluation_transform(rgb, **self.transform)
+
+
+def network(architecture: dict[str, Any], num_classes: int) -> DenseNet:
+    """timm's DenseNet; with the stem `cifar` it begins with one 3x3 convolution and neither norm nor pooling."""
+    options = dict(architecture)
+    small = options.get("stem_type") == "cifar"
+    if small:
+        del options["stem_type"]
+    model = DenseNet(**options, num_classes=num_classes)
+    if small:
+        model.features.conv0 = torch.nn.Conv2d(3, 2 * options["growth_rate"], kernel_size=3, padding=1, bias=False)
+        del model.features.norm0, model.features.pool0
+    return model
 
 
 def evaluation_transform(

@@ -48,7 +48,7 @@ class Trainer:
         self.classes = train_index.classes
         self.rank = dist.get_rank()
         torch.manual_seed(config.run.seed)
-        self.engine = Engine(config, derived, create(config.model.name, derived.num_classes), device)
+        self.engine = Engine(config, derived, create(config.model, derived.num_classes), device)
         data = config.data
         self.plan = TrainPlan(
             seed=config.run.seed,

@@ -4,6 +4,7 @@ import base64
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import mlflow
@@ -156,3 +157,17 @@ def test_files_that_are_no_pictures_are_named(registered):
     ):
         with pytest.raises(UserError, match=f"{file} .*{message}|{file} {message}"):
             predict_files(model.uri, uri, [folder / file])
+
+
+@pytest.mark.parametrize("name", ["densenet121", "densenet_bc_l40_k12"])
+def test_the_packaged_code_builds_the_same_net(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's of its own type hints
+        from pipeline.export.pyfunc_model import network
+
+    torch.manual_seed(0)
+    ours, packaged = create(name, 10).eval(), network(ARCHITECTURES[name], 10).eval()
+    packaged.load_state_dict(ours.state_dict(), strict=True)
+    images_NCHW = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(packaged(images_NCHW), ours(images_NCHW))

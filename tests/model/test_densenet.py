@@ -1,24 +1,37 @@
-"""The models: DESIGN's parameter counts, timm's registry, near names."""
+"""The models: DESIGN's counts, timm's registry, the stem for small pictures, near names."""
+
+import math
 
 import pytest
 import timm
 import torch
+from torchvision.models import densenet121
 
 from pipeline.errors import ConfigError
-from pipeline.model import create, parameter_count
+from pipeline.model import create, size
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("name", "parameters", "giga"),
     [
-        ("densenet121", 7_978_856),
-        ("densenet169", 14_149_480),
-        ("densenet201", 20_013_928),
-        ("densenet264", 33_337_704),
+        ("densenet121", 7_978_856, 2.834),
+        ("densenet169", 14_149_480, 3.360),
+        ("densenet201", 20_013_928, 4.291),
+        ("densenet264", 33_337_704, 5.752),
     ],
 )
-def test_parameters_equal_the_published_counts(name, parameters):
-    assert parameter_count(name, 1000) == parameters
+def test_parameters_and_multiply_adds_equal_the_published_ones(name, parameters, giga):
+    counted = size(name, 1000, 224)
+    assert counted.parameters == parameters
+    assert round(counted.multiply_adds / 1e9, 3) == giga
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("densenet_bc_l100_k12", 0.8), ("densenet_bc_l250_k24", 15.3), ("densenet_bc_l190_k40", 25.6)],
+)
+def test_parameters_of_the_papers_nets_for_cifar(name, millions):
+    assert round(size(name, 10, 32).parameters / 1e6, 1) == millions
 
 
 def test_additions_are_in_timms_registry():
@@ -27,12 +40,34 @@ def test_additions_are_in_timms_registry():
     assert model.num_classes == 7
 
 
-def test_the_state_dict_is_timms_own():
+def test_the_stem_for_small_pictures_keeps_their_size_and_timms_features():
+    images_NCHW = torch.randn(2, 3, 32, 32)
+    assert create("densenet_bc_l40_k12", 10)(images_NCHW).shape == (2, 10)
+    pyramid = timm.create_model("densenet_bc_l40_k12", features_only=True)
+    assert [tuple(f.shape[1:]) for f in pyramid(images_NCHW)] == [
+        (24, 32, 32),
+        (96, 32, 32),
+        (120, 16, 16),
+        (132, 8, 8),
+    ]
+    assert pyramid.feature_info.reduction() == [1, 1, 2, 4]
+
+
+def test_convolutions_are_he_initialised():
+    torch.manual_seed(0)
+    for module in create("densenet121", 10).modules():
+        if isinstance(module, torch.nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05)
+
+
+def test_the_state_dict_is_timms_and_torchvisions():
     ours, theirs = create("densenet121", 10), timm.create_model("densenet121", num_classes=10)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
     images_NCHW = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(ours.eval()(images_NCHW), theirs.eval()(images_NCHW))
+    for other in (theirs, densenet121(num_classes=10)):
+        ours.load_state_dict(other.state_dict(), strict=True)
+        with torch.no_grad():
+            assert torch.allclose(ours.eval()(images_NCHW), other.eval()(images_NCHW), rtol=1e-5, atol=1e-6)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

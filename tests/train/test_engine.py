@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import Derived, RunConfig, derive
+from pipeline.config import Derived, Model, RunConfig, derive
 from pipeline.model import create
 from pipeline.train.engine import Engine, average_batch_norm, deepspeed_config
 from pipeline.train.optim import create_optimizer, parameter_groups
@@ -62,7 +62,9 @@ def every_stage() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
 def engine_run(stage: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     config, d = settings(stage)
     torch.manual_seed(0)
-    engine = Engine(config, d, create("densenet_tiny", d.num_classes), CPU)
+    memory = {2: "shared-stats", 3: "checkpoint"}.get(stage, "none")  # modes that change nothing but memory
+    model = create(Model(name="densenet_tiny", memory=memory), d.num_classes)
+    engine = Engine(config, d, model, CPU)
     losses = []
     for images_NCHW, labels_N in batches(5):
         loss = F.cross_entropy(engine.forward(images_NCHW), labels_N)

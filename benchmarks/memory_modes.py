@@ -1,0 +1,85 @@
+"""Time of a training step and its peak memory in each memory mode, on CUDA where there is one, else on the CPU.
+
+python -m benchmarks.memory_modes [--models densenet121 densenet264] [--batch 8] [--rounds 3]
+
+Each case runs in a process of its own. On the CPU the memory is the growth of the resident set's peak over the steps
+(the allocator's keeping included), on CUDA torch's own count of what was allocated.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import keep, machine, seconds
+from pipeline.config import Model
+from pipeline.model import create
+
+MODES = ("none", "checkpoint", "shared-stats")
+
+
+def main() -> None:
+    """Runs every model in every mode, and compares each mode with the plain one."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=["densenet121", "densenet264"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measured(*options.case, options.batch, options.rounds)))
+        return
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
+    for name in options.models:
+        benchmark = f"memory modes, {name}, batch {options.batch} at 224 px"
+        print(f"\n{benchmark}: {where}, median of {options.rounds} steps")
+        plain: tuple[list[float], float] | None = None
+        for mode in MODES:
+            arguments = ["--case", name, mode, "--batch", str(options.batch), "--rounds", str(options.rounds)]
+            command = [sys.executable, "-m", "benchmarks.memory_modes", *arguments]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            times, peak_mb = json.loads(done.stdout.splitlines()[-1])
+            plain = plain or (times, peak_mb)
+            ratios = [mine / other for mine, other in zip(times, plain[0], strict=True)]
+            spread = (statistics.median(ratios), min(ratios), max(ratios))
+            part = peak_mb / plain[1]
+            print(
+                f"  {mode:12}  {statistics.median(times):7.3f} s a step, {spread[0]:.2f} x none "
+                f"({spread[1]:.2f} - {spread[2]:.2f})   {peak_mb:8,.0f} MB, {part:.2f} x none"
+            )
+            keep(benchmark, f"{mode}, step on {where}", statistics.median(times), "s", spread, mode, options.rounds)
+            keep(benchmark, f"{mode}, peak on {where}", peak_mb, "MB", (part, part, part), mode)
+
+
+def measured(name: str, mode: str, batch: int, rounds: int) -> tuple[list[float], float]:
+    """Seconds of each step after the first one, and the peak memory of the steps in MB."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = create(Model.model_validate({"name": name, "memory": mode}), 1000).to(device)
+    images_NCHW = torch.randn(batch, 3, 224, 224, device=device)
+    labels_N = torch.randint(0, 1000, (batch,), device=device)
+    before_mb = _peak_mb(device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(images_NCHW), labels_N).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    step()
+    times = [seconds(step) for _ in range(rounds)]
+    return times, _peak_mb(device) - before_mb
+
+
+def _peak_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Dense blocks that keep less for the backward pass; parameters, names and results stay those of timm's blocks.
+
+A dense layer reads the concatenation of all features before it, so keeping what every layer's first norm and
+convolution read takes memory that grows with the square of the depth. Both modes here keep the features alone and
+compute the rest anew in the backward pass (Pleiss et al. 2017, arXiv 1707.06990).
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from timm.models import DenseNet
+from timm.models.densenet import DenseBlock, DenseLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.config import Memory
+
+
+def save_memory(model: DenseNet, memory: Memory) -> None:
+    """Replaces the dense blocks of a model by those of a memory mode, in place; parameters are kept."""
+    if memory == "none":
+        return
+    new_block = {"checkpoint": CheckpointBlock, "shared-stats": SharedStatsBlock}[memory]
+    for name, block in list(model.features.named_children()):
+        if isinstance(block, DenseBlock):
+            setattr(model.features, name, new_block(block))
+
+
+class CheckpointBlock(nn.ModuleDict):
+    """Computes each layer's concatenation, first norm, ReLU and 1x1 convolution twice instead of keeping their inputs.
+
+    The running statistics of the norm are updated once: timm's own checkpointing updates them in both passes.
+    """
+
+    def __init__(self, block: DenseBlock) -> None:
+        super().__init__(block.items())
+
+    def forward(self, first_NCHW: torch.Tensor) -> torch.Tensor:
+        features = [first_NCHW]
+        for layer in self.values():
+            features.append(self._layer(layer, features))
+        return torch.cat(features, 1)
+
+    def _layer(self, layer: DenseLayer, features: list[torch.Tensor]) -> torch.Tensor:
+        def bottleneck(*features: torch.Tensor) -> torch.Tensor:
+            return layer.conv1(layer.norm1(torch.cat(features, 1)))
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _without_tracking(layer.norm1)
+
+        if torch.is_grad_enabled():
+            reduced_NCHW = checkpoint(bottleneck, *features, use_reentrant=False, context_fn=contexts)
+        else:
+            reduced_NCHW = bottleneck(*features)
+        return _rest(layer, reduced_NCHW)
+
+
+class SharedStatsBlock(nn.ModuleDict):
+    """As `CheckpointBlock`, and computes the mean and variance of each feature map once for all layers that read it.
+
+    A layer's first norm and its ReLU are then max(0, scale x + shift) with numbers for each channel, in the forward
+    pass and when it is computed anew. Where a norm does not use batch statistics (evaluation, frozen norms) the layer
+    is timm's.
+    """
+
+    def __init__(self, block: DenseBlock) -> None:
+        super().__init__(block.items())
+
+    def forward(self, first_NCHW: torch.Tensor) -> torch.Tensor:
+        features = [first_NCHW]
+        means: list[torch.Tensor] = []
+        variances: list[torch.Tensor] = []
+        for layer in self.values():
+            assert isinstance(layer, DenseLayer)
+            if not layer.norm1.training:
+                features.append(layer(features))
+                continue
+            for feature_NCHW in features[len(means) :]:
+                exact_NCHW = feature_NCHW if feature_NCHW.dtype == torch.float64 else feature_NCHW.float()
+                variance_C, mean_C = torch.var_mean(exact_NCHW, dim=(0, 2, 3), correction=0)
+                means.append(mean_C)
+                variances.append(variance_C)
+            features.append(self._layer(layer, features, torch.cat(means), torch.cat(variances)))
+        return torch.cat(features, 1)
+
+    def _layer(
+        self, layer: DenseLayer, features: list[torch.Tensor], mean_C: torch.Tensor, variance_C: torch.Tensor
+    ) -> torch.Tensor:
+        norm = layer.norm1
+        count = features[0].numel() // features[0].shape[1]
+        _track(norm, mean_C.detach(), variance_C.detach(), count)
+        scale_C = norm.weight * torch.rsqrt(variance_C + norm.eps)
+        shift_C = norm.bias - mean_C * scale_C
+
+        def bottleneck(scale_C: torch.Tensor, shift_C: torch.Tensor, *features: torch.Tensor) -> torch.Tensor:
+            scale_C11, shift_C11 = scale_C[:, None, None], shift_C[:, None, None]
+            return layer.conv1(torch.addcmul(shift_C11, torch.cat(features, 1), scale_C11).relu_())
+
+        if torch.is_grad_enabled():
+            reduced_NCHW = checkpoint(bottleneck, scale_C, shift_C, *features, use_reentrant=False)
+        else:
+            reduced_NCHW = bottleneck(scale_C, shift_C, *features)
+        return _rest(layer, reduced_NCHW)
+
+
+def _rest(layer: DenseLayer, reduced_NCHW: torch.Tensor) -> torch.Tensor:
+    """What a layer does after its 1x1 convolution."""
+    new_NCHW = layer.conv2(layer.norm2(reduced_NCHW))
+    return nn.functional.dropout(new_NCHW, layer.drop_rate, layer.training)
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean_C: torch.Tensor, variance_C: torch.Tensor, count: int) -> None:
+    """Moves running statistics as batch norm does: the variance without bias."""
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean_C.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_((variance_C * (count / max(1, count - 1))).to(norm.running_var.dtype), norm.momentum)
+
+
+@contextmanager
+def _without_tracking(norm: nn.BatchNorm2d) -> Iterator[None]:
+    """Lets a norm use batch statistics and leave its running ones as they are."""
+    momentum, norm.momentum = norm.momentum, 0.0
+    try:
+        yield
+    finally:
+        norm.momentum = momentum
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.sub_(1)
