@@ -33,8 +33,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "densenet_tiny": {"growth_rate": 12, "block_config": (3, 3, 3)},
 }
 
-# The paper's accuracies in %: top-1 and top-5 on ImageNet's validation images, single crop (tables 3 and 4 of the
-# journal version); top-1 on CIFAR-10 with standard augmentation (table 2).
+# The accuracies that the paper reports, in %: top-1 and top-5 on ImageNet's validation images, single crop; top-1 on
+# CIFAR-10 with standard augmentation.
 PAPER: dict[str, str] = {
     "densenet121": "ImageNet 74.98 / 92.29",
     "densenet169": "ImageNet 76.20 / 93.15",
