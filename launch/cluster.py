@@ -17,9 +17,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from launch.net import HOST, answers
 from launch.resources import Resources, Share
 from launch.worker import train_worker
-from pipeline.config import Derived, RunConfig
+from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
+from pipeline.derived import Derived
 from pipeline.errors import TrainingError, UserError
+from pipeline.model.weights import Sources
 
 _POLL_S = 0.2
 _CONNECT_S = 5
@@ -118,6 +120,7 @@ def run(
     share: Share,
     train_index: DatasetIndex,
     val_index: DatasetIndex,
+    sources: Sources,
     run_dir: Path,
     on_event: Callable[[dict[str, Any]], None],
 ) -> None:
@@ -135,6 +138,7 @@ def run(
             "derived": derived,
             "train_index": ray.put(train_index),
             "val_index": ray.put(val_index),
+            "sources": sources,
             "run_dir": run_dir,
             "hub": hub,
         },

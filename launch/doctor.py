@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.net import HOST, free_port
-from pipeline.config import Device, RunConfig, derive
+from pipeline.config import Device, RunConfig
+from pipeline.derived import derive
 
 _REINSTALL = "run `make clean test` in the project's folder, or `pip install --require-hashes -r requirements.lock`"
 

@@ -7,6 +7,8 @@ from rich.console import Console
 from launch.cluster import cluster_address, joined, offered_by_cluster
 from launch.prepare import Prepared, check_writable, prepare, read_config
 from launch.resources import this_machine
+from pipeline.config import RunConfig
+from pipeline.derived import Derived
 from pipeline.model import size
 
 
@@ -28,7 +30,7 @@ def plan_command(console: Console, path: Path, overrides: list[str], address: st
 def print_plan(console: Console, prepared: Prepared) -> None:
     """Prints the derived values, one a line, and the warnings."""
     config, d = prepared.config, prepared.derived
-    model = size(config.model.name, d.num_classes, config.data.image_size)
+    model = size(config.model, d.num_classes, config.data.image_size)
     rows = [
         ("run", f"{config.run.name} in {prepared.run_dir}"),
         (
@@ -36,6 +38,7 @@ def print_plan(console: Console, prepared: Prepared) -> None:
             f"{config.model.name}, {model.parameters:,} parameters, {d.num_classes} classes, "
             f"{model.multiply_adds / 1e9:.3g} G multiply-adds at {config.data.image_size} pixels",
         ),
+        ("weights", prepared.start),
         ("data", f"{d.train_samples:,} training and {d.val_samples:,} evaluation images in {config.data.root}"),
         ("workers", f"{d.workers} on {d.device}, {d.cpus_per_worker} CPU cores each"),
         (
@@ -48,10 +51,23 @@ def print_plan(console: Console, prepared: Prepared) -> None:
             f"{d.total_steps:,} in all = {config.train.epochs:g} epochs of {d.steps_per_epoch:,.2f}, "
             f"{d.total_samples:,} samples",
         ),
+        ("learning rate", _learning_rate(config, d)),
         ("precision", f"{d.precision}, ZeRO stage {config.engine.zero_stage}"),
         ("evaluation", config.eval.description),
     ]
+    if prepared.sources.teacher is not None:
+        rows.append(("teacher", str(prepared.sources.teacher)))
     for name, text in rows:
-        console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
+        console.print(f"{name:14}{text}", markup=False, soft_wrap=True)
     for warning in prepared.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _learning_rate(config: RunConfig, d: Derived) -> str:
+    optim, schedule = config.optim, config.schedule
+    scaled = ""
+    if optim.lr_scaling != "none":
+        ratio = f"{d.global_batch_size} / {optim.lr_base_batch}"
+        scaled = f" = {optim.lr:g} x {ratio if optim.lr_scaling == 'linear' else f'sqrt({ratio})'}"
+    warmup = f", after {schedule.warmup_epochs:g} epochs of warm-up" if schedule.warmup_epochs else ""
+    return f"{d.peak_lr:g}{scaled}, {optim.name}, schedule {schedule.name}{warmup}"

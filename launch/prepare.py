@@ -7,24 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.resources import Resources, Share, share
-from pipeline.config import DIGITS, Derived, RunConfig, derive, load_config
+from launch.sources import REGISTRY, find_sources
+from pipeline.config import DIGITS, RunConfig, load_config
 from pipeline.data.dataset import open_splits
 from pipeline.data.digits import write_digits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import fetch_indexes, is_remote
+from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
-from pipeline.model.densenet import check_name
+from pipeline.model.densenet import check_name, create
+from pipeline.model.weights import Sources, load_teacher, load_weights
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to start."""
+    """A run that is ready to start; `start` tells what its weights are at first."""
 
     config: RunConfig
     derived: Derived
     share: Share
     train_index: DatasetIndex
     val_index: DatasetIndex
+    sources: Sources
+    start: str
     warnings: tuple[str, ...] = ()
 
     @property
@@ -42,8 +47,14 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     if root is not None and not is_remote(root):
         root = _absolute(root)
     stage = config.data.stage
+    weights, teacher = (
+        place if place is None or place.startswith(REGISTRY) else _absolute(place)
+        for place in (config.model.weights, config.loss.teacher)
+    )
     return config.model_copy(
         update={
+            "model": config.model.model_copy(update={"weights": weights}),
+            "loss": config.loss.model_copy(update={"teacher": teacher}),
             "run": config.run.model_copy(update={"name": name, "output": output}),
             "data": config.data.model_copy(update={"root": root, "stage": stage and _absolute(stage)}),
         }
@@ -79,7 +90,21 @@ def prepare(config: RunConfig, offered: Resources) -> Prepared:
             f"data.shuffle=windowed mixes within windows of shards, but data.root={config.data.root} holds class "
             f"folders, each a class of its own: use data.shuffle=full, or prepare shards."
         )
-    return Prepared(config, derived, taken, train_index, val_index, tuple(warnings))
+    sources = find_sources(config)
+    start = _check_sources(config, derived, sources, train_index.classes)
+    return Prepared(config, derived, taken, train_index, val_index, sources, start, tuple(warnings))
+
+
+def _check_sources(config: RunConfig, derived: Derived, sources: Sources, classes: tuple[str, ...]) -> str:
+    """Tries the weights and the teacher on the model and the data, and says what the run starts from."""
+    start = f"random, from seed {config.run.seed}"
+    if sources.weights is not None:
+        loaded = load_weights(create(config.model, derived.num_classes), sources.weights)
+        head = "" if loaded.head else f"; the classifier is new, for {derived.num_classes} classes, and random"
+        start = f"{loaded.file}{head}"
+    if sources.teacher is not None:
+        load_teacher(sources.teacher, classes, config.model.in_chans)
+    return start
 
 
 def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> tuple[DatasetIndex, DatasetIndex]:

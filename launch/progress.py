@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+WEIGHTS = {"raw": "", "ema": "averaged weights "}  # what an accuracy is of, where it is not of the weights themselves
 _SKIPPED_SHOWN = 10  # the workers' logs name all of them
 
 
@@ -86,10 +87,8 @@ class Display:
             case "step":
                 self.status(step_line(event, self._epochs, self._total_steps, self._workers))
             case "eval":
-                self.line(
-                    f"epoch {event['epoch']:.2f}: {accuracy(event)}, loss {event['loss']:.4f} "
-                    f"({speed(event['img_per_s'])})"
-                )
+                what = f"{WEIGHTS[event['weights']]}{accuracy(event)}, loss {event['loss']:.4f}"
+                self.line(f"epoch {event['epoch']:.2f}: {what} ({speed(event['img_per_s'])})")
             case "warning":
                 self.line(f"warning: {event['message']}", style="yellow")
             case "skipped":

@@ -16,7 +16,7 @@ from launch.cluster import cluster_address, embedded, joined, offered_by_cluster
 from launch.net import check_port, free_port
 from launch.plan import print_plan
 from launch.prepare import Prepared, check_writable, prepare, read_config
-from launch.progress import Clock, Display, accuracy, speed
+from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
 from launch.resources import this_machine
 from pipeline.config import RunConfig
 from pipeline.export.package import Registered, register
@@ -142,6 +142,7 @@ def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock)
         prepared.share,
         prepared.train_index,
         prepared.val_index,
+        prepared.sources,
         prepared.run_dir,
         on_event,
     )
@@ -152,13 +153,13 @@ def _metrics(event: dict[str, Any]) -> dict[str, float]:
     """An event's numbers under their MLflow names."""
     if event["kind"] == "step":
         return {f"train/{key}": event[key] for key in ("loss", "lr", "img_per_s", "data_wait", "epoch")}
-    total = event["total"]
+    total, prefix = event["total"], {"raw": "val", "ema": "val_ema"}[event["weights"]]
     return {
-        "val/top1": 100 * event["top1_correct"] / total,
-        "val/top5": 100 * event["top5_correct"] / total,
-        "val/loss": event["loss"],
-        "val/img_per_s": event["img_per_s"],
-        "val/images": total,
+        f"{prefix}/top1": 100 * event["top1_correct"] / total,
+        f"{prefix}/top5": 100 * event["top5_correct"] / total,
+        f"{prefix}/loss": event["loss"],
+        f"{prefix}/img_per_s": event["img_per_s"],
+        f"{prefix}/images": total,
     }
 
 
@@ -199,8 +200,13 @@ def _print_summary(
         file = prepared.val_index.path(0)
         picture = shlex.quote(min(str(file), os.path.relpath(file), key=len))
     lines = [
-        ("best", f"{accuracy(state['best'])}, at {state['best_at']:,} samples"),
-        ("last", f"{accuracy(state['last'])}, at {state['last_at']:,} samples"),
+        (
+            when,
+            f"{accuracy(state[when])}, {WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
+        )
+        for when in ("best", "last")
+    ]
+    lines += [
         ("evaluated as", prepared.config.eval.description),
         ("speed", "nothing was left to train" if img_per_s is None else f"{speed(img_per_s)} in training"),
         ("time", str(clock)),

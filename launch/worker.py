@@ -55,7 +55,17 @@ def _train(task: dict[str, Any], report: Any) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     resume = newest_checkpoint(task["run_dir"], lambda text: report({"kind": "warning", "message": text}))
-    Trainer(task["config"], task["derived"], train_index, val_index, task["run_dir"], device, report).fit(resume)
+    trainer = Trainer(
+        task["config"],
+        task["derived"],
+        train_index,
+        val_index,
+        task["run_dir"],
+        device,
+        report,
+        task["sources"],
+    )
+    trainer.fit(resume)
 
 
 def _on_this_node(config: RunConfig, index: DatasetIndex) -> DatasetIndex:

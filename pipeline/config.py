@@ -1,4 +1,4 @@
-"""The run's configuration: its schema, its checks and what is derived from it.
+"""The run's configuration: its schema and its checks.
 
 A config is YAML. `include: FILE` (or a list of files, relative to the including file) is merged below the file's
 own keys, `key=value` overrides are merged on top, and the result is validated into one frozen `RunConfig`.
@@ -6,7 +6,6 @@ own keys, `key=value` overrides are merged on top, and the result is validated i
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ Auto = Literal["auto"]
 Device = Literal["cpu", "cuda"]
 Interpolation = Literal["bilinear", "bicubic"]
 Memory = Literal["none", "checkpoint", "shared-stats"]
+OptimizerName = Literal["sgd", "adamw", "lamb", "lars", "muon"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rgb = tuple[float, float, float]
@@ -59,7 +59,24 @@ class Run(Section):
 
 class Model(Section):
     name: str = Field("densenet121", description="a DenseNet in timm's registry, with this project's additions")
+    num_classes: Count | None = Field(None, description="logits; default: the classes of the data")
+    in_chans: Literal[1, 3] = Field(3, description="3: RGB, 1: grey (ITU-R BT.601 luma)")
+    global_pool: Literal["avg", "max", "avgmax", "catavgmax"] = Field(
+        "avg", description="pooling before the classifier"
+    )
+    drop_rate: float = Field(0, ge=0, lt=1, description="dropout before the classifier")
+    layer_drop_rate: float = Field(0, ge=0, lt=1, description="dropout after each dense layer")
     memory: Memory = Field("none", description="what the backward pass computes anew instead of keeping it")
+    weights: str | None = Field(
+        None, description="start from a .safetensors or .pth file, a checkpoint or run folder, or models:/NAME@ALIAS"
+    )
+
+
+class Finetune(Section):
+    freeze_blocks: int = Field(0, ge=0, le=4, description="1: the stem and the first dense block stay as they are; ...")
+    freeze_batch_norm: bool = Field(False, description="all norms use their running statistics and stay as they are")
+    layer_decay: float = Field(1, gt=0, le=1, description="rate's factor for each dense block further from the head")
+    head_lr: float = Field(1, gt=0, description="rate's factor for the classifier")
 
 
 class Data(Section):
@@ -210,20 +227,57 @@ class Train(Section):
     log_every_steps: Count = Field(10, description="optimizer steps between log lines")
 
 
+LAYERWISE = ("lamb", "lars", "muon")  # optimizers that look at whole weights, which ZeRO 1-3 cut up
+
+
 class Optim(Section):
-    name: Literal["sgd"] = Field("sgd", description="SGD without dampening")
-    lr: float = Field(0.1, gt=0, description="peak learning rate at the given global batch size")
-    momentum: float = Field(0.9, ge=0, lt=1, description="0 <= momentum < 1")
-    nesterov: bool = Field(True, description="Nesterov's look-ahead; without effect at momentum 0")
+    name: OptimizerName = Field("sgd", description="from timm; `lamb`, `lars` and `muon` need ZeRO stage 0")
+    lr: float = Field(0.1, gt=0, description="peak learning rate, before `lr_scaling`")
+    lr_scaling: Literal["none", "linear", "sqrt"] = Field(
+        "none", description="factor: the global batch over `lr_base_batch`, or its square root"
+    )
+    lr_base_batch: Count = Field(256, description="the global batch that `lr` is meant for, where it is scaled")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of `sgd`, `lars` and `muon`")
+    nesterov: bool = Field(True, description="Nesterov's look-ahead in these; without effect at momentum 0")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of `adamw` and `lamb`, each below 1")
+    eps: float = Field(1e-8, gt=0, description="of `adamw` and `lamb`")
     weight_decay: float = Field(1e-4, ge=0, description="on convolution and linear weights only")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest global gradient norm; null: no clipping")
 
+    @model_validator(mode="after")
+    def _below_one(self) -> "Optim":
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas={list(self.betas)} must each be below 1")
+        return self
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """The rate after scaling: linear (Goyal et al. 2017, arXiv 1706.02677) or by the square root."""
+        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.lr_scaling]
+        return self.lr * (global_batch_size / self.lr_base_batch) ** power
+
+
+class Loss(Section):
+    name: Literal["cross-entropy", "bce"] = Field("cross-entropy", description="`bce`: binary, mean over the classes")
+    smoothing: float = Field(0, ge=0, lt=1, description="share of the target that goes to all classes alike")
+    teacher: str | None = Field(
+        None, description="model to learn from: models:/NAME@ALIAS, or a checkpoint or run folder of this project"
+    )
+    alpha: Fraction = Field(0.5, description="weight of the teacher's answers; the labels' is 1 - alpha")
+    temperature: float = Field(1, gt=0, description="by which both logits are divided for the teacher's part")
+
+
+class Ema(Section):
+    decay: float | None = Field(None, ge=0, lt=1, description="of the average of the weights per step; null: none")
+    warmup: bool = Field(True, description="smaller decays at first: 1 - (1 + step) ** (-2 / 3)")
+
 
 class Schedule(Section):
-    name: Literal["step", "cosine"] = Field("step", description="`step` or `cosine` (falls to 0 at the end)")
+    name: Literal["step", "cosine", "linear", "one-cycle"] = Field("cosine", description="what follows the warm-up")
     warmup_epochs: float = Field(0, ge=0, description="linear rise to the peak rate")
     milestones: tuple[float, ...] = Field((30, 60), description="epochs at which `step` multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+    rise: float = Field(0.3, gt=0, lt=1, description="share of the run in which `one-cycle` rises from peak / 25")
+    end: Fraction = Field(0, description="rate at the end as a share of the peak: `cosine`, `linear`, `one-cycle`")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Schedule":
@@ -234,6 +288,10 @@ class Schedule(Section):
 
 class Engine(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO: what is sharded over workers")
+    channels_last: bool = Field(False, description="pictures and features in NHWC memory order")
+    compile: Literal["off", "on", "try"] = Field(
+        "off", description="torch.compile; `try` goes on without it where it fails, with a warning"
+    )
 
 
 class Checkpoint(Section):
@@ -263,131 +321,53 @@ class RunConfig(Section):
     run: Run = Run()
     device: Auto | Device = Field("auto", description="auto: CUDA where the workers have GPUs")
     model: Model = Model()
+    finetune: Finetune = Finetune()
     data: Data = Data()
     augment: Augment = Augment()
     eval: Eval = Eval()
     train: Train = Train()
+    loss: Loss = Loss()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
+    ema: Ema = Ema()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> "RunConfig":
-        if self.schedule.warmup_epochs >= self.train.epochs:
+    def _fits_together(self) -> "RunConfig":
+        epochs, schedule, stage = self.train.epochs, self.schedule, self.engine.zero_stage
+        if schedule.warmup_epochs >= epochs:
             raise ValueError(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be shorter than "
-                f"train.epochs={self.train.epochs:g}"
+                f"schedule.warmup_epochs={schedule.warmup_epochs:g} must be shorter than train.epochs={epochs:g}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _memory_fits(self) -> "RunConfig":
-        if self.model.memory == "shared-stats" and self.engine.zero_stage == 3:
+        if schedule.name == "one-cycle" and schedule.warmup_epochs:
+            raise ValueError("schedule.name=one-cycle rises by itself: set schedule.warmup_epochs=0")
+        if schedule.name == "step" and any(m >= epochs for m in schedule.milestones):
             raise ValueError(
-                "model.memory=shared-stats needs the norms' weights outside of their modules, where ZeRO stage 3 does "
-                "not gather them: set engine.zero_stage to 0, 1 or 2, or model.memory=checkpoint"
+                f"schedule.milestones={list(schedule.milestones)} must lie before train.epochs={epochs:g}, where the "
+                f"run ends: set others, or schedule.milestones=[]"
+            )
+        if any(epoch >= epochs for epoch, _ in self.data.progressive):
+            raise ValueError(
+                f"data.progressive={[list(p) for p in self.data.progressive]} must lie before train.epochs={epochs:g}"
+            )
+        if self.optim.name in LAYERWISE and stage:
+            raise ValueError(
+                f"optim.name={self.optim.name} works on whole weights, which ZeRO stage {stage} cuts up: set "
+                f"engine.zero_stage=0"
+            )
+        if stage == 3 and (self.model.memory == "shared-stats" or self.engine.compile != "off"):
+            raise ValueError(
+                "engine.zero_stage=3 gathers weights module by module: model.memory=shared-stats and engine.compile "
+                "need stage 0, 1 or 2"
             )
         return self
 
     def to_yaml(self) -> str:
         """The whole config as YAML that `load_config` reads back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-class Derived(Section):
-    """What follows from a config, the data and the workers; shown, saved, never chosen.
-
-    `global_batch_size = device_batch_size * accumulation * workers` always holds.
-    """
-
-    workers: Count
-    cpus_per_worker: Count
-    device: Device
-    precision: Literal["fp32", "bf16"]
-    train_samples: Count
-    val_samples: Count
-    num_classes: Count
-    device_batch_size: Count
-    accumulation: Count
-    eval_batch_size: Count
-    total_steps: Count
-    total_samples: Count
-
-    @property
-    def global_batch_size(self) -> int:
-        return self.device_batch_size * self.accumulation * self.workers
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.train_samples / self.global_batch_size
-
-
-def derive(
-    config: RunConfig,
-    *,
-    workers: int,
-    cpus_per_worker: int,
-    device: Device,
-    train_samples: int,
-    val_samples: int,
-    num_classes: int,
-) -> Derived:
-    """Splits the global batch over the workers and counts the steps.
-
-    The run's sample order has no gaps, so a batch may hold the end of one epoch and the start of the next;
-    the last step is the first one that completes `train.epochs` passes.
-
-    Raises:
-        ConfigError: the global batch cannot be split evenly, or the data set is smaller than one batch.
-    """
-    batch = config.train.global_batch_size
-    if batch > train_samples:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is more than the {train_samples} training images in data.root: "
-            f"set train.global_batch_size to {train_samples} or less."
-        )
-    if batch % workers:
-        below, above = batch - batch % workers, batch + workers - batch % workers
-        choices = " or ".join(str(b) for b in (below, above) if b > 0)
-        raise ConfigError(
-            f"train.global_batch_size={batch} cannot be divided among {workers} workers: set it to {choices}, "
-            f"or change cluster.workers."
-        )
-    per_worker = batch // workers
-    unit = 2 if config.augment.mixes else 1  # pictures are mixed in pairs, which must not be parted
-    most = config.train.max_device_batch_size
-    accumulations = [a for a in range(1, per_worker + 1) if per_worker % (a * unit) == 0 and per_worker // a <= most]
-    if not accumulations:
-        raise ConfigError(
-            f"augment.mixup and augment.cutmix mix pairs of pictures, so each of the {workers} workers needs an even "
-            f"number of them at once: train.global_batch_size={batch} gives {per_worker} per worker and step, at most "
-            f"train.max_device_batch_size={most} at once. Set train.global_batch_size to a multiple of {2 * workers}, "
-            f"and train.max_device_batch_size to 2 or more."
-        )
-    accumulation = accumulations[0]
-    device_batch = per_worker // accumulation
-    eval_batch = device_batch if config.eval.batch_size == "auto" else config.eval.batch_size
-    total_steps = max(1, math.ceil(round(config.train.epochs * train_samples, 6) / batch))
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
-    return Derived(
-        workers=workers,
-        cpus_per_worker=cpus_per_worker,
-        device=device,
-        precision=precision,
-        train_samples=train_samples,
-        val_samples=val_samples,
-        num_classes=num_classes,
-        device_batch_size=device_batch,
-        accumulation=accumulation,
-        eval_batch_size=eval_batch,
-        total_steps=total_steps,
-        total_samples=total_steps * batch,
-    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

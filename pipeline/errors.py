@@ -1,5 +1,9 @@
 """Errors that are the user's to mend: shown as one short message, never as a traceback."""
 
+from collections.abc import Sequence
+
+_SHOWN = 5
+
 
 class UserError(Exception):
     """Something outside the code is wrong, and the message says what to do about it.
@@ -23,3 +27,9 @@ class DamagedSample(DataError):
 
 class TrainingError(Exception):
     """Training failed in the workers for a reason that is not known to be the user's."""
+
+
+def listed(names: Sequence[str], separator: str = ", ") -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - _SHOWN
+    return separator.join(names[:_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")

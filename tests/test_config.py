@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import RunConfig, derive, load_config
+from pipeline.config import RunConfig, load_config
+from pipeline.derived import derive
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -42,6 +43,7 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
         ("device=gpu", "device: must be 'auto', or must be 'cpu' or 'cuda'; got 'gpu'"),
         ("run.name=../up", "run.name: must be a plain folder name"),
         ("schedule.warmup_epochs=90", "schedule.warmup_epochs=90 must be shorter than train.epochs=90"),
+        ("train.epochs=60", r"schedule.milestones=\[30.0, 60.0\] must lie before train.epochs=60"),
         ("eval.crop=300", "crop=300 must not exceed resize=256"),
         ("train.epochs", "override 'train.epochs' is not of the form key=value"),
         ("tracking.uri=http://me:hunter2@host", "tracking.uri: must not hold a password"),
@@ -130,5 +132,5 @@ def test_passwords_stay_out_of_the_datas_address():
 
 
 def test_a_memory_mode_that_a_zero_stage_cannot_serve_is_refused():
-    with pytest.raises(ValidationError, match=r"model.memory=shared-stats .* set engine.zero_stage to 0, 1 or 2"):
+    with pytest.raises(ValidationError, match=r"engine.zero_stage=3 .* model.memory=shared-stats"):
         RunConfig.model_validate({"model": {"memory": "shared-stats"}, "engine": {"zero_stage": 3}})

@@ -57,6 +57,16 @@ def colour(images_NCHW: torch.Tensor, planned: Colour, mean: Rgb, std: Rgb) -> t
     return torch.baddbmm(added_NC[..., None], matrix_NCC, images_NCHW.flatten(2)).view_as(images_NCHW)
 
 
+def grey(images_NCHW: torch.Tensor, std: Rgb) -> torch.Tensor:
+    """The luma of normalised pictures, normalised as their channels are: [N, 1, H, W].
+
+    With x = (p - mean) / std in each channel, luma(p) is normalised by luma(mean) and luma(std), which leaves the mean
+    of x weighted by luma times std.
+    """
+    weights_C = images_NCHW.new_tensor(_LUMA) * images_NCHW.new_tensor(std)
+    return torch.einsum("nchw,c->nhw", images_NCHW, weights_C / weights_C.sum())[:, None]
+
+
 def erase(images_NCHW: torch.Tensor, planned: Erase, fill: Literal["mean", "noise"]) -> torch.Tensor:
     """Fills the planned boxes, in place, with the mean colour or with normal noise of the pictures' own deviation."""
     for image_CHW, (top, left, height, width), seed in zip(

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import nvidia.dali.types as types
@@ -18,13 +18,12 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from pipeline.config import Augment, Device, Interpolation, Rgb
 from pipeline.data import batch_ops
 from pipeline.data.auto_augment import augmented
-from pipeline.data.folders import listed
 from pipeline.data.images import NotAnImage, decode, quiet
 from pipeline.data.index import DatasetIndex
 from pipeline.data.philox import Ints
 from pipeline.data.plan import PlannedBatch, TrainPlan
 from pipeline.data.resize import Resizer
-from pipeline.errors import DamagedSample, DataError
+from pipeline.errors import DamagedSample, DataError, listed
 
 _AHEAD = 2  # batches read ahead of DALI, which holds as many more
 _NOTHING = np.empty(0, np.uint8)
@@ -35,8 +34,8 @@ _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
 class Batch:
     """Pictures ready for the model, on its device.
 
-    `images_NCHW` is normalised fp32, `labels_N` int64, `ids_N` the samples' rows in the index. `targets` are the
-    labels, or, where pictures are mixed, the classes' shares (fp32, [N, classes]).
+    `images_NCHW` is normalised fp32 (RGB, or luma alone), `labels_N` int64, `ids_N` the samples' rows in the index.
+    `targets` are the labels, or, where pictures are mixed, the classes' shares (fp32, [N, classes]).
     """
 
     images_NCHW: torch.Tensor
@@ -52,6 +51,7 @@ class Loader:
     ahead in others, so the caller waits only when both are slower than it is. There is no state from one `run` to the
     next but which samples are damaged. With `skip_by`, the plan of the batches, damaged samples are replaced by others
     that follow from the seed, the epoch and the sample alone, and are listed in `skipped`; without it they are errors.
+    `num_classes` is the number of classes in the targets, the index's by default.
     """
 
     def __init__(
@@ -68,18 +68,26 @@ class Loader:
         readers: int = 4,
         augment: Augment | None = None,
         skip_by: TrainPlan | None = None,
+        channels: Literal[1, 3] = 3,
+        num_classes: int | None = None,
     ) -> None:
         augment = augment or Augment()
         self.index = index
         self.device = torch.device(device) if device_id is None else torch.device(device, device_id)
         self.skipped: dict[int, str] = {}
+        self.channels = channels
         self._skip_by = skip_by
         self._labels_N = torch.from_numpy(index.labels_N)
         self._planner = ThreadPoolExecutor(1, "plan")
         self._num_readers = max(1, readers)
         self._readers = ThreadPoolExecutor(readers, "read") if readers else None
+        self._std = std
         self._augmented = partial(
-            batch_ops.apply, num_classes=len(index.classes), mean=mean, std=std, erase_fill=augment.erase_fill
+            batch_ops.apply,
+            num_classes=num_classes or len(index.classes),
+            mean=mean,
+            std=std,
+            erase_fill=augment.erase_fill,
         )
         dali_does_all = device == "cuda" or augment.auto_stages > 0
         self._resizer = None if dali_does_all else Resizer(threads, interpolation, mean, std)
@@ -275,6 +283,8 @@ class Loader:
     def _finished(self, output: "_Output") -> Batch:
         planned, labels_N = output.planned, output.labels_N
         images_NCHW, targets = self._augmented(output.images_NCHW(), labels_N, planned.augmentations)
+        if self.channels == 1:
+            images_NCHW = batch_ops.grey(images_NCHW, self._std)
         return Batch(images_NCHW, labels_N, targets, planned.ids_B)
 
     def _drain(self) -> None:

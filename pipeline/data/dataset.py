@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.folders import listed, scan_splits
+from pipeline.data.folders import scan_splits
 from pipeline.data.index import DatasetIndex, Shard, load_table
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 
 MANIFEST = "dataset.json"
 _FORMAT = 1

@@ -11,10 +11,9 @@ import pyarrow as pa
 
 from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, header, quiet
 from pipeline.data.index import DatasetIndex, load_table, table_of
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 
 _CLUTTER = {"thumbs.db", "desktop.ini"}
-_SHOWN = 5
 _TOGETHER = 256  # files that a thread looks at in one go: a task for each of a million files would cost gigabytes
 
 
@@ -26,12 +25,6 @@ class ImageFile:
     label: int
     length: int
     mtime_ns: int
-
-
-def listed(names: Sequence[str], separator: str = ", ") -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - _SHOWN
-    return separator.join(names[:_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def find_splits(root: str | None, train: str, val: str) -> tuple[Path, Path]:

@@ -51,7 +51,8 @@ class Registered:
 def register(checkpoint: Path, *, uri: str, run_id: str, name: str, alias: str, data_fingerprint: str) -> Registered:
     """Packages a checkpoint's model, stores it with the run, registers it and moves `alias` to it.
 
-    The model is `model.safetensors` with `model.json` (architecture, classes, transform) and the code that reads them;
+    The model is the better of `model.safetensors` and `ema.safetensors` with `model.json` (architecture, classes,
+    transform) and the code that reads them;
     results, transform and origin are tags of the version.
 
     Raises:
@@ -69,7 +70,7 @@ def register(checkpoint: Path, *, uri: str, run_id: str, name: str, alias: str, 
                     name="model",
                     python_model=str(_CODE),
                     artifacts={
-                        "weights": str(checkpoint / "model.safetensors"),
+                        "weights": str(checkpoint / card["weights"]),
                         "card": str(checkpoint / "model.json"),
                     },
                     signature=SIGNATURE,
@@ -103,6 +104,7 @@ def _tags(card: dict[str, Any], data_fingerprint: str) -> dict[str, str]:
     tags = {
         **results,
         "architecture": card["name"],
+        "weights": card["weights"],
         "samples_seen": card["samples_seen"],
         "epoch": f"{card['epoch']:g}",
         "transform": json.dumps(card["transform"]),

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.models.densenet import DenseNet
 
+_LUMA = (0.299, 0.587, 0.114)
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -30,6 +31,7 @@ class Classifier(PythonModel):
         card = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
         self.classes: list[str] = card["classes"]
         self.transform: dict[str, Any] = card["transform"]
+        self.channels: int = card["architecture"].get("in_chans", 3)
         self.model = network(card["architecture"], card["num_classes"])
         self.model.load_state_dict(load_file(context.artifacts["weights"]))
         self.model.eval()
@@ -59,7 +61,7 @@ class Classifier(PythonModel):
         )
 
     def _picture(self, row: int, value: bytes | str) -> torch.Tensor:
-        """Decodes and transforms one picture to [1, 3, crop, crop]."""
+        """Decodes and transforms one picture to [1, channels, crop, crop]."""
         try:
             content = base64.b64decode(value, validate=True) if isinstance(value, str) else value
             with Image.open(io.BytesIO(content)) as image:
@@ -68,7 +70,7 @@ class Classifier(PythonModel):
             raise MlflowException.invalid_parameter_value(
                 f"row {row} of `image` is not a picture: give the bytes of a JPEG or PNG file, or their base64 text"
             ) from error
-        return evaluation_transform(rgb, **self.transform)
+        return evaluation_transform(rgb, **self.transform, channels=self.channels)
 
 
 def network(architecture: dict[str, Any], num_classes: int) -> DenseNet:
@@ -79,21 +81,36 @@ def network(architecture: dict[str, Any], num_classes: int) -> DenseNet:
         del options["stem_type"]
     model = DenseNet(**options, num_classes=num_classes)
     if small:
-        model.features.conv0 = torch.nn.Conv2d(3, 2 * options["growth_rate"], kernel_size=3, padding=1, bias=False)
+        channels = options.get("in_chans", 3)
+        model.features.conv0 = torch.nn.Conv2d(
+            channels, 2 * options["growth_rate"], kernel_size=3, padding=1, bias=False
+        )
         del model.features.norm0, model.features.pool0
     return model
 
 
 def evaluation_transform(
-    rgb: Image.Image, resize: int, crop: int, interpolation: str, mean: list[float], std: list[float]
+    rgb: Image.Image,
+    resize: int,
+    crop: int,
+    interpolation: str,
+    mean: list[float],
+    std: list[float],
+    channels: int = 3,
 ) -> torch.Tensor:
-    """Shorter side to `resize`, centre crop, normalised, as torchvision does it; EXIF orientation is not applied."""
+    """Shorter side to `resize`, centre crop, normalised, as torchvision does it; EXIF orientation is not applied.
+
+    One channel is the luma (ITU-R BT.601), normalised by the luma of `mean` and `std`.
+    """
     short = min(rgb.size)
     size = (int(resize * rgb.width / short), int(resize * rgb.height / short))
     left, top = (round((side - crop) / 2) for side in size)
     cut = rgb.resize(size, _FILTERS[interpolation]).crop((left, top, left + crop, top + crop))
     image_HWC = torch.from_numpy(np.array(cut, np.float32)) / 255
     image_HWC = (image_HWC - torch.tensor(mean)) / torch.tensor(std)
+    if channels == 1:
+        weights_C = torch.tensor(_LUMA) * torch.tensor(std)
+        image_HWC = (image_HWC @ (weights_C / weights_C.sum()))[..., None]
     return image_HWC.permute(2, 0, 1)[None]
 
 

@@ -20,12 +20,13 @@ from pipeline.errors import ConfigError
 from pipeline.model.memory import save_memory
 
 # Huang et al. 2017 (arXiv 1608.06993), table 1, and the DenseNet-BC of table 2 for pictures of 32 pixels, whose stem is
-# one 3x3 convolution; `densenet_tiny` is for demonstrations.
+# one 3x3 convolution. L=22 is not in the paper, and `densenet_tiny` is neither: they are for two CPU cores.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16)},
     "densenet169": {"growth_rate": 32, "block_config": (6, 12, 32, 32)},
     "densenet201": {"growth_rate": 32, "block_config": (6, 12, 48, 32)},
     "densenet264": {"growth_rate": 32, "block_config": (6, 12, 64, 48)},
+    "densenet_bc_l22_k12": {"growth_rate": 12, "block_config": (3, 3, 3), "stem_type": "cifar"},
     "densenet_bc_l40_k12": {"growth_rate": 12, "block_config": (6, 6, 6), "stem_type": "cifar"},
     "densenet_bc_l100_k12": {"growth_rate": 12, "block_config": (16, 16, 16), "stem_type": "cifar"},
     "densenet_bc_l250_k24": {"growth_rate": 24, "block_config": (41, 41, 41), "stem_type": "cifar"},
@@ -113,9 +114,25 @@ def create(model: Model | str, num_classes: int) -> DenseNet:
     """
     model = Model(name=model) if isinstance(model, str) else model
     check_name(model.name)
-    net = timm.create_model(model.name, num_classes=num_classes)
+    net = timm.create_model(
+        model.name,
+        num_classes=num_classes,
+        drop_rate=model.drop_rate,
+        proj_drop_rate=model.layer_drop_rate,
+        **_unusual(model),
+    )
     save_memory(net, model.memory)
     return net
+
+
+def architecture(model: Model) -> dict[str, Any]:
+    """What builds the same network anew, for the model's card: numbers of layers, channels, pooling."""
+    return ARCHITECTURES[model.name] | _unusual(model)
+
+
+def _unusual(model: Model) -> dict[str, Any]:
+    options = {"in_chans": (model.in_chans, 3), "global_pool": (model.global_pool, "avg")}
+    return {key: value for key, (value, usual) in options.items() if value != usual}
 
 
 @dataclass(frozen=True)
@@ -126,11 +143,12 @@ class Size:
     multiply_adds: int
 
 
-def size(name: str, num_classes: int, side: int) -> Size:
+def size(model: Model | str, num_classes: int, side: int) -> Size:
     """Counts parameters and multiply-adds for a picture of `side` x `side` pixels, without allocating either."""
     with torch.device("meta"):
-        net = create(name, num_classes).eval()
-        image_1CHW = torch.empty(1, 3, side, side)
+        net = create(model, num_classes).eval()
+        channels = 3 if isinstance(model, str) else model.in_chans
+        image_1CHW = torch.empty(1, channels, side, side)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(image_1CHW)
     return Size(sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2)

@@ -1,9 +1,15 @@
 """Look-ups in the model registry, with errors that say what there is."""
 
 import difflib
+import io
+import os
 import re
+import shutil
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from pathlib import Path
 
+import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -45,6 +51,28 @@ def resolve(model_uri: str, uri: str) -> ResolvedModel:
     except MlflowException as error:
         raise UserError(_what_there_is(client, uri, name, model_uri)) from error
     return ResolvedModel(found.name, str(found.version), found.run_id)
+
+
+def download(model_uri: str, uri: str, cache: Path) -> Path:
+    """The folder with a registered model's card and weights, downloaded into `cache` unless it is there.
+
+    Raises:
+        UserError: there is no such model, it was not registered by this project, or it cannot be read.
+    """
+    model = resolve(model_uri, uri)
+    folder = cache / f"{model.name}-{model.version}-{model.run_id[:8]}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        try:
+            with redirect_stderr(io.StringIO()):  # its progress bar
+                mlflow.artifacts.download_artifacts(model.uri, dst_path=str(partial), tracking_uri=uri)
+            partial.rename(folder)
+        except (MlflowException, OSError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{model_uri} cannot be read from {shown(uri)}: {error}") from error
+    if not (folder / "artifacts" / "model.json").is_file():
+        raise UserError(f"{model_uri} ({model.uri} in {shown(uri)}) has no model card: it is not of this project.")
+    return folder / "artifacts"
 
 
 def _what_there_is(client: MlflowClient, uri: str, name: str, model_uri: str) -> str:

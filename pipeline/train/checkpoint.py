@@ -1,9 +1,9 @@
 """Checkpoints: folders that either verify in full or are passed over.
 
 A checkpoint named `samples-000123456` holds `engine/` (every rank's DeepSpeed state), `model.safetensors` (the whole
-model in fp32, timm's names), `model.json` (what is needed to use it), `state.json` (clock, best result, tracking
-run), `config.yaml` and, written last, `manifest.json` with every other file's size and SHA-256. It is written to
-`NAME.partial` and renamed.
+model in fp32, timm's names), `ema.safetensors` where an average is kept, `model.json` (what is needed to use it),
+`state.json` (clock, best result, tracking run), `config.yaml` and, written last, `manifest.json` with every other
+file's size and SHA-256. It is written to `NAME.partial` and renamed.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _PREFIX = "samples-"
 _PARTIAL = ".partial"
 

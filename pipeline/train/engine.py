@@ -1,17 +1,23 @@
 """The DeepSpeed engine: the one place that knows DeepSpeed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+from timm.models import DenseNet
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from pipeline.config import Derived, RunConfig
-from pipeline.train.optim import create_optimizer
+from pipeline.config import Optim, RunConfig
+from pipeline.derived import Derived
+from pipeline.model.weights import freeze, rate_factors
+from pipeline.train.compile import compile_model
+from pipeline.train.optim import create_optimizer, parameter_groups
 
 
 def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
@@ -36,9 +42,18 @@ class Engine:
     """A model under DeepSpeed on one rank: forward, backward, step, and the full state in and out.
 
     The process group must exist already. All methods but `forward` are collective: every rank calls them alike.
+    `ema` is the moving average of the weights and buffers, a whole model on every rank, or None; `warn` is told where
+    something asked for is left out.
     """
 
-    def __init__(self, config: RunConfig, derived: Derived, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        derived: Derived,
+        model: DenseNet,
+        device: torch.device,
+        warn: Callable[[str], None] = print,
+    ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", derived.device)
         import deepspeed  # the accelerator is chosen on import, so the variable comes first
 
@@ -48,11 +63,25 @@ class Engine:
         deepspeed.init_distributed(dist_backend="nccl" if derived.device == "cuda" else "gloo")
         self._deepspeed = deepspeed
         self.stage = config.engine.zero_stage
+        # Of the features alone: DeepSpeed takes weights in no other order than the usual one.
+        self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=derived.precision == "bf16")
         model = model.to(device)
-        optimizer = create_optimizer(model, config.optim)
+        self._frozen_norms = freeze(model, config.finetune)
+        self.ema = None
+        if config.ema.decay is not None:
+            self.ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup)
+        if config.engine.compile != "off":
+            shape_NCHW = (derived.device_batch_size, config.model.in_chans, *2 * (config.data.image_size,))
+            example_NCHW = torch.zeros(shape_NCHW, device=device).to(memory_format=self._format)
+            with self._autocast:
+                compile_model(model, example_NCHW, warn if config.engine.compile == "try" else None)
+        groups = parameter_groups(model, config.optim.weight_decay, rate_factors(model, config.finetune))
+        optimizer = _fused_adamw(groups, config.optim, device) or create_optimizer(groups, config.optim)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, derived)
         )
+        self.train()
 
     @property
     def module(self) -> nn.Module:
@@ -65,30 +94,53 @@ class Engine:
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits [N, K]."""
-        return self._engine(images_NCHW).float()
+        return self._engine(images_NCHW.contiguous(memory_format=self._format)).float()
+
+    def forward_ema(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns fp32 logits [N, K] of the averaged weights; never a collective."""
+        assert self.ema is not None
+        with self._autocast:
+            return self.ema(images_NCHW.contiguous(memory_format=self._format)).float()
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulates the gradient of a mean loss; the optimizer steps when the global batch is complete."""
         self._engine.backward(loss)
         self._engine.step()
 
+    def update_ema(self, steps: int) -> None:
+        """Moves the average towards the weights, once for each optimizer step; `steps` have been made."""
+        if self.ema is not None:
+            with self._gathered():
+                self.ema.update(self.module, steps)
+
     def set_learning_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
 
     def average_batch_norm(self) -> None:
-        """Replaces the running statistics of batch norm by their mean over the ranks."""
+        """Replaces the running statistics of batch norm, those of the average too, by their mean over the ranks."""
         average_batch_norm(self.module)
+        if self.ema is not None:
+            average_batch_norm(self.ema)
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """The model's parameters and buffers in fp32 on the CPU; empty on every rank but 0."""
         with self._gathered():
-            if dist.get_rank() != 0:
-                return {}
-            return {k: v.detach().cpu().clone().contiguous() for k, v in self.module.state_dict().items()}
+            return _on_cpu(self.module) if dist.get_rank() == 0 else {}
+
+    def ema_state(self) -> dict[str, torch.Tensor]:
+        """As `full_state`, of the average; empty where there is none."""
+        return _on_cpu(self.ema.module) if self.ema is not None and dist.get_rank() == 0 else {}
+
+    def load_ema(self, file: Path) -> None:
+        """Reads the average from a file of weights, on every rank."""
+        if self.ema is not None:
+            self.ema.module.load_state_dict(load_file(file))
 
     def save(self, folder: Path) -> None:
         """Writes this rank's part of the optimizer and model state below `folder`."""
@@ -107,6 +159,22 @@ class Engine:
             return
         with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
+
+
+def _fused_adamw(groups: list[dict], optim: Optim, device: torch.device) -> torch.optim.Optimizer | None:
+    """DeepSpeed's AdamW, on a GPU where it can be built. Its LAMB is another algorithm: it bounds the trust ratio."""
+    if optim.name != "adamw" or device.type != "cuda":
+        return None
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    if not FusedAdamBuilder().is_compatible():
+        return None
+    return FusedAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adam_w_mode=True)
+
+
+def _on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
 
 
 def average_batch_norm(model: nn.Module) -> None:

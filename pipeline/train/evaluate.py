@@ -1,6 +1,7 @@
 """Exact evaluation: every image counted once, at any number of workers, without padding or dropping."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 
 from pipeline.data.dali import Loader
 from pipeline.data.plan import EvalPlan, eval_share
-from pipeline.train.engine import Engine
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,25 +56,31 @@ class Counter:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, loader: Loader, plan: EvalPlan, batch_size: int, num_classes: int) -> EvalResult:
-    """Counts the model's hits over the whole evaluation split, which is shared out over the ranks.
+def evaluate(
+    forward: Forward,
+    loader: Loader,
+    plan: EvalPlan,
+    batch_size: int,
+    num_classes: int,
+    forward_is_collective: bool,
+) -> EvalResult:
+    """Counts a model's hits over the whole evaluation split, which is shared out over the ranks.
 
-    Ranks may have unequal numbers of batches. Where a forward pass is itself collective (ZeRO stage 3), the ranks
-    that have run out join it with an empty picture, and count nothing.
+    `forward` maps images [N, C, H, W] to logits [N, K], in evaluation mode. Ranks may have unequal numbers of batches:
+    where a forward pass is itself collective (ZeRO stage 3), the ranks that have run out join it with an empty picture,
+    and count nothing.
     """
     rank, workers = dist.get_rank(), dist.get_world_size()
     num_samples = len(loader.index)
     shares = eval_share(num_samples, rank, workers, batch_size)
     device = loader.device
     counter = Counter(num_classes, device)
-    engine.train(False)
     done = 0
     for batch in loader.run(plan.batch(ids_B) for ids_B in shares):
-        counter.add(engine.forward(batch.images_NCHW), batch.labels_N)
+        counter.add(forward(batch.images_NCHW), batch.labels_N)
         done += 1
-    if engine.forward_is_collective:
+    if forward_is_collective:
         longest = math.ceil(math.ceil(num_samples / workers) / batch_size)
         for _ in range(done, longest):
-            engine.forward(torch.zeros(1, 3, plan.crop, plan.crop, device=device))
-    engine.train(True)
+            forward(torch.zeros(1, loader.channels, plan.crop, plan.crop, device=device))
     return counter.result()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from pipeline.config import Derived
+from pipeline.derived import Derived
 
 
 class Meter:

@@ -1,29 +1,48 @@
 """The optimizer and its parameter groups."""
 
+from collections.abc import Mapping
+
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from pipeline.config import Optim
 
 _DECAYED = (nn.Conv2d, nn.Linear)
+_NO_FACTORS: Mapping[str, float] = {}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: the weights of convolutions and linear layers, and everything else without weight decay.
+def parameter_groups(model: nn.Module, weight_decay: float, factors: Mapping[str, float] = _NO_FACTORS) -> list[dict]:
+    """The trainable parameters: weights of convolutions and linear layers, and the rest, without weight decay.
 
     The choice goes by the type of the owning module: DenseNet's norms have names like `norm5`, `norm0`, and a
-    rule on names would miss them.
+    rule on names would miss them. Parameters with other `factors` (by name; 1 by default) are in other groups; the
+    factor is the group's `lr_scale`.
     """
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for module in model.modules():
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            (decayed if isinstance(module, _DECAYED) and name == "weight" else rest).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            if parameter.requires_grad:
+                decay = weight_decay if isinstance(module, _DECAYED) and name == "weight" else 0.0
+                factor = factors.get(f"{prefix}.{name}" if prefix else name, 1.0)
+                groups.setdefault((decay, factor), []).append(parameter)
+    return [{"params": p, "weight_decay": decay, "lr_scale": factor} for (decay, factor), p in groups.items()]
 
 
-def create_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """SGD without dampening over `parameter_groups`; the loop sets the learning rate before every step."""
-    nesterov = optim.nesterov and optim.momentum > 0
-    groups = parameter_groups(model, optim.weight_decay)
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov)
+def create_optimizer(groups: list[dict], optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer from timm's factory; the loop sets the learning rate before every step.
+
+    SGD (without dampening), LARS and Muon take Nesterov's look-ahead where it is asked for. LAMB's own clipping is
+    off: `optim.clip_grad_norm` is the only one.
+    """
+    options: dict[str, object] = {}
+    name: str = optim.name
+    if name in ("sgd", "lars", "muon"):
+        nesterov = optim.nesterov and optim.momentum > 0
+        name = {"sgd": "momentum"}.get(name, name)
+        options = {"momentum": optim.momentum, "nesterov": nesterov}
+    if name in ("adamw", "lamb", "muon"):
+        options |= {"betas": optim.betas, "eps": optim.eps}
+    if name == "lamb":
+        options["max_grad_norm"] = None
+    return create_optimizer_v2(groups, opt=name, lr=optim.lr, **options)

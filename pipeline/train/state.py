@@ -6,38 +6,47 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pipeline.config import Derived, RunConfig
+from pipeline.config import RunConfig
+from pipeline.derived import Derived
 from pipeline.errors import UserError
-from pipeline.model import ARCHITECTURES
+from pipeline.model.densenet import architecture
 from pipeline.train import checkpoint
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult
+
+Weights = Literal["raw", "ema"]
+_FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 
 
 @dataclass
 class RunState:
     """The run's clock, and its best and last evaluations.
 
-    `best_at` is the clock of the best evaluation: the most top-1 hits, among equals the lowest loss.
+    `best_at` is the clock of the best evaluation: the most top-1 hits, among equals the lowest loss. An evaluation is
+    that of the better weights, of the raw ones and their moving average; `*_of` says which.
     """
 
     samples_seen: int = 0
     best: EvalResult | None = None
     best_at: int | None = None
+    best_of: Weights = "raw"
     last: EvalResult | None = None
     last_at: int | None = None
+    last_of: Weights = "raw"
 
-    def record(self, result: EvalResult) -> bool:
-        """Keeps an evaluation made now, and says whether it is the new best."""
-        self.last, self.last_at = result, self.samples_seen
-        is_best = self.best is None or result.better_than(self.best)
+    def record(self, results: dict[Weights, EvalResult]) -> bool:
+        """Keeps the better one of the evaluations made now, and says whether it is the new best."""
+        of: Weights = "ema" if "ema" in results and results["ema"].better_than(results["raw"]) else "raw"
+        self.last, self.last_at, self.last_of = results[of], self.samples_seen, of
+        is_best = self.best is None or results[of].better_than(self.best)
         if is_best:
-            self.best, self.best_at = result, self.samples_seen
+            self.best, self.best_at, self.best_of = results[of], self.samples_seen, of
         return is_best
 
 
@@ -59,10 +68,12 @@ def save(
         partial.mkdir(parents=True)
     dist.barrier()
     engine.save(partial)
-    weights = engine.full_state()
+    weights: dict[Weights, dict[str, torch.Tensor]] = {"raw": engine.full_state(), "ema": engine.ema_state()}
     dist.barrier()
     if first:
-        save_file(weights, partial / "model.safetensors")
+        for kind, tensors in weights.items():
+            if tensors:
+                save_file(tensors, partial / _FILES[kind])
         checkpoint.write_json(partial / "model.json", _model_card(config, derived, state, classes))
         checkpoint.write_json(partial / "state.json", asdict(state) | {"identity": _identity(config, derived)})
         (partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -97,8 +108,11 @@ def restore(engine: Engine, config: RunConfig, derived: Derived, folder: Path) -
             f"Undo the change, or start a new run under another run.name."
         )
     engine.load(folder)
+    engine.load_ema(folder / _FILES["ema"])
     best, last = (EvalResult(**record[k]) if record[k] else None for k in ("best", "last"))
-    return RunState(record["samples_seen"], best, record["best_at"], last, record["last_at"])
+    return RunState(
+        record["samples_seen"], best, record["best_at"], record["best_of"], last, record["last_at"], record["last_of"]
+    )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -119,6 +133,8 @@ def _identity(config: RunConfig, derived: Derived) -> dict[str, Any]:
         "model.name": config.model.name,
         "run.seed": config.run.seed,
         "engine.zero_stage": config.engine.zero_stage,
+        "optim.name": config.optim.name,
+        "ema": "off" if config.ema.decay is None else "on",
         "train.global_batch_size": derived.global_batch_size,
         "workers": derived.workers,
         "classes": derived.num_classes,
@@ -129,11 +145,13 @@ def _identity(config: RunConfig, derived: Derived) -> dict[str, Any]:
 def _model_card(config: RunConfig, derived: Derived, state: RunState, classes: tuple[str, ...]) -> dict[str, Any]:
     """What the packaged model needs: see `pipeline.export.package`."""
     evaluated = state.last if state.last_at == state.samples_seen else None
+    unused = [f"(unused {i})" for i in range(len(classes), derived.num_classes)]
     return {
         "name": config.model.name,
-        "architecture": ARCHITECTURES[config.model.name],
+        "architecture": architecture(config.model),
         "num_classes": derived.num_classes,
-        "classes": list(classes),
+        "classes": [*classes, *unused],
+        "weights": _FILES[state.last_of if evaluated else "raw"],
         "transform": {
             "resize": config.eval.resize,
             "crop": config.eval.crop,

@@ -8,21 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from pipeline.config import Augment, Derived, Interpolation, RunConfig
+from pipeline.config import Augment, Interpolation, RunConfig
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
+from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.model import create
+from pipeline.model.weights import NO_SOURCES, Sources, load_teacher, load_weights
 from pipeline.train.engine import Engine
-from pipeline.train.evaluate import evaluate
+from pipeline.train.evaluate import EvalResult, Forward, evaluate
+from pipeline.train.loss import Criterion
 from pipeline.train.meter import Meter
 from pipeline.train.schedule import learning_rate
-from pipeline.train.state import RunState, restore, save
+from pipeline.train.state import RunState, Weights, restore, save
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -31,7 +34,8 @@ class Trainer:
     """Trains one model on one rank of a process group that exists already.
 
     `report` receives events (dicts with a `kind`); it must return at once. Those of rank 0 count; but every rank tells
-    of the damaged training pictures that it met and replaced (`skipped`).
+    of the damaged training pictures that it met and replaced (`skipped`). `sources` are the weights to start from and
+    the teacher, where the config asks for them.
     """
 
     def __init__(
@@ -43,12 +47,25 @@ class Trainer:
         run_dir: Path,
         device: torch.device,
         report: Report,
+        sources: Sources = NO_SOURCES,
     ) -> None:
         self.config, self.derived, self.run_dir, self.device, self.report = config, derived, run_dir, device, report
         self.classes = train_index.classes
         self.rank = dist.get_rank()
         torch.manual_seed(config.run.seed)
-        self.engine = Engine(config, derived, create(config.model, derived.num_classes), device)
+        model = create(config.model, derived.num_classes)
+        if sources.weights is not None:
+            load_weights(model, sources.weights)
+        self.engine = Engine(config, derived, model, device, self._warn)
+        teacher = None
+        if sources.teacher is not None:
+            teacher = load_teacher(sources.teacher, self.classes, config.model.in_chans).to(device)
+        self.criterion = Criterion(
+            config.loss,
+            derived.num_classes,
+            teacher,
+        )
+        self._drops = config.model.drop_rate > 0 or config.model.layer_drop_rate > 0
         data = config.data
         self.plan = TrainPlan(
             seed=config.run.seed,
@@ -83,14 +100,17 @@ class Trainer:
         meter = Meter(self.derived, self.device)
         with closing(self.loader), closing(self.eval_loader), closing(self._batches(first_step)) as batches:
             for step in range(first_step, total_steps):
-                rate = learning_rate(self.config.schedule, self.config.optim, self.derived, self.state.samples_seen)
+                rate = learning_rate(self.config.schedule, self.derived, self.state.samples_seen)
                 self.engine.set_learning_rate(rate)
-                for _ in range(self.derived.accumulation):
+                for micro in range(self.derived.accumulation):
                     with meter.waiting():
                         batch = next(batches)
-                    loss = F.cross_entropy(self.engine.forward(batch.images_NCHW), batch.targets)
+                    self._seed_dropout(step, micro)
+                    logits_NK = self.engine.forward(batch.images_NCHW)
+                    loss = self.criterion(logits_NK, batch.targets, batch.images_NCHW)
                     self.engine.backward(loss)
                     meter.add(loss)
+                self.engine.update_ema(step + 1)
                 self.state.samples_seen += batch_size
                 last = step + 1 == total_steps
                 if step == first_step:
@@ -140,7 +160,18 @@ class Trainer:
             std=data.std,
             augment=augment,
             skip_by=skip_by,
+            channels=self.config.model.in_chans,
+            num_classes=self.derived.num_classes,
         )
+
+    def _seed_dropout(self, step: int, micro: int) -> None:
+        """Makes dropout a function of the seed and the place in the run alone, so that resumed runs repeat it."""
+        if self._drops:
+            numbers = np.random.SeedSequence([self.config.run.seed, step, micro, self.rank])
+            torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
+
+    def _warn(self, message: str) -> None:
+        self.report({"kind": "warning", "message": message})
 
     def _passed_epoch(self, every: int) -> bool:
         """Whether the last step completed an epoch whose number is a multiple of `every`."""
@@ -170,23 +201,37 @@ class Trainer:
             self._told += 1
 
     def _evaluate(self) -> bool:
-        """Evaluates, reports, and says whether this is the run's best result so far."""
+        """Evaluates the weights and their average, reports, and says whether this is the run's best result so far."""
         self.engine.average_batch_norm()
+        self.engine.train(False)
+        results: dict[Weights, EvalResult] = {}
+        results["raw"] = self._evaluate_one("raw", self.engine.forward, self.engine.forward_is_collective)
+        if self.engine.ema is not None:
+            results["ema"] = self._evaluate_one("ema", self.engine.forward_ema, False)
+        self.engine.train(True)
+        return self.state.record(results)
+
+    def _evaluate_one(self, weights: Weights, forward: Forward, forward_is_collective: bool) -> EvalResult:
         started = time.perf_counter()
         result = evaluate(
-            self.engine, self.eval_loader, self.eval_plan, self.derived.eval_batch_size, self.derived.num_classes
+            forward,
+            self.eval_loader,
+            self.eval_plan,
+            self.derived.eval_batch_size,
+            self.derived.num_classes,
+            forward_is_collective,
         )
-        is_best = self.state.record(result)
         self.report(
             {
                 "kind": "eval",
+                "weights": weights,
                 "samples_seen": self.state.samples_seen,
                 "epoch": self._epoch,
                 "img_per_s": result.total / (time.perf_counter() - started),
                 **asdict(result),
             }
         )
-        return is_best
+        return result
 
     def _checkpoint(self) -> None:
         self.engine.average_batch_norm()

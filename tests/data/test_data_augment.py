@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from pipeline.config import Augment, RunConfig, derive
+from pipeline.config import Augment, RunConfig
 from pipeline.data import batch_ops
 from pipeline.data.augment import MAGNITUDES, NUM_OPS, Augmentations, Auto, Colour, Erase, Mix, augmentations, tries
 from pipeline.data.auto_augment import suite
@@ -18,6 +18,7 @@ from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.philox import CROP, draw
 from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch
+from pipeline.derived import derive
 from pipeline.errors import ConfigError
 
 N, SIDE = 4000, 64

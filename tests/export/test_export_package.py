@@ -50,6 +50,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registered, st
         "num_classes": len(CLASSES),
         "classes": CLASSES,
         "transform": TRANSFORM,
+        "weights": "model.safetensors",
         "metrics": {"top1_correct": 3, "top5_correct": 4, "top5_k": 5, "total": 5, "loss": 0.5},
         "samples_seen": 123,
         "epoch": 1.5,

@@ -95,6 +95,7 @@ def test_densenet121_on_real_imagenet_pictures(shell, tmp_path, imagenet_samples
         "data.on_corrupt=skip",
         f"run.output={tmp_path / 'out'}",
         "train.epochs=0.4",
+        "schedule.milestones=[]",
         "train.global_batch_size=8",
         "train.log_every_steps=1",
     )

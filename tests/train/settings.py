@@ -1,7 +1,8 @@
 """A run's settings for a small picture set."""
 
-from pipeline.config import Derived, RunConfig, derive
+from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
+from pipeline.derived import Derived, derive
 
 
 def settings(

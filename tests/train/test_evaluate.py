@@ -43,7 +43,8 @@ def evaluate_rank(train_index: DatasetIndex, val_index: DatasetIndex, batch_size
         std=config.data.std,
     ) as loader:
         plan = EvalPlan(val_index.widths_N, val_index.heights_N, 32, 32)
-        return evaluate(engine, loader, plan, batch_size, derived.num_classes)
+        engine.train(False)
+        return evaluate(engine.forward, loader, plan, batch_size, derived.num_classes, engine.forward_is_collective)
 
 
 def plain_count(val_index: DatasetIndex, classes: int) -> EvalResult:

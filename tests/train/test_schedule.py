@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.config import RunConfig, derive
+from pipeline.config import RunConfig
+from pipeline.derived import derive
 from pipeline.train.schedule import learning_rate
 
 BATCH, IMAGES = 10, 100
@@ -10,10 +11,14 @@ BATCH, IMAGES = 10, 100
 
 def rates(**schedule: object) -> list[float]:
     config = RunConfig.model_validate(
-        {"train": {"global_batch_size": BATCH, "epochs": 10}, "optim": {"lr": 1.0}, "schedule": schedule}
+        {
+            "train": {"global_batch_size": BATCH, "epochs": 10},
+            "optim": {"lr": 1.0},
+            "schedule": schedule,
+        }
     )
     d = derive(config, workers=1, cpus_per_worker=1, device="cpu", train_samples=IMAGES, val_samples=1, num_classes=2)
-    return [learning_rate(config.schedule, config.optim, d, step * BATCH) for step in range(d.total_steps)]
+    return [learning_rate(config.schedule, d, step * BATCH) for step in range(d.total_steps)]
 
 
 def test_step_drops_exactly_at_its_milestones():

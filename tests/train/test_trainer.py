@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import UserError
 from pipeline.model import create
+from pipeline.model.weights import Sources, load_model
 from pipeline.train import checkpoint
 from pipeline.train.state import best_checkpoint, checkpoint_root
 from pipeline.train.trainer import Trainer
@@ -28,6 +29,8 @@ EVERYTHING = {  # every source of randomness, and pictures that grow in the midd
         "mixup": 0.2,
         "cutmix": 1.0,
     },
+    "model": {"drop_rate": 0.2, "layer_drop_rate": 0.1},
+    "ema": {"decay": 0.9},
 }
 
 
@@ -51,8 +54,13 @@ def test_a_run_in_two_parts_equals_one_in_one_bit_for_bit(one_rank, indexes, tmp
     rest = run(data, tmp_path / "rest", resume=middle, checkpoint={"keep_last": 9}, **EVERYTHING)
     assert rest[0] == {"kind": "resumed", "samples_seen": 40, "checkpoint": str(middle)}
     assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 5}
-    ends = [load_file(best_or_last(tmp_path / name) / "model.safetensors") for name in ("whole", "rest")]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    for file in ("model.safetensors", "ema.safetensors"):
+        ends = [load_file(best_or_last(tmp_path / name) / file) for name in ("whole", "rest")]
+        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0]), file
+    assert not torch.equal(ends[0]["classifier.weight"], load_file(middle / "ema.safetensors")["classifier.weight"])
+    evaluations = [[(e["weights"], e["loss"]) for e in events if e["kind"] == "eval"] for events in (whole, rest)]
+    assert [weights for weights, _ in evaluations[0]] == ["raw", "ema"] * 2
+    assert evaluations[1] == evaluations[0][2:]
 
 
 def best_or_last(run_dir: Path) -> Path:
@@ -91,3 +99,48 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(one_rank, i
 def test_a_loss_that_is_no_number_stops_the_run_with_advice(one_rank, indexes, tmp_path):
     with pytest.raises(UserError, match=r"the training loss is (nan|inf) at step \d+ .* lower optim.lr"):
         run(indexes(), tmp_path, optim={"lr": 1e18, "momentum": 0.0}, train={"epochs": 5})
+
+
+@pytest.mark.slow
+def test_the_better_of_weights_and_average_is_the_one_of_the_card(one_rank, indexes, tmp_path):
+    data = indexes()
+    events = run(data, tmp_path, ema={"decay": 0.5}, checkpoint={"keep_last": 9}, model={"in_chans": 1})
+    evals = {(e["samples_seen"], e["weights"]): (e["top1_correct"], -e["loss"]) for e in events if e["kind"] == "eval"}
+    for samples in (40, 80):
+        folder = checkpoint_root(tmp_path) / checkpoint.folder_name(samples)
+        card = json.loads((folder / "model.json").read_text())
+        better = max(("raw", "ema"), key=lambda weights: evals[samples, weights])
+        assert card["weights"] == {"raw": "model.safetensors", "ema": "ema.safetensors"}[better]
+        assert (card["metrics"]["top1_correct"], -card["metrics"]["loss"]) == evals[samples, better]
+        assert card["architecture"]["in_chans"] == 1
+        model = load_model(folder)
+        assert model.features.conv0.weight.shape[1] == 1
+
+
+@pytest.mark.slow
+def test_a_run_from_weights_with_a_teacher_starts_there_and_learns_from_it(one_rank, indexes, tmp_path):
+    """With alpha 1 and the teacher's own weights there is nothing to learn until batch norms differ."""
+    data = indexes()
+    run(data, tmp_path / "teacher")
+    teacher = best_checkpoint(tmp_path / "teacher")
+    config, derived = settings(
+        *data,
+        model={"weights": str(teacher), "num_classes": 3},
+        loss={"teacher": str(teacher), "alpha": 1.0, "temperature": 2.0},
+        finetune={"freeze_batch_norm": True},
+        train={"log_every_steps": 1},
+    )
+    events: list[dict[str, Any]] = []
+    Trainer(config, derived, *data, tmp_path / "student", CPU, events.append, Sources(teacher, teacher)).fit()
+    assert all(loss == pytest.approx(0, abs=1e-6) for loss in losses(events).values())
+
+
+@pytest.mark.slow
+def test_more_logits_than_classes_are_trained_and_named_as_unused(one_rank, indexes, tmp_path):
+    mixed = {"augment": EVERYTHING["augment"], "model": {"num_classes": 5}, "train": {"epochs": 1}}
+    run(indexes(), tmp_path, **mixed)
+    card = json.loads((best_or_last(tmp_path) / "model.json").read_text())
+    assert card["classes"] == ["class0", "class1", "class2", "(unused 3)", "(unused 4)"]
+    assert card["num_classes"] == 5
+    with pytest.raises(UserError, match="model.num_classes=2 is less than the 3 classes in data.root"):
+        settings(*indexes(), model={"num_classes": 2})

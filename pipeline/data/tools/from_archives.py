@@ -4,12 +4,11 @@ import json
 import re
 from pathlib import Path
 
-from pipeline.data.folders import listed
 from pipeline.data.tools.labels import DEVKIT, devkit_labels
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Found, Scan, by_file_name, by_number, labelled, split_files
 from pipeline.data.tools.tars import Member, members
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 

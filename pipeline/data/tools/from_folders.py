@@ -6,12 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.data.dataset import MANIFEST, open_index, read_manifest
-from pipeline.data.folders import ImageFile, find_splits, list_classes, list_files, list_images, listed
+from pipeline.data.folders import ImageFile, find_splits, list_classes, list_files, list_images
 from pipeline.data.index import SCHEMA
 from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Found, Scan, by_file_name, labelled
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
 

@@ -8,12 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
-from pipeline.data.folders import listed
 from pipeline.data.index import SCHEMA, Shard, save_table
 from pipeline.data.tools.inspect import chunks, look
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.sources import recognise
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 
 
 def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> Manifest:

@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
 from pipeline.data.files import Files
-from pipeline.data.folders import listed
 from pipeline.data.images import NotAnImage, decode, encode, header, quiet, shrink, to_rgb
 from pipeline.data.index import Shard, load_table, rows_of, save_table, table_of
 from pipeline.data.plan import permutation
@@ -34,7 +33,7 @@ from pipeline.data.tools import tars
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Scan
 from pipeline.data.tools.sources import recognise
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 
 _WORK = ".prepare"
 _FOLDER_PART = 1000  # pictures

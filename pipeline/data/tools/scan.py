@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.data.folders import listed
 from pipeline.data.index import table_of
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _WNID = re.compile(r"n\d{8}")

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.dataset import MANIFEST
-from pipeline.data.folders import listed
 from pipeline.data.tools.from_archives import scan_ilsvrc, scan_webdataset
 from pipeline.data.tools.from_folders import KAGGLE, scan_folders, scan_kaggle, scan_prepared
 from pipeline.data.tools.from_parquet import scan_parquet
 from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""What follows from a config, the data and the workers: batches, steps, the scaled learning rate."""
+
+import math
+from typing import Literal
+
+from pipeline.config import Count, Device, RunConfig, Section
+from pipeline.errors import ConfigError
+
+
+class Derived(Section):
+    """What follows from a config, the data and the workers; shown, saved, never chosen.
+
+    `global_batch_size = device_batch_size * accumulation * workers` always holds.
+    """
+
+    workers: Count
+    cpus_per_worker: Count
+    device: Device
+    precision: Literal["fp32", "bf16"]
+    train_samples: Count
+    val_samples: Count
+    num_classes: Count
+    device_batch_size: Count
+    accumulation: Count
+    eval_batch_size: Count
+    total_steps: Count
+    total_samples: Count
+    peak_lr: float
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.device_batch_size * self.accumulation * self.workers
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.train_samples / self.global_batch_size
+
+
+def derive(
+    config: RunConfig,
+    *,
+    workers: int,
+    cpus_per_worker: int,
+    device: Device,
+    train_samples: int,
+    val_samples: int,
+    num_classes: int,
+) -> Derived:
+    """Splits the global batch over the workers, counts the steps and scales the learning rate.
+
+    The run's sample order has no gaps, so a batch may hold the end of one epoch and the start of the next;
+    the last step is the first one that completes `train.epochs` passes.
+
+    Raises:
+        ConfigError: the global batch cannot be split evenly, the data set is smaller than one batch or has more
+            classes than the model.
+    """
+    batch = config.train.global_batch_size
+    logits = config.model.num_classes or num_classes
+    if logits < num_classes:
+        raise ConfigError(
+            f"model.num_classes={logits} is less than the {num_classes} classes in data.root: set it to {num_classes} "
+            f"or more, or leave it out."
+        )
+    if batch > train_samples:
+        raise ConfigError(
+            f"train.global_batch_size={batch} is more than the {train_samples} training images in data.root: "
+            f"set train.global_batch_size to {train_samples} or less."
+        )
+    if batch % workers:
+        below, above = batch - batch % workers, batch + workers - batch % workers
+        choices = " or ".join(str(b) for b in (below, above) if b > 0)
+        raise ConfigError(
+            f"train.global_batch_size={batch} cannot be divided among {workers} workers: set it to {choices}, "
+            f"or change cluster.workers."
+        )
+    per_worker = batch // workers
+    unit = 2 if config.augment.mixes else 1  # pictures are mixed in pairs, which must not be parted
+    most = config.train.max_device_batch_size
+    accumulations = [a for a in range(1, per_worker + 1) if per_worker % (a * unit) == 0 and per_worker // a <= most]
+    if not accumulations:
+        raise ConfigError(
+            f"augment.mixup and augment.cutmix mix pairs of pictures, so each of the {workers} workers needs an even "
+            f"number of them at once: train.global_batch_size={batch} gives {per_worker} per worker and step, at most "
+            f"train.max_device_batch_size={most} at once. Set train.global_batch_size to a multiple of {2 * workers}, "
+            f"and train.max_device_batch_size to 2 or more."
+        )
+    accumulation = accumulations[0]
+    device_batch = per_worker // accumulation
+    eval_batch = device_batch if config.eval.batch_size == "auto" else config.eval.batch_size
+    total_steps = max(1, math.ceil(round(config.train.epochs * train_samples, 6) / batch))
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    return Derived(
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        device=device,
+        precision=precision,
+        train_samples=train_samples,
+        val_samples=val_samples,
+        num_classes=logits,
+        device_batch_size=device_batch,
+        accumulation=accumulation,
+        eval_batch_size=eval_batch,
+        total_steps=total_steps,
+        total_samples=total_steps * batch,
+        peak_lr=config.optim.peak_lr(batch),
+    )

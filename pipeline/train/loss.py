@@ -1,0 +1,45 @@
+"""Training losses: against labels or class shares, and against a teacher's answers."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.config import Loss
+
+
+class Criterion:
+    """The mean loss of a micro-batch.
+
+    With a teacher (a network in evaluation mode that takes the same pictures) it is
+    `(1 - alpha) L(labels) + alpha T^2 KL(teacher / T || student / T)` (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    def __init__(self, loss: Loss, num_classes: int, teacher: nn.Module | None = None) -> None:
+        self._loss, self._num_classes, self._teacher = loss, num_classes, teacher
+
+    def __call__(self, logits_NK: torch.Tensor, targets: torch.Tensor, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns a scalar; `targets` are labels (int64 [N]) or the classes' shares (fp32 [N, K])."""
+        if self._loss.name == "bce":
+            loss = self._binary(logits_NK, targets)
+        else:
+            loss = F.cross_entropy(logits_NK, targets, label_smoothing=self._loss.smoothing)
+        if self._teacher is None:
+            return loss
+        with torch.no_grad():
+            answers_NK = self._teacher(images_NCHW).float()
+        t, alpha = self._loss.temperature, self._loss.alpha
+        divergence = F.kl_div(
+            F.log_softmax(logits_NK / t, dim=1),
+            F.log_softmax(answers_NK / t, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1 - alpha) * loss + alpha * t**2 * divergence
+
+    def _binary(self, logits_NK: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Each class on its own, mean over pictures and classes (Wightman et al. 2021, arXiv 2110.00476)."""
+        shares_NK = F.one_hot(targets, self._num_classes).float() if targets.ndim == 1 else targets
+        smoothing = self._loss.smoothing
+        return F.binary_cross_entropy_with_logits(
+            logits_NK, shares_NK * (1 - smoothing) + smoothing / self._num_classes
+        )
