@@ -56,6 +56,27 @@ def predict(
     predict_command(console, model, images, top, uri)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="checkpoint or run folder, models:/NAME@ALIAS or models:/NAME/VERSION")],
+    data: Annotated[Path, typer.Option(help="a data set's folder, or a folder with class folders")],
+    split: Annotated[str, typer.Option(help="of the data set")] = "val",
+    crop: Annotated[int | None, typer.Option(min=8, max=1024, help="centre crop's side; default: the model's")] = None,
+    resize: Annotated[int | None, typer.Option(min=8, max=2048, help="shorter side; default: by the crop")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="bilinear or bicubic; default: the model's")] = None,
+    tta: Annotated[str | None, typer.Option(help="flip or ten-crop: averaged views, as a second result")] = None,
+    labels: Annotated[Path | None, typer.Option(help="JSON with the classes that count as right, as ReaL's")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for classes, confusion and predictions as CSV")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    uri: Uri = None,
+) -> None:
+    """Count a model's hits on a split of a data set."""
+    from launch.evaluate import Options, eval_command
+
+    options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
+    eval_command(console, model, data, options, uri)
+
+
 @app.command()
 def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, uri: Uri = None) -> None:
     """Open the MLflow UI on this machine."""

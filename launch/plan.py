@@ -51,14 +51,14 @@ def print_plan(console: Console, prepared: Prepared) -> None:
             f"{d.total_steps:,} in all = {config.train.epochs:g} epochs of {d.steps_per_epoch:,.2f}, "
             f"{d.total_samples:,} samples",
         ),
-        ("learning rate", _learning_rate(config, d)),
+        ("peak rate", _learning_rate(config, d)),
         ("precision", f"{d.precision}, ZeRO stage {config.engine.zero_stage}"),
         ("evaluation", config.eval.description),
     ]
     if prepared.sources.teacher is not None:
         rows.append(("teacher", str(prepared.sources.teacher)))
     for name, text in rows:
-        console.print(f"{name:14}{text}", markup=False, soft_wrap=True)
+        console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
     for warning in prepared.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 

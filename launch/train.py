@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run
@@ -19,11 +20,15 @@ from launch.prepare import Prepared, check_writable, prepare, read_config
 from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
 from launch.resources import this_machine
 from pipeline.config import RunConfig
+from pipeline.derived import Derived
 from pipeline.export.package import Registered, register
+from pipeline.tracking.plots import curve
 from pipeline.tracking.run import Tracker, default_tracking_uri, shown
 from pipeline.train import checkpoint
+from pipeline.train.schedule import learning_rate
 from pipeline.train.state import best_checkpoint, checkpoint_root, read_state
 
+_PLOTTED = 1000
 _PHASES = {"workers_started": "worker start", "first_step": "first step"}
 
 
@@ -110,10 +115,19 @@ def _start_tracker(prepared: Prepared) -> Tracker:
             "data.val.fingerprint": prepared.val_index.fingerprint,
             "eval.transform": config.eval.description,
         },
+        figures={"learning_rate.png": _learning_rates(config, prepared.derived)},
         run_id=run_id,
     )
     checkpoint.write_json(record, {"run_id": tracker.run_id})
     return tracker
+
+
+def _learning_rates(config: RunConfig, derived: Derived) -> Figure:
+    """The learning rate over the run, at up to `_PLOTTED` of its steps."""
+    stride = max(1, derived.total_steps // _PLOTTED)
+    samples = [step * derived.global_batch_size for step in range(0, derived.total_steps, stride)]
+    rates = [learning_rate(config.schedule, derived, seen) for seen in samples]
+    return curve([seen / derived.train_samples for seen in samples], rates, "epoch", "learning rate")
 
 
 def _display(console: Console, prepared: Prepared) -> Display:

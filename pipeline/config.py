@@ -182,6 +182,11 @@ _EVAL_PRESETS: dict[str, tuple[float, Interpolation]] = {  # crop / resize, filt
 }
 
 
+def describe_transform(resize: int, interpolation: Interpolation, crop: int) -> str:
+    """An evaluation transform in one line, to stand beside every accuracy."""
+    return f"resize {resize} {interpolation} antialias, centre crop {crop}, no EXIF rotation"
+
+
 class Eval(Section):
     transform: Literal["torchvision", "timm"] = Field(
         "torchvision", description="whose sizes and filter are the defaults of the next keys"
@@ -216,7 +221,7 @@ class Eval(Section):
     @property
     def description(self) -> str:
         """The transform in one line, to stand beside every accuracy."""
-        return f"resize {self.resize} {self.interpolation} antialias, centre crop {self.crop}, no EXIF rotation"
+        return describe_transform(self.resize, self.interpolation, self.crop)
 
 
 class Train(Section):
@@ -374,8 +379,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file with its includes, applies `key=value` overrides and validates the result.
 
     Raises:
-        ConfigError: a file is missing or is not YAML, a key is unknown, or a value is out of range; all the
-            faults found are in the message.
+        ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of range or left to the
+            user (`???`); all the faults found are in the message.
     """
     merged = _read(Path(path), seen=())
     for override in overrides:
@@ -387,6 +392,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"override '{override}' cannot be applied: {_first_line(error)}.") from error
     try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{path} leaves {' and '.join(missing)} to you: add {missing[0]}=VALUE to the command.")
         return RunConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}.") from error

@@ -39,6 +39,14 @@ def imagenet_samples() -> Path:
     return folder
 
 
+@pytest.fixture
+def cifar10() -> Path:
+    folder = (SHARED / "cifar10-jpeg").resolve()
+    if not folder.is_dir():
+        pytest.skip("the CIFAR-10 pictures are not on this machine (../shared/data/cifar10-jpeg)")
+    return folder
+
+
 def join(rank: int, workers: int, store: Path) -> None:
     """Joins a gloo group over a file, and sets the variables that DeepSpeed reads."""
     os.environ |= {

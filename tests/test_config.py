@@ -44,6 +44,16 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
         ("run.name=../up", "run.name: must be a plain folder name"),
         ("schedule.warmup_epochs=90", "schedule.warmup_epochs=90 must be shorter than train.epochs=90"),
         ("train.epochs=60", r"schedule.milestones=\[30.0, 60.0\] must lie before train.epochs=60"),
+        ("ema.decay=1.5", "ema.decay: must be less than 1; got 1.5"),
+        ("model.drop_rate=1", "model.drop_rate: must be less than 1; got 1"),
+        ("optim.betas=[0.9, 1.0]", r"optim: betas=\[0.9, 1.0\] must each be below 1"),
+        (
+            "optim.name=lamb",
+            "optim.name=lamb works on whole weights, which ZeRO stage 1 cuts up: set engine.zero_stage=0",
+        ),
+        ("optim.name=adam", "optim.name: must be 'sgd', 'adamw', 'lamb', 'lars' or 'muon'; got 'adam'"),
+        ("data.progressive=[[90, 160]]", r"data.progressive=\[\[90.0, 160\]\] must lie before train.epochs=90"),
+        ("finetune.freeze_blocks=5", "finetune.freeze_blocks: must be less than or equal to 4"),
         ("eval.crop=300", "crop=300 must not exceed resize=256"),
         ("train.epochs", "override 'train.epochs' is not of the form key=value"),
         ("tracking.uri=http://me:hunter2@host", "tracking.uri: must not hold a password"),
@@ -129,6 +139,11 @@ def test_progressive_sizes_hold_until_their_epoch():
 def test_passwords_stay_out_of_the_datas_address():
     with pytest.raises(ValueError, match="must not hold a password"):
         RunConfig.model_validate({"data": {"root": "s3://me:secret@bucket/set", "stage": "/fast"}})
+
+
+def test_a_cycle_that_rises_by_itself_takes_no_warmup():
+    with pytest.raises(ValidationError, match="one-cycle rises by itself: set schedule.warmup_epochs=0"):
+        RunConfig.model_validate({"schedule": {"name": "one-cycle", "warmup_epochs": 1}})
 
 
 def test_a_memory_mode_that_a_zero_stage_cannot_serve_is_refused():

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.folders import scan_splits
+from pipeline.data.folders import scan_split, scan_splits
 from pipeline.data.index import DatasetIndex, Shard, load_table
 from pipeline.errors import DataError, listed
 
@@ -115,6 +115,20 @@ def check_shards(root: Path, split: Split) -> None:
             + listed(wrong, "\n  ")
             + "\nCopy or prepare them anew; `densenet data verify` compares everything."
         )
+
+
+def open_split(root: Path, split: str, cache: Path) -> DatasetIndex:
+    """The index of one split of a data set's folder, or of class folders without an index, remembered in `cache`.
+
+    Raises:
+        DataError: as `open_splits`.
+    """
+    manifest = read_manifest(root)
+    if manifest is None:
+        return scan_split(root, split, cache)
+    index = open_index(root, manifest, split)
+    check_shards(root, manifest.splits[split])
+    return index
 
 
 def open_splits(

@@ -137,6 +137,32 @@ def scan_splits(
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
 
 
+def scan_split(root: Path, split: str, cache: Path) -> DatasetIndex:
+    """The index of one split's class folders, or of class folders in the root itself, where there is no such split.
+
+    Raises:
+        DataError: as `scan_splits`.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: give one that holds {split}/CLASS/* or CLASS/*.")
+    folder = root / split if (root / split).is_dir() else root
+    try:
+        if any(entry.is_dir() and _holds_folders(entry) for entry in folder.iterdir()):
+            raise DataError(f"{root} has no split '{split}', it has {listed(list_classes(root))}: correct the name.")
+        classes = list_classes(folder)
+        images = list_images(folder, classes, classes)
+        index, faults = _index(folder.parent.absolute(), folder.name, classes, images, cache)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
+    _refuse(folder, faults, len(images))
+    return index
+
+
+def _holds_folders(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() for entry in entries)
+
+
 def _refuse(split: Path, faults: list[str], count: int) -> None:
     if faults:
         raise DataError(

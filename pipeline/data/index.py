@@ -144,6 +144,11 @@ class DatasetIndex:
         """The file that holds a sample."""
         return self.root / self._files[self.files_N[sample]]
 
+    def names(self) -> list[str]:
+        """All samples' file names, without folders and endings."""
+        paths = self.table["name" if self.in_shards else "path"].to_pylist()
+        return [path.rpartition("/")[2].partition(".")[0] for path in paths]
+
     def describe(self, sample: int) -> str:
         """Where a sample is, for messages: its file, and in a shard its name and place."""
         if not self.in_shards:

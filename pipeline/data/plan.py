@@ -177,12 +177,16 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """Shorter-side resize and centre crop; arguments as in `pipeline.config.Eval`."""
+    """Shorter-side resize and crop; sizes as in `pipeline.config.Eval`.
+
+    `anchor` is the crop's place from top to bottom and from left to right, each in [0, 1].
+    """
 
     widths_N: Ints = field(repr=False)
     heights_N: Ints = field(repr=False)
     resize: int
     crop: int
+    anchor: tuple[float, float] = (0.5, 0.5)
 
     def batch(self, ids_B: Ints) -> PlannedBatch:
         """Plans whole pictures by torchvision's rules.
@@ -200,7 +204,7 @@ class EvalPlan:
             window_starts_B2=np.zeros_like(shapes_B2, np.int32),
             window_shapes_B2=shapes_B2.astype(np.int32),
             sizes_B2=sizes_B2.astype(np.int32),
-            origins_B2=np.rint((sizes_B2 - self.crop) / 2).astype(np.int32),
+            origins_B2=np.rint((sizes_B2 - self.crop) * self.anchor).astype(np.int32),
             flips_B=np.zeros(len(ids_B), np.int32),
             side=self.crop,
         )

@@ -78,7 +78,7 @@ def download(model_uri: str, uri: str, cache: Path) -> Path:
 def _what_there_is(client: MlflowClient, uri: str, name: str, model_uri: str) -> str:
     names = [model.name for model in client.search_registered_models()]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=len(names), cutoff=0)
+        near = difflib.get_close_matches(name, names, n=max(1, len(names)), cutoff=0)
         there = f"Registered: {', '.join(near)}." if near else "Nothing is registered there yet."
         return f"no model named '{name}' in {shown(uri)}. {there}"
     aliases = [f"@{alias} (version {version})" for alias, version in client.get_registered_model(name).aliases.items()]

@@ -9,12 +9,14 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
+from matplotlib.figure import Figure
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -99,9 +101,10 @@ class Tracker:
         run_name: str,
         params: dict[str, object],
         tags: dict[str, str],
+        figures: Mapping[str, Figure] = MappingProxyType({}),
         run_id: str | None = None,
     ) -> "Tracker":
-        """Creates the run, or continues `run_id`, and logs the config, `params`, `tags` and versions.
+        """Creates the run, or continues `run_id`, and logs the config, `params`, `tags`, `figures` and versions.
 
         MLflow does not let a logged parameter change: on a continued run a changed one becomes the tag `changed.KEY`.
 
@@ -119,6 +122,8 @@ class Tracker:
                 client.update_run(run_id, status="RUNNING")
             _describe(client, run_id, _flat(config.model_dump(mode="json")) | params, tags | _environment())
             client.log_text(run_id, config.to_yaml(), "config.yaml")
+            for file, figure in figures.items():
+                client.log_figure(run_id, figure, file)
         except MlflowException as error:
             raise UserError(f"MLflow at {shown(uri)} refused the run: {_first_line(error, uri)}") from error
         return cls(client, uri, run_id, run_dir / "metrics.jsonl")

@@ -41,9 +41,9 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
 class Engine:
     """A model under DeepSpeed on one rank: forward, backward, step, and the full state in and out.
 
-    The process group must exist already. All methods but `forward` are collective: every rank calls them alike.
-    `ema` is the moving average of the weights and buffers, a whole model on every rank, or None; `warn` is told where
-    something asked for is left out.
+    The process group must exist already. All methods but `forward` and `infer` are collective: every rank calls them
+    alike. `ema` is the moving average of the weights and buffers, a whole model on every rank, or None; `warn` is told
+    where something asked for is left out.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class Engine:
         """Returns fp32 logits [N, K]."""
         return self._engine(images_NCHW.contiguous(memory_format=self._format)).float()
 
-    def forward_ema(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Returns fp32 logits [N, K] of the averaged weights; never a collective."""
-        assert self.ema is not None
+    @torch.no_grad()
+    def infer(self, model: nn.Module, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns fp32 logits [N, K] of another model (the average, a teacher), at this engine's precision."""
         with self._autocast:
-            return self.ema(images_NCHW.contiguous(memory_format=self._format)).float()
+            return model(images_NCHW.contiguous(memory_format=self._format)).float()
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)

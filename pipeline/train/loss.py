@@ -1,20 +1,23 @@
 """Training losses: against labels or class shares, and against a teacher's answers."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from pipeline.config import Loss
+
+Teacher = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Criterion:
     """The mean loss of a micro-batch.
 
-    With a teacher (a network in evaluation mode that takes the same pictures) it is
+    With a teacher, which maps the same pictures to logits without gradients, it is
     `(1 - alpha) L(labels) + alpha T^2 KL(teacher / T || student / T)` (Hinton et al. 2015, arXiv 1503.02531).
     """
 
-    def __init__(self, loss: Loss, num_classes: int, teacher: nn.Module | None = None) -> None:
+    def __init__(self, loss: Loss, num_classes: int, teacher: Teacher | None = None) -> None:
         self._loss, self._num_classes, self._teacher = loss, num_classes, teacher
 
     def __call__(self, logits_NK: torch.Tensor, targets: torch.Tensor, images_NCHW: torch.Tensor) -> torch.Tensor:
@@ -25,8 +28,7 @@ class Criterion:
             loss = F.cross_entropy(logits_NK, targets, label_smoothing=self._loss.smoothing)
         if self._teacher is None:
             return loss
-        with torch.no_grad():
-            answers_NK = self._teacher(images_NCHW).float()
+        answers_NK = self._teacher(images_NCHW)
         t, alpha = self._loss.temperature, self._loss.alpha
         divergence = F.kl_div(
             F.log_softmax(logits_NK / t, dim=1),

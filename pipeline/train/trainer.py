@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class Trainer:
         self.engine = Engine(config, derived, model, device, self._warn)
         teacher = None
         if sources.teacher is not None:
-            teacher = load_teacher(sources.teacher, self.classes, config.model.in_chans).to(device)
+            model = load_teacher(sources.teacher, self.classes, config.model.in_chans).to(device)
+            teacher = partial(self.engine.infer, model)
         self.criterion = Criterion(
             config.loss,
             derived.num_classes,
@@ -207,7 +209,7 @@ class Trainer:
         results: dict[Weights, EvalResult] = {}
         results["raw"] = self._evaluate_one("raw", self.engine.forward, self.engine.forward_is_collective)
         if self.engine.ema is not None:
-            results["ema"] = self._evaluate_one("ema", self.engine.forward_ema, False)
+            results["ema"] = self._evaluate_one("ema", partial(self.engine.infer, self.engine.ema), False)
         self.engine.train(True)
         return self.state.record(results)
 

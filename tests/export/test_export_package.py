@@ -17,11 +17,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms import functional as tv
 
+from launch.sources import locate
 from pipeline.config import RunConfig
+from pipeline.data.batch_ops import grey
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
 from pipeline.export.predict import predict_files
 from pipeline.model import ARCHITECTURES, create
+from pipeline.model.weights import load_model
 from pipeline.tracking.run import Tracker, tracking_uri
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
@@ -172,3 +175,37 @@ def test_the_packaged_code_builds_the_same_net(name):
     images_NCHW = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(packaged(images_NCHW), ours(images_NCHW))
+
+
+def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registered, tmp_path):
+    model, uri, folder = registered
+    place = locate(model.uri, "model.weights", tmp_path / "models", uri)
+    first = (place / "model.safetensors").stat().st_mtime_ns
+    assert locate("models:/tiny/1", "model.weights", tmp_path / "models", uri) == place
+    assert (place / "model.safetensors").stat().st_mtime_ns == first
+    probabilities = expected(folder / "picture.jpg")
+    with Image.open(folder / "picture.jpg") as image:
+        cut = tv.center_crop(tv.resize(image.convert("RGB"), TRANSFORM["resize"]), TRANSFORM["crop"])
+    image_1CHW = tv.normalize(tv.to_tensor(cut), TRANSFORM["mean"], TRANSFORM["std"])[None]
+    with torch.no_grad():
+        assert torch.allclose(load_model(place)(image_1CHW).softmax(1)[0], probabilities, atol=1e-6)
+    with pytest.raises(UserError, match=r"no model named 'tinny' .* Registered: tiny"):
+        locate("models:/tinny@candidate", "loss.teacher", tmp_path / "models", uri)
+    with pytest.raises(UserError, match=r"loss.teacher=.*gone is no model: give a checkpoint's or a run's folder"):
+        locate(str(tmp_path / "gone"), "loss.teacher", tmp_path / "models", uri)
+
+
+def test_grey_pictures_are_the_training_sides(tmp_path):
+    """One channel: the packaged transform, the loader's batches and Pillow's own conversion agree."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pipeline.export.pyfunc_model import evaluation_transform
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    options = {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
+    rgb_1CHW = evaluation_transform(Image.fromarray(pixels), **options)
+    grey_11HW = evaluation_transform(Image.fromarray(pixels), **options, channels=1)
+    assert torch.allclose(grey_11HW, grey(rgb_1CHW, tuple(options["std"])), atol=1e-5)
+    luma = np.array([0.299, 0.587, 0.114])
+    pillow_HW = np.asarray(Image.fromarray(pixels).convert("L"), np.float64)[4:36, 4:36] / 255
+    expected_HW = (pillow_HW - luma @ options["mean"]) / (luma @ options["std"])
+    assert np.abs(grey_11HW[0, 0].numpy() - expected_HW).max() < 0.6 / 255 / (luma @ options["std"])

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from launch.cli import main
 
@@ -91,6 +93,23 @@ def test_a_typo_and_a_value_of_the_wrong_type(refused, pictures):
     assert "did you mean 'optim.lr'?" in refused(*train(pictures, "optim.lrr=1"))
     assert "must be a valid number" in refused(*train(pictures, "optim.lr=fast"))
     assert "Did you mean 'densenet121'?" in refused(*train(pictures, "model.name=densenet12"))
+
+
+def test_weights_and_teachers_that_do_not_fit(refused, pictures, tmp_path):
+    file = tmp_path / "other.safetensors"
+    save_file({"features.conv0.weight": torch.zeros(8, 3, 7, 7)}, file)
+    message = refused(*train(pictures, f"model.weights={file}"))
+    assert "features.conv0.weight [8, 3, 7, 7] for [24, 3, 7, 7]" in message
+    assert "model.weights=/nowhere is no model" in refused(*train(pictures, "model.weights=/nowhere"))
+    assert "is a file of weights alone" in refused(*train(pictures, f"loss.teacher={file}"))
+    assert "no model named 'big' in" in refused(*train(pictures, "loss.teacher=models:/big@champion"))
+
+
+def test_more_epochs_of_schedule_than_of_training(refused, pictures):
+    message = refused("plan", str(CONFIGS / "densenet121.yaml"), f"data.root={pictures}", "train.epochs=20")
+    assert "schedule.milestones=[30.0, 60.0] must lie before train.epochs=20" in message
+    message = refused(*train(pictures, "model.num_classes=1"))
+    assert "model.num_classes=1 is less than the 2 classes in data.root" in message
 
 
 def test_a_dashboard_port_in_use(refused, pictures):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_demo_from_training_to_prediction(shell, tmp_path):
-    """Three epochs of the demo: the summary's every line is true, and its last command works as printed."""
+    """Three epochs of the demo: the summary's every line is true, and its last command works; so does `eval`."""
     done = shell("densenet", "train", "configs/demo.yaml", "train.epochs=3", f"run.output={tmp_path}")
     assert done.returncode == 0, done.stdout
     out = done.stdout
@@ -59,6 +59,13 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert run.info.status == "FINISHED"
     assert run.data.metrics["val/top1"] > 94
     assert len(client.get_metric_history(version.run_id, "train/loss")) == 7
+
+    assert "learning_rate.png" in [file.path for file in client.list_artifacts(version.run_id)]
+
+    data = tmp_path / "data" / "digits"
+    evaluated = shell("densenet", "eval", "models:/densenet_tiny@candidate", "--data", str(data), "--uri", uri)
+    assert evaluated.returncode == 0, evaluated.stdout
+    assert f"plain     top-1 {top1}/360 = " in evaluated.stdout, "the count of the training run"
 
     program, *arguments = shlex.split(out.splitlines()[-1].removeprefix("predict"))
     predicted = shell(program, *arguments)

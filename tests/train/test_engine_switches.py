@@ -50,7 +50,7 @@ def average_equals_one_by_hand(stage: int) -> bool:
     got = engine.ema_state()
     engine.ema.eval()
     with torch.no_grad():
-        logits_NK = engine.forward_ema(batches(1)[0][0])
+        logits_NK = engine.infer(engine.ema, batches(1)[0][0])
     model = create("densenet_tiny", 5)
     model.load_state_dict(got)
     with torch.no_grad():

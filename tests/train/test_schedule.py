@@ -1,6 +1,9 @@
 """Learning rates on the samples-seen clock."""
 
+from itertools import pairwise
+
 import pytest
+import torch
 
 from pipeline.config import RunConfig
 from pipeline.derived import derive
@@ -43,3 +46,35 @@ def test_cosine_falls_from_the_peak_to_almost_zero():
 
 def test_the_rate_does_not_depend_on_the_batch_within_an_epoch():
     assert rates(name="cosine")[50] == pytest.approx(0.5)
+
+
+def test_linear_falls_in_a_line_to_its_end():
+    r = rates(name="linear", warmup_epochs=2, end=0.1)
+    assert r[19] == r[20] == 1.0
+    assert r[60] == pytest.approx(0.55)
+    steps = {round(a - b, 9) for a, b in pairwise(r[20:])}
+    assert steps == {round(0.9 / 80, 9)}
+
+
+def test_one_cycle_is_torchs():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    peak = 0.3 * 100  # torch puts its peak at step pct_start * total_steps - 1
+    other = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=101, pct_start=31 / 101, final_div_factor=1e9, cycle_momentum=False
+    )
+    expected = []
+    for _ in range(100):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        other.step()
+    r = rates(name="one-cycle", rise=0.3)
+    assert r.index(max(r)) == peak
+    assert r == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_rate_is_a_function_of_the_samples_alone():
+    config = RunConfig.model_validate({"train": {"global_batch_size": BATCH, "epochs": 10}})
+    d = derive(config, workers=1, cpus_per_worker=1, device="cpu", train_samples=IMAGES, val_samples=1, num_classes=2)
+    forwards = [learning_rate(config.schedule, d, seen) for seen in range(0, 1000, 10)]
+    assert forwards == [learning_rate(config.schedule, d, seen) for seen in reversed(range(0, 1000, 10))][::-1]

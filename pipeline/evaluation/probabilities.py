@@ -1,0 +1,94 @@
+"""The probabilities that a model gives to a split's pictures, as they are and averaged over several views."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.config import Device, Interpolation, Rgb, describe_transform
+from pipeline.data.dali import Loader
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import EvalPlan, eval_share
+
+# Test-time augmentations: where the crops lie (0: top or left, 1: bottom or right), each also mirrored.
+CENTRE = (0.5, 0.5)
+VIEWS: dict[str, tuple[tuple[float, float], ...]] = {
+    "flip": (CENTRE,),
+    "ten-crop": (CENTRE, (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The evaluation transform; as in a model's card."""
+
+    resize: int
+    crop: int
+    interpolation: Interpolation
+    mean: Rgb
+    std: Rgb
+
+    @property
+    def description(self) -> str:
+        """The transform in one line, to stand beside every accuracy."""
+        return describe_transform(self.resize, self.interpolation, self.crop)
+
+    def at(self, crop: int | None, resize: int | None, interpolation: Interpolation | None) -> "Transform":
+        """With other sizes or another filter; a crop alone keeps the ratio of crop to resize."""
+        if crop is not None and resize is None:
+            resize = int(crop * self.resize / self.crop)
+        changes = {"crop": crop, "resize": resize, "interpolation": interpolation}
+        return replace(self, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def probabilities(
+    model: nn.Module,
+    index: DatasetIndex,
+    transform: Transform,
+    *,
+    views: str | None,
+    device: Device,
+    channels: int,
+    threads: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda pictures: None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Class probabilities of every picture in the index's order, [N, K], as they are and averaged over `views`.
+
+    The average is of probabilities, over the crops of `VIEWS` and their mirrored pictures, as Krizhevsky et al. (2012)
+    do. Each crop's place decodes the pictures anew; `progress` is told the pictures done, over all of them.
+    """
+    model = model.to(device).eval()
+    anchors = VIEWS[views] if views else (CENTRE,)
+    plain: NDArray[np.float32] | None = None
+    total: NDArray[np.float32] | None = None
+    with Loader(
+        index,
+        device=device,
+        device_id=torch.cuda.current_device() if device == "cuda" else None,
+        threads=threads,
+        max_batch_size=batch_size,
+        interpolation=transform.interpolation,
+        mean=transform.mean,
+        std=transform.std,
+        channels=1 if channels == 1 else 3,
+    ) as loader:
+        for anchor in anchors:
+            plan = EvalPlan(index.widths_N, index.heights_N, transform.resize, transform.crop, anchor)
+            for batch in loader.run(plan.batch(ids_B) for ids_B in eval_share(len(index), 0, 1, batch_size)):
+                given_NK = model(batch.images_NCHW).float().softmax(dim=1)
+                if plain is None:
+                    plain = np.zeros((len(index), given_NK.shape[1]), np.float32)
+                    total = np.zeros_like(plain) if views else None
+                if anchor == CENTRE:
+                    plain[batch.ids_N] = given_NK.cpu().numpy()
+                if total is not None:
+                    mirrored_NK = model(batch.images_NCHW.flip(3)).float().softmax(dim=1)
+                    total[batch.ids_N] += (given_NK + mirrored_NK).cpu().numpy() / (2 * len(anchors))
+                progress(len(batch.ids_N))
+    assert plain is not None
+    return plain, total

@@ -1,0 +1,62 @@
+"""What is counted from probabilities and labels: accuracies, calibration, classes, confusion."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Counts over `total` pictures.
+
+    `top5_correct` counts those whose label is among the `top5_k = min(5, classes)` best; `loss` is the mean
+    cross-entropy; `calibration_error` is the expected calibration error over 15 bins of equal width, in [0, 1] (Guo et
+    al. 2017, arXiv 1706.04599).
+    """
+
+    total: int
+    top1_correct: int
+    top5_correct: int
+    top5_k: int
+    loss: float
+    calibration_error: float
+
+
+def score(probabilities_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Scores:
+    """Counts one label for each picture."""
+    k = min(5, probabilities_NK.shape[1])
+    best_N5 = np.argpartition(-probabilities_NK, k - 1, axis=1)[:, :k]
+    best_N = probabilities_NK.argmax(axis=1)
+    correct_N = best_N == labels_N
+    own_N = probabilities_NK[np.arange(len(labels_N)), labels_N].astype(np.float64)
+    return Scores(
+        total=len(labels_N),
+        top1_correct=int(correct_N.sum()),
+        top5_correct=int((best_N5 == labels_N[:, None]).any(axis=1).sum()),
+        top5_k=k,
+        loss=float(-np.log(np.maximum(own_N, np.finfo(np.float32).tiny)).mean()),
+        calibration_error=calibration_error(probabilities_NK.max(axis=1), correct_N),
+    )
+
+
+def calibration_error(confidence_N: NDArray[np.float32], correct_N: NDArray[np.bool_]) -> float:
+    """The mean over pictures of |accuracy - confidence| of the bin that each lies in."""
+    bins_N = np.minimum(np.ceil(confidence_N.astype(np.float64) * _BINS).astype(int), _BINS)  # bin b is (b-1, b] / 15
+    gaps = np.bincount(bins_N, weights=correct_N - confidence_N.astype(np.float64), minlength=_BINS + 1)
+    return float(np.abs(gaps).sum() / len(confidence_N))
+
+
+def score_sets(probabilities_NK: NDArray[np.float32], accepted: list[set[int]]) -> tuple[int, int]:
+    """Pictures whose best class is among those accepted, and pictures that have any (Beyer et al. 2020, "ReaL")."""
+    best_N = probabilities_NK.argmax(axis=1).tolist()
+    counted = [(best, labels) for best, labels in zip(best_N, accepted, strict=True) if labels]
+    return sum(best in labels for best, labels in counted), len(counted)
+
+
+def confusion(predicted_N: NDArray[np.int64], labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """Pictures by true class (rows) and predicted class (columns), [K, K]."""
+    pairs_N = labels_N * num_classes + predicted_N
+    return np.bincount(pairs_N, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -1,0 +1,162 @@
+"""`densenet eval`, and the views that it averages against torchvision's ten crops."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+from safetensors.torch import save_file
+
+from launch.cli import main
+from pipeline.data.dataset import open_split
+from pipeline.evaluation.probabilities import Transform, probabilities
+from pipeline.model import ARCHITECTURES, create
+from pipeline.model.weights import load_model
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+CARD = {
+    "name": "densenet_tiny",
+    "architecture": ARCHITECTURES["densenet_tiny"],
+    "num_classes": 3,
+    "classes": ["cat", "dog", "eel"],
+    "weights": "model.safetensors",
+    "transform": {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": MEAN, "std": STD},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint's folder, as far as it is a model, with statistics that are not those of a new one."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    torch.manual_seed(3)
+    network = create("densenet_tiny", 3)
+    with torch.no_grad():
+        for _ in range(5):
+            network(torch.randn(8, 3, 32, 32))
+    save_file(network.state_dict(), folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps(CARD))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Nine pictures of several shapes in two of the three classes."""
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        file = tmp_path / "set" / "val" / ("dog", "eel")[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40 + 3 * i, 60 - i, 3), np.uint8)).resize((60, 50)).save(file)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def densenet(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str]]:
+    """`densenet(*arguments)` runs the command in a folder of its own; returns its exit code and what it printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["densenet", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+def by_hand(model: Path, file: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A picture's probabilities by torchvision: as it is, with its mirrored self, over ten crops."""
+    network = load_model(model)
+    with Image.open(file) as picture:
+        image_CHW = tv.resize(tv.pil_to_tensor(picture.convert("RGB")), [40], antialias=True)
+    crops = [tv.normalize(crop / 255, MEAN, STD) for crop in tv.ten_crop(image_CHW, [32, 32])]
+    with torch.no_grad():
+        given = network(torch.stack(crops)).softmax(dim=1)  # 4 corners and the centre, then the same mirrored
+    return given[4], given[[4, 9]].mean(dim=0), given.mean(dim=0)
+
+
+@pytest.mark.parametrize(("views", "place"), [("flip", 1), ("ten-crop", 2)])
+def test_views_are_torchvisions(model, data, tmp_path, views, place):
+    index = open_split(data, "val", tmp_path / "cache")
+    plain_NK, averaged_NK = probabilities(
+        load_model(model),
+        index,
+        Transform(**CARD["transform"]),
+        views=views,
+        device="cpu",
+        channels=3,
+        threads=1,
+        batch_size=4,
+    )
+    for sample in range(len(index)):
+        expected = by_hand(model, index.path(sample))
+        assert plain_NK[sample] == pytest.approx(expected[0].numpy(), abs=2e-3)
+        assert averaged_NK[sample] == pytest.approx(expected[place].numpy(), abs=2e-3)
+        assert averaged_NK[sample].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_scores_are_told_apart_and_written_as_tables(densenet, model, data, tmp_path):
+    labels = tmp_path / "real.json"
+    labels.write_text(json.dumps([[0, 1, 2]] * 8 + [[]]))
+    out = tmp_path / "out"
+    code, printed = densenet("eval", model, "--data", data, "--tta", "ten-crop", "--labels", labels, "--out", out)
+    assert code == 0, printed
+    assert "resize 40 bilinear antialias, centre crop 32" in printed
+    assert "top-1 8/8 = 100.00 % by" in printed
+    assert "1 images without label" in printed
+    report = json.loads((out / "scores.json").read_text())
+    assert set(report["scores"]) == {"plain", "ten-crop", "labels"}
+    plain = report["scores"]["plain"]
+    assert f"plain     top-1 {plain['top1_correct']}/9" in printed
+    with (out / "per_class.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["class"], row["images"]) for row in rows] == [("cat", "0"), ("dog", "5"), ("eel", "4")]
+    assert sum(int(row["top1_correct"]) for row in rows) == plain["top1_correct"]
+    with (out / "confusion.csv").open() as stream:
+        matrix = np.array([row[1:] for row in csv.reader(stream)][1:], int)
+    assert matrix.sum(axis=1).tolist() == [0, 5, 4]
+    assert np.trace(matrix) == plain["top1_correct"]
+    with (out / "predictions.csv").open() as stream:
+        pictures = list(csv.DictReader(stream))
+    assert sum(row["class"] == row["predicted"] for row in pictures) == plain["top1_correct"]
+
+
+def test_another_resolution_keeps_the_ratio_and_is_named(densenet, model, data):
+    code, printed = densenet("eval", model, "--data", data, "--crop", 48, "--interpolation", "bicubic")
+    assert code == 0, printed
+    assert "resize 60 bicubic antialias, centre crop 48" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tta", "twenty"], "--tta=twenty is not known: use flip or ten-crop"),
+        (["--interpolation", "nearest"], "--interpolation=nearest is not known"),
+        (["--crop", 64, "--resize", 32], "--crop=64 must not exceed --resize=32"),
+        (["--labels", "gone.json"], "--labels=gone.json cannot be read as JSON"),
+        (["--split", "test"], "has no split 'test', it has val"),
+    ],
+)
+def test_bad_options_are_named(densenet, model, data, arguments, message):
+    code, printed = densenet("eval", model, "--data", data, *arguments)
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    assert re.search(message, printed.replace("\n", " ")), printed
+
+
+def test_what_is_no_model_is_named(densenet, model, data, tmp_path):
+    for place, message in (
+        (tmp_path / "nothing", "MODEL=.* is no model"),
+        (model / "model.safetensors", "is a file of weights alone"),
+    ):
+        code, printed = densenet("eval", place, "--data", data)
+        assert code == 2, printed
+        assert re.search(message, printed.replace("\n", " ")), printed

@@ -1,0 +1,98 @@
+"""Every shipped config is loaded, planned and trained for two optimizer steps, on small pictures."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from launch.plan import print_plan
+from launch.prepare import prepare, read_config
+from launch.resources import Resources
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from pipeline.train.state import best_checkpoint
+from pipeline.train.trainer import Trainer
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+SMALL = [
+    "data.image_size=32",
+    "eval.resize=32",
+    "eval.crop=32",
+    "train.global_batch_size=4",
+    "cluster.workers=1",
+    "device=cpu",
+]
+LEFT_OPEN = {"finetune.yaml": "model.weights", "distill.yaml": "loss.teacher"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes with four pictures each."""
+    root = tmp_path_factory.mktemp("set")
+    for split in ("train", "val"):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (40, 40), (60 * i, 100 * label, 50)).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def run(file: Path, pictures: Path, output: Path, *overrides: str) -> tuple[list[dict], Path, str]:
+    """Two steps by a config; its events, its run's folder and the printed plan."""
+    config = read_config(file, [*SMALL, f"data.root={pictures}", f"run.output={output}", "run.name=run", *overrides])
+    if config.data.progressive:
+        sides = tuple((epoch, 24) for epoch, _ in config.data.progressive)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"progressive": sides})})
+    prepared = prepare(config, Resources("this machine", 1, 0, embedded=True))
+    console = Console(width=200, file=io.StringIO())
+    print_plan(console, prepared)
+    derived = prepared.derived.model_copy(update={"total_steps": 2, "total_samples": 8})
+    events: list[dict] = []
+    trainer = Trainer(
+        prepared.config,
+        derived,
+        prepared.train_index,
+        prepared.val_index,
+        prepared.run_dir,
+        torch.device("cpu"),
+        events.append,
+        prepared.sources,
+    )
+    trainer.fit()
+    return events, prepared.run_dir, console.file.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda f: str(f.relative_to(CONFIGS)))
+def test_a_shipped_config_plans_and_trains(file, pictures, tmp_path, one_rank):
+    digits = ["data.root=digits://"] if file.name == "demo.yaml" else []
+    start = []
+    if file.name in LEFT_OPEN:
+        _, teacher, _ = run(CONFIGS / "demo.yaml", pictures, tmp_path, "run.name=teacher")
+        start = [f"{LEFT_OPEN[file.name]}={teacher}", "model.name=densenet_tiny"]
+    elif file.parent.name == "recipes":
+        start = ["model.name=densenet_tiny"]
+    events, run_dir, plan = run(file, pictures, tmp_path, *start, *digits)
+    assert "checkpoint" in [event["kind"] for event in events]
+    evaluated = [e["weights"] for e in events if e["kind"] == "eval"]
+    config = read_config(best_checkpoint(run_dir) / "config.yaml", [])
+    assert evaluated == (["raw"] if config.ema.decay is None else ["raw", "ema"])
+    assert f"{config.optim.name}, schedule {config.schedule.name}" in plan
+    if "model.weights" in LEFT_OPEN.get(file.name, ""):
+        assert f"{best_checkpoint(tmp_path / 'teacher')}" in plan
+
+
+@pytest.mark.parametrize("name", LEFT_OPEN)
+def test_what_a_recipe_leaves_to_the_user_is_asked_for(name):
+    with pytest.raises(ConfigError, match=f"leaves {LEFT_OPEN[name]} to you: add {LEFT_OPEN[name]}=VALUE"):
+        load_config(CONFIGS / "recipes" / name)
+
+
+def test_recipes_say_where_they_are_from_and_whether_they_have_been_run():
+    for file in (CONFIGS / "recipes").glob("*.yaml"):
+        words = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
+        assert "run" in words and ("Expected" in words or "To beat" in words or "fast.yaml" in words), file
