@@ -16,7 +16,7 @@ from pipeline.data.staging import fetch_indexes, is_remote
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.densenet import check_name, create
-from pipeline.model.weights import Sources, load_teacher, load_weights
+from pipeline.model.weights import Sources, load_teacher, load_weights, read_card
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def prepare(config: RunConfig, offered: Resources) -> Prepared:
         )
     sources = find_sources(config)
     start = _check_sources(config, derived, sources, train_index.classes)
+    warnings += _other_normalisation(config, sources)
     return Prepared(config, derived, taken, train_index, val_index, sources, start, tuple(warnings))
 
 
@@ -105,6 +106,18 @@ def _check_sources(config: RunConfig, derived: Derived, sources: Sources, classe
     if sources.teacher is not None:
         load_teacher(sources.teacher, classes, config.model.in_chans)
     return start
+
+
+def _other_normalisation(config: RunConfig, sources: Sources) -> list[str]:
+    """A warning where a model that is started or learned from was trained on pictures of another mean or deviation."""
+    warnings = []
+    for key, place in (("model.weights", sources.weights), ("loss.teacher", sources.teacher)):
+        if place is not None and place.is_dir():
+            theirs = read_card(place)["transform"]
+            for name, ours in (("mean", config.data.mean), ("std", config.data.std)):
+                if list(ours) != list(theirs[name]):
+                    warnings.append(f"data.{name} is {list(ours)}, {key} was trained with {theirs[name]}")
+    return warnings
 
 
 def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> tuple[DatasetIndex, DatasetIndex]:

@@ -65,11 +65,13 @@ def download(model_uri: str, uri: str, cache: Path) -> Path:
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
             with redirect_stderr(io.StringIO()):  # its progress bar
-                mlflow.artifacts.download_artifacts(model.uri, dst_path=str(partial), tracking_uri=uri)
-            partial.rename(folder)
+                source = connect(uri).get_model_version_download_uri(model.name, model.version)
+                found = mlflow.artifacts.download_artifacts(source, dst_path=str(partial), tracking_uri=uri)
+            Path(found).rename(folder)
         except (MlflowException, OSError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{model_uri} cannot be read from {shown(uri)}: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     if not (folder / "artifacts" / "model.json").is_file():
         raise UserError(f"{model_uri} ({model.uri} in {shown(uri)}) has no model card: it is not of this project.")
     return folder / "artifacts"

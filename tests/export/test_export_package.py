@@ -179,6 +179,7 @@ def test_the_packaged_code_builds_the_same_net(name):
 
 def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registered, tmp_path):
     model, uri, folder = registered
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")  # what another part of the process uses is no matter
     place = locate(model.uri, "model.weights", tmp_path / "models", uri)
     first = (place / "model.safetensors").stat().st_mtime_ns
     assert locate("models:/tiny/1", "model.weights", tmp_path / "models", uri) == place
