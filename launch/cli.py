@@ -24,15 +24,16 @@ errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 Config = Annotated[Path, typer.Argument(help="YAML config, for example configs/demo.yaml", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.epochs=2")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else a Ray of its own")]
+Resume = Annotated[str, typer.Option(help="auto: the run's own newest checkpoint; or a folder, or an MLflow run id")]
 Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, address: Address = None) -> None:
+def train(config: Config, overrides: Overrides = None, address: Address = None, resume: Resume = "auto") -> None:
     """Train, evaluate, and register the model."""
     from launch.train import train_command
 
-    train_command(console, config, overrides or [], address)
+    train_command(console, config, overrides or [], address, resume)
 
 
 @app.command()
@@ -94,7 +95,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted."""
+    """Runs the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
     console.file = sys.stdout  # held on to: while Ray runs, what it prints to sys.stdout goes to a log file
     try:
         app()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ class Hub:
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._error: str | None = None
+        self._stop = False
 
     def push(self, event: dict[str, Any]) -> None:
         self._events.append(event | {"time": time.time()})
@@ -49,6 +51,12 @@ class Hub:
 
     def error(self) -> str | None:
         return self._error
+
+    def ask_to_stop(self) -> None:
+        self._stop = True
+
+    def stop_asked(self) -> bool:
+        return self._stop
 
 
 def cluster_address(option: str | None) -> str | None:
@@ -121,10 +129,13 @@ def run(
     train_index: DatasetIndex,
     val_index: DatasetIndex,
     sources: Sources,
+    resume: Path | None,
     run_dir: Path,
     on_event: Callable[[dict[str, Any]], None],
 ) -> None:
     """Trains on the connected cluster until the run is complete; `on_event` gets the events in order, in a thread.
+
+    SIGTERM asks the workers to end after a checkpoint; they tell so by the event `stopped`.
 
     Raises:
         UserError: a worker met an error that the user can mend.
@@ -139,6 +150,7 @@ def run(
             "train_index": ray.put(train_index),
             "val_index": ray.put(val_index),
             "sources": sources,
+            "resume": resume,
             "run_dir": run_dir,
             "hub": hub,
         },
@@ -159,6 +171,7 @@ def run(
     pump = threading.Thread(target=_pump, args=(hub, on_event, done), daemon=True)
     pump.start()
     failure: Exception | None = None
+    before = signal.signal(signal.SIGTERM, lambda number, frame: hub.ask_to_stop.remote())
     try:
         trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
@@ -166,6 +179,7 @@ def run(
     except SystemExit:  # Ray's own handling of Ctrl-C, after it has ended the workers
         raise KeyboardInterrupt from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         done.set()
         pump.join()
     message = _error(hub)

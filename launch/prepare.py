@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.resources import Resources, Share, share
-from launch.sources import REGISTRY, find_sources
+from launch.sources import REGISTRY, find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig, load_config
 from pipeline.data.dataset import open_splits
 from pipeline.data.digits import write_digits
@@ -17,11 +17,15 @@ from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.densenet import check_name, create
 from pipeline.model.weights import Sources, load_teacher, load_weights, read_card
+from pipeline.train.state import resumed
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to start; `start` tells what its weights are at first."""
+    """A run that is ready to start.
+
+    `start` tells what its weights are at first; `resume` is another run's checkpoint to go on from, if any.
+    """
 
     config: RunConfig
     derived: Derived
@@ -30,6 +34,7 @@ class Prepared:
     val_index: DatasetIndex
     sources: Sources
     start: str
+    resume: Path | None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -61,8 +66,10 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     )
 
 
-def prepare(config: RunConfig, offered: Resources) -> Prepared:
-    """Checks the output folder, opens the data and splits the work.
+def prepare(config: RunConfig, offered: Resources, resume: str | None = None) -> Prepared:
+    """Checks the output folder, opens the data, splits the work and finds what it starts from.
+
+    `resume` is None or `auto` for the run's own newest checkpoint, a path, or an MLflow run id.
 
     Raises:
         UserError: anything that would stop the run later and can be known now.
@@ -92,8 +99,12 @@ def prepare(config: RunConfig, offered: Resources) -> Prepared:
         )
     sources = find_sources(config)
     start = _check_sources(config, derived, sources, train_index.classes)
+    found = None if resume in (None, "auto") else find_checkpoint(str(resume), config)
+    if found is not None:
+        resumed(config, derived, train_index, found)
+        start = f"those of {found}, and all else of its run"
     warnings += _other_normalisation(config, sources)
-    return Prepared(config, derived, taken, train_index, val_index, sources, start, tuple(warnings))
+    return Prepared(config, derived, taken, train_index, val_index, sources, start, found, tuple(warnings))
 
 
 def _check_sources(config: RunConfig, derived: Derived, sources: Sources, classes: tuple[str, ...]) -> str:

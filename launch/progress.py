@@ -53,6 +53,7 @@ class Display:
         self._epochs, self._total_steps, self._workers = epochs, total_steps, workers
         self._starts = 0
         self.skipped: set[int] = set()
+        self.stopped_at: int | None = None
         self._live = Live(
             Text(""),
             console=console,
@@ -89,6 +90,8 @@ class Display:
             case "eval":
                 what = f"{WEIGHTS[event['weights']]}{accuracy(event)}, loss {event['loss']:.4f}"
                 self.line(f"epoch {event['epoch']:.2f}: {what} ({speed(event['img_per_s'])})")
+            case "stopped":
+                self.stopped_at = event["samples_seen"]
             case "warning":
                 self.line(f"warning: {event['message']}", style="yellow")
             case "skipped":

@@ -1,16 +1,20 @@
 """Where the models that a user names are: files of weights, checkpoints, runs, the model registry."""
 
+import re
 from pathlib import Path
+
+from mlflow.exceptions import MlflowException
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.model.weights import Sources
 from pipeline.tracking.registry import download
-from pipeline.tracking.run import tracking_uri
-from pipeline.train.checkpoint import checkpoints
+from pipeline.tracking.run import connect, shown, tracking_uri
+from pipeline.train.checkpoint import MANIFEST, checkpoints, fault, newest_valid
 from pipeline.train.state import best_checkpoint, checkpoint_root
 
 REGISTRY = "models:/"
+_RUN_ID = re.compile("[0-9a-f]{32}")
 
 
 def find_sources(config: RunConfig) -> Sources:
@@ -25,6 +29,42 @@ def find_sources(config: RunConfig) -> Sources:
         for key, place in (("model.weights", config.model.weights), ("loss.teacher", config.loss.teacher))
     )
     return Sources(weights, teacher)
+
+
+def find_checkpoint(place: str, config: RunConfig) -> Path:
+    """The checkpoint to go on from: a folder, the newest sound one of a run's folder, or that of an MLflow run's id.
+
+    Raises:
+        UserError: there is none, it is damaged, or the run has checkpoints of its own.
+    """
+    own = Path(config.run.output) / str(config.run.name)
+    if checkpoints(checkpoint_root(own)):
+        raise UserError(
+            f"--resume={place}: the run {config.run.name} has checkpoints of its own, and goes on from the newest. "
+            f"Leave --resume out, or choose another run.name."
+        )
+    path = Path(place).expanduser()
+    if _RUN_ID.fullmatch(place) and not path.exists():
+        path = _run_folder(place, tracking_uri(config))
+    if (path / MANIFEST).is_file():
+        reason = fault(path)
+        if reason is not None:
+            raise UserError(f"--resume={place} is damaged: {reason}.")
+        return path
+    skipped: list[str] = []
+    found = newest_valid(checkpoint_root(path), skipped.append)
+    if found is None:
+        told = f" ({'; '.join(skipped)})" if skipped else ""
+        raise UserError(f"--resume={place}: there is no sound checkpoint in {path}{told}.")
+    return found
+
+
+def _run_folder(run_id: str, uri: str) -> Path:
+    try:
+        params = connect(uri).get_run(run_id).data.params
+        return Path(params["run.output"]) / params["run.name"]
+    except (MlflowException, KeyError) as error:
+        raise UserError(f"--resume={run_id}: {shown(uri)} has no training run of this id.") from error
 
 
 def locate(place: str, key: str, cache: Path, uri: str) -> Path:

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -28,17 +29,24 @@ from pipeline.train import checkpoint
 from pipeline.train.schedule import learning_rate
 from pipeline.train.state import best_checkpoint, checkpoint_root, read_state
 
+
+class _Stopped(Exception):
+    """The workers have ended early, as they were asked to."""
+
+
 _PLOTTED = 1000
 _PHASES = {"workers_started": "worker start", "first_step": "first step"}
 
 
-def train_command(console: Console, path: Path, overrides: list[str], address: str | None) -> None:
+def train_command(
+    console: Console, path: Path, overrides: list[str], address: str | None, resume: str | None = None
+) -> None:
     """Trains as `densenet train` does, and prints the summary.
 
     Raises:
         UserError: bad input; nothing is left running.
         TrainingError: the workers failed for another reason.
-        SystemExit: 130, after Ctrl-C.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM and the checkpoint that follows it.
     """
     clock = Clock()
     default_uri = default_tracking_uri()  # asked for now: registering sets the variable that it reads
@@ -49,10 +57,10 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
     with ExitStack() as stack:
         if address is None:
             dashboard_port = _dashboard_port(config)
-            prepared = prepare(config, this_machine())
+            prepared = prepare(config, this_machine(), resume)
         else:
             dashboard = stack.enter_context(joined(address, log_file))
-            prepared = prepare(config, offered_by_cluster(address))
+            prepared = prepare(config, offered_by_cluster(address), resume)
         print_plan(console, prepared)
         tracker = _start_tracker(prepared)
         clock.ended("prepare")
@@ -66,10 +74,21 @@ def train_command(console: Console, path: Path, overrides: list[str], address: s
                 display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
                 img_per_s = _train(prepared, tracker, display, clock)
                 clock.ended("training")
+                if display.stopped_at is not None:
+                    raise _Stopped
                 display.status("registering the model")
                 best = best_checkpoint(prepared.run_dir)
                 registered = _register(prepared, tracker, best)
                 clock.ended("registration")
+        except _Stopped:
+            tracker.finish("KILLED")
+            console.print(
+                f"stopped by SIGTERM at {display.stopped_at:,} samples, after a checkpoint; the same command with "
+                f"run.name={config.run.name} goes on",
+                style="yellow",
+                soft_wrap=True,
+            )
+            raise SystemExit(128 + signal.SIGTERM) from None
         except KeyboardInterrupt:
             tracker.finish("KILLED")
             console.print("interrupted: checkpoints and records so far are kept", style="yellow")
@@ -157,6 +176,7 @@ def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock)
         prepared.train_index,
         prepared.val_index,
         prepared.sources,
+        prepared.resume,
         prepared.run_dir,
         on_event,
     )

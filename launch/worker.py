@@ -1,7 +1,10 @@
 """The function that every Ray Train worker runs, wherever the cluster is."""
 
+import faulthandler
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,8 @@ def _train(task: dict[str, Any], report: Any) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    resume = newest_checkpoint(task["run_dir"], lambda text: report({"kind": "warning", "message": text}))
+    newest = newest_checkpoint(task["run_dir"], lambda text: report({"kind": "warning", "message": text}))
+    hang_s = task["config"].cluster.hang_timeout_s
     trainer = Trainer(
         task["config"],
         task["derived"],
@@ -64,8 +68,29 @@ def _train(task: dict[str, Any], report: Any) -> None:
         device,
         report,
         task["sources"],
+        newest or task["resume"],
+        _stop_asked(task["hub"]),
+        partial(faulthandler.dump_traceback_later, hang_s, exit=True),
     )
-    trainer.fit(resume)
+    try:
+        trainer.fit()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _stop_asked(hub: Any) -> Callable[[], bool]:
+    """A function that says whether the driver wants the run to stop, as the hub knew some moments ago; never waits."""
+    asked = hub.stop_asked.remote()
+
+    def look() -> bool:
+        nonlocal asked
+        if not ray.wait([asked], timeout=0)[0]:
+            return False
+        answer = ray.get(asked)
+        asked = hub.stop_asked.remote()
+        return answer
+
+    return look
 
 
 def _on_this_node(config: RunConfig, index: DatasetIndex) -> DatasetIndex:

@@ -301,13 +301,20 @@ class Engine(Section):
 
 class Checkpoint(Section):
     every_epochs: Count = Field(1, description="epochs between checkpoints; the end of the run always has one")
+    every_samples: Count | None = Field(None, description="samples between further checkpoints")
+    every_minutes: float | None = Field(None, gt=0, description="minutes between further ones, looked at when logging")
     keep_last: Count = Field(2, description="newest checkpoints kept; the best one is kept besides")
+    keep_every_epochs: Count | None = Field(None, description="the first one in every so many epochs is kept too")
+    allow_changed: tuple[str, ...] = Field((), description="differences from the run's checkpoint that are accepted")
 
 
 class Cluster(Section):
     workers: Count | Auto = Field("auto", description="auto: one per GPU, or one on the CPU")
     cpus_per_worker: Count | Auto = Field("auto", description="auto: the machine's cores shared out")
     max_failures: int = Field(3, ge=0, description="restarts after a lost worker, from the newest checkpoint")
+    hang_timeout_s: float = Field(
+        1800, gt=0, description="a worker without a batch for so long is ended, all stacks in its log, and restarted"
+    )
     dashboard_port: int | Auto = Field("auto", description="of an embedded Ray, on loopback; auto: any free port")
 
 

@@ -1,9 +1,9 @@
 """Checkpoints: folders that either verify in full or are passed over.
 
-A checkpoint named `samples-000123456` holds `engine/` (every rank's DeepSpeed state), `model.safetensors` (the whole
-model in fp32, timm's names), `ema.safetensors` where an average is kept, `model.json` (what is needed to use it),
-`state.json` (clock, best result, tracking run), `config.yaml` and, written last, `manifest.json` with every other
-file's size and SHA-256. It is written to `NAME.partial` and renamed.
+A checkpoint named `samples-000123456` holds `model.safetensors` (the whole model in fp32, timm's names),
+`optimizer.safetensors` (its whole state, under the same names), `ema.safetensors` where an average is kept,
+`model.json` (what is needed to use it), `state.json` (clock, best result, tracking run), `config.yaml` and, written
+last, `manifest.json` with every other file's size and SHA-256. It is written to `NAME.partial` and renamed.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 _PREFIX = "samples-"
 _PARTIAL = ".partial"
 
@@ -92,10 +92,12 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=samples_of)
 
 
-def prune(root: Path, keep_last: int, best: str | None) -> None:
-    """Removes what is neither among the newest `keep_last` nor the best, and what a crash left half-written."""
-    for folder in checkpoints(root)[:-keep_last]:
-        if folder.name != best:
+def prune(root: Path, keep: Callable[[list[Path]], list[Path]]) -> None:
+    """Removes what `keep` does not choose of all, oldest first, and what a crash left half-written."""
+    there = checkpoints(root)
+    kept = keep(there)
+    for folder in there:
+        if folder not in kept:
             shutil.rmtree(folder)
     for leftover in root.glob(f"{_PREFIX}*{_PARTIAL}"):
         shutil.rmtree(leftover)

@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.config import Optim, RunConfig
 from pipeline.derived import Derived
 from pipeline.model.weights import freeze, rate_factors
+from pipeline.train import optimizer_state
 from pipeline.train.compile import compile_model
 from pipeline.train.optim import create_optimizer, parameter_groups
 
@@ -142,15 +143,13 @@ class Engine:
         if self.ema is not None:
             self.ema.module.load_state_dict(load_file(file))
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's part of the optimizer and model state below `folder`."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The optimizer's whole state on the CPU, see `pipeline.train.optimizer_state`; empty on every rank but 0."""
+        return optimizer_state.gather(self._optimizer, self.module, self.stage)
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, at the same number of ranks and the same ZeRO stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
+    def load_optimizer(self, file: Path) -> None:
+        """Reads the optimizer's whole state from a file; the weights are the ones that the model was given."""
+        optimizer_state.scatter(self._optimizer, self.module, self.stage, load_file(file))
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:

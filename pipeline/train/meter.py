@@ -1,7 +1,7 @@
 """Loss and speed between two log lines, without touching the device in between."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,17 +37,23 @@ class Meter:
         self._loss += loss.detach()
         self._micro_batches += 1
 
-    def read(self, step: int) -> dict[str, float]:
+    def mean_loss(self) -> float:
+        """The mean loss over all ranks since the interval began (a collective); waits for the device."""
+        sums = self._loss / (max(1, self._micro_batches) * self._derived.workers)
+        dist.all_reduce(sums)
+        return sums.item()
+
+    def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[dict[str, float], list[bool]]:
         """Closes the interval (a collective): the mean loss over all ranks, images/s, data wait share, seconds left.
 
-        `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them.
+        `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them. Each of the
+        `wishes` comes back true on all ranks where it was true on any.
         """
-        sums = self._loss / (self._micro_batches * self._derived.workers)
-        dist.all_reduce(sums)
-        loss = sums.item()  # waits for the device, so the elapsed time includes all the work
+        loss = self.mean_loss()  # waits for the device, so the elapsed time includes all the work
         elapsed_s = time.perf_counter() - self._started
-        wait = torch.tensor(self._waited_s / elapsed_s, device=self._loss.device)
-        dist.all_reduce(wait, dist.ReduceOp.MAX)
+        largest = torch.tensor([self._waited_s / elapsed_s, *map(float, wishes)], device=self._loss.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        wait, *agreed = largest.tolist()
         steps = self._micro_batches // self._derived.accumulation
         images = steps * self._derived.global_batch_size
         self._images += images
@@ -57,11 +63,11 @@ class Meter:
             "loss": loss,
             "img_per_s": img_per_s,
             "img_per_s_worker": img_per_s / self._derived.workers,
-            "data_wait": wait.item(),
+            "data_wait": wait,
             "eta_s": (self._derived.total_steps - step) * elapsed_s / steps,
         }
         self.restart()
-        return record
+        return record, [wish > 0 for wish in agreed]
 
     def mean_img_per_s(self) -> float:
         """Images per second over all closed intervals and all workers."""

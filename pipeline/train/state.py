@@ -2,25 +2,25 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from pipeline.config import RunConfig
+from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.model.densenet import architecture
 from pipeline.train import checkpoint
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult
+from pipeline.train.writer import Contents, Writer
 
 Weights = Literal["raw", "ema"]
+_OPTIMIZER = "optimizer.safetensors"
 _FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 
 
@@ -55,33 +55,45 @@ def checkpoint_root(run_dir: Path) -> Path:
 
 
 def save(
-    engine: Engine, config: RunConfig, derived: Derived, state: RunState, classes: tuple[str, ...], run_dir: Path
-) -> Path:
-    """Writes a sealed checkpoint (a collective) and removes the ones that are no longer kept."""
-    root = checkpoint_root(run_dir)
-    folder = root / checkpoint.folder_name(state.samples_seen)
-    partial = checkpoint.partial(folder)
-    first = dist.get_rank() == 0
-    if first:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save(partial)
-    weights: dict[Weights, dict[str, torch.Tensor]] = {"raw": engine.full_state(), "ema": engine.ema_state()}
-    dist.barrier()
-    if first:
-        for kind, tensors in weights.items():
-            if tensors:
-                save_file(tensors, partial / _FILES[kind])
-        checkpoint.write_json(partial / "model.json", _model_card(config, derived, state, classes))
-        checkpoint.write_json(partial / "state.json", asdict(state) | {"identity": _identity(config, derived)})
-        (partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        checkpoint.seal(folder)
-        best = checkpoint.folder_name(state.best_at) if state.best_at is not None else None
-        checkpoint.prune(root, config.checkpoint.keep_last, best)
-    dist.barrier()
-    return folder
+    engine: Engine,
+    config: RunConfig,
+    derived: Derived,
+    state: RunState,
+    train_index: DatasetIndex,
+    writer: Writer | None,
+) -> None:
+    """Takes a copy of everything (a collective), and lets rank 0's writer write it; other ranks have none."""
+    tensors = {
+        _FILES["raw"]: engine.full_state(),
+        _FILES["ema"]: engine.ema_state(),
+        _OPTIMIZER: engine.optimizer_state(),
+    }
+    if writer is None:
+        return
+    contents = Contents(
+        tensors={name: values for name, values in tensors.items() if values},
+        trees={
+            "model.json": _model_card(config, derived, state, train_index.classes),
+            "state.json": asdict(state) | {"identity": _identity(config, derived, train_index)},
+        },
+        texts={"config.yaml": config.to_yaml()},
+    )
+    best, every = state.best_at, config.checkpoint.keep_every_epochs
+
+    def keep(there: list[Path]) -> list[Path]:
+        kept = there[-config.checkpoint.keep_last :]
+        for earlier, folder in zip([None, *there], there, strict=False):
+            seen = checkpoint.samples_of(folder)
+            before = checkpoint.samples_of(earlier) if earlier else 0
+            if seen == best or (every and _epochs(seen, derived) // every > _epochs(before, derived) // every):
+                kept.append(folder)
+        return kept
+
+    writer.write(checkpoint.folder_name(state.samples_seen), contents, keep)
+
+
+def _epochs(samples: int, derived: Derived) -> int:
+    return samples // derived.train_samples
 
 
 def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
@@ -93,26 +105,35 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
     return found[0]
 
 
-def restore(engine: Engine, config: RunConfig, derived: Derived, folder: Path) -> RunState:
-    """Reads a sealed checkpoint into the engine (a collective) and returns the run's state.
+def resumed(config: RunConfig, derived: Derived, train_index: DatasetIndex, folder: Path) -> RunState:
+    """The state of the run in a sealed checkpoint, of this or another number of workers and ZeRO stage.
 
     Raises:
         UserError: the checkpoint is of another run, or was written under settings that cannot be changed.
     """
     record = read_state(folder)
-    written, here = record["identity"], _identity(config, derived)
-    changed = [f"{key} was {written[key]} and is {here[key]}" for key in here if written[key] != here[key]]
+    written, here = record["identity"], _identity(config, derived, train_index)
+    allowed = config.checkpoint.allow_changed
+    changed = [
+        f"{key} was {written[key]} and is {here[key]}"
+        for key in here
+        if written[key] != here[key] and key not in allowed
+    ]
     if changed:
         raise UserError(
-            f"checkpoint {folder} cannot be continued: {'; '.join(changed)}. "
-            f"Undo the change, or start a new run under another run.name."
+            f"checkpoint {folder} cannot be continued: {'; '.join(changed)}. Undo the change, start a new run under "
+            f"another run.name, or, where you know it to be harmless, name it in checkpoint.allow_changed."
         )
-    engine.load(folder)
-    engine.load_ema(folder / _FILES["ema"])
     best, last = (EvalResult(**record[k]) if record[k] else None for k in ("best", "last"))
     return RunState(
         record["samples_seen"], best, record["best_at"], record["best_of"], last, record["last_at"], record["last_of"]
     )
+
+
+def load_into(engine: Engine, folder: Path) -> None:
+    """Gives the engine, whose model has the checkpoint's weights already, what else it needs to go on."""
+    engine.load_optimizer(folder / _OPTIMIZER)
+    engine.load_ema(folder / _FILES["ema"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -121,24 +142,25 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of the best evaluation so far, as the newest checkpoint knows it."""
+    """The checkpoint of the best evaluation so far, as the newest one knows it; the newest, if it could not be kept."""
     root = checkpoint_root(run_dir)
     newest = checkpoint.checkpoints(root)[-1]
-    return root / checkpoint.folder_name(read_state(newest)["best_at"])
+    best = read_state(newest)["best_at"]
+    folder = root / checkpoint.folder_name(best) if best is not None else newest
+    return folder if folder.is_dir() else newest
 
 
-def _identity(config: RunConfig, derived: Derived) -> dict[str, Any]:
+def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
     return {
         "model.name": config.model.name,
         "run.seed": config.run.seed,
-        "engine.zero_stage": config.engine.zero_stage,
         "optim.name": config.optim.name,
         "ema": "off" if config.ema.decay is None else "on",
         "train.global_batch_size": derived.global_batch_size,
-        "workers": derived.workers,
         "classes": derived.num_classes,
         "training images": derived.train_samples,
+        "data": train_index.fingerprint[:16],
     }
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,14 @@ from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.model import create
 from pipeline.model.weights import NO_SOURCES, Sources, load_teacher, load_weights
+from pipeline.train.checkpoint import samples_of
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult, Forward, evaluate
 from pipeline.train.loss import Criterion
 from pipeline.train.meter import Meter
 from pipeline.train.schedule import learning_rate
-from pipeline.train.state import RunState, Weights, restore, save
+from pipeline.train.state import RunState, Weights, checkpoint_root, load_into, resumed, save
+from pipeline.train.writer import Writer
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -36,7 +38,9 @@ class Trainer:
 
     `report` receives events (dicts with a `kind`); it must return at once. Those of rank 0 count; but every rank tells
     of the damaged training pictures that it met and replaced (`skipped`). `sources` are the weights to start from and
-    the teacher, where the config asks for them.
+    the teacher, where the config asks for them; `resume` is a sealed checkpoint to go on from instead. When
+    `should_stop` is true on any rank, which is looked at when logging, all end after a checkpoint. `alive` is called
+    with every batch.
     """
 
     def __init__(
@@ -49,18 +53,28 @@ class Trainer:
         device: torch.device,
         report: Report,
         sources: Sources = NO_SOURCES,
+        resume: Path | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.derived, self.run_dir, self.device, self.report = config, derived, run_dir, device, report
-        self.classes = train_index.classes
+        self.train_index, self.should_stop, self.alive = train_index, should_stop, alive
         self.rank = dist.get_rank()
+        self.state = RunState()
         torch.manual_seed(config.run.seed)
         model = create(config.model, derived.num_classes)
-        if sources.weights is not None:
+        if resume is not None:
+            self.state = resumed(config, derived, train_index, resume)
+            load_weights(model, resume / "model.safetensors")
+        elif sources.weights is not None:
             load_weights(model, sources.weights)
         self.engine = Engine(config, derived, model, device, self._warn)
+        if resume is not None:
+            load_into(self.engine, resume)
+            self.report({"kind": "resumed", "samples_seen": self.state.samples_seen, "checkpoint": str(resume)})
         teacher = None
         if sources.teacher is not None:
-            model = load_teacher(sources.teacher, self.classes, config.model.in_chans).to(device)
+            model = load_teacher(sources.teacher, train_index.classes, config.model.in_chans).to(device)
             teacher = partial(self.engine.infer, model)
         self.criterion = Criterion(
             config.loss,
@@ -89,22 +103,26 @@ class Trainer:
             skip_by=self.plan if data.on_corrupt == "skip" else None,
         )
         self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.interpolation)
-        self.state = RunState()
+        self._writer = Writer(checkpoint_root(run_dir), self._saved, self._warn) if self.rank == 0 else None
+        self._saved_at = time.monotonic()
         self._told = 0  # of the skipped samples
 
-    def fit(self, resume: Path | None = None) -> None:
-        """Trains to the end of the run, from `resume` (a sealed checkpoint) or from the start."""
-        if resume is not None:
-            self.state = restore(self.engine, self.config, self.derived, resume)
-            self.report({"kind": "resumed", "samples_seen": self.state.samples_seen, "checkpoint": str(resume)})
+    def fit(self) -> None:
+        """Trains to the end of the run."""
         batch_size, total_steps = self.derived.global_batch_size, self.derived.total_steps
         first_step = self.state.samples_seen // batch_size
         meter = Meter(self.derived, self.device)
-        with closing(self.loader), closing(self.eval_loader), closing(self._batches(first_step)) as batches:
+        with (
+            closing(self.loader),
+            closing(self.eval_loader),
+            self._writer or nullcontext(),
+            closing(self._batches(first_step)) as batches,
+        ):
             for step in range(first_step, total_steps):
                 rate = learning_rate(self.config.schedule, self.derived, self.state.samples_seen)
                 self.engine.set_learning_rate(rate)
                 for micro in range(self.derived.accumulation):
+                    self.alive()
                     with meter.waiting():
                         batch = next(batches)
                     self._seed_dropout(step, micro)
@@ -117,15 +135,20 @@ class Trainer:
                 last = step + 1 == total_steps
                 if step == first_step:
                     self.report({"kind": "first_step"})
+                stop = save = False
                 if last or (step + 1) % self.config.train.log_every_steps == 0:
-                    self._log(meter, step + 1, rate)
+                    stop, save = self._log(meter, step + 1, rate)
                     self._tell_skipped()
                 evaluate_now = last or self._passed_epoch(self.config.eval.every_epochs)
                 is_best = evaluate_now and self._evaluate()
-                if last or is_best or self._passed_epoch(self.config.checkpoint.every_epochs):
+                if last or is_best or stop or save or self._checkpoint_due():
+                    self._check(meter.mean_loss(), step + 1)
                     self._checkpoint()
                 if evaluate_now:
                     meter.restart()
+                if stop and not last:
+                    self.report({"kind": "stopped", "samples_seen": self.state.samples_seen})
+                    return
             if first_step < total_steps:
                 self.report({"kind": "trained", "img_per_s": meter.mean_img_per_s()})
 
@@ -175,27 +198,44 @@ class Trainer:
     def _warn(self, message: str) -> None:
         self.report({"kind": "warning", "message": message})
 
+    def _passed(self, samples: int) -> bool:
+        """Whether the last step passed a multiple of so many samples."""
+        seen = self.state.samples_seen
+        return seen // samples > (seen - self.derived.global_batch_size) // samples
+
     def _passed_epoch(self, every: int) -> bool:
         """Whether the last step completed an epoch whose number is a multiple of `every`."""
-        n = self.derived.train_samples * every
-        seen = self.state.samples_seen
-        return seen // n > (seen - self.derived.global_batch_size) // n
+        return self._passed(self.derived.train_samples * every)
+
+    def _checkpoint_due(self) -> bool:
+        policy = self.config.checkpoint
+        by_samples = policy.every_samples is not None and self._passed(policy.every_samples)
+        return by_samples or self._passed_epoch(policy.every_epochs)
 
     @property
     def _epoch(self) -> float:
         return self.state.samples_seen / self.derived.train_samples
 
-    def _log(self, meter: Meter, step: int, rate: float) -> None:
-        record = meter.read(step)
-        if not math.isfinite(record["loss"]):
-            raise UserError(
-                f"the training loss is {record['loss']} at step {step} (epoch {self._epoch:.2f}): lower optim.lr "
-                f"(now {self.config.optim.lr:g}), lengthen schedule.warmup_epochs or set optim.clip_grad_norm."
-            )
+    def _log(self, meter: Meter, step: int, rate: float) -> tuple[bool, bool]:
+        """Reports, and says whether any rank wants to stop, and whether the minutes between checkpoints are over."""
+        minutes = self.config.checkpoint.every_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        record, (stop, save) = meter.read(step, (self.should_stop(), late and self.rank == 0))
+        self._check(record["loss"], step)
         self.report(
             {"kind": "step", "step": step, "samples_seen": self.state.samples_seen, "epoch": self._epoch, "lr": rate}
             | record
         )
+        return stop, save
+
+    def _check(self, loss: float, step: int) -> None:
+        """Ends the run on all ranks where the mean loss is no number, before a checkpoint is written."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training loss is {loss} at step {step} (epoch {self._epoch:.2f}): lower optim.lr "
+                f"(now {self.config.optim.lr:g}), lengthen schedule.warmup_epochs or set optim.clip_grad_norm. The "
+                f"checkpoints before it are sound."
+            )
 
     def _tell_skipped(self) -> None:
         for sample in list(self.loader.skipped)[self._told :]:
@@ -216,7 +256,7 @@ class Trainer:
     def _evaluate_one(self, weights: Weights, forward: Forward, forward_is_collective: bool) -> EvalResult:
         started = time.perf_counter()
         result = evaluate(
-            forward,
+            lambda images_NCHW: (self.alive(), forward(images_NCHW))[1],
             self.eval_loader,
             self.eval_plan,
             self.derived.eval_batch_size,
@@ -236,6 +276,20 @@ class Trainer:
         return result
 
     def _checkpoint(self) -> None:
+        started = time.perf_counter()
         self.engine.average_batch_norm()
-        folder = save(self.engine, self.config, self.derived, self.state, self.classes, self.run_dir)
-        self.report({"kind": "checkpoint", "samples_seen": self.state.samples_seen, "checkpoint": str(folder)})
+        save(self.engine, self.config, self.derived, self.state, self.train_index, self._writer)
+        self._saved_at = time.monotonic()
+        self._stall_s = time.perf_counter() - started
+
+    def _saved(self, folder: Path, seconds: float) -> None:
+        """Tells of a sealed checkpoint (in the writer's thread)."""
+        self.report(
+            {
+                "kind": "checkpoint",
+                "samples_seen": samples_of(folder),
+                "checkpoint": str(folder),
+                "stall_s": self._stall_s,
+                "write_s": seconds,
+            }
+        )

@@ -64,7 +64,7 @@ def test_a_half_written_checkpoint_is_not_one(tmp_path):
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     folders = [sealed(tmp_path, n) for n in (100, 200, 300, 400)]
     checkpoint.partial(folders[0]).mkdir()
-    checkpoint.prune(tmp_path, keep_last=2, best=folders[0].name)
+    checkpoint.prune(tmp_path, lambda there: [there[0], *there[-2:]])
     assert sorted(p.name for p in tmp_path.iterdir()) == [folders[i].name for i in (0, 2, 3)]
 
 

@@ -37,7 +37,7 @@ EVERYTHING = {  # every source of randomness, and pictures that grow in the midd
 def run(indexes: tuple, run_dir: Path, resume: Path | None = None, **sections: dict) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     config, derived = settings(*indexes, **sections)
-    Trainer(config, derived, *indexes, run_dir, CPU, events.append).fit(resume)
+    Trainer(config, derived, *indexes, run_dir, CPU, events.append, resume=resume).fit()
     return events
 
 
@@ -92,8 +92,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(one_rank, i
     data = indexes()
     run(data, tmp_path / "first", train={"epochs": 1})
     saved = best_or_last(tmp_path / "first")
-    with pytest.raises(UserError, match=r"run.seed was 5 and is 6; engine.zero_stage was 1 and is 2"):
-        run(data, tmp_path / "second", resume=saved, run={"seed": 6}, engine={"zero_stage": 2})
+    with pytest.raises(UserError, match=r"run.seed was 5 and is 6; optim.name was sgd and is adamw"):
+        run(data, tmp_path / "second", resume=saved, run={"seed": 6}, optim={"name": "adamw"})
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_advice(one_rank, indexes, tmp_path):

@@ -1,0 +1,78 @@
+"""Writes checkpoints in a thread of rank 0 while training goes on."""
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.errors import UserError
+from pipeline.train import checkpoint
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint's files by name: tensors as safetensors, trees as JSON, texts as they are."""
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    trees: dict[str, Any]
+    texts: dict[str, str]
+
+
+class Writer:
+    """One checkpoint at a time: a new one waits for the one before.
+
+    Use it as a context manager: the end waits for the last one, and is a `UserError` where that could not be written.
+    One that cannot be written leaves nothing behind and is told to `warn`; the ones before it stay, and the next one is
+    another try. `written` is told each sealed folder and the seconds that it took.
+    """
+
+    def __init__(self, root: Path, written: Callable[[Path, float], None], warn: Callable[[str], None]) -> None:
+        self._root, self._written, self._warn = root, written, warn
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[str | None] | None = None
+
+    def write(self, name: str, contents: Contents, keep: Callable[[list[Path]], list[Path]]) -> None:
+        """Begins to write the checkpoint `name`; afterwards those that `keep` does not choose are removed."""
+        self.wait()
+        self._last = self._thread.submit(self._write, self._root / name, contents, keep)
+
+    def wait(self) -> str | None:
+        """Waits for the checkpoint under way; says why it could not be written, or None."""
+        return self._last.result() if self._last is not None else None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        fault = self.wait()
+        self._thread.shutdown()
+        if fault is not None and kind is None:
+            raise UserError(f"the run's last checkpoint {fault}. Make room or mend the folder, and start again.")
+
+    def _write(self, folder: Path, contents: Contents, keep: Callable[[list[Path]], list[Path]]) -> str | None:
+        started = time.perf_counter()
+        partial = checkpoint.partial(folder)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, tensors in contents.tensors.items():
+                save_file(tensors, partial / name)
+            for name, tree in contents.trees.items():
+                checkpoint.write_json(partial / name, tree)
+            for name, text in contents.texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+            checkpoint.seal(folder)
+            checkpoint.prune(self._root, keep)
+        except Exception as error:  # safetensors tells of a full disk by an error of its own
+            shutil.rmtree(partial, ignore_errors=True)
+            fault = f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
+            self._warn(f"checkpoint {fault}; training goes on, and the checkpoints before it stay")
+            return fault
+        self._written(folder, time.perf_counter() - started)
+        return None

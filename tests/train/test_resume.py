@@ -1,0 +1,164 @@
+"""A run in parts equals a run in one, at any ZeRO stage and number of ranks; which checkpoints are written, or not."""
+
+import itertools
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.data.index import DatasetIndex
+from pipeline.errors import UserError
+from pipeline.train import checkpoint
+from pipeline.train.state import checkpoint_root
+from pipeline.train.trainer import Trainer
+from tests.train.settings import settings
+
+Indexes = tuple[DatasetIndex, DatasetIndex]
+WEIGHTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+MIDDLE, END = 24, 64  # samples; an epoch has 40, a step 8
+PLAN: dict[str, dict] = {
+    "train": {"epochs": 1.6, "log_every_steps": 1},
+    "checkpoint": {"every_samples": MIDDLE, "keep_last": 9},
+    "ema": {"decay": 0.9},
+    "model": {"drop_rate": 0.2},
+}
+
+
+def run(
+    indexes: Indexes, run_dir: Path, resume: Path | None = None, options: dict | None = None, **sections: dict
+) -> list[dict[str, Any]]:
+    """The plan, or the rest of it, on each rank; returns the events."""
+    events: list[dict[str, Any]] = []
+    merged = {name: PLAN.get(name, {}) | sections.get(name, {}) for name in PLAN | sections}
+    workers = torch.distributed.get_world_size()
+    config, derived = settings(*indexes, workers, **merged)
+    cpu = torch.device("cpu")
+    Trainer(config, derived, *indexes, run_dir, cpu, events.append, resume=resume, **(options or {})).fit()
+    return events
+
+
+def at(run_dir: Path, samples: int) -> Path:
+    return checkpoint_root(run_dir) / checkpoint.folder_name(samples)
+
+
+def losses(events: list[dict[str, Any]]) -> dict[int, float]:
+    return {e["step"]: e["loss"] for e in events if e["kind"] == "step"}
+
+
+def every_case(indexes: Indexes, folder: Path) -> list[str]:
+    """Cases whose second part does not end bit for bit as the run in one."""
+    different = []
+    optimizers = [{"name": "sgd"}, {"name": "adamw", "lr": 0.001}]
+    cases = [(stage, 4, optimizers[0]) for stage in range(4)]
+    cases += [(stage, 8, optimizers[1]) for stage in (1, 3)]
+    cases += [(0, 8, {"name": name, "lr": 0.01}) for name in ("lamb", "muon")]
+    for number, (stage, device_batch, optim) in enumerate(cases):
+        whole, rest = folder / f"whole{number}", folder / f"rest{number}"
+        sections = {"engine": {"zero_stage": stage}, "optim": optim}
+        train = {"train": PLAN["train"] | {"max_device_batch_size": device_batch}}
+        first = run(indexes, whole, **sections, **train)
+        second = run(indexes, rest, at(whole, MIDDLE), **sections, **train)
+        same = losses(second) == {step: loss for step, loss in losses(first).items() if step > MIDDLE // 8}
+        for file in WEIGHTS:
+            ends = [load_file(at(run_dir, END) / file) for run_dir in (whole, rest)]
+            same = same and ends[0].keys() == ends[1].keys()
+            same = same and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+        if not same:
+            different.append(f"stage {stage}, {device_batch} pictures at once, {optim['name']}")
+    return different
+
+
+@pytest.mark.slow
+def test_a_run_in_two_parts_equals_one_in_one_at_every_stage_with_every_optimizer(run_ranks, indexes, tmp_path):
+    assert run_ranks(1, every_case, indexes(), tmp_path) == [[]]
+
+
+FROZEN = {"finetune": {"freeze_batch_norm": True}, "model": {}, "optim": {"name": "adamw", "lr": 0.001}}
+
+
+def part(indexes: Indexes, run_dir: Path, stage: int, resume: Path | None = None) -> None:
+    run(indexes, run_dir, resume, engine={"zero_stage": stage}, **FROZEN | {"model": {"drop_rate": 0.0}})
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_another_stage_and_number_of_ranks(run_ranks, indexes, tmp_path):
+    """With norms frozen, whose statistics depend on the ranks' batches, the end is the same to round-off."""
+    data = indexes()
+    run_ranks(1, part, data, tmp_path / "one", 0)
+    run_ranks(2, part, data, tmp_path / "two", 3, at(tmp_path / "one", MIDDLE))
+    run_ranks(1, part, data, tmp_path / "back", 2, at(tmp_path / "two", 2 * MIDDLE))
+    run_ranks(2, part, data, tmp_path / "again", 1, at(tmp_path / "one", MIDDLE))
+    for name, file in itertools.product(("two", "back", "again"), WEIGHTS):
+        ours, expected = (load_file(at(tmp_path / run, END) / file) for run in (name, "one"))
+        assert ours.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.allclose(ours[key], value, rtol=1e-3, atol=1e-6), (name, file, key)
+
+
+def test_a_wish_to_stop_ends_the_run_after_a_checkpoint_from_which_it_goes_on(one_rank, indexes, tmp_path):
+    data = indexes()
+    whole = run(data, tmp_path / "whole")
+    asked = iter([False, False, False, False, True])
+    stopped = run(data, tmp_path / "stopped", options={"should_stop": lambda: next(asked)})
+    assert {"kind": "stopped", "samples_seen": 40} in stopped
+    assert checkpoint.fault(at(tmp_path / "stopped", 40)) is None
+    rest = run(data, tmp_path / "stopped", at(tmp_path / "stopped", 40))
+    assert losses(stopped) | losses(rest) == losses(whole)
+
+
+def test_checkpoints_by_minutes_and_those_that_are_kept(one_rank, indexes, tmp_path):
+    often = {"every_minutes": 1e-9, "every_samples": None, "keep_last": 1, "keep_every_epochs": 1}
+    run(indexes(), tmp_path, checkpoint=often)
+    kept = {checkpoint.samples_of(folder) for folder in checkpoint.checkpoints(checkpoint_root(tmp_path))}
+    assert kept >= {40, END}, "the first of the second epoch, and the last"
+    assert len(kept) <= 3, "and the best"
+
+
+def full_disk(indexes: Indexes, run_dir: Path) -> tuple[list[str], str, list[str]]:
+    """Warnings, the error at the end, and what is on the disk, where no file may have more than 100 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    events: list[dict[str, Any]] = []
+    config, derived = settings(*indexes, **PLAN)
+    trainer = Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append)
+    error = ""
+    try:
+        trainer.fit()
+    except UserError as caught:
+        error = str(caught)
+    warnings = [event["message"] for event in events if event["kind"] == "warning"]
+    return warnings, error, [str(path) for path in checkpoint_root(run_dir).iterdir()]
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_is_told_and_ends_the_run_at_its_end_alone(run_ranks, indexes, tmp_path):
+    ((warnings, error, left),) = run_ranks(1, full_disk, indexes(), tmp_path)
+    assert len(warnings) == 4, "at 24, 40, 48 and 64 samples"
+    for warning in warnings:
+        assert "could not be written: " in warning
+        assert "File too large" in warning
+        assert "training goes on" in warning
+    assert "the run's last checkpoint" in error
+    assert "start again" in error
+    assert left == []
+
+
+def test_no_checkpoint_is_written_of_a_loss_that_is_no_number(one_rank, indexes, tmp_path):
+    with pytest.raises(UserError, match=r"the training loss is (nan|inf) at step 3 .* checkpoints before it are sound"):
+        run(indexes(), tmp_path, optim={"lr": 1e18, "momentum": 0.0}, train={"log_every_steps": 1000})
+    assert checkpoint.checkpoints(checkpoint_root(tmp_path)) == []
+
+
+def test_what_must_not_change_can_be_allowed_by_name(one_rank, indexes, tmp_path):
+    data = indexes()
+    run(data, tmp_path / "first")
+    middle = at(tmp_path / "first", MIDDLE)
+    with pytest.raises(UserError, match=r"run.seed was 5 and is 6.* name it in checkpoint.allow_changed"):
+        run(data, tmp_path / "second", middle, run={"seed": 6})
+    allowed = PLAN["checkpoint"] | {"allow_changed": ["run.seed"]}
+    events = run(data, tmp_path / "second", middle, run={"seed": 6}, checkpoint=allowed)
+    assert events[0]["kind"] == "resumed"
