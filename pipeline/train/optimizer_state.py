@@ -54,9 +54,9 @@ def scatter(optimizer: Any, module: nn.Module, stage: int, whole: dict[str, torc
                 _cut(optimizer, stage, parameter, key, value)
     for group in optimizer.param_groups:
         for key in _GROUP_KEYS:
-            value = whole.get(f"group/{key}")
-            if value is not None:  # a tensor of timm's LAMB, a plain int of DeepSpeed's Adam
-                group[key] = value.clone() if value.is_floating_point() else value.item()
+            entry = whole.get(f"group/{key}")
+            if entry is not None:  # a tensor of timm's LAMB, a plain int of DeepSpeed's Adam
+                group[key] = entry.clone() if entry.is_floating_point() else entry.item()
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
