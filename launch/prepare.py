@@ -17,6 +17,7 @@ from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.densenet import check_name, create
 from pipeline.model.weights import Sources, load_teacher, load_weights, read_card
+from pipeline.train.engine import deepspeed_config
 from pipeline.train.state import resumed
 
 
@@ -97,6 +98,9 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
             f"data.shuffle=windowed mixes within windows of shards, but data.root={config.data.root} holds class "
             f"folders, each a class of its own: use data.shuffle=full, or prepare shards."
         )
+    deepspeed_config(config, derived)  # for its checks
+    if config.engine.sync_batch_norm and derived.device == "cpu":
+        raise UserError("engine.sync_batch_norm=true needs GPUs: leave it out on the CPU.")
     sources = find_sources(config)
     start = _check_sources(config, derived, sources, train_index.classes)
     found = None if resume in (None, "auto") else find_checkpoint(str(resume), config)

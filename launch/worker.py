@@ -1,10 +1,8 @@
 """The function that every Ray Train worker runs, wherever the cluster is."""
 
-import faulthandler
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +48,7 @@ def _train(task: dict[str, Any], report: Any) -> None:
 
     from pipeline.train.state import newest_checkpoint
     from pipeline.train.trainer import Trainer
+    from pipeline.train.watchdog import Watchdog
 
     train_index = _on_this_node(task["config"], ray.get(task["train_index"]))
     val_index = _on_this_node(task["config"], ray.get(task["val_index"]))
@@ -58,24 +57,21 @@ def _train(task: dict[str, Any], report: Any) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     newest = newest_checkpoint(task["run_dir"], lambda text: report({"kind": "warning", "message": text}))
-    hang_s = task["config"].cluster.hang_timeout_s
-    trainer = Trainer(
-        task["config"],
-        task["derived"],
-        train_index,
-        val_index,
-        task["run_dir"],
-        device,
-        report,
-        task["sources"],
-        newest or task["resume"],
-        _stop_asked(task["hub"]),
-        partial(faulthandler.dump_traceback_later, hang_s, exit=True),
-    )
-    try:
+    with Watchdog(task["config"].cluster.hang_timeout_s) as watchdog:
+        trainer = Trainer(
+            task["config"],
+            task["derived"],
+            train_index,
+            val_index,
+            task["run_dir"],
+            device,
+            report,
+            task["sources"],
+            newest or task["resume"],
+            _stop_asked(task["hub"]),
+            watchdog.alive,
+        )
         trainer.fit()
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _stop_asked(hub: Any) -> Callable[[], bool]:

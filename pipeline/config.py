@@ -230,6 +230,15 @@ class Train(Section):
     max_device_batch_size: Count = Field(64, description="most pictures that one device holds at once")
     precision: Auto | Literal["fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on the CPU")
     log_every_steps: Count = Field(10, description="optimizer steps between log lines")
+    profile_steps: tuple[Count, Count] | None = Field(
+        None, description="[first, last] step to profile on rank 0, into the run's folder and artifacts"
+    )
+
+    @model_validator(mode="after")
+    def _profile(self) -> "Train":
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps={list(self.profile_steps)} must be [first, last] with first <= last")
+        return self
 
 
 LAYERWISE = ("lamb", "lars", "muon")  # optimizers that look at whole weights, which ZeRO 1-3 cut up
@@ -294,6 +303,15 @@ class Schedule(Section):
 class Engine(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO: what is sharded over workers")
     channels_last: bool = Field(False, description="pictures and features in NHWC memory order")
+    offload_optimizer: bool = Field(False, description="ZeRO 1-3 keep the optimizer's state in the CPU's memory")
+    sync_batch_norm: bool = Field(False, description="batch statistics over all workers; on GPUs alone")
+    communication: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="number format of gradients between workers; auto: DeepSpeed's choice"
+    )
+    bucket_elements: Count = Field(500_000_000, description="most gradients, by count, in one message of ZeRO 1-3")
+    deepspeed: dict[str, Any] = Field(
+        {}, description="further keys of DeepSpeed's own config; those that follow from other keys are refused"
+    )
     compile: Literal["off", "on", "try"] = Field(
         "off", description="torch.compile; `try` goes on without it where it fails, with a warning"
     )
@@ -369,6 +387,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.name={self.optim.name} works on whole weights, which ZeRO stage {stage} cuts up: set "
                 f"engine.zero_stage=0"
+            )
+        if self.engine.offload_optimizer and not stage:
+            raise ValueError("engine.offload_optimizer needs engine.zero_stage=1, 2 or 3")
+        if self.engine.sync_batch_norm and self.model.memory == "shared-stats":
+            raise ValueError(
+                "engine.sync_batch_norm and model.memory=shared-stats both compute batch statistics: choose one"
             )
         if stage == 3 and (self.model.memory == "shared-stats" or self.engine.compile != "off"):
             raise ValueError(

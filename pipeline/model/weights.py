@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import DenseNet, group_parameters
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import Finetune, Model
 from pipeline.errors import UserError, listed
@@ -135,16 +136,16 @@ def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> Dense
     return model.requires_grad_(False)
 
 
-def freeze(model: DenseNet, finetune: Finetune) -> list[nn.BatchNorm2d]:
+def freeze(model: DenseNet, finetune: Finetune) -> list[_BatchNorm]:
     """Takes the gradient from what fine-tuning leaves alone; returns the norms that must stay in evaluation mode."""
     frozen: list[nn.Module] = []
     if finetune.freeze_blocks:
         names = ["conv0", "norm0"]
         names += [f"{kind}{i + 1}" for i in range(finetune.freeze_blocks) for kind in ("denseblock", "transition")]
         frozen += [module for name, module in model.features.named_children() if name in names]
-    norms = [m for module in frozen for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for module in frozen for m in module.modules() if isinstance(m, _BatchNorm)]
     if finetune.freeze_batch_norm:
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     for module in [*frozen, *norms]:
         module.requires_grad_(False)
     return norms

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -137,6 +137,11 @@ class Tracker:
         with self._change:
             self._queue.extend(Metric(key, float(value), now_ms, samples_seen) for key, value in metrics.items())
             self._change.notify()
+
+    def attach(self, file: Path) -> None:
+        """Adds a file to the run's artifacts, if the store takes it now; the file itself stays where it is."""
+        with suppress(MlflowException, OSError):
+            self._client.log_artifact(self.run_id, str(file))
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout_s: float = 60) -> int:
         """Sends what is queued, ends the run, and returns how many numbers the store did not take in time."""

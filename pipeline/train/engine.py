@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from timm.layers import convert_sync_batchnorm
 from timm.models import DenseNet
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import Optim, RunConfig
 from pipeline.derived import Derived
+from pipeline.errors import ConfigError
 from pipeline.model.weights import freeze, rate_factors
 from pipeline.train import optimizer_state
 from pipeline.train.compile import compile_model
@@ -26,17 +29,43 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
 
     Mixed precision is `torch_autocast`, never a cast of the model: batch norm and its running statistics stay in
     fp32. Clipping is always explicit, because DeepSpeed 0.19 clips to norm 1.0 when it is told nothing.
+
+    Raises:
+        ConfigError: `engine.deepspeed` sets what follows from other keys.
     """
-    return {
+    zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": config.engine.bucket_elements}
+    if config.engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": derived.device == "cuda"}
+    told = {
         "train_batch_size": derived.global_batch_size,
         "train_micro_batch_size_per_gpu": derived.device_batch_size,
         "gradient_accumulation_steps": derived.accumulation,
         "gradient_clipping": config.optim.clip_grad_norm or 0.0,
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": derived.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 2**62,
     }
+    if config.engine.communication != "auto":
+        told["communication_data_type"] = config.engine.communication
+    return _with_further(told, config.engine.deepspeed, "engine.deepspeed")
+
+
+def _with_further(told: dict[str, Any], further: dict[str, Any], where: str) -> dict[str, Any]:
+    """Both, key by key at all depths; a key of both with another value is an error."""
+    merged = dict(told)
+    for key, value in further.items():
+        if isinstance(value, dict) and isinstance(told.get(key), dict):
+            merged[key] = _with_further(told[key], value, f"{where}.{key}")
+        elif key in told and told[key] != value:
+            raise ConfigError(
+                f"{where}.{key}={value!r} contradicts {told[key]!r}, which follows from the config's other keys: leave "
+                f"it out, and set those."
+            )
+        else:
+            merged[key] = value
+    return merged
 
 
 class Engine:
@@ -68,6 +97,8 @@ class Engine:
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=derived.precision == "bf16")
         model = model.to(device)
+        if config.engine.sync_batch_norm:
+            model = convert_sync_batchnorm(model)
         self._frozen_norms = freeze(model, config.finetune)
         self.ema = None
         if config.ema.decay is not None:
@@ -180,7 +211,7 @@ def average_batch_norm(model: nn.Module) -> None:
     """Averages all running means and variances over the ranks in one collective."""
     if dist.get_world_size() == 1:
         return
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
     flat = torch.cat([b.reshape(-1) for b in buffers])
     dist.all_reduce(flat)

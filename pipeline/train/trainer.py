@@ -26,6 +26,7 @@ from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult, Forward, evaluate
 from pipeline.train.loss import Criterion
 from pipeline.train.meter import Meter
+from pipeline.train.profile import Profile
 from pipeline.train.schedule import learning_rate
 from pipeline.train.state import RunState, Weights, checkpoint_root, load_into, resumed, save
 from pipeline.train.writer import Writer
@@ -108,14 +109,27 @@ class Trainer:
         self._told = 0  # of the skipped samples
 
     def fit(self) -> None:
-        """Trains to the end of the run."""
+        """Trains to the end of the run.
+
+        Raises:
+            UserError: what the user can mend: damaged pictures, a loss that is no number, too little GPU memory, a last
+                checkpoint that cannot be written.
+        """
+        try:
+            self._fit()
+        except torch.OutOfMemoryError as error:
+            raise UserError(_too_large(self.derived)) from error
+
+    def _fit(self) -> None:
         batch_size, total_steps = self.derived.global_batch_size, self.derived.total_steps
         first_step = self.state.samples_seen // batch_size
         meter = Meter(self.derived, self.device)
+        profile = Profile(self.config.train.profile_steps, self.run_dir) if self.rank == 0 else None
         with (
             closing(self.loader),
             closing(self.eval_loader),
             self._writer or nullcontext(),
+            profile or nullcontext(),
             closing(self._batches(first_step)) as batches,
         ):
             for step in range(first_step, total_steps):
@@ -132,6 +146,8 @@ class Trainer:
                     meter.add(loss)
                 self.engine.update_ema(step + 1)
                 self.state.samples_seen += batch_size
+                if profile is not None and profile.step(step + 1):
+                    self.report({"kind": "profile", "file": str(profile.file)})
                 last = step + 1 == total_steps
                 if step == first_step:
                     self.report({"kind": "first_step"})
@@ -293,3 +309,16 @@ class Trainer:
                 "write_s": seconds,
             }
         )
+
+
+def _too_large(derived: Derived) -> str:
+    """What to do where the GPU's memory does not hold a batch, at the same global batch."""
+    batch, accumulation = derived.device_batch_size, derived.accumulation
+    smaller = next((b for b in range(batch // 2, 0, -1) if (batch * accumulation) % b == 0), None)
+    advice = "set model.memory=checkpoint"
+    if smaller is not None:
+        advice = (
+            f"set train.max_device_batch_size={smaller} (accumulation becomes {batch * accumulation // smaller}, the "
+            f"global batch stays {derived.global_batch_size}), or model.memory=checkpoint"
+        )
+    return f"the GPU's memory does not hold {batch} pictures at once: {advice}."

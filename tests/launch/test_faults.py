@@ -1,6 +1,7 @@
 """What happens to a whole run when parts of it are killed, as a user sees it."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -21,12 +22,15 @@ from tests.conftest import BIN, PROJECT
 
 pytestmark = pytest.mark.slow
 DEADLINE_S = 300
+# More for a long soak: KILLS=20 pytest --timeout=0 tests/launch/test_faults.py
+KILLS = int(os.environ.get("KILLS", "1"))
 OVERRIDES = [
-    "train.epochs=4",
+    f"train.epochs={KILLS + 3}",
+    f"cluster.max_failures={KILLS}",
     "cluster.workers=1",
     "cluster.cpus_per_worker=1",
     "run.name=run",
-    "checkpoint.keep_last=9",
+    "checkpoint.keep_last=99",
 ]
 
 
@@ -91,12 +95,17 @@ def finished(output: Path, resume: Path | None = None) -> dict[str, torch.Tensor
 def test_a_killed_worker_and_a_terminated_driver_change_nothing_about_the_end(tmp_path, one_rank):
     folder = tmp_path / "run" / "checkpoints"
     first = Started(tmp_path)
-    first.wait_for(lambda: checkpoints(folder))
-    os.kill(worker_of(first.process.pid), signal.SIGKILL)
-    first.wait_for(lambda: "resumed at" in first.output)
+    chance = random.Random(0)
+    for kill in range(KILLS):
+        there = len(checkpoints(folder))
+        first.wait_for(lambda there=there: len(checkpoints(folder)) > there)
+        if KILLS > 1:
+            time.sleep(chance.uniform(0, 3))  # to kill at any step of an epoch, or while a checkpoint is written
+        os.kill(worker_of(first.process.pid), signal.SIGKILL)
+        first.wait_for(lambda kill=kill: first.output.count("resumed at") == kill + 1)
     first.process.send_signal(signal.SIGTERM)
     assert first.end() == 128 + signal.SIGTERM, first.output
-    assert "warning: a worker was lost, all were started again (start 2)" in first.output
+    assert f"warning: a worker was lost, all were started again (start {KILLS + 1})" in first.output
     stopped = re.search(r"stopped by SIGTERM at ([\d,]+) samples, after a checkpoint; .* run.name=run", first.output)
     assert stopped, first.output
     newest = checkpoints(folder)[-1]

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import Model, RunConfig
+from pipeline.config import RunConfig
 from pipeline.derived import Derived, derive
+from pipeline.errors import ConfigError
 from pipeline.model import create
 from pipeline.train.engine import Engine, average_batch_norm, deepspeed_config
 from pipeline.train.optim import create_optimizer, parameter_groups
@@ -56,36 +57,6 @@ def plain_losses(config: RunConfig, d: Derived) -> list[float]:
     return losses
 
 
-def every_stage() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
-    return [engine_run(stage) for stage in (0, 1, 2, 3)]
-
-
-def engine_run(stage: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    config, d = settings(stage)
-    torch.manual_seed(0)
-    memory = {2: "shared-stats", 3: "checkpoint"}.get(stage, "none")  # modes that change nothing but memory
-    model = create(Model(name="densenet_tiny", memory=memory), d.num_classes)
-    engine = Engine(config, d, model, CPU)
-    losses = []
-    for images_NCHW, labels_N in batches(5):
-        loss = F.cross_entropy(engine.forward(images_NCHW), labels_N)
-        engine.backward(loss)
-        losses.append(loss.item())
-    return losses, engine.full_state()
-
-
-@pytest.mark.slow
-def test_every_zero_stage_gives_plain_pytorchs_losses_and_whole_weights(run_ranks):
-    config, d = settings(0)
-    expected = plain_losses(config, d)
-    names = set(create("densenet_tiny", d.num_classes).state_dict())
-    (runs,) = run_ranks(1, every_stage)
-    for stage, (losses, weights) in enumerate(runs):
-        assert losses == pytest.approx(expected, rel=1e-5), f"stage {stage}"
-        assert set(weights) == names
-        assert all(w.numel() for w in weights.values())
-
-
 def norm_after_averaging() -> tuple[torch.Tensor, torch.Tensor]:
     rank = torch.distributed.get_rank()
     norm = torch.nn.BatchNorm2d(3)
@@ -134,3 +105,26 @@ def test_bf16_computes_in_half_precision_and_keeps_weights_and_statistics_in_fp3
     assert seen["conv0"] == torch.bfloat16
     weights = engine.full_state()
     assert {w.dtype for k, w in weights.items() if not k.endswith("num_batches_tracked")} == {torch.float32}
+
+
+def test_further_keys_reach_deepspeed_and_contradictions_are_refused():
+    config, d = settings(2)
+
+    def told(**keys: object) -> dict:
+        engine = config.engine.model_copy(update={"deepspeed": keys})
+        return deepspeed_config(config.model_copy(update={"engine": engine}), d)
+
+    assert told(zero_optimization={"overlap_comm": True})["zero_optimization"]["overlap_comm"] is True
+    assert told(zero_optimization={"overlap_comm": True})["zero_optimization"]["stage"] == 2
+    assert told(wall_clock_breakdown=True)["wall_clock_breakdown"] is True
+    with pytest.raises(ConfigError, match=r"engine.deepspeed.zero_optimization.stage=3 contradicts 2, .* leave it out"):
+        told(zero_optimization={"stage": 3})
+    with pytest.raises(ConfigError, match=r"engine.deepspeed.gradient_clipping=1.0 contradicts 0.0"):
+        told(gradient_clipping=1.0)
+
+
+def test_gradients_travel_in_the_format_that_is_asked_for():
+    config, d = settings(1)
+    assert "communication_data_type" not in deepspeed_config(config, d)
+    engine = config.engine.model_copy(update={"communication": "bf16"})
+    assert deepspeed_config(config.model_copy(update={"engine": engine}), d)["communication_data_type"] == "bf16"

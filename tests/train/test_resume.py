@@ -3,18 +3,21 @@
 import itertools
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException
 
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.state import checkpoint_root
 from pipeline.train.trainer import Trainer
+from pipeline.train.watchdog import Watchdog
 from tests.train.settings import settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
@@ -162,3 +165,26 @@ def test_what_must_not_change_can_be_allowed_by_name(one_rank, indexes, tmp_path
     allowed = PLAN["checkpoint"] | {"allow_changed": ["run.seed"]}
     events = run(data, tmp_path / "second", middle, run={"seed": 6}, checkpoint=allowed)
     assert events[0]["kind"] == "resumed"
+
+
+def hanging(indexes: Indexes, run_dir: Path) -> None:
+    """A run in which rank 1 stops in the middle, with the watchdog that workers have."""
+    log = (run_dir / f"rank{torch.distributed.get_rank()}.log").open("w")
+
+    def stuck() -> bool:
+        if torch.distributed.get_rank() == 1:
+            time.sleep(600)
+        return False
+
+    with Watchdog(5, log, grace_s=5) as watchdog:
+        run(indexes, run_dir, options={"alive": watchdog.alive, "should_stop": stuck})
+
+
+@pytest.mark.slow
+def test_ranks_that_hang_write_their_stacks_and_end(run_ranks, indexes, tmp_path):
+    with pytest.raises(ProcessExitedException):
+        run_ranks(2, hanging, indexes(), tmp_path)
+    stacks = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert "in stuck" in stacks[1]
+    assert "in all_reduce" in stacks[0]
+    assert all("Timeout" in stack for stack in stacks)

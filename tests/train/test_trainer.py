@@ -144,3 +144,28 @@ def test_more_logits_than_classes_are_trained_and_named_as_unused(one_rank, inde
     assert card["num_classes"] == 5
     with pytest.raises(UserError, match="model.num_classes=2 is less than the 3 classes in data.root"):
         settings(*indexes(), model={"num_classes": 2})
+
+
+def test_some_steps_are_profiled(one_rank, indexes, tmp_path):
+    train = {"epochs": 1, "profile_steps": [2, 3]}
+    events = run(indexes(), tmp_path, train=train)
+    (file,) = [Path(event["file"]) for event in events if event["kind"] == "profile"]
+    names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
+    assert "aten::conv2d" in names
+
+
+def test_too_little_memory_is_told_with_a_batch_that_keeps_the_global_one(one_rank, indexes, tmp_path):
+    data = indexes()
+    config, derived = settings(*data)
+    trainer = Trainer(config, derived, *data, tmp_path, CPU, [].append)
+
+    def no_room(*inputs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.engine.module.features.conv0.register_forward_pre_hook(no_room)
+    with pytest.raises(UserError) as error:
+        trainer.fit()
+    assert str(error.value) == (
+        "the GPU's memory does not hold 8 pictures at once: set train.max_device_batch_size=4 (accumulation becomes 2, "
+        "the global batch stays 8), or model.memory=checkpoint."
+    )

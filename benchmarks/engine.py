@@ -1,0 +1,165 @@
+"""The engine beside a bare PyTorch loop, two ranks beside one, and what a checkpoint holds up; all on the CPU.
+
+python -m benchmarks.engine [--model densenet121] [--batch 8] [--rounds 7]
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from benchmarks.common import in_turns, keep, machine, report, seconds
+from pipeline.config import RunConfig
+from pipeline.derived import Derived, derive
+from pipeline.model import create
+from pipeline.train import checkpoint
+from pipeline.train.engine import Engine
+from pipeline.train.loss import Criterion
+from pipeline.train.optim import create_optimizer, parameter_groups
+from pipeline.train.writer import Contents, Writer
+
+CPU, CLASSES, SIDE = torch.device("cpu"), 1000, 224
+
+
+def main() -> None:
+    """Runs the comparisons one after the other."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="densenet121")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    name, batch, rounds = options.model, options.batch, options.rounds
+    two_ranks(name, batch, rounds)
+    join(0, 1, Path(tempfile.mkdtemp()) / "store")
+    overhead(name, batch, rounds)
+    stall(name, batch, rounds)
+    dist.destroy_process_group()
+
+
+def settings(name: str, batch: int, workers: int, stage: int = 1) -> tuple[RunConfig, Derived]:
+    """A config for some steps on pictures in memory."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"name": name},
+            "train": {"epochs": 1, "global_batch_size": batch * workers},
+            "engine": {"zero_stage": stage},
+        }
+    )
+    sizes = {"train_samples": 1000 * batch * workers, "val_samples": 1, "num_classes": CLASSES}
+    return config, derive(config, workers=workers, cpus_per_worker=1, device="cpu", **sizes)
+
+
+def pictures(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 3, SIDE, SIDE), torch.randint(0, CLASSES, (batch,))
+
+
+def engine_step(engine: Engine, config: RunConfig, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> None:
+    """One step as the trainer makes it."""
+    engine.set_learning_rate(0.1)
+    loss = Criterion(config.loss, CLASSES)(engine.forward(images_NCHW), labels_N, images_NCHW)
+    engine.backward(loss)
+    engine.update_ema(1)
+
+
+def overhead(name: str, batch: int, rounds: int) -> None:
+    """A step of each ZeRO stage that one rank has a use for, and of a bare loop with the same optimizer."""
+    images_NCHW, labels_N = pictures(batch)
+    model = create(name, CLASSES).train()
+    config, _ = settings(name, batch, 1)
+    optimizer = create_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
+
+    def bare() -> None:
+        loss = F.cross_entropy(model(images_NCHW), labels_N)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    cases = {"a bare loop": lambda: seconds(bare)}
+    for stage in (0, 1):
+        config, derived = settings(name, batch, 1, stage)
+        engine = Engine(config, derived, create(name, CLASSES), CPU)
+        cases[f"the engine, stage {stage}"] = lambda e=engine, c=config: seconds(  # type: ignore[misc]
+            lambda: engine_step(e, c, images_NCHW, labels_N)
+        )
+    values = in_turns(cases, rounds)
+    for stage in (0, 1):
+        ours = f"the engine, stage {stage}"
+        pair = {ours: values[ours], "a bare loop": values["a bare loop"]}
+        report(f"step, {name}, batch {batch} at {SIDE} px, stage {stage}", pair, "s", ours)
+
+
+def two_ranks(name: str, batch: int, rounds: int) -> None:
+    """Images per second of two ranks with one thread each beside one rank with one thread, both with `batch` each."""
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(2):
+        for workers in speeds:
+            folder = Path(tempfile.mkdtemp())
+            mp.start_processes(_rank, (workers, folder, name, batch, rounds), workers, start_method="spawn")
+            speeds[workers].append(float((folder / "speed").read_text()))
+    values = {"two ranks": speeds[2], "one rank": speeds[1]}
+    report(f"images per second, {name}, batch {batch} a rank, one thread each", values, "img/s", "two ranks")
+
+
+def _rank(rank: int, workers: int, folder: Path, name: str, batch: int, rounds: int) -> None:
+    torch.set_num_threads(1)
+    join(rank, workers, folder / "store")
+    config, derived = settings(name, batch, workers)
+    engine = Engine(config, derived, create(name, CLASSES), CPU)
+    images_NCHW, labels_N = pictures(batch)
+    engine_step(engine, config, images_NCHW, labels_N)
+    dist.barrier()
+    started = time.perf_counter()
+    for _ in range(rounds):
+        engine_step(engine, config, images_NCHW, labels_N)
+    dist.barrier()
+    if rank == 0:
+        speed = rounds * batch * workers / (time.perf_counter() - started)
+        (folder / "speed").write_text(str(speed))
+    dist.destroy_process_group()
+
+
+def stall(name: str, batch: int, rounds: int) -> None:
+    """What a checkpoint holds up (the copy), and what goes on beside training (files, hashes, rename)."""
+    config, derived = settings(name, batch, 1)
+    engine = Engine(config, derived, create(name, CLASSES), CPU)
+    engine_step(engine, config, *pictures(batch))
+    writes: list[float] = []
+    copies: list[float] = []
+    root = Path(tempfile.mkdtemp())
+    with Writer(root, lambda folder, spent: writes.append(spent), print) as writer:
+        for number in range(rounds):
+            started = time.perf_counter()
+            tensors = {"model.safetensors": engine.full_state(), "optimizer.safetensors": engine.optimizer_state()}
+            copies.append(time.perf_counter() - started)
+            contents = Contents(tensors, {}, {})
+            writer.write(checkpoint.folder_name(number + 1), contents, lambda there: there[-1:])
+            writer.wait()
+    copy, write = statistics.median(copies), statistics.median(writes)
+    benchmark = f"checkpoint, {name}"
+    print(f"\n{benchmark}: {machine()}, medians of {rounds}: copy {copy:.3f} s (training waits), write {write:.3f} s")
+    keep(benchmark, "copy, training waits", copy, "s", rounds=rounds)
+    keep(benchmark, "write, beside training", write, "s", rounds=rounds)
+
+
+def join(rank: int, workers: int, store: Path) -> None:
+    """Joins a gloo group over a file, and sets the variables that DeepSpeed reads."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "DS_ACCELERATOR": "cpu",
+    }
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+
+
+if __name__ == "__main__":
+    main()
