@@ -35,6 +35,7 @@ class _Stopped(Exception):
 
 
 _PLOTTED = 1000
+_STEP_METRICS = ("loss", "lr", "img_per_s", "data_wait", "epoch", "loss_scale", "gpu_memory_gb")
 _PHASES = {"workers_started": "worker start", "first_step": "first step"}
 
 
@@ -188,7 +189,7 @@ def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock)
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
     """An event's numbers under their MLflow names."""
     if event["kind"] == "step":
-        return {f"train/{key}": event[key] for key in ("loss", "lr", "img_per_s", "data_wait", "epoch")}
+        return {f"train/{key}": event[key] for key in _STEP_METRICS if key in event}
     total, prefix = event["total"], {"raw": "val", "ema": "val_ema"}[event["weights"]]
     return {
         f"{prefix}/top1": 100 * event["top1_correct"] / total,

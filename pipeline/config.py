@@ -25,6 +25,7 @@ Device = Literal["cpu", "cuda"]
 Interpolation = Literal["bilinear", "bicubic"]
 Memory = Literal["none", "checkpoint", "shared-stats"]
 OptimizerName = Literal["sgd", "adamw", "lamb", "lars", "muon"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rgb = tuple[float, float, float]
@@ -228,7 +229,9 @@ class Train(Section):
     epochs: float = Field(90, gt=0, description="passes over the training split; fractions are allowed")
     global_batch_size: Count = Field(256, description="pictures per optimizer step over all workers")
     max_device_batch_size: Count = Field(64, description="most pictures that one device holds at once")
-    precision: Auto | Literal["fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on the CPU")
+    precision: Auto | Precision = Field(
+        "auto", description="auto: bf16 on CUDA, fp32 on the CPU; fp16 (with loss scaling) needs ZeRO stage 0"
+    )
     log_every_steps: Count = Field(10, description="optimizer steps between log lines")
     profile_steps: tuple[Count, Count] | None = Field(
         None, description="[first, last] step to profile on rank 0, into the run's folder and artifacts"
@@ -387,6 +390,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.name={self.optim.name} works on whole weights, which ZeRO stage {stage} cuts up: set "
                 f"engine.zero_stage=0"
+            )
+        if self.train.precision == "fp16" and stage:
+            raise ValueError(
+                f"train.precision=fp16 needs engine.zero_stage=0: at stage {stage} DeepSpeed skips all steps after one "
+                f"that overflowed; or use bf16"
             )
         if self.engine.offload_optimizer and not stage:
             raise ValueError("engine.offload_optimizer needs engine.zero_stage=1, 2 or 3")

@@ -1,9 +1,8 @@
 """What follows from a config, the data and the workers: batches, steps, the scaled learning rate."""
 
 import math
-from typing import Literal
 
-from pipeline.config import Count, Device, RunConfig, Section
+from pipeline.config import Count, Device, Precision, RunConfig, Section
 from pipeline.errors import ConfigError
 
 
@@ -16,7 +15,7 @@ class Derived(Section):
     workers: Count
     cpus_per_worker: Count
     device: Device
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     train_samples: Count
     val_samples: Count
     num_classes: Count

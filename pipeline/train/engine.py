@@ -23,11 +23,13 @@ from pipeline.train import optimizer_state
 from pipeline.train.compile import compile_model
 from pipeline.train.optim import create_optimizer, parameter_groups
 
+_HALF = {"fp32": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
     """Everything that DeepSpeed is told, derived from the run's config.
 
-    Mixed precision is `torch_autocast`, never a cast of the model: batch norm and its running statistics stay in
+    Half precision is `torch_autocast`, never a cast of the model: batch norm and its running statistics stay in
     fp32. Clipping is always explicit, because DeepSpeed 0.19 clips to norm 1.0 when it is told nothing.
 
     Raises:
@@ -44,7 +46,7 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": derived.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": derived.precision != "fp32", "dtype": _HALF[derived.precision]},
         "steps_per_print": 2**62,
     }
     if config.engine.communication != "auto":
@@ -95,7 +97,8 @@ class Engine:
         self.stage = config.engine.zero_stage
         # Of the features alone: DeepSpeed takes weights in no other order than the usual one.
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
-        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=derived.precision == "bf16")
+        half = getattr(torch, _HALF[derived.precision])
+        self._autocast = torch.autocast(device.type, half, enabled=derived.precision != "fp32")
         model = model.to(device)
         if config.engine.sync_batch_norm:
             model = convert_sync_batchnorm(model)
@@ -168,6 +171,11 @@ class Engine:
     def ema_state(self) -> dict[str, torch.Tensor]:
         """As `full_state`, of the average; empty where there is none."""
         return _on_cpu(self.ema.module) if self.ema is not None and dist.get_rank() == 0 else {}
+
+    @property
+    def loss_scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss in fp16, and skips a step whose gradients overflow; None at other precisions."""
+        return self._engine.torch_autocast_z0_gradscaler
 
     def load_ema(self, file: Path) -> None:
         """Reads the average from a file of weights, on every rank."""

@@ -74,7 +74,11 @@ def save(
         tensors={name: values for name, values in tensors.items() if values},
         trees={
             "model.json": _model_card(config, derived, state, train_index.classes),
-            "state.json": asdict(state) | {"identity": _identity(config, derived, train_index)},
+            "state.json": asdict(state)
+            | {
+                "identity": _identity(config, derived, train_index),
+                "loss_scaler": engine.loss_scaler and engine.loss_scaler.state_dict(),
+            },
         },
         texts={"config.yaml": config.to_yaml()},
     )
@@ -134,6 +138,9 @@ def load_into(engine: Engine, folder: Path) -> None:
     """Gives the engine, whose model has the checkpoint's weights already, what else it needs to go on."""
     engine.load_optimizer(folder / _OPTIMIZER)
     engine.load_ema(folder / _FILES["ema"])
+    scaler = read_state(folder)["loss_scaler"]
+    if engine.loss_scaler is not None and scaler is not None:
+        engine.loss_scaler.load_state_dict(scaler)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -238,6 +238,10 @@ class Trainer:
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         record, (stop, save) = meter.read(step, (self.should_stop(), late and self.rank == 0))
         self._check(record["loss"], step)
+        if self.engine.loss_scaler is not None:
+            record["loss_scale"] = self.engine.loss_scaler.get_scale()
+        if self.device.type == "cuda":
+            record["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.report(
             {"kind": "step", "step": step, "samples_seen": self.state.samples_seen, "epoch": self._epoch, "lr": rate}
             | record

@@ -128,3 +128,27 @@ def test_gradients_travel_in_the_format_that_is_asked_for():
     assert "communication_data_type" not in deepspeed_config(config, d)
     engine = config.engine.model_copy(update={"communication": "bf16"})
     assert deepspeed_config(config.model_copy(update={"engine": engine}), d)["communication_data_type"] == "bf16"
+
+
+def test_fp16_skips_steps_that_overflow_and_goes_on(one_rank):
+    """The first loss scale, 65536, is far too large for this gradient; it is halved until steps are made."""
+    config, d = settings(0, lr=0.02)
+    torch.manual_seed(0)
+    engine = Engine(config, d.model_copy(update={"precision": "fp16"}), create("densenet_tiny", d.num_classes), CPU)
+    images_NCHW, labels_N = batches(1)[0]
+    scales, moved = [], []
+    for _ in range(12):
+        before = engine.full_state()["classifier.weight"]
+        engine.backward(1000 * F.cross_entropy(engine.forward(images_NCHW), labels_N))
+        moved.append(not torch.equal(before, engine.full_state()["classifier.weight"]))
+        scales.append(engine.loss_scaler.get_scale())
+    assert not moved[0]
+    assert scales[0] == 2**15
+    first = moved.index(True)
+    assert scales[first - 1] == 2.0 ** (16 - first)
+    assert engine.full_state()["features.conv0.weight"].dtype == torch.float32
+
+
+def test_fp16_is_refused_where_deepspeed_would_skip_for_ever():
+    with pytest.raises(ValueError, match="train.precision=fp16 needs engine.zero_stage=0"):
+        RunConfig.model_validate({"train": {"precision": "fp16"}})

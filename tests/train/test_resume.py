@@ -59,10 +59,12 @@ def every_case(indexes: Indexes, folder: Path) -> list[str]:
     cases = [(stage, 4, optimizers[0]) for stage in range(4)]
     cases += [(stage, 8, optimizers[1]) for stage in (1, 3)]
     cases += [(0, 8, {"name": name, "lr": 0.01}) for name in ("lamb", "muon")]
+    cases += [(0, 8, {"name": "sgd"})]  # the last one in fp16
     for number, (stage, device_batch, optim) in enumerate(cases):
         whole, rest = folder / f"whole{number}", folder / f"rest{number}"
         sections = {"engine": {"zero_stage": stage}, "optim": optim}
-        train = {"train": PLAN["train"] | {"max_device_batch_size": device_batch}}
+        precision = "fp16" if number == len(cases) - 1 else "fp32"
+        train = {"train": PLAN["train"] | {"max_device_batch_size": device_batch, "precision": precision}}
         first = run(indexes, whole, **sections, **train)
         second = run(indexes, rest, at(whole, MIDDLE), **sections, **train)
         same = losses(second) == {step: loss for step, loss in losses(first).items() if step > MIDDLE // 8}
@@ -71,7 +73,7 @@ def every_case(indexes: Indexes, folder: Path) -> list[str]:
             same = same and ends[0].keys() == ends[1].keys()
             same = same and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
         if not same:
-            different.append(f"stage {stage}, {device_batch} pictures at once, {optim['name']}")
+            different.append(f"stage {stage}, {device_batch} pictures at once, {optim['name']}, {precision}")
     return different
 
 
