@@ -70,17 +70,18 @@ def save(
     }
     if writer is None:
         return
+    text = config.to_yaml()
     contents = Contents(
         tensors={name: values for name, values in tensors.items() if values},
         trees={
-            "model.json": _model_card(config, derived, state, train_index.classes),
+            "model.json": _model_card(config, derived, state, train_index.classes, text),
             "state.json": asdict(state)
             | {
                 "identity": _identity(config, derived, train_index),
                 "loss_scaler": engine.loss_scaler and engine.loss_scaler.state_dict(),
             },
         },
-        texts={"config.yaml": config.to_yaml()},
+        texts={"config.yaml": text},
     )
     best, every = state.best_at, config.checkpoint.keep_every_epochs
 
@@ -171,8 +172,10 @@ def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) ->
     }
 
 
-def _model_card(config: RunConfig, derived: Derived, state: RunState, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What the packaged model needs: see `pipeline.export.package`."""
+def _model_card(
+    config: RunConfig, derived: Derived, state: RunState, classes: tuple[str, ...], text: str
+) -> dict[str, Any]:
+    """What the packaged model needs, see `pipeline.export.package`; `text` is the config as YAML."""
     evaluated = state.last if state.last_at == state.samples_seen else None
     unused = [f"(unused {i})" for i in range(len(classes), derived.num_classes)]
     return {
@@ -191,5 +194,5 @@ def _model_card(config: RunConfig, derived: Derived, state: RunState, classes: t
         "metrics": asdict(evaluated) if evaluated else None,
         "samples_seen": state.samples_seen,
         "epoch": state.samples_seen / derived.train_samples,
-        "config_hash": hashlib.sha256(config.to_yaml().encode()).hexdigest()[:16],
+        "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
