@@ -337,7 +337,7 @@ class Cluster(Section):
     cpus_per_worker: Count | Auto = Field("auto", description="auto: the machine's cores shared out")
     max_failures: int = Field(3, ge=0, description="restarts after a lost worker, from the newest checkpoint")
     hang_timeout_s: float = Field(
-        1800, gt=0, description="a worker without a batch for so long is ended, all stacks in its log, and restarted"
+        1800, ge=60, description="a worker without a batch for so long is ended, all stacks in its log, and restarted"
     )
     dashboard_port: int | Auto = Field("auto", description="of an embedded Ray, on loopback; auto: any free port")
 
