@@ -18,7 +18,7 @@ demo: $(READY)  ## train a small DenseNet on handwritten digits: the whole path,
 	@$(BIN)/densenet train configs/demo.yaml
 
 test: $(READY)  ## run all tests
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, formatting, types, spelling
 	$(BIN)/ruff check

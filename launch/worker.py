@@ -69,6 +69,7 @@ def _train(task: dict[str, Any], report: Any) -> None:
             task["sources"],
             newest or task["resume"],
             _stop_asked(task["hub"]),
+            _preemption(report),
             watchdog.alive,
         )
         trainer.fit()
@@ -94,6 +95,21 @@ def _on_this_node(config: RunConfig, index: DatasetIndex) -> DatasetIndex:
     if config.data.stage is None:
         return index
     return stage(index, str(config.data.root), Path(config.data.stage))
+
+
+def _preemption(report: Callable[[dict[str, Any]], None]) -> Callable[[], bool]:
+    """A function that is true once when Ray tells that a node of the run will be taken away; a collective."""
+    told = False
+
+    def look() -> bool:
+        nonlocal told
+        if told or ray.train.get_preemption_info() is None:
+            return False
+        told = True
+        report({"kind": "warning", "message": "a node of this run will be taken away; a checkpoint is written now"})
+        return True
+
+    return look
 
 
 def _log_to(file: Path) -> None:

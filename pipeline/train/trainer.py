@@ -40,8 +40,8 @@ class Trainer:
     `report` receives events (dicts with a `kind`); it must return at once. Those of rank 0 count; but every rank tells
     of the damaged training pictures that it met and replaced (`skipped`). `sources` are the weights to start from and
     the teacher, where the config asks for them; `resume` is a sealed checkpoint to go on from instead. When
-    `should_stop` is true on any rank, which is looked at when logging, all end after a checkpoint. `alive` is called
-    with every batch.
+    `should_stop` is true on any rank, which all look at when logging, all end after a checkpoint; when `should_save`
+    is, they go on after one. `alive` is called with every batch.
     """
 
     def __init__(
@@ -56,10 +56,12 @@ class Trainer:
         sources: Sources = NO_SOURCES,
         resume: Path | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        should_save: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.derived, self.run_dir, self.device, self.report = config, derived, run_dir, device, report
-        self.train_index, self.should_stop, self.alive = train_index, should_stop, alive
+        self.train_index, self.alive = train_index, alive
+        self.should_stop, self.should_save = should_stop, should_save
         self.rank = dist.get_rank()
         self.state = RunState()
         torch.manual_seed(config.run.seed)
@@ -236,7 +238,8 @@ class Trainer:
         """Reports, and says whether any rank wants to stop, and whether the minutes between checkpoints are over."""
         minutes = self.config.checkpoint.every_minutes
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-        record, (stop, save) = meter.read(step, (self.should_stop(), late and self.rank == 0))
+        wishes = (self.should_stop(), self.should_save() or (late and self.rank == 0))
+        record, (stop, save) = meter.read(step, wishes)
         self._check(record["loss"], step)
         if self.engine.loss_scaler is not None:
             record["loss_scale"] = self.engine.loss_scaler.get_scale()

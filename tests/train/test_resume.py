@@ -115,6 +115,13 @@ def test_a_wish_to_stop_ends_the_run_after_a_checkpoint_from_which_it_goes_on(on
     assert losses(stopped) | losses(rest) == losses(whole)
 
 
+def test_a_wish_to_save_is_a_checkpoint_and_the_run_goes_on(one_rank, indexes, tmp_path):
+    asked = iter([False, False, True, *[False] * 9])
+    rarely = {"every_samples": None, "keep_last": 9}
+    run(indexes(), tmp_path, options={"should_save": lambda: next(asked)}, checkpoint=rarely)
+    assert {24, END} <= {checkpoint.samples_of(f) for f in checkpoint.checkpoints(checkpoint_root(tmp_path))}
+
+
 def test_checkpoints_by_minutes_and_those_that_are_kept(one_rank, indexes, tmp_path):
     often = {"every_minutes": 1e-9, "every_samples": None, "keep_last": 1, "keep_every_epochs": 1}
     run(indexes(), tmp_path, checkpoint=often)
