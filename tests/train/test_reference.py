@@ -17,7 +17,7 @@ from pipeline.derived import derive
 from pipeline.train.trainer import Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "recipes" / "cifar.yaml"
-STEPS = 30
+STEPS = 15
 OVERRIDES = [
     "model.name=densenet_bc_l22_k12",
     "engine.zero_stage=0",
