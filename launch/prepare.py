@@ -8,7 +8,8 @@ from pathlib import Path
 
 from launch.resources import Resources, Share, share
 from launch.sources import REGISTRY, find_checkpoint, find_sources
-from pipeline.config import DIGITS, RunConfig, load_config
+from pipeline.config import DIGITS, RunConfig
+from pipeline.config_file import load_config
 from pipeline.data.dataset import open_splits
 from pipeline.data.digits import write_digits
 from pipeline.data.index import DatasetIndex

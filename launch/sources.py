@@ -3,13 +3,9 @@
 import re
 from pathlib import Path
 
-from mlflow.exceptions import MlflowException
-
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.model.weights import Sources
-from pipeline.tracking.registry import download
-from pipeline.tracking.run import connect, shown, tracking_uri
+from pipeline.model.weights import NO_SOURCES, Sources
 from pipeline.train.checkpoint import MANIFEST, checkpoints, fault, newest_valid
 from pipeline.train.state import best_checkpoint, checkpoint_root
 
@@ -23,6 +19,10 @@ def find_sources(config: RunConfig) -> Sources:
     Raises:
         UserError: there is no such file, folder or registered model.
     """
+    if config.model.weights is None and config.loss.teacher is None:
+        return NO_SOURCES
+    from pipeline.tracking.run import tracking_uri  # MLflow takes seconds to import
+
     cache, uri = Path(config.run.output) / "models", tracking_uri(config)
     weights, teacher = (
         None if place is None else locate(place, key, cache, uri)
@@ -45,7 +45,9 @@ def find_checkpoint(place: str, config: RunConfig) -> Path:
         )
     path = Path(place).expanduser()
     if _RUN_ID.fullmatch(place) and not path.exists():
-        path = _run_folder(place, tracking_uri(config))
+        from pipeline.tracking.run import run_folder, tracking_uri
+
+        path = run_folder(place, tracking_uri(config))
     if (path / MANIFEST).is_file():
         reason = fault(path)
         if reason is not None:
@@ -59,14 +61,6 @@ def find_checkpoint(place: str, config: RunConfig) -> Path:
     return found
 
 
-def _run_folder(run_id: str, uri: str) -> Path:
-    try:
-        params = connect(uri).get_run(run_id).data.params
-        return Path(params["run.output"]) / params["run.name"]
-    except (MlflowException, KeyError) as error:
-        raise UserError(f"--resume={run_id}: {shown(uri)} has no training run of this id.") from error
-
-
 def locate(place: str, key: str, cache: Path, uri: str) -> Path:
     """A file of weights, or a folder with a model card: a checkpoint, a run's best one, or a registered model's.
 
@@ -77,6 +71,8 @@ def locate(place: str, key: str, cache: Path, uri: str) -> Path:
         uri: The registry.
     """
     if place.startswith(REGISTRY):
+        from pipeline.tracking.registry import download
+
         return download(place, uri, cache)
     path = Path(place).expanduser()
     if path.is_file() or (path / "model.json").is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.config import describe
+from pipeline.config_file import describe
 from pipeline.data.tools.inspect import KINDS
 from tests.data import made_up
 
@@ -25,7 +25,7 @@ def commands() -> list[list[str]]:
 
 def test_the_key_table_is_up_to_date():
     assert (PROJECT / "docs" / "config.md").read_text() == describe(), (
-        "run `python -m pipeline.config > docs/config.md`"
+        "run `python -m pipeline.config_file > docs/config.md`"
     )
 
 

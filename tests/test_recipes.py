@@ -11,7 +11,7 @@ from rich.console import Console
 from launch.plan import print_plan
 from launch.prepare import prepare, read_config
 from launch.resources import Resources
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.train.state import best_checkpoint
 from pipeline.train.trainer import Trainer

@@ -66,6 +66,19 @@ def connect(uri: str) -> MlflowClient:
     return client
 
 
+def run_folder(run_id: str, uri: str) -> Path:
+    """The folder of the training run with this id, as it was recorded.
+
+    Raises:
+        UserError: the store has no such run.
+    """
+    try:
+        params = connect(uri).get_run(run_id).data.params
+        return Path(params["run.output"]) / params["run.name"]
+    except (MlflowException, KeyError) as error:
+        raise UserError(f"{shown(uri)} has no training run with the id {run_id}.") from error
+
+
 def _one_at_a_time(uri: str) -> AbstractContextManager[object]:
     """Keeps processes from making the tables of the same new SQLite file at the same time, which MLflow fails at."""
     if not uri.startswith("sqlite:///"):

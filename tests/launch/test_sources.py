@@ -72,5 +72,5 @@ def test_a_new_run_goes_on_from_another_ones_checkpoint(config, one_rank, tmp_pa
 def test_what_holds_no_checkpoint_is_named(config, tmp_path):
     with pytest.raises(UserError, match=r"--resume=/nowhere: there is no sound checkpoint in /nowhere"):
         find_checkpoint("/nowhere", config)
-    with pytest.raises(UserError, match=r"has no training run of this id"):
+    with pytest.raises(UserError, match=r"has no training run with the id 0+"):
         find_checkpoint("0" * 32, config)

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex

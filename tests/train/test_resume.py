@@ -3,7 +3,7 @@
 import itertools
 import resource
 import signal
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def hanging(indexes: Indexes, run_dir: Path) -> None:
 
     def stuck() -> bool:
         if torch.distributed.get_rank() == 1:
-            time.sleep(600)
+            threading.Event().wait()  # for ever
         return False
 
     with Watchdog(5, log, grace_s=5) as watchdog:

@@ -1,0 +1,124 @@
+"""Reading a config: YAML with includes and overrides, told in words where it is wrong; and the table of all keys.
+
+`include: FILE` (or a list of files, relative to the including file) is merged below the file's own keys, `key=value`
+overrides are merged on top, and the result is validated into one frozen `RunConfig`.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import RunConfig, Section
+from pipeline.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file with its includes, applies `key=value` overrides and validates the result.
+
+    Raises:
+        ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of range or left to the
+            user (`???`); all the faults found are in the message.
+    """
+    merged = _read(Path(path), seen=())
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override '{override}' is not of the form key=value, for example train.epochs=10.")
+        try:
+            merged = cast(DictConfig, OmegaConf.merge(merged, OmegaConf.from_dotlist([override])))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"override '{override}' cannot be applied: {_first_line(error)}.") from error
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{path} leaves {' and '.join(missing)} to you: add {missing[0]}=VALUE to the command.")
+        return RunConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}.") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_faults(error))) from error
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"config files include each other: {' -> '.join(p.name for p in (*seen, path))}.")
+    if not path.is_file():
+        here = f" (included by {seen[-1]})" if seen else ""
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
+        raise ConfigError(f"config file {path}{here} does not exist." + (f" Near: {', '.join(near)}." if near else ""))
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path} must hold `key: value` lines at its top level.")
+    includes = content.pop("include", [])
+    if isinstance(includes, str):
+        includes = [includes]
+    parts = [_read(path.parent / include, (*seen, path)) for include in includes]
+    return cast(DictConfig, OmegaConf.merge(*parts, content))
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """One line per fault: the key, what is allowed, its value; for an unknown key the nearest known one."""
+    allowed: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    for fault in error.errors():
+        where = [str(part) for part in fault["loc"] if not _is_union_branch(str(part))]
+        key = ".".join(where) or "config"
+        if fault["type"] == "extra_forbidden":
+            known = _known_keys(where[:-1])
+            near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean '{'.'.join([*where[:-1], near[0]])}'?" if near else f"known: {', '.join(known)}"
+            allowed[key] = [f"unknown key; {hint}"]
+        else:
+            message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            allowed.setdefault(key, []).append(message[0].lower() + message[1:])
+            if not isinstance(fault["input"], dict | BaseModel) and "password" not in message:
+                given[key] = fault["input"]
+    return [
+        f"  {key}: {', or '.join(messages)}" + (f"; got {given[key]!r}" if key in given else "")
+        for key, messages in allowed.items()
+    ]
+
+
+def _is_union_branch(part: str) -> bool:
+    """Pydantic adds the tried type of a union (`constrained-int`, `literal['auto']`) to a fault's location."""
+    return part.startswith(("constrained-", "literal[", "function-", "lax-")) or part in ("int", "str", "float")
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in section:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
+def describe() -> str:
+    """All keys with their defaults and meanings, as a Markdown table: the content of `docs/config.md`."""
+    lines = ["# Config keys", "", "Written by `python -m pipeline.config_file`.", ""]
+    lines += ["| key | default | meaning |", "|---|---|---|"]
+    for name, section in RunConfig.model_fields.items():
+        if isinstance(section.default, Section):
+            fields = {f"{name}.{key}": field for key, field in type(section.default).model_fields.items()}
+        else:
+            fields = {name: section}
+        for key, field in fields.items():
+            lines.append(f"| `{key}` | `{json.dumps(field.default)}` | {field.description or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(describe(), end="")
