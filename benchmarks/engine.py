@@ -65,6 +65,7 @@ def engine_step(engine: Engine, config: RunConfig, images_NCHW: torch.Tensor, la
     engine.set_learning_rate(0.1)
     loss = Criterion(config.loss, CLASSES)(engine.forward(images_NCHW), labels_N, images_NCHW)
     engine.backward(loss)
+    engine.step()
     engine.update_ema(1)
 
 

@@ -138,6 +138,7 @@ def _deepspeed() -> str:
         )
         engine = Engine(config, derived, create("densenet_tiny", 10), torch.device(device))
         engine.backward(engine.forward(torch.zeros(2, 3, 32, 32, device=device)).square().mean())
+        engine.step()
     finally:
         dist.destroy_process_group()
     return f"one optimizer step at ZeRO stage {config.engine.zero_stage} on {device}, {derived.precision}"

@@ -166,7 +166,7 @@ def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock)
             clock.ended(phase, at=event["time"])
         if event["kind"] == "trained":
             img_per_s = event["img_per_s"]
-        if event["kind"] == "profile":
+        if event["kind"] in ("profile", "diagnosis"):
             tracker.attach(Path(event["file"]))
         if event["kind"] in ("step", "eval"):
             tracker.log(_metrics(event) | {"data/skipped": len(display.skipped)}, event["samples_seen"])

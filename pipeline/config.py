@@ -227,6 +227,13 @@ class Train(Section):
         "auto", description="auto: bf16 on CUDA, fp32 on the CPU; fp16 (with loss scaling) needs ZeRO stage 0"
     )
     log_every_steps: Count = Field(10, description="optimizer steps between log lines")
+    on_nan: Literal["stop", "skip", "rewind"] = Field(
+        "stop", description="a loss that is no number: end, leave the step out, or go back to the newest checkpoint"
+    )
+    nan_limit: Count = Field(10, description="steps left out, or returns, after which the run ends all the same")
+    on_out_of_memory: Literal["stop", "halve"] = Field(
+        "stop", description="`halve`: try device batches before training, each half of the one before, until one fits"
+    )
     profile_steps: tuple[Count, Count] | None = Field(
         None, description="[first, last] step to profile on rank 0, into the run's folder and artifacts"
     )

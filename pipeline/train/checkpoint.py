@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 _PREFIX = "samples-"
 _PARTIAL = ".partial"
 

@@ -113,9 +113,15 @@ class Engine:
                 compile_model(model, example_NCHW, warn if config.engine.compile == "try" else None)
         groups = parameter_groups(model, config.optim.weight_decay, rate_factors(model, config.finetune))
         optimizer = _fused_adamw(groups, config.optim, device) or create_optimizer(groups, config.optim)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, derived)
-        )
+        self._skip = False
+        optimizer.step = self._gated(optimizer.step)  # type: ignore[method-assign]
+        told = deepspeed_config(config, derived)
+        zero = told["zero_optimization"]  # DeepSpeed makes buffers as large as the bucket, whatever the model has
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], sum(p.numel() for p in model.parameters()))
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=told)
+        # What the forward pass in training mode changes.
+        self._statistics = [b for m in self.module.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
+        self._kept = [torch.empty_like(buffer) for buffer in self._statistics]
         self.train()
 
     @property
@@ -143,9 +149,36 @@ class Engine:
             norm.eval()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulates the gradient of a mean loss; the optimizer steps when the global batch is complete."""
+        """Accumulates the gradient of a micro-batch's mean loss."""
         self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, skip: bool = False) -> None:
+        """Lets the optimizer step, once the backward pass of a global batch is through; or drops the gradients."""
+        self._skip = skip
         self._engine.step()
+        self._skip = False
+
+    def _gated(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The optimizer's step, left out where a step is skipped; all that DeepSpeed does around it goes on."""
+
+        def gated(*args: Any, **options: Any) -> Any:
+            return None if self._skip else step(*args, **options)
+
+        return gated
+
+    def keep_statistics(self) -> None:
+        """Remembers batch norm's statistics as they are."""
+        torch._foreach_copy_(self._kept, self._statistics)
+
+    def restore_statistics(self) -> None:
+        """Brings them back."""
+        torch._foreach_copy_(self._statistics, self._kept)
+
+    def close(self) -> None:
+        """Lets go of DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
 
     def update_ema(self, steps: int) -> None:
         """Moves the average towards the weights, once for each optimizer step; `steps` have been made."""
@@ -167,6 +200,11 @@ class Engine:
         """The model's parameters and buffers in fp32 on the CPU; empty on every rank but 0."""
         with self._gathered():
             return _on_cpu(self.module) if dist.get_rank() == 0 else {}
+
+    def spoiled(self) -> list[str]:
+        """The weights that hold values that are no numbers."""
+        with self._gathered():
+            return [name for name, value in self.module.named_parameters() if not torch.isfinite(value).all()]
 
     def ema_state(self) -> dict[str, torch.Tensor]:
         """As `full_state`, of the average; empty where there is none."""

@@ -15,7 +15,7 @@ class Meter:
 
     def __init__(self, derived: Derived, device: torch.device) -> None:
         self._derived = derived
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # the sum, and of how many micro-batches
         self._images, self._seconds = 0, 0.0
         self.restart()
 
@@ -34,14 +34,17 @@ class Meter:
         self._waited_s += time.perf_counter() - started
 
     def add(self, loss: torch.Tensor) -> None:
-        self._loss += loss.detach()
+        """Counts a micro-batch's loss; one that is no number, whose step is left out, has no part in the mean."""
+        finite = torch.isfinite(loss.detach())
+        self._loss += torch.stack([torch.where(finite, loss.detach(), 0), finite])
         self._micro_batches += 1
 
-    def mean_loss(self) -> float:
+    def _mean_loss(self) -> float:
         """The mean loss over all ranks since the interval began (a collective); waits for the device."""
-        sums = self._loss / (max(1, self._micro_batches) * self._derived.workers)
+        sums = self._loss.clone()
         dist.all_reduce(sums)
-        return sums.item()
+        total, count = sums.tolist()
+        return total / max(1, count)
 
     def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[dict[str, float], list[bool]]:
         """Closes the interval (a collective): the mean loss over all ranks, images/s, data wait share, seconds left.
@@ -49,7 +52,7 @@ class Meter:
         `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them. Each of the
         `wishes` comes back true on all ranks where it was true on any.
         """
-        loss = self.mean_loss()  # waits for the device, so the elapsed time includes all the work
+        loss = self._mean_loss()  # waits for the device, so the elapsed time includes all the work
         elapsed_s = time.perf_counter() - self._started
         largest = torch.tensor([self._waited_s / elapsed_s, *map(float, wishes)], device=self._loss.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,8 @@ class RunState:
     """The run's clock, and its best and last evaluations.
 
     `best_at` is the clock of the best evaluation: the most top-1 hits, among equals the lowest loss. An evaluation is
-    that of the better weights, of the raw ones and their moving average; `*_of` says which.
+    that of the better weights, of the raw ones and their moving average; `*_of` says which. `mended` counts the steps
+    whose loss was no number and that the run got over.
     """
 
     samples_seen: int = 0
@@ -39,6 +40,7 @@ class RunState:
     last: EvalResult | None = None
     last_at: int | None = None
     last_of: Weights = "raw"
+    mended: int = 0
 
     def record(self, results: dict[Weights, EvalResult]) -> bool:
         """Keeps the better one of the evaluations made now, and says whether it is the new best."""
@@ -129,10 +131,9 @@ def resumed(config: RunConfig, derived: Derived, train_index: DatasetIndex, fold
             f"checkpoint {folder} cannot be continued: {'; '.join(changed)}. Undo the change, start a new run under "
             f"another run.name, or, where you know it to be harmless, name it in checkpoint.allow_changed."
         )
-    best, last = (EvalResult(**record[k]) if record[k] else None for k in ("best", "last"))
-    return RunState(
-        record["samples_seen"], best, record["best_at"], record["best_of"], last, record["last_at"], record["last_of"]
-    )
+    known = {field.name: record[field.name] for field in fields(RunState)}
+    known |= {key: EvalResult(**known[key]) for key in ("best", "last") if known[key]}
+    return RunState(**known)
 
 
 def load_into(engine: Engine, folder: Path) -> None:

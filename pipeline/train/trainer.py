@@ -1,7 +1,7 @@
 """The training loop of one rank."""
 
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -22,16 +22,19 @@ from pipeline.errors import UserError
 from pipeline.model import create
 from pipeline.model.weights import NO_SOURCES, Sources, load_teacher, load_weights
 from pipeline.train.checkpoint import samples_of
+from pipeline.train.diagnosis import diagnose
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult, Forward, evaluate
+from pipeline.train.finite import FiniteLoss
 from pipeline.train.loss import Criterion
 from pipeline.train.meter import Meter
 from pipeline.train.profile import Profile
 from pipeline.train.schedule import learning_rate
-from pipeline.train.state import RunState, Weights, checkpoint_root, load_into, resumed, save
+from pipeline.train.state import RunState, Weights, checkpoint_root, load_into, newest_checkpoint, resumed, save
 from pipeline.train.writer import Writer
 
 Report = Callable[[dict[str, Any]], None]
+_LOSSES_KEPT = 50  # micro-batches, for the diagnosis of one whose loss is no number
 
 
 class Trainer:
@@ -63,27 +66,19 @@ class Trainer:
         self.train_index, self.alive = train_index, alive
         self.should_stop, self.should_save = should_stop, should_save
         self.rank = dist.get_rank()
-        self.state = RunState()
-        torch.manual_seed(config.run.seed)
-        model = create(config.model, derived.num_classes)
+        self.state = RunState() if resume is None else resumed(config, derived, train_index, resume)
+        self.engine = self._new_engine(sources.weights, resume)
         if resume is not None:
-            self.state = resumed(config, derived, train_index, resume)
-            load_weights(model, resume / "model.safetensors")
-        elif sources.weights is not None:
-            load_weights(model, sources.weights)
-        self.engine = Engine(config, derived, model, device, self._warn)
-        if resume is not None:
-            load_into(self.engine, resume)
             self.report({"kind": "resumed", "samples_seen": self.state.samples_seen, "checkpoint": str(resume)})
         teacher = None
         if sources.teacher is not None:
-            model = load_teacher(sources.teacher, train_index.classes, config.model.in_chans).to(device)
-            teacher = partial(self.engine.infer, model)
-        self.criterion = Criterion(
-            config.loss,
-            derived.num_classes,
-            teacher,
-        )
+            taught = load_teacher(sources.teacher, train_index.classes, config.model.in_chans).to(device)
+
+            def teacher(images_NCHW: torch.Tensor) -> torch.Tensor:
+                return self.engine.infer(taught, images_NCHW)
+
+        self.criterion = Criterion(config.loss, derived.num_classes, teacher)
+        self._losses: deque[torch.Tensor] = deque(maxlen=max(_LOSSES_KEPT, derived.accumulation))
         self._drops = config.model.drop_rate > 0 or config.model.layer_drop_rate > 0
         data = config.data
         self.plan = TrainPlan(
@@ -125,7 +120,7 @@ class Trainer:
     def _fit(self) -> None:
         batch_size, total_steps = self.derived.global_batch_size, self.derived.total_steps
         first_step = self.state.samples_seen // batch_size
-        meter = Meter(self.derived, self.device)
+        meter, finite = Meter(self.derived, self.device), FiniteLoss(self.device)
         profile = Profile(self.config.train.profile_steps, self.run_dir) if self.rank == 0 else None
         with (
             closing(self.loader),
@@ -137,6 +132,8 @@ class Trainer:
             for step in range(first_step, total_steps):
                 rate = learning_rate(self.config.schedule, self.derived, self.state.samples_seen)
                 self.engine.set_learning_rate(rate)
+                if self.config.train.on_nan == "skip":
+                    self.engine.keep_statistics()
                 for micro in range(self.derived.accumulation):
                     self.alive()
                     with meter.waiting():
@@ -144,8 +141,16 @@ class Trainer:
                     self._seed_dropout(step, micro)
                     logits_NK = self.engine.forward(batch.images_NCHW)
                     loss = self.criterion(logits_NK, batch.targets, batch.images_NCHW)
+                    finite.add(loss)
+                    if micro + 1 == self.derived.accumulation:
+                        finite.ask()
                     self.engine.backward(loss)
                     meter.add(loss)
+                    self._losses.append(loss.detach())
+                if wrong := finite.ranks():
+                    self._no_number(step, batch, rate, wrong)
+                else:
+                    self.engine.step()
                 self.engine.update_ema(step + 1)
                 self.state.samples_seen += batch_size
                 if profile is not None and profile.step(step + 1):
@@ -160,7 +165,6 @@ class Trainer:
                 evaluate_now = last or self._passed_epoch(self.config.eval.every_epochs)
                 is_best = evaluate_now and self._evaluate()
                 if last or is_best or stop or save or self._checkpoint_due():
-                    self._check(meter.mean_loss(), step + 1)
                     self._checkpoint()
                 if evaluate_now:
                     meter.restart()
@@ -240,7 +244,6 @@ class Trainer:
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         wishes = (self.should_stop(), self.should_save() or (late and self.rank == 0))
         record, (stop, save) = meter.read(step, wishes)
-        self._check(record["loss"], step)
         if self.engine.loss_scaler is not None:
             record["loss_scale"] = self.engine.loss_scaler.get_scale()
         if self.device.type == "cuda":
@@ -251,14 +254,73 @@ class Trainer:
         )
         return stop, save
 
-    def _check(self, loss: float, step: int) -> None:
-        """Ends the run on all ranks where the mean loss is no number, before a checkpoint is written."""
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the training loss is {loss} at step {step} (epoch {self._epoch:.2f}): lower optim.lr "
-                f"(now {self.config.optim.lr:g}), lengthen schedule.warmup_epochs or set optim.clip_grad_norm. The "
-                f"checkpoints before it are sound."
-            )
+    def _no_number(self, step: int, batch: Batch, rate: float, ranks: list[int]) -> None:
+        """Writes what is known of a step whose loss is no number on some ranks, and mends it by `train.on_nan`.
+
+        The optimizer has not stepped. The clock goes on in any case: a step that is left out is left out for ever, and
+        after a return to a checkpoint the pictures since then are not seen again, as in PaLM (Chowdhery et al. 2022,
+        arXiv 2204.02311, section 5.1).
+        """
+        train, d = self.config.train, self.derived
+        file = self.run_dir / "diagnosis" / f"step-{step + 1:07d}.json"
+        positions = [
+            micro_batch(step, micro, self.rank, d.workers, d.device_batch_size, d.accumulation)
+            for micro in range(d.accumulation)
+        ]
+        samples_B = self.plan.locate(np.concatenate(positions))[1]
+        self._seed_dropout(step, d.accumulation - 1)
+        diagnose(
+            file,
+            {
+                "step": step + 1,
+                "epoch": self._epoch,
+                "learning_rate": rate,
+                "precision": d.precision,
+                "on_ranks": ranks,
+                "weights_that_are_no_numbers": self.engine.spoiled(),
+            },
+            [self.train_index.describe(sample) for sample in samples_B],
+            list(self._losses),
+            self.engine.module,
+            lambda: self.engine.infer(self.engine.module, batch.images_NCHW),
+        )
+        self.report({"kind": "diagnosis", "file": str(file)})
+        what = f"the training loss is no number at step {step + 1} (epoch {self._epoch:.2f}) on rank {_and(ranks)}"
+        self.state.mended += 1
+        if train.on_nan != "stop" and self.state.mended <= train.nan_limit:
+            count = f"{self.state.mended} of at most {train.nan_limit}, see {file}"
+            if train.on_nan == "skip":
+                self.engine.restore_statistics()
+                self.engine.step(skip=True)
+                self._warn(f"{what}: the step is left out ({count})")
+                return
+            if self._writer is not None:
+                self._writer.wait()
+            newest = newest_checkpoint(self.run_dir, self._warn)
+            if newest is not None:
+                self.engine.close()
+                self.engine = self._new_engine(None, newest)
+                self._warn(f"{what}: the weights are those of {newest.name} again ({count})")
+                return
+        again = f", {self.state.mended - 1} times before in this run" if self.state.mended > 1 else ""
+        raise UserError(
+            f"{what}{again}: lower optim.lr (now {self.config.optim.lr:g}), lengthen schedule.warmup_epochs or set "
+            f"optim.clip_grad_norm; train.on_nan=skip or rewind goes on. The checkpoints are sound. What the layers "
+            f"gave, and for which pictures, is in {file}."
+        )
+
+    def _new_engine(self, weights: Path | None, checkpoint: Path | None) -> Engine:
+        """An engine with the weights and all else of a checkpoint, or with weights from elsewhere, or new ones."""
+        torch.manual_seed(self.config.run.seed)
+        model = create(self.config.model, self.derived.num_classes)
+        if checkpoint is not None:
+            load_weights(model, checkpoint / "model.safetensors")
+        elif weights is not None:
+            load_weights(model, weights)
+        engine = Engine(self.config, self.derived, model, self.device, self._warn)
+        if checkpoint is not None:
+            load_into(engine, checkpoint)
+        return engine
 
     def _tell_skipped(self) -> None:
         for sample in list(self.loader.skipped)[self._told :]:
@@ -329,3 +391,7 @@ def _too_large(derived: Derived) -> str:
             f"global batch stays {derived.global_batch_size}), or model.memory=checkpoint"
         )
     return f"the GPU's memory does not hold {batch} pictures at once: {advice}."
+
+
+def _and(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))

@@ -62,6 +62,7 @@ class Writer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             for name, tensors in contents.tensors.items():
+                _check_finite(name, tensors)
                 save_file(tensors, partial / name)
             for name, tree in contents.trees.items():
                 checkpoint.write_json(partial / name, tree)
@@ -76,3 +77,10 @@ class Writer:
             return fault
         self._written(folder, time.perf_counter() - started)
         return None
+
+
+def _check_finite(file: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises `ValueError` where a value is no number: a gradient was none, and the next loss will be none."""
+    wrong = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if wrong:
+        raise ValueError(f"{wrong[0]} in {file} holds values that are no numbers")

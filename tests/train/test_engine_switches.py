@@ -23,10 +23,16 @@ def make(stage: int, sections: dict, warn=print, accumulation: int = 1) -> Engin
     return Engine(config.model_copy(update=updates), d, create("densenet_tiny", d.num_classes), CPU, warn)
 
 
-def step(engine: Engine, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> float:
+def backward(engine: Engine, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> float:
     loss = F.cross_entropy(engine.forward(images_NCHW), labels_N)
     engine.backward(loss)
     return loss.item()
+
+
+def step(engine: Engine, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> float:
+    loss = backward(engine, images_NCHW, labels_N)
+    engine.step()
+    return loss
 
 
 def averages() -> list[bool]:
@@ -39,7 +45,8 @@ def average_equals_one_by_hand(stage: int) -> bool:
     expected = engine.full_state()
     for i, (images_NCHW, labels_N) in enumerate(batches(4)):
         for half in (slice(4), slice(4, None)):
-            step(engine, images_NCHW[half], labels_N[half])
+            backward(engine, images_NCHW[half], labels_N[half])
+        engine.step()
         engine.update_ema(i + 1)
         decay = min(0.4, 1 - (1 + i) ** (-2 / 3))  # warm-up: 0, 0.37, then 0.4
         for key, new in engine.full_state().items():

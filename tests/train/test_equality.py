@@ -51,6 +51,7 @@ def losses(
             loss = F.cross_entropy(trained.forward(images_NCHW[part]), labels_N[part])
             trained.backward(loss)
             total += loss.detach() / derived.accumulation / workers
+        trained.step()
         torch.distributed.all_reduce(total)
         found.append(total.item())
     return found

@@ -73,6 +73,7 @@ def test_optimizers_of_whole_weights_train_in_the_engine_and_are_refused_where_w
     for _ in range(6):
         loss = F.cross_entropy(engine.forward(images_NCHW), labels_N)
         engine.backward(loss)
+        engine.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     with pytest.raises(ValueError, match=f"optim.name={name} works on whole weights"):
