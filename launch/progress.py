@@ -37,11 +37,14 @@ def accuracy(event: dict[str, Any]) -> str:
 
 def step_line(event: dict[str, Any], epochs: float, total_steps: int, workers: int) -> str:
     """One step event as a line."""
+    gpu = f"{event['gpu_memory_gb']:.1f} GB  " if "gpu_memory_gb" in event else ""
+    if "mfu" in event:
+        gpu += f"MFU {event['mfu']:.0%}  "
     per_worker = f" ({speed(event['img_per_s_worker'])} per worker)" if workers > 1 else ""
     return (
         f"epoch {event['epoch']:.2f}/{epochs:g}  step {event['step']}/{total_steps}  loss {event['loss']:.4f}  "
         f"lr {event['lr']:.4g}  {speed(event['img_per_s'])}{per_worker}  "
-        f"data wait {event['data_wait']:.0%}  ETA {duration(event['eta_s'])}"
+        f"data wait {event['data_wait']:.0%}  {gpu}ETA {duration(event['eta_s'])}"
     )
 
 

@@ -35,7 +35,7 @@ class _Stopped(Exception):
 
 
 _PLOTTED = 1000
-_STEP_METRICS = ("loss", "lr", "img_per_s", "data_wait", "epoch", "loss_scale", "gpu_memory_gb")
+_STEP_METRICS = ("loss", "lr", "img_per_s", "data_wait", "epoch", "loss_scale", "gpu_memory_gb", "mfu")
 _PHASES = {"workers_started": "worker start", "first_step": "first step"}
 
 

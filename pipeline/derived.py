@@ -74,7 +74,7 @@ def derive(
             f"or change cluster.workers."
         )
     per_worker = batch // workers
-    unit = 2 if config.augment.mixes else 1  # pictures are mixed in pairs, which must not be parted
+    unit = _unit(config)
     most = config.train.max_device_batch_size
     accumulations = [a for a in range(1, per_worker + 1) if per_worker % (a * unit) == 0 and per_worker // a <= most]
     if not accumulations:
@@ -106,3 +106,20 @@ def derive(
         total_samples=total_steps * batch,
         peak_lr=config.optim.peak_lr(batch),
     )
+
+
+def halved(derived: Derived, config: RunConfig) -> Derived | None:
+    """The same global batch in device batches of half the size or the next smaller one; None where there is none."""
+    batch, total = derived.device_batch_size, derived.device_batch_size * derived.accumulation
+    unit = _unit(config)
+    smaller = next((b for b in range(batch // 2, 0, -1) if b % unit == 0 and total % b == 0), None)
+    if smaller is None:
+        return None
+    evaluated = smaller if config.eval.batch_size == "auto" else derived.eval_batch_size
+    sizes = {"device_batch_size": smaller, "accumulation": total // smaller, "eval_batch_size": evaluated}
+    return derived.model_copy(update=sizes)
+
+
+def _unit(config: RunConfig) -> int:
+    """Pictures that must not be parted: they are mixed in pairs."""
+    return 2 if config.augment.mixes else 1

@@ -97,8 +97,7 @@ class Engine:
         self.stage = config.engine.zero_stage
         # Of the features alone: DeepSpeed takes weights in no other order than the usual one.
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
-        half = getattr(torch, _HALF[derived.precision])
-        self._autocast = torch.autocast(device.type, half, enabled=derived.precision != "fp32")
+        self._autocast = autocast(derived, device)
         model = model.to(device)
         if config.engine.sync_batch_norm:
             model = convert_sync_batchnorm(model)
@@ -235,6 +234,11 @@ class Engine:
             return
         with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
+
+
+def autocast(derived: Derived, device: torch.device) -> torch.autocast:
+    """The run's precision for code outside the engine."""
+    return torch.autocast(device.type, getattr(torch, _HALF[derived.precision]), enabled=derived.precision != "fp32")
 
 
 def _fused_adamw(groups: list[dict], optim: Optim, device: torch.device) -> torch.optim.Optimizer | None:

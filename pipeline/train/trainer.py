@@ -26,8 +26,10 @@ from pipeline.train.diagnosis import diagnose
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult, Forward, evaluate
 from pipeline.train.finite import FiniteLoss
+from pipeline.train.fitting import fitting, too_large
 from pipeline.train.loss import Criterion
 from pipeline.train.meter import Meter
+from pipeline.train.mfu import peak_flops, utilization
 from pipeline.train.profile import Profile
 from pipeline.train.schedule import learning_rate
 from pipeline.train.state import RunState, Weights, checkpoint_root, load_into, newest_checkpoint, resumed, save
@@ -62,10 +64,13 @@ class Trainer:
         should_save: Callable[[], bool] = lambda: False,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.derived, self.run_dir, self.device, self.report = config, derived, run_dir, device, report
+        self.config, self.run_dir, self.device, self.report = config, run_dir, device, report
         self.train_index, self.alive = train_index, alive
         self.should_stop, self.should_save = should_stop, should_save
         self.rank = dist.get_rank()
+        if config.train.on_out_of_memory == "halve":
+            derived = fitting(config, derived, device, self._warn)
+        self.derived = derived
         self.state = RunState() if resume is None else resumed(config, derived, train_index, resume)
         self.engine = self._new_engine(sources.weights, resume)
         if resume is not None:
@@ -115,7 +120,7 @@ class Trainer:
         try:
             self._fit()
         except torch.OutOfMemoryError as error:
-            raise UserError(_too_large(self.derived)) from error
+            raise UserError(too_large(self.derived, self.config)) from error
 
     def _fit(self) -> None:
         batch_size, total_steps = self.derived.global_batch_size, self.derived.total_steps
@@ -248,6 +253,10 @@ class Trainer:
             record["loss_scale"] = self.engine.loss_scaler.get_scale()
         if self.device.type == "cuda":
             record["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            peak = peak_flops(torch.cuda.get_device_name(self.device), self.derived.precision)
+            if peak is not None:
+                side, classes = self.config.data.side_at(self._epoch), self.derived.num_classes
+                record["mfu"] = utilization(record["img_per_s_worker"], self.config.model, classes, side, peak)
         self.report(
             {"kind": "step", "step": step, "samples_seen": self.state.samples_seen, "epoch": self._epoch, "lr": rate}
             | record
@@ -378,19 +387,6 @@ class Trainer:
                 "write_s": seconds,
             }
         )
-
-
-def _too_large(derived: Derived) -> str:
-    """What to do where the GPU's memory does not hold a batch, at the same global batch."""
-    batch, accumulation = derived.device_batch_size, derived.accumulation
-    smaller = next((b for b in range(batch // 2, 0, -1) if (batch * accumulation) % b == 0), None)
-    advice = "set model.memory=checkpoint"
-    if smaller is not None:
-        advice = (
-            f"set train.max_device_batch_size={smaller} (accumulation becomes {batch * accumulation // smaller}, the "
-            f"global batch stays {derived.global_batch_size}), or model.memory=checkpoint"
-        )
-    return f"the GPU's memory does not hold {batch} pictures at once: {advice}."
 
 
 def _and(ranks: list[int]) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pipeline.train.fitting as fitting_module
 from pipeline.errors import UserError
 from pipeline.model import create
 from pipeline.model.weights import Sources, load_model
@@ -162,5 +163,32 @@ def test_too_little_memory_is_told_with_a_batch_that_keeps_the_global_one(one_ra
         trainer.fit()
     assert str(error.value) == (
         "the GPU's memory does not hold 8 pictures at once: set train.max_device_batch_size=4 (accumulation becomes 2, "
-        "the global batch stays 8), or model.memory=checkpoint."
+        "the global batch stays 8), or train.on_out_of_memory=halve, or model.memory=checkpoint."
     )
+
+
+def test_a_device_batch_that_fits_is_found_before_training(one_rank, indexes, tmp_path, monkeypatch):
+    """A memory that holds two pictures, and then less than one; a whole step of 8 is then four micro-batches."""
+    data, room, create_as_it_is = indexes(), 2, fitting_module.create
+
+    def create_with_little_room(*arguments: Any) -> torch.nn.Module:
+        def allocate(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            if len(inputs[0]) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        model = create_as_it_is(*arguments)
+        model.register_forward_pre_hook(allocate)
+        return model
+
+    monkeypatch.setattr(fitting_module, "create", create_with_little_room)
+    events = run(data, tmp_path / "halved", train={"epochs": 1, "on_out_of_memory": "halve"})
+    (warning,) = [event["message"] for event in events if event["kind"] == "warning"]
+    assert warning == (
+        "the memory does not hold 8 pictures at once: 2 are taken, with 4 accumulated; the global batch stays 8, batch "
+        "norm's statistics are of 2"
+    )
+    given = run(data, tmp_path / "given", train={"epochs": 1, "max_device_batch_size": 2})
+    assert losses(events) == losses(given)
+    room = 0
+    with pytest.raises(UserError, match="does not hold 1 pictures at once: set model.memory=checkpoint. No smaller"):
+        run(data, tmp_path / "none", train={"on_out_of_memory": "halve"})
