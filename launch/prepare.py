@@ -20,6 +20,7 @@ from pipeline.model.densenet import check_name, create
 from pipeline.model.weights import Sources, load_teacher, load_weights, read_card
 from pipeline.train.engine import deepspeed_config
 from pipeline.train.state import resumed
+from pipeline.train.storage import StorageError, storage_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     if root is not None and not is_remote(root):
         root = _absolute(root)
     stage = config.data.stage
+    storage = config.checkpoint.storage
+    if storage is not None and "://" not in storage:
+        storage = _absolute(storage)
     weights, teacher = (
         place if place is None or place.startswith(REGISTRY) else _absolute(place)
         for place in (config.model.weights, config.loss.teacher)
@@ -63,6 +67,7 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
             "model": config.model.model_copy(update={"weights": weights}),
             "loss": config.loss.model_copy(update={"teacher": teacher}),
             "run": config.run.model_copy(update={"name": name, "output": output}),
+            "checkpoint": config.checkpoint.model_copy(update={"storage": storage}),
             "data": config.data.model_copy(update={"root": root, "stage": stage and _absolute(stage)}),
         }
     )
@@ -100,6 +105,7 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
             f"folders, each a class of its own: use data.shuffle=full, or prepare shards."
         )
     deepspeed_config(config, derived)  # for its checks
+    _check_storage(config)
     if config.engine.sync_batch_norm and derived.device == "cpu":
         raise UserError("engine.sync_batch_norm=true needs GPUs: leave it out on the CPU.")
     sources = find_sources(config)
@@ -122,6 +128,15 @@ def _check_sources(config: RunConfig, derived: Derived, sources: Sources, classe
     if sources.teacher is not None:
         load_teacher(sources.teacher, classes, config.model.in_chans)
     return start
+
+
+def _check_storage(config: RunConfig) -> None:
+    try:
+        storage = storage_of(config)
+        if storage is not None:
+            storage.names()
+    except StorageError as error:
+        raise UserError(f"{error}. Give a folder or an address that this machine can read and write.") from error
 
 
 def _other_normalisation(config: RunConfig, sources: Sources) -> list[str]:

@@ -27,7 +27,7 @@ from pipeline.tracking.plots import curve
 from pipeline.tracking.run import Tracker, default_tracking_uri, shown
 from pipeline.train import checkpoint
 from pipeline.train.schedule import learning_rate
-from pipeline.train.state import best_checkpoint, checkpoint_root, read_state
+from pipeline.train.state import best_checkpoint, checkpoint_root, fetch, read_state
 
 
 class _Stopped(Exception):
@@ -78,6 +78,7 @@ def train_command(
                 if display.stopped_at is not None:
                     raise _Stopped
                 display.status("registering the model")
+                fetch(prepared.config, prepared.run_dir)
                 best = best_checkpoint(prepared.run_dir)
                 registered = _register(prepared, tracker, best)
                 clock.ended("registration")

@@ -56,7 +56,9 @@ def _train(task: dict[str, Any], report: Any) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    newest = newest_checkpoint(task["run_dir"], lambda text: report({"kind": "warning", "message": text}))
+    newest = newest_checkpoint(
+        task["config"], task["run_dir"], lambda text: report({"kind": "warning", "message": text})
+    )
     with Watchdog(task["config"].cluster.hang_timeout_s) as watchdog:
         trainer = Trainer(
             task["config"],

@@ -325,6 +325,9 @@ class Checkpoint(Section):
     every_epochs: Count = Field(1, description="epochs between checkpoints; the end of the run always has one")
     every_samples: Count | None = Field(None, description="samples between further checkpoints")
     every_minutes: float | None = Field(None, gt=0, description="minutes between further ones, looked at when logging")
+    storage: Annotated[str, AfterValidator(_no_password)] | None = Field(
+        None, description="folder or address (s3://...) that keeps copies, for nodes whose own disks are not shared"
+    )
     keep_last: Count = Field(2, description="newest checkpoints kept; the best one is kept besides")
     keep_every_epochs: Count | None = Field(None, description="the first one in every so many epochs is kept too")
     allow_changed: tuple[str, ...] = Field((), description="differences from the run's checkpoint that are accepted")

@@ -16,16 +16,16 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 FORMAT = 4
-_PREFIX = "samples-"
+PREFIX = "samples-"
 _PARTIAL = ".partial"
 
 
 def folder_name(samples_seen: int) -> str:
-    return f"{_PREFIX}{samples_seen:012d}"
+    return f"{PREFIX}{samples_seen:012d}"
 
 
 def samples_of(folder: Path) -> int:
-    return int(folder.name.removeprefix(_PREFIX))
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def partial(folder: Path) -> Path:
@@ -46,26 +46,35 @@ def seal(folder: Path) -> None:
     files = sorted(p for p in source.rglob("*") if p.is_file())
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(_sha256, files))
-    entries = {
+    written = {
         p.relative_to(source).as_posix(): {"bytes": p.stat().st_size, "sha256": h}
         for p, h in zip(files, hashes, strict=True)
     }
-    write_json(source / MANIFEST, {"format": FORMAT, "files": entries})
+    write_json(source / MANIFEST, {"format": FORMAT, "files": written})
     if folder.exists():
         shutil.rmtree(folder)
     source.rename(folder)
 
 
+def entries(folder: Path) -> dict[str, Any]:
+    """Size and hash of each file of a checkpoint but the manifest.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: the manifest is missing, damaged or of another version.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+    return manifest["files"]
+
+
 def fault(folder: Path) -> str | None:
     """Says what is wrong with a checkpoint, or None when every file has its recorded size and hash."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = manifest["files"]
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this version reads {FORMAT}"
+        written = entries(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
-    for name, entry in entries.items():
+    for name, entry in written.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -88,7 +97,7 @@ def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
 
 def checkpoints(root: Path) -> list[Path]:
     """The sealed checkpoints below `root`, oldest first."""
-    found = [p for p in root.glob(f"{_PREFIX}*") if p.is_dir() and p.name.removeprefix(_PREFIX).isdigit()]
+    found = [p for p in root.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=samples_of)
 
 
@@ -99,7 +108,7 @@ def prune(root: Path, keep: Callable[[list[Path]], list[Path]]) -> None:
     for folder in there:
         if folder not in kept:
             shutil.rmtree(folder)
-    for leftover in root.glob(f"{_PREFIX}*{_PARTIAL}"):
+    for leftover in root.glob(f"{PREFIX}*{_PARTIAL}"):
         shutil.rmtree(leftover)
 
 

@@ -17,6 +17,7 @@ from pipeline.model.densenet import architecture
 from pipeline.train import checkpoint
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult
+from pipeline.train.storage import Storage, StorageError, storage_of
 from pipeline.train.writer import Contents, Writer
 
 Weights = Literal["raw", "ema"]
@@ -103,13 +104,39 @@ def _epochs(samples: int, derived: Derived) -> int:
     return samples // derived.train_samples
 
 
-def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a run that verifies, if any (a collective: rank 0 looks and tells the others)."""
-    found: list[Path | None] = [None]
+def newest_checkpoint(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run that verifies, if any (a collective: rank 0 looks and tells the others).
+
+    Where copies are kept in a second place, each node gets the checkpoint from there unless it has it.
+    """
+    storage, root = storage_of(config), checkpoint_root(run_dir)
+    found: list[str | None] = [None]
     if dist.get_rank() == 0:
-        found = [checkpoint.newest_valid(checkpoint_root(run_dir), warn)]
+        found = [_newest(root, storage, warn)]
     dist.broadcast_object_list(found)
-    return found[0]
+    name = found[0]
+    if name is None:
+        return None
+    reason = None if storage is None else storage.get(name, root)
+    if reason is not None:
+        raise StorageError(f"checkpoint {name} came damaged: {reason}")
+    return root / name
+
+
+def _newest(root: Path, storage: Storage | None, warn: Callable[[str], None]) -> str | None:
+    if storage is None:
+        newest = checkpoint.newest_valid(root, warn)
+        return None if newest is None else newest.name
+    here = {folder.name for folder in checkpoint.checkpoints(root)}
+    there = set(storage.names())
+    for name in sorted(here | there, reverse=True):
+        reason = checkpoint.fault(root / name)
+        if reason is not None and name in there:
+            reason = storage.get(name, root)
+        if reason is None:
+            return name
+        warn(f"checkpoint {root / name} is skipped: {reason}")
+    return None
 
 
 def resumed(config: RunConfig, derived: Derived, train_index: DatasetIndex, folder: Path) -> RunState:
@@ -154,9 +181,28 @@ def best_checkpoint(run_dir: Path) -> Path:
     """The checkpoint of the best evaluation so far, as the newest one knows it; the newest, if it could not be kept."""
     root = checkpoint_root(run_dir)
     newest = checkpoint.checkpoints(root)[-1]
-    best = read_state(newest)["best_at"]
-    folder = root / checkpoint.folder_name(best) if best is not None else newest
+    folder = root / _best(newest)
     return folder if folder.is_dir() else newest
+
+
+def fetch(config: RunConfig, run_dir: Path) -> None:
+    """Gets a run's newest and best checkpoint from the second place, where there is one and it has them.
+
+    Raises:
+        StorageError: it does not answer.
+    """
+    storage, root = storage_of(config), checkpoint_root(run_dir)
+    there = [] if storage is None else storage.names()
+    if storage is not None and there and storage.get(there[-1], root) is None:
+        best = _best(root / there[-1])
+        if best in there:
+            storage.get(best, root)
+
+
+def _best(newest: Path) -> str:
+    """The name of the checkpoint of the best evaluation, as the newest one knows it."""
+    best = read_state(newest)["best_at"]
+    return newest.name if best is None else checkpoint.folder_name(best)
 
 
 def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) -> dict[str, Any]:

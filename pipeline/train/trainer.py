@@ -33,6 +33,7 @@ from pipeline.train.mfu import peak_flops, utilization
 from pipeline.train.profile import Profile
 from pipeline.train.schedule import learning_rate
 from pipeline.train.state import RunState, Weights, checkpoint_root, load_into, newest_checkpoint, resumed, save
+from pipeline.train.storage import storage_of
 from pipeline.train.writer import Writer
 
 Report = Callable[[dict[str, Any]], None]
@@ -106,7 +107,8 @@ class Trainer:
             skip_by=self.plan if data.on_corrupt == "skip" else None,
         )
         self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.interpolation)
-        self._writer = Writer(checkpoint_root(run_dir), self._saved, self._warn) if self.rank == 0 else None
+        root = checkpoint_root(run_dir)
+        self._writer = Writer(root, self._saved, self._warn, storage_of(config)) if self.rank == 0 else None
         self._saved_at = time.monotonic()
         self._told = 0  # of the skipped samples
 
@@ -305,7 +307,7 @@ class Trainer:
                 return
             if self._writer is not None:
                 self._writer.wait()
-            newest = newest_checkpoint(self.run_dir, self._warn)
+            newest = newest_checkpoint(self.config, self.run_dir, self._warn)
             if newest is not None:
                 self.engine.close()
                 self.engine = self._new_engine(None, newest)

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
+from pipeline.train.storage import Storage, StorageError
+
+Keep = Callable[[list[Path]], list[Path]]  # of all checkpoints, oldest first
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,23 @@ class Writer:
 
     Use it as a context manager: the end waits for the last one, and is a `UserError` where that could not be written.
     One that cannot be written leaves nothing behind and is told to `warn`; the ones before it stay, and the next one is
-    another try. `written` is told each sealed folder and the seconds that it took.
+    another try. `written` is told each sealed folder and the seconds that it took. With a `storage`, those that are
+    kept are kept there too; what it did not take is copied with the next one, or at the end.
     """
 
-    def __init__(self, root: Path, written: Callable[[Path, float], None], warn: Callable[[str], None]) -> None:
-        self._root, self._written, self._warn = root, written, warn
+    def __init__(
+        self,
+        root: Path,
+        written: Callable[[Path, float], None],
+        warn: Callable[[str], None],
+        storage: Storage | None = None,
+    ) -> None:
+        self._root, self._written, self._warn, self._storage = root, written, warn, storage
+        self._keep: Keep = list
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[str | None] | None = None
 
-    def write(self, name: str, contents: Contents, keep: Callable[[list[Path]], list[Path]]) -> None:
+    def write(self, name: str, contents: Contents, keep: Keep) -> None:
         """Begins to write the checkpoint `name`; afterwards those that `keep` does not choose are removed."""
         self.wait()
         self._last = self._thread.submit(self._write, self._root / name, contents, keep)
@@ -52,11 +63,14 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         fault = self.wait()
         self._thread.shutdown()
+        if fault is None and kind is None:
+            fault = self._store()
         if fault is not None and kind is None:
             raise UserError(f"the run's last checkpoint {fault}. Make room or mend the folder, and start again.")
 
-    def _write(self, folder: Path, contents: Contents, keep: Callable[[list[Path]], list[Path]]) -> str | None:
+    def _write(self, folder: Path, contents: Contents, keep: Keep) -> str | None:
         started = time.perf_counter()
+        self._keep = keep
         partial = checkpoint.partial(folder)
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -75,7 +89,28 @@ class Writer:
             fault = f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
             self._warn(f"checkpoint {fault}; training goes on, and the checkpoints before it stay")
             return fault
+        unstored = self._store()
+        if unstored is not None:
+            self._warn(f"checkpoint {unstored}; training goes on, and it is tried again")
         self._written(folder, time.perf_counter() - started)
+        return None
+
+    def _store(self) -> str | None:
+        """Copies what the storage lacks, and removes what is not to be kept; says what could not be copied."""
+        if self._storage is None:
+            return None
+        try:
+            there = self._storage.names()
+            for folder in checkpoint.checkpoints(self._root):
+                if folder.name not in there:
+                    self._storage.put(folder)
+            there = self._storage.names()
+            kept = {folder.name for folder in self._keep([self._root / name for name in there])}
+            for name in there:
+                if name not in kept:
+                    self._storage.remove(name)
+        except StorageError as error:
+            return f"copies could not be brought up to date: {error}"
         return None
 
 

@@ -1,0 +1,163 @@
+"""Checkpoints that are kept in a second place: what is there, what a run on a bare disk does, and faults."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.data.index import DatasetIndex
+from pipeline.errors import UserError
+from pipeline.train import checkpoint
+from pipeline.train.state import best_checkpoint, checkpoint_root, fetch, newest_checkpoint
+from pipeline.train.storage import Storage, StorageError
+from pipeline.train.trainer import Trainer
+from tests.train.settings import settings
+
+Indexes = tuple[DatasetIndex, DatasetIndex]
+END = checkpoint.folder_name(80)
+
+
+def run(indexes: Indexes, run_dir: Path, storage: str, **sections: dict) -> list[dict[str, Any]]:
+    """A run that goes on from its newest checkpoint wherever that is; returns the events."""
+    events: list[dict[str, Any]] = []
+    config, derived = settings(*indexes, **sections_of(storage, **sections))
+
+    def warn(message: str) -> None:
+        events.append({"kind": "warning", "message": message})
+
+    newest = newest_checkpoint(config, run_dir, warn)
+    Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append, resume=newest).fit()
+    return events
+
+
+def sections_of(storage: str, **sections: dict) -> dict[str, dict]:
+    plan = {
+        "run": {"seed": 5, "name": "run"},
+        "train": {"log_every_steps": 1},
+        "checkpoint": {"storage": storage, "every_samples": 16, "keep_last": 2},
+    }
+    return {name: plan.get(name, {}) | sections.get(name, {}) for name in plan | sections}
+
+
+def names(run_dir: Path) -> list[str]:
+    return [folder.name for folder in checkpoint.checkpoints(checkpoint_root(run_dir))]
+
+
+def warnings(events: list[dict[str, Any]]) -> list[str]:
+    return [event["message"] for event in events if event["kind"] == "warning"]
+
+
+def test_a_run_whose_disk_is_lost_goes_on_from_the_copies(one_rank, indexes, tmp_path):
+    data, storage = indexes(), Storage(str(tmp_path / "store"), "run")
+    whole = tmp_path / "whole"
+    run(data, whole, f"file://{tmp_path / 'store'}")
+    assert storage.names() == names(whole)
+
+    for name in storage.names()[1:]:  # as if the node had been lost then
+        storage.remove(name)
+    (first,) = storage.names()
+    events = run(data, tmp_path / "rest", str(tmp_path / "store"))
+    assert events[0] == {
+        "kind": "resumed",
+        "samples_seen": int(first.removeprefix("samples-")),
+        "checkpoint": str(checkpoint_root(tmp_path / "rest") / first),
+    }
+    ends = [load_file(checkpoint_root(folder) / END / "model.safetensors") for folder in (whole, tmp_path / "rest")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+    config, _ = settings(*data, **sections_of(str(tmp_path / "store")))
+    fetch(config, tmp_path / "driver")
+    assert best_checkpoint(tmp_path / "driver").name == best_checkpoint(tmp_path / "rest").name
+    assert END in names(tmp_path / "driver")
+
+
+def test_a_copy_that_is_damaged_is_skipped(one_rank, indexes, tmp_path):
+    data, store = indexes(), tmp_path / "store"
+    run(data, tmp_path / "first", str(store))
+    before = sorted(folder.name for folder in (store / "run").iterdir())[-2]
+    file = store / "run" / END / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    (store / "run" / before / "optimizer.safetensors").unlink()
+    config, _ = settings(*data, **sections_of(str(store)))
+    told: list[str] = []
+    found = newest_checkpoint(config, tmp_path / "second", told.append)
+    assert found is None or found.name < before
+    assert "model.safetensors has " in told[0]
+    assert "optimizer.safetensors is missing" in told[1]
+    assert not list(checkpoint_root(tmp_path / "second").glob("*.partial"))
+
+
+def every_rank(indexes: Indexes, folder: Path) -> list[str]:
+    """Two nodes: each rank has a disk of its own, and only the first one's has written checkpoints."""
+    rank = torch.distributed.get_rank()
+    config, derived = settings(*indexes, 2, **sections_of(str(folder / "store")))
+    run_dir = folder / f"node{rank}"
+    for end in (1, 2):
+        shorter = config.model_copy(update={"train": config.train.model_copy(update={"epochs": end})})
+        newest = newest_checkpoint(shorter, run_dir, print)
+        cpu, told = torch.device("cpu"), derived.model_copy(update={"total_steps": 5 * end})
+        Trainer(shorter, told, *indexes, run_dir, cpu, lambda event: None, resume=newest).fit()
+        torch.distributed.barrier()
+    return names(run_dir)
+
+
+@pytest.mark.slow
+def test_each_node_gets_the_checkpoint_that_it_lacks(run_ranks, indexes, tmp_path):
+    first, second = run_ranks(2, every_rank, indexes(), tmp_path)
+    assert END in first
+    assert second == [checkpoint.folder_name(40)]
+
+
+def test_a_place_that_takes_nothing_is_told_and_ends_the_run_at_its_end_alone(one_rank, indexes, tmp_path):
+    store = tmp_path / "store"
+    events: list[dict[str, Any]] = []
+    config, derived = settings(*indexes(), **sections_of(str(store)))
+    trainer = Trainer(config, derived, *indexes(), tmp_path, torch.device("cpu"), events.append)
+    store.touch()  # a file where the folder should be
+    with pytest.raises(UserError, match=r"last checkpoint copies could not be brought up to date: checkpoint.storage="):
+        trainer.fit()
+    assert all("training goes on, and it is tried again" in text for text in warnings(events))
+    assert len(warnings(events)) >= 5
+    assert END in names(tmp_path)
+    store.unlink()
+    run(indexes(), tmp_path, str(store))  # nothing is left to train
+    assert END in Storage(str(store), "run").names()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield "s3://bucket/runs"
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # of the store's client and server
+def test_a_bucket_keeps_what_the_run_keeps(one_rank, indexes, tmp_path, bucket):
+    data = indexes()
+    run(data, tmp_path / "run", bucket)
+    storage = Storage(bucket, "run")
+    assert storage.names() == names(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    events = run(data, tmp_path / "run", bucket)
+    assert events[0]["samples_seen"] == 80
+    storage.remove(END)
+    assert END not in storage.names()
+    with pytest.raises(StorageError, match=r"checkpoint.storage=s3://gone/runs: "):
+        Storage("s3://gone/runs", "run").put(checkpoint_root(tmp_path / "run") / END)
+    with pytest.raises(StorageError, match=r"checkpoint.storage=carrier://x: ValueError: Protocol not known: carrier"):
+        Storage("carrier://x", "run")
