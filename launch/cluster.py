@@ -186,8 +186,12 @@ def run(
     if message is not None:
         raise UserError(message)
     if failure is not None:
+        what = str(failure)
+        if isinstance(failure, ray.exceptions.RayError):  # its text is about actors and objects alone
+            what = "Ray lost the node that the driver is on, or its own processes there."
         raise TrainingError(
-            f"{failure}\nThe workers' own logs are in {run_dir / 'logs'}, Ray's in {_node()['session_dir']}/logs."
+            f"{what}\nThe same command with run.name={config.run.name} goes on from the newest checkpoint. The "
+            f"workers' own logs are in {run_dir / 'logs'}, Ray's in {_node()['session_dir']}/logs."
         ) from failure
 
 
@@ -200,10 +204,14 @@ def _error(hub: Any) -> str | None:
 
 
 def _pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
-    """Passes the hub's events on until `done` is set and the hub is empty."""
+    """Passes the hub's events on until `done` is set and the hub is empty, or has gone with its node."""
     while True:
         finished = done.wait(_POLL_S)
-        for event in ray.get(hub.drain.remote()):
+        try:
+            events = ray.get(hub.drain.remote())
+        except ray.exceptions.RayError:
+            return
+        for event in events:
             on_event(event)
         if finished:
             return

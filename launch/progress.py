@@ -86,6 +86,10 @@ class Display:
         """Something that stays."""
         self._console.print(Text(text, style=style), soft_wrap=True)
 
+    def warning(self, text: str) -> None:
+        """As `line`, in yellow."""
+        self.line(f"warning: {text}", "yellow")
+
     def on_event(self, event: dict[str, Any]) -> None:
         match event["kind"]:
             case "step":
@@ -96,19 +100,17 @@ class Display:
             case "stopped":
                 self.stopped_at = event["samples_seen"]
             case "warning":
-                self.line(f"warning: {event['message']}", style="yellow")
+                self.warning(event["message"])
             case "skipped":
                 self.skipped.add(event["sample"])
                 if len(self.skipped) <= _SKIPPED_SHOWN:
-                    self.line(f"warning: replaced {event['message']}", style="yellow")
+                    self.warning(f"replaced {event['message']}")
             case "resumed":
                 self.line(f"resumed at {event['samples_seen']} samples from {event['checkpoint']}")
             case "workers_started":
                 self._starts += 1
                 if self._starts > 1:
-                    self.line(
-                        f"warning: a worker was lost, all were started again (start {self._starts})", style="yellow"
-                    )
+                    self.warning(f"a worker was lost, all were started again (start {self._starts})")
                 self.status("workers started; loading the model and the data")
 
 

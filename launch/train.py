@@ -24,7 +24,7 @@ from pipeline.config import RunConfig
 from pipeline.derived import Derived
 from pipeline.export.package import Registered, register
 from pipeline.tracking.plots import curve
-from pipeline.tracking.run import Tracker, default_tracking_uri, shown
+from pipeline.tracking.run import Tracker, default_tracking_uri, shown, wait_for
 from pipeline.train import checkpoint
 from pipeline.train.schedule import learning_rate
 from pipeline.train.state import best_checkpoint, checkpoint_root, fetch, read_state
@@ -80,6 +80,7 @@ def train_command(
                 display.status("registering the model")
                 fetch(prepared.config, prepared.run_dir)
                 best = best_checkpoint(prepared.run_dir)
+                wait_for(tracker.uri, config.tracking.patience_s, display.warning)
                 registered = _register(prepared, tracker, best)
                 clock.ended("registration")
         except _Stopped:
@@ -98,7 +99,7 @@ def train_command(
         except Exception:
             tracker.finish("FAILED")
             raise
-        unsent = tracker.finish("FINISHED")
+        unsent = tracker.finish("FINISHED", config.tracking.patience_s)
     uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(shown(tracker.uri))}"
     _print_summary(console, prepared, uri, best, registered, img_per_s, clock)
     if display.skipped:

@@ -349,6 +349,9 @@ class Tracking(Section):
     )
     experiment: str = Field("densenet", description="MLflow experiment, made if missing")
     register_as: Name | None = Field(None, description="registered model name; default: the model's name")
+    patience_s: float = Field(
+        600, ge=0, description="how long the end of a run waits for a store that is away, to send records and the model"
+    )
     alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="moved to the new version")
 
 

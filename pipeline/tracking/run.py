@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -64,6 +64,26 @@ def connect(uri: str) -> MlflowClient:
             f"set tracking.uri, --uri or MLFLOW_TRACKING_URI to another; unset, a SQLite file is used."
         ) from error
     return client
+
+
+def wait_for(uri: str, patience_s: float, told: Callable[[str], None]) -> None:
+    """Waits until the store at `uri` answers; `told` gets one message where it does not at once.
+
+    Raises:
+        UserError: it has not answered for so long.
+    """
+    deadline, waits = time.monotonic() + patience_s, False
+    while True:
+        try:
+            connect(uri)
+            return
+        except UserError:
+            if time.monotonic() >= deadline:
+                raise
+        if not waits:
+            told(f"MLflow at {shown(uri)} does not answer; waiting up to {patience_s:g} s for it (tracking.patience_s)")
+            waits = True
+        time.sleep(_RETRY_S[0])
 
 
 def run_folder(run_id: str, uri: str) -> Path:

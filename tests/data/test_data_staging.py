@@ -15,6 +15,7 @@ from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import Options, prepare
 from pipeline.errors import DataError
 from tests.data import made_up
+from tests.servers import s3_store
 
 
 @pytest.fixture
@@ -67,24 +68,12 @@ def test_a_file_address_is_fetched_and_staged(shards, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # of the store's client and server
 def test_a_bucket_is_fetched_and_staged(shards, tmp_path, monkeypatch):
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.mkdir("bucket")
-        files.put(f"{shards}/", "bucket/set/", recursive=True)
+    with s3_store(monkeypatch):
+        fsspec.filesystem("s3").put(f"{shards}/", "bucket/set/", recursive=True)
         train, _ = fetch_indexes("s3://bucket/set", ("train", "val"), tmp_path / "cache")
         assert same_samples(opened(shards), stage(train, "s3://bucket/set", tmp_path / "fast"))
         with pytest.raises(DataError, match=r"s3://bucket/gone: .* is not there"):
             fetch_indexes("s3://bucket/gone", ("train", "val"), tmp_path / "cache")
-    finally:
-        server.stop()
 
 
 def test_a_second_start_copies_only_what_is_missing(shards, tmp_path):

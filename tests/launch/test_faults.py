@@ -1,5 +1,6 @@
 """What happens to a whole run when parts of it are killed, as a user sees it."""
 
+import json
 import os
 import random
 import re
@@ -7,18 +8,22 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from launch.prepare import prepare, read_config
 from launch.resources import Resources
-from pipeline.train.checkpoint import checkpoints
+from pipeline.train.checkpoint import checkpoints, samples_of
 from pipeline.train.trainer import Trainer
 from tests.conftest import BIN, PROJECT
+from tests.servers import MlflowServer
 
 pytestmark = pytest.mark.slow
 DEADLINE_S = 300
@@ -37,8 +42,8 @@ OVERRIDES = [
 class Started:
     """`densenet train` on the demo, with its output so far."""
 
-    def __init__(self, output: Path) -> None:
-        command = [BIN / "densenet", "train", "configs/demo.yaml", *OVERRIDES, f"run.output={output}"]
+    def __init__(self, output: Path, *overrides: str) -> None:
+        command = [BIN / "densenet", "train", "configs/demo.yaml", *OVERRIDES, *overrides, f"run.output={output}"]
         self.process = subprocess.Popen(
             command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
@@ -67,26 +72,32 @@ class Started:
         return code
 
 
-def worker_of(driver: int) -> int:
-    """The process id of the training worker of an embedded Ray, which descends from the driver."""
-    table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in table.splitlines()[1:]]
-    family = {driver}
-    for _ in range(4):
-        family |= {int(pid) for pid, parent, _ in rows if int(parent) in family}
-    return next(int(pid) for pid, _, args in rows if int(pid) in family and "RayTrainWorker" in args)
+def process_of(driver: int, name: str) -> psutil.Process:
+    """The process of an embedded Ray, which descends from the driver, with this in its command."""
+    family = psutil.Process(driver).children(recursive=True)
+    return next(process for process in family if name in " ".join(process.cmdline()[:1]))
 
 
-def finished(output: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
-    """The weights at the end of the same run, or of its rest, without Ray and without a fault."""
-    config = read_config(PROJECT / "configs" / "demo.yaml", [*OVERRIDES, f"run.output={output}", "device=cpu"])
+def finished(
+    output: Path, resume: Path | None = None, overrides: Sequence[str] = (), until: int = 10**9
+) -> dict[str, torch.Tensor]:
+    """The weights at the end of the same run, or of its rest, without Ray and without faults; or soon after `until`."""
+    settings = [*OVERRIDES, *overrides, f"run.output={output}", "device=cpu"]
+    config = read_config(PROJECT / "configs" / "demo.yaml", settings)
+    seen = 0
+
+    def look(event: dict[str, Any]) -> None:
+        nonlocal seen
+        seen = event.get("samples_seen", seen)
+
     prepared = prepare(config, Resources("this machine", 2, 0, embedded=True))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         indexes = prepared.train_index, prepared.val_index
         cpu = torch.device("cpu")
-        Trainer(config, prepared.derived, *indexes, prepared.run_dir, cpu, lambda event: None, resume=resume).fit()
+        options = {"resume": resume, "should_stop": lambda: seen >= until}
+        Trainer(config, prepared.derived, *indexes, prepared.run_dir, cpu, look, **options).fit()
     finally:
         torch.set_num_threads(threads)
     return load_file(checkpoints(prepared.run_dir / "checkpoints")[-1] / "model.safetensors")
@@ -101,7 +112,7 @@ def test_a_killed_worker_and_a_terminated_driver_change_nothing_about_the_end(tm
         first.wait_for(lambda there=there: len(checkpoints(folder)) > there)
         if KILLS > 1:
             time.sleep(chance.uniform(0, 3))  # to kill at any step of an epoch, or while a checkpoint is written
-        os.kill(worker_of(first.process.pid), signal.SIGKILL)
+        process_of(first.process.pid, "RayTrainWorker").kill()
         first.wait_for(lambda kill=kill: first.output.count("resumed at") == kill + 1)
     first.process.send_signal(signal.SIGTERM)
     assert first.end() == 128 + signal.SIGTERM, first.output
@@ -113,3 +124,50 @@ def test_a_killed_worker_and_a_terminated_driver_change_nothing_about_the_end(tm
 
     rest, whole = finished(tmp_path / "rest", newest), finished(tmp_path / "whole")
     assert all(torch.equal(rest[key], whole[key]) for key in whole)
+
+
+def test_a_killed_driver_and_a_lost_ray_change_nothing_about_the_end(tmp_path, one_rank):
+    """The same command goes on each time; of the first start's Ray no worker is left."""
+    folder, long = tmp_path / "run" / "checkpoints", "train.epochs=99"
+    first = Started(tmp_path, long)
+    first.wait_for(lambda: checkpoints(folder))
+    worker = process_of(first.process.pid, "RayTrainWorker")
+    first.process.kill()
+    assert first.end() == -signal.SIGKILL
+    worker.wait(DEADLINE_S)
+
+    second = Started(tmp_path, long)
+    second.wait_for(lambda: "resumed at" in second.output and len(checkpoints(folder)) > 1)
+    process_of(second.process.pid, "raylet").kill()
+    assert second.end() == 1, second.output
+    assert "training failed: Ray lost the node that the driver is on" in second.output
+    assert "The same command with run.name=run goes on from the newest checkpoint." in second.output
+    assert "Traceback" not in second.output
+
+    newest = checkpoints(folder)[-1]
+    finished(tmp_path / "whole", overrides=[long], until=samples_of(newest))
+    same = load_file(tmp_path / "whole" / "run" / "checkpoints" / newest.name / "model.safetensors")
+    reached = load_file(newest / "model.safetensors")
+    assert all(torch.equal(reached[key], same[key]) for key in same)
+
+
+def test_a_tracking_server_that_is_away_for_the_middle_of_a_run_has_everything_at_its_end(tmp_path):
+    folder, server = tmp_path / "run" / "checkpoints", MlflowServer(tmp_path)
+    try:
+        run = Started(tmp_path, f"tracking.uri={server.uri}", "train.epochs=8", "train.log_every_steps=1")
+        run.wait_for(lambda: checkpoints(folder))
+        server.stop()
+        there = len(checkpoints(folder))
+        run.wait_for(lambda: len(checkpoints(folder)) > there)
+        server.start()
+        assert run.end() == 0, run.output
+        client = MlflowClient(server.uri)
+        run_id = json.loads((tmp_path / "run" / "mlflow_run.json").read_text())["run_id"]
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        for key in ("train/loss", "val/top1"):
+            logged = [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
+            assert logged == [(line["samples_seen"], line[key]) for line in lines if key in line]
+        assert len([line for line in lines if "train/loss" in line]) == 180
+        assert client.get_run(run_id).info.status == "FINISHED"
+    finally:
+        server.stop()

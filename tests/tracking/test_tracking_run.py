@@ -1,23 +1,18 @@
 """One MLflow run: what is logged, continued runs, limits, a server that goes away and comes back."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import requests
 from mlflow.tracking import MlflowClient
 
-from launch.net import free_port
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking.run import Tracker, tracking_uri
-
-PATIENCE_S = 120
+from tests.servers import PATIENCE_S, MlflowServer
 
 
 def config(tmp_path: Path, **tracking: str) -> RunConfig:
@@ -106,45 +101,9 @@ def test_a_password_is_never_shown(tmp_path, monkeypatch):
     assert "hunter2" not in str(error.value)
 
 
-class Server:
-    """A real `mlflow server` on loopback that can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
-        log = (self.folder / "server.log").open("a")
-        self.process = subprocess.Popen(
-            command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        log.close()
-        self._wait(up=True)
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._wait(up=False)
-
-    def _wait(self, up: bool) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while self._is_up() != up:
-            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
-            time.sleep(0.1)
-
-    def _is_up(self) -> bool:
-        try:
-            return requests.get(f"{self.uri}/health", timeout=5).ok
-        except requests.ConnectionError:
-            return False
-
-
 @pytest.mark.slow
 def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path):
-    server = Server(tmp_path)
+    server = MlflowServer(tmp_path)
     try:
         tracker = start(config(tmp_path, uri=server.uri), tmp_path)
         for i in range(3):

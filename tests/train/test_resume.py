@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.multiprocessing import ProcessExitedException
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
-from pipeline.train.state import checkpoint_root
+from pipeline.train.state import best_checkpoint, checkpoint_root
 from pipeline.train.trainer import Trainer
 from pipeline.train.watchdog import Watchdog
 from tests.train.settings import settings
@@ -157,6 +158,27 @@ def test_a_disk_that_takes_no_more_is_told_and_ends_the_run_at_its_end_alone(run
     assert "the run's last checkpoint" in error
     assert "start again" in error
     assert left == []
+
+
+def test_a_checkpoint_folder_that_vanishes_is_made_again(one_rank, indexes, tmp_path):
+    """Under the run's feet, and while a checkpoint is being written: the run ends as if it had not."""
+    data, root, removed = indexes(), checkpoint_root(tmp_path / "run"), []
+
+    def vanish() -> bool:
+        if checkpoint.checkpoints(root) and len(removed) < 3:
+            removed.append(root)
+            shutil.rmtree(root, ignore_errors=True)
+        return False
+
+    run(data, tmp_path / "run", options={"should_stop": vanish})
+    assert removed
+    run(data, tmp_path / "whole")
+    kept = checkpoint.checkpoints(root)
+    assert kept[-1] == at(tmp_path / "run", END)
+    assert all(checkpoint.fault(folder) is None for folder in kept)
+    ends = [load_file(at(tmp_path / name, END) / "model.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    assert best_checkpoint(tmp_path / "run") in kept
 
 
 def test_what_must_not_change_can_be_allowed_by_name(one_rank, indexes, tmp_path):

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +15,7 @@ from pipeline.train import checkpoint
 from pipeline.train.state import best_checkpoint, checkpoint_root, fetch, newest_checkpoint
 from pipeline.train.storage import Storage, StorageError
 from pipeline.train.trainer import Trainer
+from tests.servers import s3_store
 from tests.train.settings import settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
@@ -131,18 +131,8 @@ def test_a_place_that_takes_nothing_is_told_and_ends_the_run_at_its_end_alone(on
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-    fsspec.filesystem("s3").clear_instance_cache()
-    yield "s3://bucket/runs"
-    server.stop()
+    with s3_store(monkeypatch):
+        yield "s3://bucket/runs"
 
 
 @pytest.mark.slow
