@@ -1,10 +1,9 @@
-"""The engine beside a bare PyTorch loop, two ranks beside one, and what a checkpoint holds up; all on the CPU.
+"""The engine beside a bare PyTorch loop, two ranks beside one, checkpoints and resuming; all on the CPU.
 
 python -m benchmarks.engine [--model densenet121] [--batch 8] [--rounds 7]
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -14,15 +13,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from PIL import Image
 
 from benchmarks.common import in_turns, keep, machine, report, seconds
 from pipeline.config import RunConfig
+from pipeline.data.dataset import open_splits
 from pipeline.derived import Derived, derive
 from pipeline.model import create
 from pipeline.train import checkpoint
 from pipeline.train.engine import Engine
+from pipeline.train.group import process_group
 from pipeline.train.loss import Criterion
 from pipeline.train.optim import create_optimizer, parameter_groups
+from pipeline.train.state import checkpoint_root
+from pipeline.train.trainer import Trainer
 from pipeline.train.writer import Contents, Writer
 
 CPU, CLASSES, SIDE = torch.device("cpu"), 1000, 224
@@ -37,10 +41,10 @@ def main() -> None:
     options = parser.parse_args()
     name, batch, rounds = options.model, options.batch, options.rounds
     two_ranks(name, batch, rounds)
-    join(0, 1, Path(tempfile.mkdtemp()) / "store")
-    overhead(name, batch, rounds)
-    stall(name, batch, rounds)
-    dist.destroy_process_group()
+    with process_group(Path(tempfile.mkdtemp()) / "store"):
+        overhead(name, batch, rounds)
+        stall(name, batch, rounds)
+        run_with_checkpoints(name, batch, max(3, rounds // 3))
 
 
 def settings(name: str, batch: int, workers: int, stage: int = 1) -> tuple[RunConfig, Derived]:
@@ -110,20 +114,19 @@ def two_ranks(name: str, batch: int, rounds: int) -> None:
 
 def _rank(rank: int, workers: int, folder: Path, name: str, batch: int, rounds: int) -> None:
     torch.set_num_threads(1)
-    join(rank, workers, folder / "store")
-    config, derived = settings(name, batch, workers)
-    engine = Engine(config, derived, create(name, CLASSES), CPU)
-    images_NCHW, labels_N = pictures(batch)
-    engine_step(engine, config, images_NCHW, labels_N)
-    dist.barrier()
-    started = time.perf_counter()
-    for _ in range(rounds):
+    with process_group(folder / "store", rank, workers):
+        config, derived = settings(name, batch, workers)
+        engine = Engine(config, derived, create(name, CLASSES), CPU)
+        images_NCHW, labels_N = pictures(batch)
         engine_step(engine, config, images_NCHW, labels_N)
-    dist.barrier()
-    if rank == 0:
-        speed = rounds * batch * workers / (time.perf_counter() - started)
-        (folder / "speed").write_text(str(speed))
-    dist.destroy_process_group()
+        dist.barrier()
+        started = time.perf_counter()
+        for _ in range(rounds):
+            engine_step(engine, config, images_NCHW, labels_N)
+        dist.barrier()
+        if rank == 0:
+            speed = rounds * batch * workers / (time.perf_counter() - started)
+            (folder / "speed").write_text(str(speed))
 
 
 def stall(name: str, batch: int, rounds: int) -> None:
@@ -149,17 +152,54 @@ def stall(name: str, batch: int, rounds: int) -> None:
     keep(benchmark, "write, beside training", write, "s", rounds=rounds)
 
 
-def join(rank: int, workers: int, store: Path) -> None:
-    """Joins a gloo group over a file, and sets the variables that DeepSpeed reads."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(workers),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-        "DS_ACCELERATOR": "cpu",
-    }
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+def run_with_checkpoints(model: str, batch: int, rounds: int) -> None:
+    """A run with many checkpoints beside one with one at its end, and the time to the first step, new and resumed."""
+    folder = Path(tempfile.mkdtemp())
+    for number in range(4 * batch):
+        for split in ("train", "val"):
+            file = folder / "set" / split / f"class{number % 2}" / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((SIDE + 32, SIDE + 32), 50).convert("RGB").save(file)
+    indexes = open_splits(str(folder / "set"), "train", "val", folder)
+
+    def run(case: str, every: int | None, resume: Path | None = None) -> tuple[float, float, float]:
+        """Seconds to the first step, of all steps after it, and held up by checkpoints."""
+        config = RunConfig.model_validate(
+            {
+                "model": {"name": model},
+                "train": {"epochs": 5, "global_batch_size": batch},
+                "eval": {"every_epochs": 99},
+                "checkpoint": {"every_epochs": 99, "every_samples": every, "keep_last": 99},
+            }
+        )
+        sizes = {"train_samples": len(indexes[0]), "val_samples": len(indexes[1]), "num_classes": 2}
+        derived = derive(config, workers=1, cpus_per_worker=2, device="cpu", **sizes)
+        marks = {"begin": time.perf_counter()}
+        stalls: list[float] = []
+
+        def event(told: dict) -> None:
+            marks[told["kind"]] = time.perf_counter()
+            if told["kind"] == "checkpoint":
+                stalls.append(told["stall_s"])
+
+        trainer = Trainer(config, derived, *indexes, folder / case, CPU, event, resume=resume)
+        trainer.fit()
+        return marks["first_step"] - marks["begin"], marks["step"] - marks["first_step"], sum(stalls[:-1])
+
+    values: dict[str, list[float]] = {}
+    for number in range(rounds):
+        start_s, seldom_s, _ = run(f"seldom{number}", None)
+        _, often_s, held_s = run(f"often{number}", 2 * batch)
+        middle = checkpoint.checkpoints(checkpoint_root(folder / f"often{number}"))[-2]
+        resume_s, _, _ = run(f"resumed{number}", None, middle)
+        names = ("first step, new", "no checkpoint", "nine checkpoints", "held up by nine", "first step, resumed")
+        for name, value in zip(names, (start_s, seldom_s, often_s, held_s, resume_s), strict=True):
+            values.setdefault(name, []).append(value)
+    run_of = f"19 steps, {model}, batch {batch} at {SIDE} px"
+    report(run_of, {n: values[n] for n in ("nine checkpoints", "no checkpoint")}, "s", "nine checkpoints")
+    report(run_of, {n: values[n] for n in ("held up by nine", "nine checkpoints")}, "s", "held up by nine")
+    resumed = {n: values[n] for n in ("first step, resumed", "first step, new")}
+    report(f"start to first step, {model}", resumed, "s", "first step, resumed")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def print_plan(console: Console, prepared: Prepared) -> None:
             f"{d.total_samples:,} samples",
         ),
         ("peak rate", _learning_rate(config, d)),
-        ("precision", f"{d.precision}, ZeRO stage {config.engine.zero_stage}"),
+        ("precision", f"{d.precision}, ZeRO stage {d.zero_stage}"),
         ("evaluation", config.eval.description),
     ]
     if prepared.sources.teacher is not None:

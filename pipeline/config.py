@@ -305,7 +305,11 @@ class Schedule(Section):
 
 
 class Engine(Section):
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO: what is sharded over workers")
+    zero_stage: Literal[0, 1, 2, 3] | Auto = Field(
+        "auto",
+        description="DeepSpeed ZeRO, what is sharded over workers; auto: 1, or 0 where there is one worker or the "
+        "optimizer or the precision needs it",
+    )
     channels_last: bool = Field(False, description="pictures and features in NHWC memory order")
     offload_optimizer: bool = Field(False, description="ZeRO 1-3 keep the optimizer's state in the CPU's memory")
     sync_batch_norm: bool = Field(False, description="batch statistics over all workers; on GPUs alone")
@@ -393,18 +397,22 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.progressive={[list(p) for p in self.data.progressive]} must lie before train.epochs={epochs:g}"
             )
-        if self.optim.name in LAYERWISE and stage:
+        if self.optim.name in LAYERWISE and stage not in (0, "auto"):
             raise ValueError(
                 f"optim.name={self.optim.name} works on whole weights, which ZeRO stage {stage} cuts up: set "
                 f"engine.zero_stage=0"
             )
-        if self.train.precision == "fp16" and stage:
+        if self.train.precision == "fp16" and stage not in (0, "auto"):
             raise ValueError(
                 f"train.precision=fp16 needs engine.zero_stage=0: at stage {stage} DeepSpeed skips all steps after one "
                 f"that overflowed; or use bf16"
             )
-        if self.engine.offload_optimizer and not stage:
-            raise ValueError("engine.offload_optimizer needs engine.zero_stage=1, 2 or 3")
+        whole = self.optim.name in LAYERWISE or self.train.precision == "fp16"
+        if self.engine.offload_optimizer and (stage == 0 or whole):
+            raise ValueError(
+                "engine.offload_optimizer needs engine.zero_stage=1, 2 or 3, and so an optimizer and a precision that "
+                "can do with them"
+            )
         if self.engine.sync_batch_norm and self.model.memory == "shared-stats":
             raise ValueError(
                 "engine.sync_batch_norm and model.memory=shared-stats both compute batch statistics: choose one"

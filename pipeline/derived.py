@@ -1,8 +1,9 @@
 """What follows from a config, the data and the workers: batches, steps, the scaled learning rate."""
 
 import math
+from typing import Literal
 
-from pipeline.config import Count, Device, Precision, RunConfig, Section
+from pipeline.config import LAYERWISE, Count, Device, Precision, RunConfig, Section
 from pipeline.errors import ConfigError
 
 
@@ -16,6 +17,7 @@ class Derived(Section):
     cpus_per_worker: Count
     device: Device
     precision: Precision
+    zero_stage: Literal[0, 1, 2, 3]
     train_samples: Count
     val_samples: Count
     num_classes: Count
@@ -96,6 +98,7 @@ def derive(
         cpus_per_worker=cpus_per_worker,
         device=device,
         precision=precision,
+        zero_stage=_zero_stage(config, workers, precision),
         train_samples=train_samples,
         val_samples=val_samples,
         num_classes=logits,
@@ -106,6 +109,15 @@ def derive(
         total_samples=total_steps * batch,
         peak_lr=config.optim.peak_lr(batch),
     )
+
+
+def _zero_stage(config: RunConfig, workers: int, precision: Precision) -> Literal[0, 1, 2, 3]:
+    """With one worker there is nothing to shard, and stage 1's copies cost some per cent of a step."""
+    if config.engine.zero_stage != "auto":
+        return config.engine.zero_stage
+    if config.engine.offload_optimizer:
+        return 1
+    return 0 if workers == 1 or config.optim.name in LAYERWISE or precision == "fp16" else 1
 
 
 def halved(derived: Derived, config: RunConfig) -> Derived | None:

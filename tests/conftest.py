@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from pipeline.train.group import process_group
 
 # Ranks are forked from a server that has imported the heavy packages once and has started no threads.
 multiprocessing.set_forkserver_preload(["torch", "timm", "deepspeed", "pipeline.train.trainer"])
@@ -47,36 +48,21 @@ def cifar10() -> Path:
     return folder
 
 
-def join(rank: int, workers: int, store: Path) -> None:
-    """Joins a gloo group over a file, and sets the variables that DeepSpeed reads."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(workers),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
-
-
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of this process alone; one for all tests, since DeepSpeed remembers its groups."""
-    join(0, 1, tmp_path_factory.mktemp("group") / "store")
-    yield
-    dist.destroy_process_group()
+    with process_group(tmp_path_factory.mktemp("group") / "store"):
+        yield
 
 
 def _rank_main(rank: int, function: Callable[..., Any], workers: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    join(rank, workers, folder / "store")
-    try:
-        torch.save(function(*args), folder / f"result{rank}.pt")
-    except BaseException:
-        (folder / f"error{rank}.txt").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
+    with process_group(folder / "store", rank, workers):
+        try:
+            torch.save(function(*args), folder / f"result{rank}.pt")
+        except BaseException:
+            (folder / f"error{rank}.txt").write_text(traceback.format_exc())
+            raise
 
 
 @pytest.fixture

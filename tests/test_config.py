@@ -1,5 +1,6 @@
 """Configs: includes, overrides, faults and derived values."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
         ("model.drop_rate=1", "model.drop_rate: must be less than 1; got 1"),
         ("optim.betas=[0.9, 1.0]", r"optim: betas=\[0.9, 1.0\] must each be below 1"),
         (
-            "optim.name=lamb",
+            "optim.name=lamb engine.zero_stage=1",
             "optim.name=lamb works on whole weights, which ZeRO stage 1 cuts up: set engine.zero_stage=0",
         ),
         ("train.profile_steps=[9, 3]", r"profile_steps=\[9, 3\] must be \[first, last\] with first <= last"),
@@ -64,7 +65,7 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
 )
 def test_a_wrong_override_is_named_with_what_is_allowed(override, message):
     with pytest.raises(ConfigError, match=message) as error:
-        load_config(CONFIGS / "densenet121.yaml", [override])
+        load_config(CONFIGS / "densenet121.yaml", re.split(r" (?=\w+\.\w+=)", override))
     assert "hunter2" not in str(error.value)
 
 
@@ -151,3 +152,22 @@ def test_a_cycle_that_rises_by_itself_takes_no_warmup():
 def test_a_memory_mode_that_a_zero_stage_cannot_serve_is_refused():
     with pytest.raises(ValidationError, match=r"engine.zero_stage=3 .* model.memory=shared-stats"):
         RunConfig.model_validate({"model": {"memory": "shared-stats"}, "engine": {"zero_stage": 3}})
+
+
+@pytest.mark.parametrize(
+    ("workers", "sections", "stage"),
+    [
+        (1, {}, 0),
+        (2, {}, 1),
+        (2, {"engine": {"zero_stage": 3}}, 3),
+        (1, {"engine": {"offload_optimizer": True}}, 1),
+        (2, {"optim": {"name": "muon"}}, 0),
+        (2, {"train": {"epochs": 99, "precision": "fp16"}}, 0),
+    ],
+)
+def test_the_zero_stage_follows_from_workers_optimizer_and_precision(workers, sections, stage):
+    config = RunConfig.model_validate({"train": {"epochs": 99}} | sections)
+    sizes = {"train_samples": 1000, "val_samples": 10, "num_classes": 10}
+    assert derive(config, workers=workers, cpus_per_worker=1, device="cpu", **sizes).zero_stage == stage
+    with pytest.raises(ValidationError, match="engine.offload_optimizer needs engine.zero_stage=1, 2 or 3"):
+        RunConfig.model_validate({"optim": {"name": "lamb"}, "engine": {"offload_optimizer": True}})

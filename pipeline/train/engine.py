@@ -35,7 +35,7 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
     Raises:
         ConfigError: `engine.deepspeed` sets what follows from other keys.
     """
-    zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": config.engine.bucket_elements}
+    zero: dict[str, Any] = {"stage": derived.zero_stage, "reduce_bucket_size": config.engine.bucket_elements}
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": derived.device == "cuda"}
     told = {
@@ -94,7 +94,7 @@ class Engine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if derived.device == "cuda" else "gloo")
         self._deepspeed = deepspeed
-        self.stage = config.engine.zero_stage
+        self.stage = derived.zero_stage
         # Of the features alone: DeepSpeed takes weights in no other order than the usual one.
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self._autocast = autocast(derived, device)

@@ -154,4 +154,4 @@ def test_fp16_skips_steps_that_overflow_and_goes_on(one_rank):
 
 def test_fp16_is_refused_where_deepspeed_would_skip_for_ever():
     with pytest.raises(ValueError, match="train.precision=fp16 needs engine.zero_stage=0"):
-        RunConfig.model_validate({"train": {"precision": "fp16"}})
+        RunConfig.model_validate({"train": {"precision": "fp16"}, "engine": {"zero_stage": 1}})
