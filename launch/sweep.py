@@ -1,0 +1,197 @@
+"""`densenet sweep`: several trainings with other values, the poor ones ended early, by Ray Tune and ASHA."""
+
+import datetime
+import math
+import os
+import re
+import shlex
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from rich.console import Console
+from rich.table import Table
+
+from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run
+from launch.net import free_port
+from launch.prepare import check_writable, prepare, read_config
+from launch.record import Recorder
+from launch.resources import Resources, this_machine
+from pipeline.errors import TrainingError, UserError
+from pipeline.tracking.run import Tracker
+
+_FORM = re.compile(r"(?P<key>[\w.]+)=(?P<kind>log|uniform|choice)\((?P<values>.*)\)")
+_TRIAL_CPUS = 0.01  # a trial's own process only waits
+
+
+def sweep_command(
+    console: Console, path: Path, overrides: list[str], space: list[str], trials: int, address: str | None
+) -> None:
+    """Runs the trials, as many at once as there is room for, and prints them, the best first.
+
+    Raises:
+        UserError: bad input.
+        TrainingError: no trial came to an evaluation.
+    """
+    searched = parse_space(space)
+    config = read_config(path, overrides)
+    check_writable(Path(config.run.output))
+    name = config.run.name or f"sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder, address = Path(config.run.output) / name, cluster_address(address)
+    log_file = folder / "logs" / "ray.log"
+    with ExitStack() as stack:
+        offered = this_machine()
+        if address is not None:
+            stack.enter_context(joined(address, log_file))
+            offered = offered_by_cluster(address)
+        for edge in _edges(searched):  # what is wrong with the space is known before anything runs
+            prepared = prepare(read_config(path, [*overrides, *edge]), offered)
+        parent = Tracker.start(
+            config, run_dir=folder, run_name=name, params={"space": " ".join(space), "trials": trials}, tags={}
+        )
+        try:
+            per_trial = prepared.derived.workers * prepared.derived.cpus_per_worker
+            if address is None:
+                cpus = max(per_trial, offered.cpus) + 1
+                stack.enter_context(embedded(cpus, free_port(), log_file))
+            most = max(1, offered.cpus // per_trial)
+            if offered.gpus:
+                most = max(1, offered.gpus // prepared.derived.workers)
+            console.print(
+                f"{trials} trials of {name}, up to {most} at once; MLflow's run {parent.run_id} holds them",
+                soft_wrap=True,
+            )
+            task = {
+                "path": str(path.absolute()),
+                "overrides": [*overrides, f"run.output={folder}", f"tracking.uri={parent.uri}"],
+                "offered": offered,
+                "parent": parent.run_id,
+                "cwd": os.getcwd(),
+            }
+            tuner = tune.Tuner(
+                tune.with_resources(tune.with_parameters(trial, task=task), {"CPU": _TRIAL_CPUS}),
+                param_space=searched,
+                tune_config=tune.TuneConfig(
+                    metric="top1",
+                    mode="max",
+                    num_samples=trials,
+                    max_concurrent_trials=most,
+                    scheduler=ASHAScheduler(
+                        time_attr="evaluations",
+                        max_t=max(2, math.ceil(config.train.epochs / config.eval.every_epochs)),
+                        grace_period=1,
+                    ),
+                ),
+                run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
+            )
+            results = tuner.fit()
+            _print(console, path, overrides, results)
+        except BaseException:
+            parent.finish("FAILED")
+            raise
+        parent.finish("FINISHED")
+
+
+def parse_space(space: list[str]) -> dict[str, Any]:
+    """Ray Tune's form of `key=log(low,high)`, `key=uniform(low,high)` and `key=choice(a,b,...)`.
+
+    Raises:
+        UserError: it is of no such form.
+    """
+    found: dict[str, Any] = {}
+    for text in space:
+        form = _FORM.fullmatch(text.replace(" ", ""))
+        values = form["values"].split(",") if form else []
+        try:
+            if form is None or not values:
+                raise ValueError
+            if form["kind"] == "choice":
+                found[form["key"]] = tune.choice(values)
+            else:
+                low, high = map(float, values)
+                if not low < high or (form["kind"] == "log" and low <= 0):
+                    raise ValueError
+                found[form["key"]] = (tune.loguniform if form["kind"] == "log" else tune.uniform)(low, high)
+        except ValueError:
+            raise UserError(
+                f"--space {text} is not of the form KEY=log(LOW,HIGH), KEY=uniform(LOW,HIGH) or KEY=choice(A,B,...), "
+                f"with LOW below HIGH, and above 0 for log."
+            ) from None
+    if not found:
+        raise UserError("give at least one --space, for example --space 'optim.lr=log(0.01,1)'.")
+    return found
+
+
+def _edges(searched: dict[str, Any]) -> list[list[str]]:
+    """Overrides at the ends of the space, and for each choice."""
+    edges: list[list[str]] = []
+    for key, domain in searched.items():
+        values = domain.categories if hasattr(domain, "categories") else (domain.lower, domain.upper)
+        edges += [[f"{key}={value}"] for value in values]
+    return edges
+
+
+def trial(values: dict[str, Any], task: dict[str, Any]) -> None:
+    """One trial: a training with these values, whose evaluations Ray Tune hears of."""
+    os.chdir(task["cwd"])
+    name = f"trial-{tune.get_context().get_trial_id()}"
+    given = [f"{key}={value}" for key, value in values.items()]
+    offered: Resources = task["offered"]
+    prepared = prepare(read_config(Path(task["path"]), [*task["overrides"], *given, f"run.name={name}"]), offered)
+    prepared.run_dir.mkdir(parents=True, exist_ok=True)
+    (prepared.run_dir / "config.yaml").write_text(prepared.config.to_yaml(), encoding="utf-8")
+    tracker = Tracker.start(
+        prepared.config,
+        run_dir=prepared.run_dir,
+        run_name=name,
+        params=values,
+        tags={"mlflow.parentRunId": task["parent"]},
+    )
+    recorder = Recorder(tracker)
+    evaluations = 0
+
+    def on_event(event: dict[str, Any]) -> None:
+        nonlocal evaluations
+        recorder.on_event(event)
+        if event["kind"] == "eval":
+            evaluations += 1
+            top1 = 100 * event["top1_correct"] / event["total"]
+            tune.report({"top1": top1, "loss": event["loss"], "epoch": event["epoch"], "evaluations": evaluations})
+
+    try:
+        run(prepared, on_event)
+    except Exception:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
+
+
+def _print(console: Console, path: Path, overrides: list[str], results: tune.ResultGrid) -> None:
+    told = [r for r in results if r.metrics and "top1" in r.metrics]
+    if not told:
+        errors = [str(r.error).strip().splitlines()[-1] for r in results if r.error]
+        raise TrainingError(f"no trial came to an evaluation: {errors[0] if errors else 'no error is known'}")
+    told.sort(key=_top1, reverse=True)
+    keys = sorted(told[0].config)
+    table = Table(box=None, pad_edge=False)
+    for column in ("top-1 %", "epochs", *keys):
+        table.add_column(column, justify="right")
+    for result in told:
+        metrics = result.metrics or {}
+        table.add_row(
+            f"{metrics['top1']:.2f}", f"{metrics['epoch']:.1f}", *(_shown(result.config[key]) for key in keys)
+        )
+    console.print(table)
+    best = [f"{key}={told[0].config[key]}" for key in keys]
+    again = [given for given in overrides if not given.startswith("run.name=")]
+    console.print(f"the best again: densenet train {shlex.join([str(path), *again, *best])}", soft_wrap=True)
+
+
+def _top1(result: Any) -> float:
+    return result.metrics["top1"]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
