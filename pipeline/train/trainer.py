@@ -1,5 +1,6 @@
 """The training loop of one rank."""
 
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -111,6 +112,10 @@ class Trainer:
         self._writer = Writer(root, self._saved, self._warn, storage_of(config)) if self.rank == 0 else None
         self._saved_at = time.monotonic()
         self._told = 0  # of the skipped samples
+        self._hosts: list[str] = [""] * derived.workers
+        dist.all_gather_object(self._hosts, socket.gethostname())
+        self._slow_before: set[int] = set()
+        self._slow_told: set[int] = set()
 
     def fit(self) -> None:
         """Trains to the end of the run.
@@ -141,6 +146,7 @@ class Trainer:
                 self.engine.set_learning_rate(rate)
                 if self.config.train.on_nan == "skip":
                     self.engine.keep_statistics()
+                meter.begin()
                 for micro in range(self.derived.accumulation):
                     self.alive()
                     with meter.waiting():
@@ -151,6 +157,7 @@ class Trainer:
                     finite.add(loss)
                     if micro + 1 == self.derived.accumulation:
                         finite.ask()
+                        meter.forwarded()
                     self.engine.backward(loss)
                     meter.add(loss)
                     self._losses.append(loss.detach())
@@ -164,7 +171,7 @@ class Trainer:
                     self.report({"kind": "profile", "file": str(profile.file)})
                 last = step + 1 == total_steps
                 if step == first_step:
-                    self.report({"kind": "first_step"})
+                    self.report({"kind": "first_step", "samples_seen": self.state.samples_seen})
                 stop = save = False
                 if last or (step + 1) % self.config.train.log_every_steps == 0:
                     stop, save = self._log(meter, step + 1, rate)
@@ -251,6 +258,7 @@ class Trainer:
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         wishes = (self.should_stop(), self.should_save() or (late and self.rank == 0))
         record, (stop, save) = meter.read(step, wishes)
+        self._tell_slow(record.pop("slow_ranks"))
         if self.engine.loss_scaler is not None:
             record["loss_scale"] = self.engine.loss_scaler.get_scale()
         if self.device.type == "cuda":
@@ -266,37 +274,14 @@ class Trainer:
         return stop, save
 
     def _no_number(self, step: int, batch: Batch, rate: float, ranks: list[int]) -> None:
-        """Writes what is known of a step whose loss is no number on some ranks, and mends it by `train.on_nan`.
+        """Mends a step whose loss is no number on some ranks, by `train.on_nan`; the optimizer has not stepped.
 
-        The optimizer has not stepped. The clock goes on in any case: a step that is left out is left out for ever, and
-        after a return to a checkpoint the pictures since then are not seen again, as in PaLM (Chowdhery et al. 2022,
-        arXiv 2204.02311, section 5.1).
+        The clock goes on in any case: a step that is left out is left out for ever, and after a return to a checkpoint
+        the pictures since then are not seen again, as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
         """
-        train, d = self.config.train, self.derived
-        file = self.run_dir / "diagnosis" / f"step-{step + 1:07d}.json"
-        positions = [
-            micro_batch(step, micro, self.rank, d.workers, d.device_batch_size, d.accumulation)
-            for micro in range(d.accumulation)
-        ]
-        samples_B = self.plan.locate(np.concatenate(positions))[1]
-        self._seed_dropout(step, d.accumulation - 1)
-        diagnose(
-            file,
-            {
-                "step": step + 1,
-                "epoch": self._epoch,
-                "learning_rate": rate,
-                "precision": d.precision,
-                "on_ranks": ranks,
-                "weights_that_are_no_numbers": self.engine.spoiled(),
-            },
-            [self.train_index.describe(sample) for sample in samples_B],
-            list(self._losses),
-            self.engine.module,
-            lambda: self.engine.infer(self.engine.module, batch.images_NCHW),
-        )
-        self.report({"kind": "diagnosis", "file": str(file)})
-        what = f"the training loss is no number at step {step + 1} (epoch {self._epoch:.2f}) on rank {_and(ranks)}"
+        train, file = self.config.train, self._diagnosed(step, batch, rate, ranks)
+        on = ", ".join(map(str, ranks))
+        what = f"the training loss is no number at step {step + 1} (epoch {self._epoch:.2f}) on rank {on}"
         self.state.mended += 1
         if train.on_nan != "stop" and self.state.mended <= train.nan_limit:
             count = f"{self.state.mended} of at most {train.nan_limit}, see {file}"
@@ -320,6 +305,32 @@ class Trainer:
             f"gave, and for which pictures, is in {file}."
         )
 
+    def _diagnosed(self, step: int, batch: Batch, rate: float, ranks: list[int]) -> Path:
+        """Writes what is known of such a step (a collective)."""
+        d, file = self.derived, self.run_dir / "diagnosis" / f"step-{step + 1:07d}.json"
+        positions = [
+            micro_batch(step, micro, self.rank, d.workers, d.device_batch_size, d.accumulation)
+            for micro in range(d.accumulation)
+        ]
+        self._seed_dropout(step, d.accumulation - 1)
+        diagnose(
+            file,
+            {
+                "step": step + 1,
+                "epoch": self._epoch,
+                "learning_rate": rate,
+                "precision": d.precision,
+                "on_ranks": ranks,
+                "weights_that_are_no_numbers": self.engine.spoiled(),
+            },
+            [self.train_index.describe(sample) for sample in self.plan.locate(np.concatenate(positions))[1]],
+            list(self._losses),
+            self.engine.module,
+            lambda: self.engine.infer(self.engine.module, batch.images_NCHW),
+        )
+        self.report({"kind": "diagnosis", "file": str(file)})
+        return file
+
     def _new_engine(self, weights: Path | None, checkpoint: Path | None) -> Engine:
         """An engine with the weights and all else of a checkpoint, or with weights from elsewhere, or new ones."""
         torch.manual_seed(self.config.run.seed)
@@ -332,6 +343,17 @@ class Trainer:
         if checkpoint is not None:
             load_into(engine, checkpoint)
         return engine
+
+    def _tell_slow(self, ranks: dict[int, float]) -> None:
+        """Names a rank that holds up the others for the second time in a row, once."""
+        for rank, ratio in ranks.items():
+            if rank in self._slow_before and rank not in self._slow_told:
+                self._slow_told.add(rank)
+                self._warn(
+                    f"rank {rank} on {self._hosts[rank]} is slow: it takes {ratio:.1f} times as long as the median "
+                    f"rank to its loss, and the others wait for it"
+                )
+        self._slow_before = set(ranks)
 
     def _tell_skipped(self) -> None:
         for sample in list(self.loader.skipped)[self._told :]:
@@ -389,7 +411,3 @@ class Trainer:
                 "write_s": seconds,
             }
         )
-
-
-def _and(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))
