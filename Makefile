@@ -9,16 +9,19 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lock clean
+.PHONY: help demo test test-long check lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
 demo: $(READY)  ## train a small DenseNet on handwritten digits: the whole path, a few minutes
 	@$(BIN)/densenet train configs/demo.yaml
 
-test: $(READY)  ## run all tests
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(READY)  ## run the tests, but for those that take minutes each
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: $(READY)  ## run the others: whole runs that lose workers, nodes, drivers and trackers, and sweeps
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m long
 
 check: $(READY)  ## lint, formatting, types, spelling
 	$(BIN)/ruff check

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch import data_cli, models_cli
+from launch import data_cli, jobs_cli, models_cli
 from pipeline.errors import TrainingError, UserError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(data_cli.app, name="data")
 app.add_typer(models_cli.app, name="models")
+app.add_typer(jobs_cli.app, name="jobs")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -25,23 +26,64 @@ Config = Annotated[Path, typer.Argument(help="YAML config, for example configs/d
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.epochs=2")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else a Ray of its own")]
 Resume = Annotated[str, typer.Option(help="auto: the run's own newest checkpoint; or a folder, or an MLflow run id")]
+Wait = Annotated[bool, typer.Option("--wait", help="wait until the cluster has room for the workers")]
 Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, address: Address = None, resume: Resume = "auto") -> None:
+def train(
+    config: Config, overrides: Overrides = None, address: Address = None, resume: Resume = "auto", wait: Wait = False
+) -> None:
     """Train, evaluate, and register the model."""
     from launch.train import train_command
 
-    train_command(console, config, overrides or [], address, resume)
+    train_command(console, config, overrides or [], address, resume, wait)
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, address: Address = None) -> None:
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: jobs_cli.Dashboard = None,
+    no_env: Annotated[bool, typer.Option("--no-env", help="the nodes have the environment: install nothing")] = False,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the job; repeatable")] = None,
+    secret: Annotated[list[str] | None, typer.Option(help="NAME that must be set on the nodes; repeatable")] = None,
+    wait: Wait = False,
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
+) -> None:
+    """Train as a Ray job on a cluster: sends the code and the config, follows the output, exits as the job does."""
+    where = jobs_cli.dashboard(address)
+    from launch.submit import Options, submit_command
+
+    options = Options(where, not no_env, tuple(env or ()), tuple(secret or ()), wait, not detach)
+    raise typer.Exit(submit_command(console, config, overrides or [], options))
+
+
+@app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    space: Annotated[list[str] | None, typer.Option(help="KEY=log(LOW,HIGH), uniform(...) or choice(A,B)")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="trainings in all; poor ones are ended early")] = 8,
+    address: Address = None,
+) -> None:
+    """Train with several values, and report the best."""
+    from launch.sweep import sweep_command
+
+    sweep_command(console, config, overrides or [], space or [], trials, address)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    cluster: Annotated[str | None, typer.Option(help="estimate ImageNet on NODESxGPUSxTYPE, as 8x8xH100")] = None,
+) -> None:
     """Show the resolved config and all that follows from it."""
     from launch.plan import plan_command
 
-    plan_command(console, config, overrides or [], address)
+    plan_command(console, config, overrides or [], address, cluster)
 
 
 @app.command()
@@ -105,3 +147,7 @@ def main() -> None:
     except TrainingError as error:
         errors.print(f"training failed: {error}", style="red")
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,51 +12,24 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from launch.hub import Losses, open_hub, pump
 from launch.net import HOST, answers
-from launch.resources import Resources, Share
-from launch.worker import train_worker
-from pipeline.config import RunConfig
-from pipeline.data.index import DatasetIndex
-from pipeline.derived import Derived
+from launch.prepare import Prepared
+from launch.resources import Resources, share
+from launch.worker import code_version, train_worker
+from pipeline.config import Elastic, RunConfig
 from pipeline.errors import TrainingError, UserError
-from pipeline.model.weights import Sources
 
-_POLL_S = 0.2
 _CONNECT_S = 5
+_WAIT_S = 2
+_ABORT_S = 5
 _NO_CLUSTER = (
     "Start a cluster with `ray start --head`, correct the address, or unset RAY_ADDRESS to run on this machine."
 )
-
-
-@ray.remote(num_cpus=0)
-class Hub:
-    """Carries events from rank 0 to the driver, and remembers the first error."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._error: str | None = None
-        self._stop = False
-
-    def push(self, event: dict[str, Any]) -> None:
-        self._events.append(event | {"time": time.time()})
-        if event["kind"] == "error" and self._error is None:
-            self._error = event["message"]
-
-    def drain(self) -> list[dict[str, Any]]:
-        events, self._events = self._events, []
-        return events
-
-    def error(self) -> str | None:
-        return self._error
-
-    def ask_to_stop(self) -> None:
-        self._stop = True
-
-    def stop_asked(self) -> bool:
-        return self._stop
 
 
 def cluster_address(option: str | None) -> str | None:
@@ -117,47 +90,77 @@ def _node() -> dict[str, str]:
 
 
 def offered_by_cluster(address: str) -> Resources:
-    """CPU cores and GPUs of the cluster that this process is connected to."""
+    """CPU cores, GPUs and further resources of the cluster that this process is connected to."""
     total = ray.cluster_resources()
-    return Resources(f"the cluster at {address}", int(total.get("CPU", 0)), int(total.get("GPU", 0)), embedded=False)
+    further = {name: amount for name, amount in total.items() if name not in ("CPU", "GPU")}
+    where = f"the cluster at {address}"
+    return Resources(where, int(total.get("CPU", 0)), int(total.get("GPU", 0)), embedded=False, further=further)
 
 
-def run(
-    config: RunConfig,
-    derived: Derived,
-    share: Share,
-    train_index: DatasetIndex,
-    val_index: DatasetIndex,
-    sources: Sources,
-    resume: Path | None,
-    run_dir: Path,
-    on_event: Callable[[dict[str, Any]], None],
-) -> None:
+def wait_for_room(config: RunConfig, address: str, told: Callable[[str], None]) -> None:
+    """Waits until the cluster has what the run needs, after asking its autoscaler for it; `told` gets the reason once.
+
+    Raises:
+        UserError: the run does not fit for a reason that more nodes do not change.
+    """
+    waits = False
+    while True:
+        try:
+            share(config, offered_by_cluster(address))
+            return
+        except UserError as error:
+            if "--wait" not in str(error):
+                raise
+            if not waits:
+                told(f"waiting: {error}")
+                request_resources(bundles=_bundles(config))
+                waits = True
+        time.sleep(_WAIT_S)
+
+
+def _bundles(config: RunConfig) -> list[dict[str, float]]:
+    """What each worker needs at least, for the autoscaler."""
+    cluster = config.cluster
+    workers = cluster.workers.min if isinstance(cluster.workers, Elastic) else cluster.workers
+    cpus = 1 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker
+    gpus = {"GPU": 1.0} if config.device == "cuda" else {}
+    return [{"CPU": cpus} | gpus | cluster.resources] * (1 if workers == "auto" else workers)
+
+
+def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
     """Trains on the connected cluster until the run is complete; `on_event` gets the events in order, in a thread.
 
     SIGTERM asks the workers to end after a checkpoint; they tell so by the event `stopped`.
 
     Raises:
-        UserError: a worker met an error that the user can mend.
-        TrainingError: the workers failed more often than `cluster.max_failures`.
+        UserError: a worker met an error that the user can mend, or another driver trains this run.
+        TrainingError: the workers failed more often than `cluster.max_failures`, or there was no room for them for
+            `cluster.replacement_timeout_s`.
     """
-    hub = Hub.remote()  # type: ignore[attr-defined]
+    config, share, run_dir = prepared.config, prepared.share, prepared.run_dir
+    hub = open_hub(str(config.run.name))
+    low, high = share.bounds
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
             "config": config,
-            "derived": derived,
-            "train_index": ray.put(train_index),
-            "val_index": ray.put(val_index),
-            "sources": sources,
-            "resume": resume,
+            "derived": prepared.derived,
+            "sources": prepared.sources,
+            "resume": prepared.resume,
             "run_dir": run_dir,
+            "train_index": ray.put(prepared.train_index),
+            "val_index": ray.put(prepared.val_index),
+            "code": code_version(),
             "hub": hub,
         },
         scaling_config=ScalingConfig(
-            num_workers=derived.workers,
+            num_workers=high if low == high else (low, high),
             use_gpu=share.device == "cuda",
-            resources_per_worker={"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker},
+            resources_per_worker={"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
+            | config.cluster.resources,
+            placement_strategy=config.cluster.placement.upper(),
+            accelerator_type=config.cluster.accelerator_type,
+            elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
         torch_config=TorchConfig(backend="nccl" if share.device == "cuda" else "gloo"),
         # Ray's own restore is not used (a fresh name each time): workers find the newest valid checkpoint themselves.
@@ -165,23 +168,42 @@ def run(
             name=f"{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            worker_runtime_env={"env_vars": config.cluster.env},
+            callbacks=[Losses(hub)],
         ),
     )
-    done = threading.Event()
-    pump = threading.Thread(target=_pump, args=(hub, on_event, done), daemon=True)
-    pump.start()
+    done, late = threading.Event(), threading.Event()
+
+    def give_up() -> None:
+        """Ends `fit` as Ctrl-C does: Ray's controller, which may be deep in waiting, at once with the third one."""
+        late.set()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            if done.wait(_ABORT_S):
+                return
+
+    arguments = (hub, on_event, done, config.cluster.replacement_timeout_s, give_up)
+    thread = threading.Thread(target=pump, args=arguments, daemon=True)
+    thread.start()
     failure: Exception | None = None
-    before = signal.signal(signal.SIGTERM, lambda number, frame: hub.ask_to_stop.remote())
+    main = threading.current_thread() is threading.main_thread()  # a trial of a sweep is none
+    before = signal.signal(signal.SIGTERM, lambda number, frame: hub.ask_to_stop.remote()) if main else None
     try:
         trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
-    except SystemExit:  # Ray's own handling of Ctrl-C, after it has ended the workers
-        raise KeyboardInterrupt from None
+    except (SystemExit, KeyboardInterrupt):  # Ray's own handling of Ctrl-C, after it has ended the workers
+        if not late.is_set():
+            raise KeyboardInterrupt from None
+        failure = TimeoutError(
+            f"there was no room for {low} workers for {config.cluster.replacement_timeout_s:g} s "
+            f"(cluster.replacement_timeout_s)."
+        )
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)
         done.set()
-        pump.join()
+        thread.join()
     message = _error(hub)
     if message is not None:
         raise UserError(message)
@@ -201,20 +223,6 @@ def _error(hub: Any) -> str | None:
         return ray.get(hub.error.remote())
     except ray.exceptions.RayError:
         return None
-
-
-def _pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
-    """Passes the hub's events on until `done` is set and the hub is empty, or has gone with its node."""
-    while True:
-        finished = done.wait(_POLL_S)
-        try:
-            events = ray.get(hub.drain.remote())
-        except ray.exceptions.RayError:
-            return
-        for event in events:
-            on_event(event)
-        if finished:
-            return
 
 
 @contextmanager

@@ -12,9 +12,19 @@ from pipeline.derived import Derived
 from pipeline.model import size
 
 
-def plan_command(console: Console, path: Path, overrides: list[str], address: str | None) -> None:
-    """Prints the resolved config and what follows from it; starts nothing but a look at the cluster."""
+def plan_command(
+    console: Console, path: Path, overrides: list[str], address: str | None, cluster: str | None = None
+) -> None:
+    """Prints the resolved config and what follows from it; starts nothing but a look at the cluster.
+
+    With `cluster`, estimates the run on such a cluster instead.
+    """
     config = read_config(path, overrides)
+    if cluster is not None:
+        from launch.estimate import print_estimate
+
+        print_estimate(console, config, cluster)
+        return
     address = cluster_address(address)
     if address is None:
         prepared = prepare(config, this_machine())

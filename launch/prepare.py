@@ -1,6 +1,7 @@
 """What is settled on the driver before any worker starts: paths, data, resources, derived values."""
 
 import datetime
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from pipeline.model.weights import Sources, load_teacher, load_weights, read_car
 from pipeline.train.engine import deepspeed_config
 from pipeline.train.state import resumed
 from pipeline.train.storage import StorageError, storage_of
+
+SECRETS = "DENSENET_SECRETS"  # names of variables that a submitted job must find on the cluster
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,17 @@ def check_writable(output: Path) -> None:
         raise UserError(
             f"run.output={output} cannot be written: {error.strerror}. Set run.output to a folder that can."
         ) from error
+
+
+def check_secrets() -> None:
+    """Raises `UserError` where a variable that the submitter named is not set here, in the job's driver."""
+    names = [name for name in os.environ.get(SECRETS, "").split(",") if name]
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)}: not set on the cluster. Set it for the nodes (in Kubernetes from a Secret); its "
+            f"value is never sent from the submitting machine."
+        )
 
 
 def _base_folder() -> Path:

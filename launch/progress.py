@@ -55,6 +55,7 @@ class Display:
         self._console = console
         self._epochs, self._total_steps, self._workers = epochs, total_steps, workers
         self._starts = 0
+        self._lost = False
         self.skipped: set[int] = set()
         self.stopped_at: int | None = None
         self._live = Live(
@@ -107,10 +108,20 @@ class Display:
                     self.warning(f"replaced {event['message']}")
             case "resumed":
                 self.line(f"resumed at {event['samples_seen']} samples from {event['checkpoint']}")
+            case "lost":
+                self._lost = True
+                for rank, cause in event["causes"].items():
+                    self.warning(f"worker {rank} was lost: {cause}")
             case "workers_started":
                 self._starts += 1
+                workers, before = event["workers"], self._workers
+                self._workers = workers
                 if self._starts > 1:
-                    self.warning(f"a worker was lost, all were started again (start {self._starts})")
+                    why = "a worker was lost" if self._lost else "the cluster has changed"
+                    self.warning(f"{why}, all were started again (start {self._starts})")
+                if workers != before:
+                    self.line(f"there are {workers} workers now, {before} before")
+                self._lost = False
                 self.status("workers started; loading the model and the data")
 
 

@@ -1,33 +1,41 @@
 """What the machine or the cluster offers, and what a run takes of it."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from pipeline.config import Device, RunConfig
+from pipeline.config import Device, Elastic, RunConfig
+from pipeline.derived import split_batch
 from pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Resources:
-    """CPU cores and GPUs of `where`; `embedded` when the Ray that offers them is started by this run."""
+    """CPU cores, GPUs and Ray's further resources of `where`; `embedded` when this run starts the Ray that has them."""
 
     where: str
     cpus: int
     gpus: int
     embedded: bool
+    further: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Share:
-    """What the workers of a run take, and what the user should know about it."""
+    """What the workers of a run take, and what the user should know about it.
+
+    `workers` is how many there is room for now; `bounds` says how few and how many there may be later.
+    """
 
     device: Device
     workers: int
+    bounds: tuple[int, int]
     cpus_per_worker: int
     warnings: tuple[str, ...]
 
     @property
     def gpus_per_worker(self) -> int:
+        """One GPU each: NCCL refuses two ranks on the same one."""
         return 1 if self.device == "cuda" else 0
 
 
@@ -42,28 +50,91 @@ def share(config: RunConfig, offered: Resources) -> Share:
     """Settles device, workers and cores.
 
     Raises:
-        ConfigError: more is asked for than there is, which Ray would wait for without end.
+        ConfigError: more is asked for than there is, which Ray would wait for without end, or the global batch cannot
+            be split among some allowed number of workers.
     """
-    device = config.device
+    device, wanted = config.device, config.cluster.workers
     if device == "auto":
         device = "cuda" if offered.gpus else "cpu"
     if device == "cuda" and not offered.gpus:
         raise ConfigError(f"device=cuda needs GPUs, and {offered.where} has none: set device=auto or device=cpu.")
-    default_workers = offered.gpus if device == "cuda" else 1
-    workers = default_workers if config.cluster.workers == "auto" else config.cluster.workers
+    if isinstance(wanted, Elastic):
+        _check_each(config, wanted)
+        room = _room(config, offered, device)
+        if room < wanted.min:
+            raise ConfigError(
+                f"cluster.workers={{min: {wanted.min}, max: {wanted.max}}}: {offered.where} has room for {room}: set a "
+                f"smaller min, or wait for more with --wait."
+            )
+        workers, bounds = min(room, wanted.max), (wanted.min, wanted.max)
+    else:
+        workers = wanted if wanted != "auto" else offered.gpus if device == "cuda" else 1
+        bounds = (workers, workers)
     if device == "cuda" and workers > offered.gpus:
         raise ConfigError(
             f"cluster.workers={workers} needs {workers} GPUs, and {offered.where} has {offered.gpus}: "
-            f"set cluster.workers={offered.gpus}."
+            f"{_fewer(config, offered.gpus)}."
         )
-    fair_cpus = max(1, offered.cpus // workers)
-    cpus = fair_cpus if config.cluster.cpus_per_worker == "auto" else config.cluster.cpus_per_worker
+    cpus = _cpus_per_worker(config, offered, bounds[1])
     warnings = []
     if workers * cpus > offered.cpus:
         needs = (
             f"{workers} workers with {cpus} CPU cores each need {workers * cpus}, {offered.where} has {offered.cpus}"
         )
         if not offered.embedded:
-            raise ConfigError(f"{needs}: set fewer cluster.workers or a smaller cluster.cpus_per_worker.")
+            raise ConfigError(
+                f"{needs}: set fewer cluster.workers or a smaller cluster.cpus_per_worker, or wait for more with "
+                f"--wait."
+            )
         warnings.append(f"{needs}: they will share the cores and be slower.")
-    return Share(device, workers, cpus, tuple(warnings))
+    for name, amount in config.cluster.resources.items():
+        has = offered.further.get(name, 0)
+        if workers * amount > has:
+            raise ConfigError(
+                f"cluster.resources: {workers} workers with {amount:g} {name} each need {workers * amount:g}, "
+                f"{offered.where} has {has:g}: change it, or wait for more with --wait."
+            )
+    kind = config.cluster.accelerator_type
+    if kind is not None and f"accelerator_type:{kind}" not in offered.further:
+        kinds = [name.split(":")[1] for name in offered.further if name.startswith("accelerator_type:")]
+        raise ConfigError(
+            f"cluster.accelerator_type={kind}: {offered.where} has {', '.join(kinds) or 'none that Ray knows'}."
+        )
+    return Share(device, workers, bounds, cpus, tuple(warnings))
+
+
+def _cpus_per_worker(config: RunConfig, offered: Resources, workers: int) -> int:
+    asked = config.cluster.cpus_per_worker
+    return max(1, offered.cpus // workers) if asked == "auto" else asked
+
+
+def _room(config: RunConfig, offered: Resources, device: Device) -> int:
+    """The workers that fit now."""
+    asked = config.cluster.cpus_per_worker
+    by_cores = offered.cpus // (1 if asked == "auto" else asked)
+    return min(by_cores, offered.gpus) if device == "cuda" else by_cores
+
+
+def _check_each(config: RunConfig, wanted: Elastic) -> None:
+    """Raises where the global batch cannot be split among some number of workers within the bounds."""
+    for workers in range(wanted.min, wanted.max + 1):
+        try:
+            split_batch(config, workers)
+        except ConfigError as error:
+            raise ConfigError(
+                f"cluster.workers={{min: {wanted.min}, max: {wanted.max}}} allows {workers} workers: {error}"
+            ) from error
+
+
+def _fewer(config: RunConfig, most: int) -> str:
+    """Advice for a cluster with fewer GPUs than asked for."""
+    for workers in range(most, 0, -1):
+        try:
+            _, accumulation = split_batch(config, workers)
+        except ConfigError:
+            continue
+        return (
+            f"set cluster.workers={workers} (accumulation becomes {accumulation}, the global batch stays "
+            f"{config.train.global_batch_size}), or wait for more with --wait"
+        )
+    return "wait for more with --wait"

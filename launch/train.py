@@ -6,22 +6,27 @@ import shlex
 import shutil
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run
+from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run, wait_for_room
 from launch.net import check_port, free_port
 from launch.plan import print_plan
-from launch.prepare import Prepared, check_writable, prepare, read_config
+from launch.prepare import Prepared, check_secrets, check_writable, prepare, read_config
 from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
+from launch.record import Recorder
 from launch.resources import this_machine
+from launch.worker import PROBE
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
+from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
 from pipeline.tracking.plots import curve
 from pipeline.tracking.run import Tracker, default_tracking_uri, shown, wait_for
@@ -35,14 +40,18 @@ class _Stopped(Exception):
 
 
 _PLOTTED = 1000
-_STEP_METRICS = ("loss", "lr", "img_per_s", "data_wait", "epoch", "loss_scale", "gpu_memory_gb", "mfu")
 _PHASES = {"workers_started": "worker start", "first_step": "first step"}
 
 
 def train_command(
-    console: Console, path: Path, overrides: list[str], address: str | None, resume: str | None = None
+    console: Console,
+    path: Path,
+    overrides: list[str],
+    address: str | None,
+    resume: str | None = None,
+    wait: bool = False,
 ) -> None:
-    """Trains as `densenet train` does, and prints the summary.
+    """Trains as `densenet train` does, and prints the summary; with `wait` once the cluster has room.
 
     Raises:
         UserError: bad input; nothing is left running.
@@ -51,6 +60,7 @@ def train_command(
     """
     clock = Clock()
     default_uri = default_tracking_uri()  # asked for now: registering sets the variable that it reads
+    check_secrets()
     config = read_config(path, overrides)
     check_writable(Path(config.run.output))
     address = cluster_address(address)
@@ -61,8 +71,11 @@ def train_command(
             prepared = prepare(config, this_machine(), resume)
         else:
             dashboard = stack.enter_context(joined(address, log_file))
+            if wait:
+                wait_for_room(config, address, lambda text: console.print(text, style="yellow", soft_wrap=True))
             prepared = prepare(config, offered_by_cluster(address), resume)
         print_plan(console, prepared)
+        stack.enter_context(_claimed(prepared))
         tracker = _start_tracker(prepared)
         clock.ended("prepare")
         try:
@@ -97,6 +110,8 @@ def train_command(
             console.print("interrupted: checkpoints and records so far are kept", style="yellow")
             raise SystemExit(130) from None
         except Exception:
+            for log in sorted((prepared.run_dir / "logs").glob("*.log")):
+                tracker.attach(log, "logs")
             tracker.finish("FAILED")
             raise
         unsent = tracker.finish("FINISHED", config.tracking.patience_s)
@@ -111,6 +126,28 @@ def train_command(
         )
     if unsent:
         console.print(f"warning: {unsent} records did not reach {shown(tracker.uri)}; they are in {prepared.run_dir}")
+
+
+@contextmanager
+def _claimed(prepared: Prepared) -> Iterator[None]:
+    """Keeps other drivers from the run's folder, and leaves the config there, by which nodes know the folder.
+
+    Raises:
+        UserError: another driver has it.
+    """
+    run_dir = prepared.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / "driver.lock", timeout=0):
+            temporary = run_dir / f"{PROBE}.tmp"
+            temporary.write_text(prepared.config.to_yaml(), encoding="utf-8")
+            temporary.replace(run_dir / PROBE)
+            yield
+    except Timeout as error:
+        raise UserError(
+            f"run.name={prepared.config.run.name} is being trained by another process in {run_dir}: wait for its end, "
+            f"or choose another run.name."
+        ) from error
 
 
 def _dashboard_port(config: RunConfig) -> int:
@@ -160,46 +197,20 @@ def _display(console: Console, prepared: Prepared) -> Display:
 def _train(prepared: Prepared, tracker: Tracker, display: Display, clock: Clock) -> float | None:
     """Trains on the connected cluster; returns the mean speed in images/s, or None when nothing was left to train."""
     img_per_s: float | None = None
+    recorder = Recorder(tracker)
 
     def on_event(event: dict[str, Any]) -> None:
         nonlocal img_per_s
+        recorder.on_event(event)
         phase = _PHASES.get(event["kind"])
         if phase is not None and phase not in clock.phases:
             clock.ended(phase, at=event["time"])
         if event["kind"] == "trained":
             img_per_s = event["img_per_s"]
-        if event["kind"] in ("profile", "diagnosis"):
-            tracker.attach(Path(event["file"]))
-        if event["kind"] in ("step", "eval"):
-            tracker.log(_metrics(event) | {"data/skipped": len(display.skipped)}, event["samples_seen"])
         display.on_event(event)
 
-    run(
-        prepared.config,
-        prepared.derived,
-        prepared.share,
-        prepared.train_index,
-        prepared.val_index,
-        prepared.sources,
-        prepared.resume,
-        prepared.run_dir,
-        on_event,
-    )
+    run(prepared, on_event)
     return img_per_s
-
-
-def _metrics(event: dict[str, Any]) -> dict[str, float]:
-    """An event's numbers under their MLflow names."""
-    if event["kind"] == "step":
-        return {f"train/{key}": event[key] for key in _STEP_METRICS if key in event}
-    total, prefix = event["total"], {"raw": "val", "ema": "val_ema"}[event["weights"]]
-    return {
-        f"{prefix}/top1": 100 * event["top1_correct"] / total,
-        f"{prefix}/top5": 100 * event["top5_correct"] / total,
-        f"{prefix}/loss": event["loss"],
-        f"{prefix}/img_per_s": event["img_per_s"],
-        f"{prefix}/images": total,
-    }
 
 
 def _register(prepared: Prepared, tracker: Tracker, best: Path) -> Registered:

@@ -1,5 +1,6 @@
 """The function that every Ray Train worker runs, wherever the cluster is."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -10,10 +11,16 @@ import ray
 import ray.train
 import ray.train.torch
 
+from launch.gauges import Gauges
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import stage
-from pipeline.errors import UserError
+from pipeline.derived import Derived, for_workers
+from pipeline.errors import DataError, UserError
+
+_OF_EVERY_RANK = ("skipped", "warning")  # events that count from whichever rank they come
+PROBE = "config.yaml"  # in the run's folder, written by the driver before the workers start
+_PROBED = 1000  # pictures or shards that each node looks for before training
 
 
 def train_worker(task: dict[str, Any]) -> None:
@@ -28,14 +35,17 @@ def train_worker(task: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     _log_to(task["run_dir"] / "logs" / f"rank{rank}.log")
+    gauges = Gauges(str(task["config"].run.name))
 
     def report(event: dict[str, Any]) -> None:
-        if event["kind"] == "skipped":
+        if event["kind"] in _OF_EVERY_RANK:
             print(event["message"])
         if rank == 0 or event["kind"] == "skipped":
             hub.push.remote(event)
+        if rank == 0:
+            gauges.set(event)
 
-    report({"kind": "workers_started"})
+    report({"kind": "workers_started", "workers": context.get_world_size()})
     try:
         _train(task, report)
     except UserError as error:
@@ -43,29 +53,33 @@ def train_worker(task: dict[str, Any]) -> None:
         raise
 
 
-def _train(task: dict[str, Any], report: Any) -> None:
+def _train(task: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
     import torch
 
     from pipeline.train.state import newest_checkpoint
     from pipeline.train.trainer import Trainer
     from pipeline.train.watchdog import Watchdog
 
-    train_index = _on_this_node(task["config"], ray.get(task["train_index"]))
-    val_index = _on_this_node(task["config"], ray.get(task["val_index"]))
-    torch.set_num_threads(task["derived"].cpus_per_worker)
+    config, run_dir, context = task["config"], task["run_dir"], ray.train.get_context()
+    derived: Derived = task["derived"]
+    if context.get_world_size() != derived.workers:
+        derived = for_workers(derived, config, context.get_world_size())
+    if context.get_local_rank() == 0:
+        _check_code(task["code"])
+        _check_output(config, run_dir)
+    train_index, val_index = (_on_this_node(config, ray.get(task[f"{split}_index"])) for split in ("train", "val"))
+    torch.set_num_threads(derived.cpus_per_worker)
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    newest = newest_checkpoint(
-        task["config"], task["run_dir"], lambda text: report({"kind": "warning", "message": text})
-    )
-    with Watchdog(task["config"].cluster.hang_timeout_s) as watchdog:
+    newest = newest_checkpoint(config, run_dir, lambda text: report({"kind": "warning", "message": text}))
+    with Watchdog(config.cluster.hang_timeout_s) as watchdog:
         trainer = Trainer(
-            task["config"],
-            task["derived"],
+            config,
+            derived,
             train_index,
             val_index,
-            task["run_dir"],
+            run_dir,
             device,
             report,
             task["sources"],
@@ -75,6 +89,54 @@ def _train(task: dict[str, Any], report: Any) -> None:
             watchdog.alive,
         )
         trainer.fit()
+
+
+def code_version() -> str:
+    """A hash of this project's code as this process finds it."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for folder in ("launch", "pipeline"):
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _node() -> str:
+    return f"node {ray.util.get_node_ip_address()}"
+
+
+def _check_code(expected: str) -> None:
+    if code_version() != expected:
+        raise UserError(
+            f"{_node()} has other code of this project than the driver, in {Path(__file__).parents[1]}: bring all "
+            f"nodes to the same version, or submit the run as a job, which carries its code."
+        )
+
+
+def _check_output(config: RunConfig, run_dir: Path) -> None:
+    """Raises where this node sees no run folder of the driver's, and checkpoints would be lost with their nodes."""
+    if not (run_dir / PROBE).is_file() and config.checkpoint.storage is None:
+        raise UserError(
+            f"{_node()} does not see the driver's files in run.output={config.run.output}: put it on a file system "
+            f"that all nodes share under one path, or set checkpoint.storage to an address that all nodes reach."
+        )
+
+
+def _on_this_node(config: RunConfig, index: DatasetIndex) -> DatasetIndex:
+    """The index of the data as this node reads them: where they are, or of the copy on its own disk.
+
+    Raises:
+        DataError: this node sees other data than the driver, or none.
+    """
+    if config.data.stage is not None:
+        return stage(index, str(config.data.root), Path(config.data.stage))
+    reason = index.differs_here(_PROBED, sizes=config.data.on_corrupt == "error")
+    if reason is not None:
+        raise DataError(
+            f"{_node()} does not see the data that the driver sees in data.root={config.data.root}: {reason}. Put them "
+            f"where all nodes see them under one path, or set data.stage."
+        )
+    return index
 
 
 def _stop_asked(hub: Any) -> Callable[[], bool]:
@@ -90,13 +152,6 @@ def _stop_asked(hub: Any) -> Callable[[], bool]:
         return answer
 
     return look
-
-
-def _on_this_node(config: RunConfig, index: DatasetIndex) -> DatasetIndex:
-    """The index of the data as this node reads them: where they are, or of the copy on its own disk."""
-    if config.data.stage is None:
-        return index
-    return stage(index, str(config.data.root), Path(config.data.stage))
 
 
 def _preemption(report: Callable[[dict[str, Any]], None]) -> Callable[[], bool]:

@@ -337,10 +337,51 @@ class Checkpoint(Section):
     allow_changed: tuple[str, ...] = Field((), description="differences from the run's checkpoint that are accepted")
 
 
+class Elastic(Section):
+    """As many workers as there is room for, within bounds."""
+
+    min: Count
+    max: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Elastic":
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} must not exceed max={self.max}")
+        return self
+
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(?<!PUBLIC_)KEY", re.IGNORECASE)
+
+
+def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
+    wrong = [name for name in variables if _SECRET.search(name)]
+    if wrong:
+        raise ValueError(
+            f"must not hold {wrong[0]}, since configs are saved and shown: set it in the environment of the nodes"
+        )
+    return variables
+
+
 class Cluster(Section):
-    workers: Count | Auto = Field("auto", description="auto: one per GPU, or one on the CPU")
+    workers: Count | Auto | Elastic = Field(
+        "auto", description="auto: one per GPU, or one on the CPU; {min: M, max: N}: as many as there is room for"
+    )
     cpus_per_worker: Count | Auto = Field("auto", description="auto: the machine's cores shared out")
+    placement: Literal["pack", "spread"] = Field("pack", description="workers on few nodes, or on many")
+    accelerator_type: str | None = Field(None, description="GPU model by Ray's name, for example H100")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="further Ray resources per worker")
+    env: Annotated[dict[str, str], AfterValidator(_no_secrets)] = Field(
+        {}, description="environment variables of the workers, for example {NCCL_SOCKET_IFNAME: eth0}"
+    )
     max_failures: int = Field(3, ge=0, description="restarts after a lost worker, from the newest checkpoint")
+    replacement_timeout_s: float = Field(
+        1800, ge=10, description="how long a run that lost workers waits for room to start again"
+    )
+    resize_interval_s: float = Field(
+        300,
+        gt=0,
+        description="how often elastic workers look for more room; they start again from the newest checkpoint",
+    )
     hang_timeout_s: float = Field(
         1800, ge=60, description="a worker without a batch for so long is ended, all stacks in its log, and restarted"
     )

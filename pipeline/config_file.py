@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -81,6 +81,8 @@ def _faults(error: ValidationError) -> list[str]:
             allowed[key] = [f"unknown key; {hint}"]
         else:
             message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            if fault["type"] == "model_type":  # a section that stands for a value
+                message = f"must be {{{', '.join(f'{name}: ...' for name in _known_keys(where))}}}"
             allowed.setdefault(key, []).append(message[0].lower() + message[1:])
             if not isinstance(fault["input"], dict | BaseModel) and "password" not in message:
                 given[key] = fault["input"]
@@ -92,13 +94,19 @@ def _faults(error: ValidationError) -> list[str]:
 
 def _is_union_branch(part: str) -> bool:
     """Pydantic adds the tried type of a union (`constrained-int`, `literal['auto']`) to a fault's location."""
-    return part.startswith(("constrained-", "literal[", "function-", "lax-")) or part in ("int", "str", "float")
+    return part.startswith(("constrained-", "literal[", "function-", "lax-")) or part in (
+        "int",
+        "str",
+        "float",
+        "Elastic",
+    )
 
 
 def _known_keys(section: list[str]) -> list[str]:
     model: Any = RunConfig
     for part in section:
-        model = model.model_fields[part].annotation
+        kind = model.model_fields[part].annotation
+        model = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
     return list(model.model_fields)
 
 

@@ -68,26 +68,7 @@ def derive(
             f"train.global_batch_size={batch} is more than the {train_samples} training images in data.root: "
             f"set train.global_batch_size to {train_samples} or less."
         )
-    if batch % workers:
-        below, above = batch - batch % workers, batch + workers - batch % workers
-        choices = " or ".join(str(b) for b in (below, above) if b > 0)
-        raise ConfigError(
-            f"train.global_batch_size={batch} cannot be divided among {workers} workers: set it to {choices}, "
-            f"or change cluster.workers."
-        )
-    per_worker = batch // workers
-    unit = _unit(config)
-    most = config.train.max_device_batch_size
-    accumulations = [a for a in range(1, per_worker + 1) if per_worker % (a * unit) == 0 and per_worker // a <= most]
-    if not accumulations:
-        raise ConfigError(
-            f"augment.mixup and augment.cutmix mix pairs of pictures, so each of the {workers} workers needs an even "
-            f"number of them at once: train.global_batch_size={batch} gives {per_worker} per worker and step, at most "
-            f"train.max_device_batch_size={most} at once. Set train.global_batch_size to a multiple of {2 * workers}, "
-            f"and train.max_device_batch_size to 2 or more."
-        )
-    accumulation = accumulations[0]
-    device_batch = per_worker // accumulation
+    device_batch, accumulation = split_batch(config, workers)
     eval_batch = device_batch if config.eval.batch_size == "auto" else config.eval.batch_size
     total_steps = max(1, math.ceil(round(config.train.epochs * train_samples, 6) / batch))
     precision = config.train.precision
@@ -118,6 +99,40 @@ def _zero_stage(config: RunConfig, workers: int, precision: Precision) -> Litera
     if config.engine.offload_optimizer:
         return 1
     return 0 if workers == 1 or config.optim.name in LAYERWISE or precision == "fp16" else 1
+
+
+def for_workers(derived: Derived, config: RunConfig, workers: int) -> Derived:
+    """What follows for another number of workers."""
+    same = ("cpus_per_worker", "device", "train_samples", "val_samples", "num_classes")
+    return derive(config, workers=workers, **{name: getattr(derived, name) for name in same})
+
+
+def split_batch(config: RunConfig, workers: int) -> tuple[int, int]:
+    """Device batch and accumulation: the largest batch that a device may hold, the same for all.
+
+    Raises:
+        ConfigError: the global batch cannot be split evenly.
+    """
+    batch = config.train.global_batch_size
+    if batch % workers:
+        below, above = batch - batch % workers, batch + workers - batch % workers
+        choices = " or ".join(str(b) for b in (below, above) if b > 0)
+        raise ConfigError(
+            f"train.global_batch_size={batch} cannot be divided among {workers} workers: set it to {choices}, "
+            f"or change cluster.workers."
+        )
+    per_worker = batch // workers
+    unit = _unit(config)
+    most = config.train.max_device_batch_size
+    accumulations = [a for a in range(1, per_worker + 1) if per_worker % (a * unit) == 0 and per_worker // a <= most]
+    if not accumulations:
+        raise ConfigError(
+            f"augment.mixup and augment.cutmix mix pairs of pictures, so each of the {workers} workers needs an even "
+            f"number of them at once: train.global_batch_size={batch} gives {per_worker} per worker and step, at most "
+            f"train.max_device_batch_size={most} at once. Set train.global_batch_size to a multiple of {2 * workers}, "
+            f"and train.max_device_batch_size to 2 or more."
+        )
+    return per_worker // accumulations[0], accumulations[0]
 
 
 def halved(derived: Derived, config: RunConfig) -> Derived | None:

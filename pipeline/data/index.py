@@ -181,6 +181,26 @@ class DatasetIndex:
             raise DamagedSample(f"{self.describe(sample)} {fault}. {_ADVICE}")
         return np.frombuffer(content, np.uint8)
 
+    def differs_here(self, count: int, sizes: bool = True) -> str | None:
+        """Looks for up to `count` of the files, evenly spread; says what is missing or of another size here, if any."""
+        total = len(self._files)
+        for number in np.unique(np.linspace(0, max(0, total - 1), min(count, total)).astype(np.int64)):
+            name = self._files[number]
+            try:
+                found = (self.root / name).stat().st_size
+            except OSError as error:
+                return f"{self.root / name}: {error.strerror}"
+            expected = self.shards[name].bytes if name in self.shards else None
+            if expected is None and not self.in_shards:
+                expected = int(self._lengths_N[self._first_of_file[number]])
+            if sizes and expected is not None and found != expected:
+                return f"{self.root / name} has {found:,} bytes, {expected:,} were indexed"
+        return None
+
+    @cached_property
+    def _first_of_file(self) -> NDArray[np.int64]:
+        return np.unique(self.files_N, return_index=True)[1]
+
     def save(self, file: Path) -> None:
         """Writes the index as Parquet, to a temporary name first."""
         save_table(self.table, file)

@@ -117,7 +117,7 @@ class Tracker:
     def __init__(self, client: MlflowClient, uri: str, run_id: str, record: Path) -> None:
         self.uri, self.run_id = uri, run_id
         self._client = client
-        self._queue: deque[Metric] = deque()
+        self._queue: deque[Metric | RunTag] = deque()
         self._change = threading.Condition()
         self._closing = False
         self._give_up = threading.Event()
@@ -171,10 +171,16 @@ class Tracker:
             self._queue.extend(Metric(key, float(value), now_ms, samples_seen) for key, value in metrics.items())
             self._change.notify()
 
-    def attach(self, file: Path) -> None:
+    def tag(self, key: str, value: str) -> None:
+        """Queues a tag."""
+        with self._change:
+            self._queue.append(RunTag(key, value))
+            self._change.notify()
+
+    def attach(self, file: Path, folder: str | None = None) -> None:
         """Adds a file to the run's artifacts, if the store takes it now; the file itself stays where it is."""
         with suppress(MlflowException, OSError):
-            self._client.log_artifact(self.run_id, str(file))
+            self._client.log_artifact(self.run_id, str(file), folder)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout_s: float = 60) -> int:
         """Sends what is queued, ends the run, and returns how many numbers the store did not take in time."""
@@ -199,7 +205,9 @@ class Tracker:
             if not batch:
                 return
             try:
-                self._client.log_batch(self.run_id, metrics=batch)
+                metrics = [entry for entry in batch if isinstance(entry, Metric)]
+                tags = [entry for entry in batch if isinstance(entry, RunTag)]
+                self._client.log_batch(self.run_id, metrics=metrics, tags=tags)
             except (MlflowException, OSError):
                 if self._give_up.wait(_RETRY_S[min(failures, len(_RETRY_S) - 1)]):
                     return

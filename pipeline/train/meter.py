@@ -3,11 +3,15 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.derived import Derived
+
+SLOW = 1.2
 
 
 class Meter:
@@ -24,6 +28,7 @@ class Meter:
         self._loss.zero_()
         self._micro_batches = 0
         self._waited_s = 0.0
+        self._marks: list[tuple[Any, Any]] = []
         self._started = time.perf_counter()
 
     @contextmanager
@@ -32,6 +37,27 @@ class Meter:
         started = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - started
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._marks.append((self._now(), None))
+
+    def forwarded(self) -> None:
+        """The step's last loss is known, or under way on the device: until here ranks need not wait for each other."""
+        self._marks[-1] = (self._marks[-1][0], self._now())
+
+    def _now(self) -> Any:
+        if self._loss.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _own_s(self) -> float:
+        """Seconds that this rank took by itself since the interval began; the device must be through with them."""
+        if self._loss.device.type != "cuda":
+            return sum(end - start for start, end in self._marks)
+        return sum(start.elapsed_time(end) for start, end in self._marks) / 1000
 
     def add(self, loss: torch.Tensor) -> None:
         """Counts a micro-batch's loss; one that is no number, whose step is left out, has no part in the mean."""
@@ -46,14 +72,18 @@ class Meter:
         total, count = sums.tolist()
         return total / max(1, count)
 
-    def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[dict[str, float], list[bool]]:
+    def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[dict[str, Any], list[bool]]:
         """Closes the interval (a collective): the mean loss over all ranks, images/s, data wait share, seconds left.
 
-        `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them. Each of the
-        `wishes` comes back true on all ranks where it was true on any.
+        `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them. `slow_ranks`
+        are those that take `SLOW` times as long as the median rank, or longer, until their losses are known, with
+        that ratio. Each of the `wishes` comes back true on all ranks where it was true on any.
         """
         loss = self._mean_loss()  # waits for the device, so the elapsed time includes all the work
         elapsed_s = time.perf_counter() - self._started
+        own_R = torch.zeros(self._derived.workers, device=self._loss.device)
+        own_R[dist.get_rank()] = self._own_s()
+        dist.all_reduce(own_R)
         largest = torch.tensor([self._waited_s / elapsed_s, *map(float, wishes)], device=self._loss.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         wait, *agreed = largest.tolist()
@@ -66,6 +96,8 @@ class Meter:
             "loss": loss,
             "img_per_s": img_per_s,
             "img_per_s_worker": img_per_s / self._derived.workers,
+            "slow_ranks": _slow(own_R.tolist()),
+            "step_s": elapsed_s / steps,
             "data_wait": wait,
             "eta_s": (self._derived.total_steps - step) * elapsed_s / steps,
         }
@@ -75,3 +107,8 @@ class Meter:
     def mean_img_per_s(self) -> float:
         """Images per second over all closed intervals and all workers."""
         return self._images / self._seconds
+
+
+def _slow(own: list[float]) -> dict[int, float]:
+    usual = median(own)
+    return {rank: spent / usual for rank, spent in enumerate(own) if usual > 0 and spent >= SLOW * usual}

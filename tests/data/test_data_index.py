@@ -242,3 +242,16 @@ def test_rows_are_sent_to_other_processes_without_their_table():
     rows = rows_of(table, 9_990, 20)
     assert rows["label"].to_pylist() == list(range(9_990, 10_000))
     assert len(pickle.dumps(rows)) < 10_000
+
+
+def test_data_that_another_node_sees_otherwise_are_told(folders, tmp_path):
+    """A missing file, another size, and that a look at some files is a look at evenly spread ones."""
+    index, _ = open_set(folders())
+    assert index.differs_here(1000) is None
+    moved = index.moved(tmp_path / "elsewhere")
+    assert moved.differs_here(1000) == f"{moved.path(0)}: No such file or directory"
+    last = index.path(len(index) - 1)
+    last.write_bytes(last.read_bytes() + b"x")
+    assert "bytes were indexed" not in (index.differs_here(1) or "")
+    assert index.differs_here(2).startswith(f"{last} has ")
+    assert index.differs_here(2, sizes=False) is None

@@ -1,15 +1,17 @@
-"""A Ray head on loopback."""
+"""A Ray cluster of one or more nodes, each a process group of its own with a temporary folder of its own."""
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from launch.net import answers, free_port
 from tests.conftest import BIN
@@ -17,46 +19,96 @@ from tests.conftest import BIN
 PATIENCE_S = 120
 
 
-@dataclass(frozen=True)
-class Head:
-    """A Ray head: its folder, where jobs are submitted, and where drivers connect."""
+def wait_until(condition: Callable[[], object], told: Callable[[], str], patience_s: float = PATIENCE_S) -> None:
+    """Waits for a condition; fails with what `told` returns."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.2)
 
-    folder: Path
-    dashboard: str
-    address: str
-    env: dict[str, str]
+
+class Cluster:
+    """A head and the nodes that were added: where jobs are submitted, and where drivers connect."""
+
+    def __init__(self, cpus: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="dn", dir="/tmp"))  # short: socket paths have at most 107 characters
+        self.nodes: list[subprocess.Popen] = []
+        self.env = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        }
+        generate = [BIN / "ray", "get-auth-token", "--generate"]
+        subprocess.run(generate, env=os.environ | self.env, check=True, capture_output=True)
+        port, dashboard = free_port(), free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        options = {
+            "head": None,
+            "port": port,
+            "dashboard-host": "127.0.0.1",
+            "dashboard-port": dashboard,
+            "ray-client-server-port": free_port(),
+        }
+        self._start(cpus, options)
+        wait_until(lambda: answers("127.0.0.1", dashboard, 1), self._logs)
+        self.address = f"{ray.util.get_node_ip_address()}:{port}"
+
+    def add_node(self, cpus: int) -> None:
+        self._start(cpus, {"address": self.address})
+        log = self.folder / f"{len(self.nodes) - 1}.log"
+        wait_until(lambda: "Ray runtime started" in log.read_text(), self._logs)
+
+    def kill_node(self, number: int) -> None:
+        """Ends all of a node's processes at once, as a power cut does."""
+        node = psutil.Process(self.nodes[number].pid)
+        for process in [node, *node.children(recursive=True)]:
+            process.kill()
+        self.nodes[number].wait()
+
+    def session_processes(self, name: str) -> list[psutil.Process]:
+        """The cluster's processes with this in their command."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            if name in " ".join(process.info["cmdline"] or ()):
+                found.append(process)
+        return found
+
+    def close(self) -> None:
+        for node in self.nodes:
+            if node.poll() is None:
+                node.send_signal(signal.SIGTERM)  # it ends the processes that it has started
+        for node in self.nodes:
+            node.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, cpus: int, options: dict[str, object]) -> None:
+        number = len(self.nodes)
+        options |= {
+            "num-cpus": cpus,
+            "temp-dir": self.folder / f"{number}",
+            "dashboard-agent-listen-port": free_port(),
+            "min-worker-port": 0,  # any: nodes that share a machine must not share ports
+            "max-worker-port": 0,
+        }
+        flags = [f"--{key}" if value is None else f"--{key}={value}" for key, value in options.items()]
+        with (self.folder / f"{number}.log").open("w") as log:
+            self.nodes.append(
+                subprocess.Popen(
+                    [BIN / "ray", "start", "--block", *flags],
+                    env=os.environ | self.env,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def _logs(self) -> str:
+        return "\n".join(file.read_text() for file in sorted(self.folder.glob("*.log")))
 
 
 @pytest.fixture(scope="module")
-def ray_head() -> Iterator[Head]:
-    """A Ray head of the test's own, with ports and a temporary folder of its own, ended at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="dn", dir="/tmp"))  # short: socket paths have at most 107 characters
-    port, dashboard = free_port(), free_port()
-    env = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    options = {
-        "port": port,
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": free_port(),
-        "ray-client-server-port": free_port(),
-        "num-cpus": 2,
-        "temp-dir": folder,
-    }
-    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=os.environ | env, check=True, capture_output=True)
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            [BIN / "ray", "start", "--head", "--block", *(f"--{key}={value}" for key, value in options.items())],
-            env=os.environ | env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        while not answers("127.0.0.1", dashboard, 1):
-            assert head.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
-            time.sleep(0.2)
-        yield Head(folder, f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", env)
-    finally:
-        head.terminate()  # it ends the processes that it has started
-        head.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+def cluster() -> Iterator[Cluster]:
+    """A head with two cores and one node with none yet."""
+    made = Cluster(cpus=2)
+    yield made
+    made.close()

@@ -25,7 +25,7 @@ from pipeline.train.trainer import Trainer
 from tests.conftest import BIN, PROJECT
 from tests.servers import MlflowServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 DEADLINE_S = 300
 # More for a long soak: KILLS=20 pytest --timeout=0 tests/launch/test_faults.py
 KILLS = int(os.environ.get("KILLS", "1"))

@@ -1,6 +1,9 @@
 """The whole loop on one rank: events, checkpoints, resume bit for bit."""
 
 import json
+import re
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,30 @@ def test_some_steps_are_profiled(one_rank, indexes, tmp_path):
     (file,) = [Path(event["file"]) for event in events if event["kind"] == "profile"]
     names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
     assert "aten::conv2d" in names
+
+
+def held_up(indexes: tuple, run_dir: Path) -> list[str]:
+    """Warnings of rank 0 in a run whose rank 1 takes a while for each loss."""
+    events: list[dict[str, Any]] = []
+    config, derived = settings(*indexes, 2, train={"epochs": 1, "log_every_steps": 1})
+    trainer = Trainer(config, derived, *indexes, run_dir, CPU, events.append)
+    criterion, slow = trainer.criterion, torch.distributed.get_rank() == 1
+
+    def criterion_that_waits(*inputs: torch.Tensor) -> torch.Tensor:
+        threading.Event().wait(0.5 if slow else 0)
+        return criterion(*inputs)
+
+    trainer.criterion = criterion_that_waits  # type: ignore[assignment]
+    trainer.fit()
+    return [event["message"] for event in events if event["kind"] == "warning"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_holds_up_the_others_is_named_once(run_ranks, indexes, tmp_path):
+    (told,), _ = run_ranks(2, held_up, indexes(), tmp_path)
+    assert re.match(
+        rf"rank 1 on {socket.gethostname()} is slow: it takes [\d.]+ times as long as the median rank", told
+    )
 
 
 def test_too_little_memory_is_told_with_a_batch_that_keeps_the_global_one(one_rank, indexes, tmp_path):

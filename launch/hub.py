@@ -1,0 +1,110 @@
+"""What workers and controller tell the driver, and what it asks of them: a small actor in between."""
+
+import textwrap
+import time
+from collections.abc import Callable
+from threading import Event
+from typing import Any
+
+import ray
+from ray.train import UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.errors import UserError
+
+_POLL_S = 0.2
+_NAMESPACE = "densenet"
+_LONGEST_CAUSE = 160
+_GONE_S = 20  # an ended driver's actors may be there for some seconds
+
+
+@ray.remote(num_cpus=0)
+class Hub:
+    """Carries events to the driver, and remembers the first error."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._error: str | None = None
+        self._stop = False
+
+    def push(self, event: dict[str, Any]) -> None:
+        self._events.append(event | {"time": time.time()})
+        if event["kind"] == "error" and self._error is None:
+            self._error = event["message"]
+
+    def drain(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def error(self) -> str | None:
+        return self._error
+
+    def ask_to_stop(self) -> None:
+        self._stop = True
+
+    def stop_asked(self) -> bool:
+        return self._stop
+
+
+class Losses(UserCallback):
+    """Tells the hub which workers were lost, and why; runs in Ray Train's controller."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = hub
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
+        ray.get(self._hub.push.remote({"kind": "lost", "causes": causes}))
+
+
+def _cause(error: Exception) -> str:
+    """The last line of an error's text, in short; Ray's own tell of a lost process in many words."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, ray.exceptions.RayActorError) or "The actor" in str(error):
+        return "its process or its node has gone"
+    if any(word in lines[-1] for word in ("gloo", "NCCL", "by peer")):
+        return "its connection to another worker broke"
+    return textwrap.shorten(lines[-1], _LONGEST_CAUSE, placeholder=" ...")
+
+
+def open_hub(run_name: str) -> Any:
+    """A hub under the run's name, on the driver's node: it must not go with another one.
+
+    Raises:
+        UserError: another driver on the cluster trains a run of this name.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    deadline = time.monotonic() + _GONE_S
+    while True:
+        try:
+            options = {"name": run_name, "namespace": _NAMESPACE, "scheduling_strategy": here}
+            return Hub.options(**options).remote()  # type: ignore[attr-defined]
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run.name={run_name} is being trained by another driver on this cluster: wait for its end, or "
+                    f"choose another run.name."
+                ) from error
+            time.sleep(_POLL_S)
+
+
+def pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: Event, timeout_s: float, late: Callable) -> None:
+    """Passes the hub's events on until `done` is set and the hub is empty, or has gone with its node.
+
+    `late` is called once when workers were wanted for so long and have not come.
+    """
+    wanted_at: float | None = time.monotonic()
+    while True:
+        finished = done.wait(_POLL_S)
+        try:
+            events = ray.get(hub.drain.remote())
+        except ray.exceptions.RayError:
+            return
+        for event in events:
+            wanted_at = {"lost": time.monotonic(), "workers_started": None}.get(event["kind"], wanted_at)
+            on_event(event)
+        if finished:
+            return
+        if wanted_at is not None and time.monotonic() > wanted_at + timeout_s:
+            wanted_at = None
+            late()

@@ -1,0 +1,77 @@
+"""A training over two Ray nodes: one is lost and comes back, elastic workers shrink and grow, all is recorded."""
+
+import re
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.launch.conftest import Cluster, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+PATIENCE_S = 300
+
+
+def test_a_run_over_two_nodes_goes_on_while_one_is_lost_and_comes_back(cluster: Cluster, shell, tmp_path: Path):
+    """Three workers, then as many as the head has room for, then three again."""
+    cluster.add_node(cpus=1)
+    where = ["--address", cluster.dashboard]
+    elastic = ["cluster.workers={min: 1, max: 3}", "cluster.cpus_per_worker=1", "cluster.resize_interval_s=15"]
+    run = ["run.name=elastic", "train.global_batch_size=48", "train.epochs=2000", f"run.output={tmp_path}", *elastic]
+    started = shell("densenet", "submit", "configs/demo.yaml", *run, "--no-env", "--detach", *where, env=cluster.env)
+    assert started.returncode == 0, started.stdout
+    job = re.search(r"job (elastic-\d+) trains", started.stdout)[1]
+
+    def output() -> str:
+        return shell("densenet", "jobs", "logs", job, *where, env=cluster.env).stdout
+
+    def until(text: str, times: int = 1) -> None:
+        def look() -> bool:
+            printed = output()
+            assert "training failed" not in printed, printed
+            return printed.count(text) >= times
+
+        wait_until(look, output, PATIENCE_S)
+
+    until("top-1")  # a checkpoint comes with the first evaluation
+    assert "workers      3 on cpu" in output()
+
+    cluster.kill_node(1)
+    until("resumed at")
+    assert "there are 2 workers now, 3 before" in output()
+    assert re.search(r"warning: worker \d was lost: its (process or its node has gone|connection to another)", output())
+
+    cluster.add_node(cpus=1)
+    until("resumed at", times=2)
+    assert "warning: the cluster has changed, all were started again (start 3)" in output()
+    assert "there are 3 workers now, 2 before" in output()
+
+    wait_until(lambda: "densenet_loss" in exported(cluster, shell), output, PATIENCE_S)
+    assert 'run="elastic"' in exported(cluster, shell)
+    assert "densenet_img_per_s" in exported(cluster, shell)
+
+    shell("densenet", "jobs", "stop", job, *where, env=cluster.env)
+    assert "stopped by SIGTERM at" in output()
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        ((told,),) = store.execute("select value from tags where key = 'restart.1'").fetchall()
+        ((lost,),) = store.execute("select value from metrics where key = 'lost_samples'").fetchall()
+    assert re.search(rf"worker \d: its .*; went on at \d+ samples, {lost:.0f} samples were trained again", told)
+
+
+NODES = """
+import ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+for node in ray.nodes():
+    if node["Alive"]:
+        print(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+"""
+
+
+def exported(cluster: Cluster, shell: Callable[..., subprocess.CompletedProcess[str]]) -> str:
+    """What Prometheus would read from all nodes."""
+    asked = shell("python", "-c", NODES, cluster.address, env=cluster.env)
+    addresses = [line for line in asked.stdout.splitlines() if line.startswith("http://")]
+    return "".join(requests.get(address, timeout=10).text for address in addresses)
