@@ -95,17 +95,15 @@ def stop(client: JobSubmissionClient, job: str, told: Callable[[str], object]) -
 
 def follow_job(client: JobSubmissionClient, job: str) -> int:
     """Prints a job's output until it ends, over lost connections; returns its exit code."""
-    printed, lost_at = 0, None
+    output, lost_at = _Output(), None
     while True:
         try:
-            printed = asyncio.run(_tail(client, job, printed))
+            asyncio.run(output.follow(client, job))
             details = client.get_job_info(job)
             if details.status.is_terminal():
                 return _exit_code(details)
             lost_at = None
-        except KeyboardInterrupt:
-            raise
-        except Exception as error:
+        except Exception as error:  # Ray's, and its HTTP libraries'
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > _PATIENCE_S:
                 raise UserError(
@@ -115,16 +113,20 @@ def follow_job(client: JobSubmissionClient, job: str) -> int:
         time.sleep(_RETRY_S if lost_at else 0.2)
 
 
-async def _tail(client: JobSubmissionClient, job: str, printed: int) -> int:
-    """Prints what comes after the first `printed` characters, until the connection ends; returns how many came."""
-    seen = 0
-    async for text in client.tail_job_logs(job):
-        fresh = text[max(0, printed - seen) :]
-        seen += len(text)
-        sys.stdout.write(fresh)
-        sys.stdout.flush()
-        printed = max(printed, seen)
-    return printed
+class _Output:
+    """A job's output, each character of it once, however often the connection begins anew."""
+
+    def __init__(self) -> None:
+        self._printed = 0
+
+    async def follow(self, client: JobSubmissionClient, job: str) -> None:
+        """Prints what is new until the connection ends; it begins with the output's first character each time."""
+        seen = 0
+        async for text in client.tail_job_logs(job):
+            sys.stdout.write(text[max(0, self._printed - seen) :])
+            sys.stdout.flush()
+            seen += len(text)
+            self._printed = max(self._printed, seen)
 
 
 def _exit_code(details: Any) -> int:

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -65,12 +66,15 @@ class Cluster:
             process.kill()
         self.nodes[number].wait()
 
-    def session_processes(self, name: str) -> list[psutil.Process]:
-        """The cluster's processes with this in their command."""
+    def processes(self, name: str) -> list[psutil.Process]:
+        """The cluster's own processes with this in their title; other tests' clusters have such, too."""
+        running = [node for node in self.nodes if node.poll() is None]
+        family = [child for node in running for child in psutil.Process(node.pid).children(recursive=True)]
         found = []
-        for process in psutil.process_iter(["cmdline"]):
-            if name in " ".join(process.info["cmdline"] or ()):
-                found.append(process)
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                if name in " ".join(process.cmdline()[:1]):
+                    found.append(process)
         return found
 
     def close(self) -> None:

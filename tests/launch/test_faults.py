@@ -131,6 +131,9 @@ def test_a_killed_driver_and_a_lost_ray_change_nothing_about_the_end(tmp_path, o
     folder, long = tmp_path / "run" / "checkpoints", "train.epochs=99"
     first = Started(tmp_path, long)
     first.wait_for(lambda: checkpoints(folder))
+    other = Started(tmp_path, long)
+    assert other.end() == 2, other.output
+    assert "error: run.name=run is being trained by another process in" in other.output
     worker = process_of(first.process.pid, "RayTrainWorker")
     first.process.kill()
     assert first.end() == -signal.SIGKILL

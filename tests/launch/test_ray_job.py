@@ -78,10 +78,20 @@ def test_submit_sends_the_code_alone_and_a_job_is_listed_followed_and_stopped(cl
     followed = shell("densenet", "jobs", "logs", job, "--follow", *where, env=cluster.env)
     assert followed.returncode == 143
     assert followed.stdout == logs
-    wait_until(lambda: not cluster.session_processes("RayTrainWorker"), lambda: "a worker is left")
+    wait_until(lambda: not cluster.processes("RayTrainWorker"), lambda: "a worker is left")
     new = uploaded_files(cluster) - before
     assert "job.yaml" in new
     assert not [name for name in new if not name.startswith(("pipeline", "launch", "job.yaml"))]
+
+    wide = shell("densenet", *submit, "run.name=wide", "cluster.workers=3", "--wait", "--detach", env=cluster.env)
+    job = re.search(r"job (wide-\d+) trains wide", wide.stdout)[1]
+    waiting = "waiting: 3 workers with 1 CPU cores each need 3, the cluster at"
+
+    def printed() -> str:
+        return shell("densenet", "jobs", "logs", job, *where, env=cluster.env).stdout
+
+    wait_until(lambda: waiting in printed(), printed)
+    shell("densenet", "jobs", "stop", job, *where, env=cluster.env)
 
     failed = shell("densenet", *submit, "run.name=short", "--secret", "NOT_THERE", env=cluster.env)
     assert failed.returncode == 2
