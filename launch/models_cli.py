@@ -1,12 +1,17 @@
-"""`densenet models`: which models there are."""
+"""`densenet models`: which models there are, and the gate in front of the registry's aliases."""
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(help="DenseNets by name.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None)
+
+Name = Annotated[str, typer.Argument(help="of a registered model")]
+Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 
 
 @app.command("list")
@@ -28,3 +33,39 @@ def list_models() -> None:
             name, str(classes), f"{counted.parameters:,}", multiply_adds, str(side), PAPER.get(name, "not in the paper")
         )
     Console(file=sys.stdout, highlight=False, width=120).print(table)
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="NAME@ALIAS or models:/NAME/VERSION, as densenet121@candidate")],
+    data: Annotated[Path, typer.Option(help="a data set's folder, or a folder with class folders")],
+    to: Annotated[str, typer.Option(help="the alias that moves")] = "champion",
+    split: Annotated[str, typer.Option(help="of the data set")] = "val",
+    min_gain: Annotated[float, typer.Option(help="least gain of top-1, percentage points")] = 0.0,
+    max_p: Annotated[float, typer.Option(min=0, max=1, help="largest p-value of McNemar's test")] = 0.05,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="compare alone")] = False,
+    uri: Uri = None,
+) -> None:
+    """Move an alias to a model that is better on the same pictures; exit code 1 where it is not."""
+    from launch.promote import promote_command
+
+    console = Console(highlight=False)
+    raise typer.Exit(0 if promote_command(console, model, to, data, split, min_gain, max_p, dry_run, uri) else 1)
+
+
+@app.command()
+def rollback(
+    name: Name, alias: Annotated[str, typer.Option(help="the alias that moves")] = "champion", uri: Uri = None
+) -> None:
+    """Move an alias back to the version that it was before."""
+    from launch.promote import rollback_command
+
+    rollback_command(Console(highlight=False), name, alias, uri)
+
+
+@app.command()
+def history(name: Name, uri: Uri = None) -> None:
+    """Show a registered model's versions, aliases and promotions."""
+    from launch.promote import history_command
+
+    history_command(Console(highlight=False), name, uri)

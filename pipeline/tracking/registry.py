@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import UserError
 from pipeline.tracking.run import connect, shown
 
+REGISTRY = "models:/"
 _FORM = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -89,3 +90,45 @@ def _what_there_is(client: MlflowClient, uri: str, name: str, model_uri: str) ->
         f"{model_uri} is not in {shown(uri)}. Aliases of {name}: {', '.join(aliases) or 'none'}; "
         f"versions: {', '.join(map(str, versions)) or 'none'}."
     )
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model, with its aliases and tags."""
+
+    version: str
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+
+
+def versions(name: str, uri: str) -> list[Version]:
+    """All versions of a model, newest first.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    client = connect(uri)
+    try:
+        aliases = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        raise UserError(_what_there_is(client, uri, name, f"{REGISTRY}{name}")) from error
+    found = client.search_model_versions(f"name='{name}'")
+    return [
+        Version(str(v.version), tuple(a for a, of in aliases.items() if str(of) == str(v.version)), dict(v.tags))
+        for v in sorted(found, key=lambda v: int(v.version), reverse=True)
+    ]
+
+
+def alias_version(name: str, alias: str, uri: str) -> str | None:
+    """The version that an alias of a model stands for, or None."""
+    return next((v.version for v in versions(name, uri) if alias in v.aliases), None)
+
+
+def tag_version(name: str, version: str, key: str, value: str, uri: str) -> None:
+    """Records something with a version."""
+    connect(uri).set_model_version_tag(name, version, key, value)
+
+
+def move_alias(name: str, alias: str, version: str, uri: str) -> None:
+    """Makes an alias stand for a version."""
+    connect(uri).set_registered_model_alias(name, alias, version)

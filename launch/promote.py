@@ -1,0 +1,167 @@
+"""`densenet models promote|rollback|history`: the gate in front of a registry's alias."""
+
+import datetime
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.data.dataset import open_split
+from pipeline.data.index import DatasetIndex
+from pipeline.errors import UserError
+from pipeline.evaluation.labels import labels_of
+from pipeline.evaluation.paired import Paired, compare
+from pipeline.evaluation.probabilities import Transform, probabilities
+from pipeline.model.weights import load_model, read_card
+from pipeline.tracking.registry import (
+    REGISTRY,
+    alias_version,
+    download,
+    move_alias,
+    resolve,
+    tag_version,
+    versions,
+)
+from pipeline.tracking.run import default_tracking_uri
+
+_PROMOTED, _BEFORE = "promoted.at", "promoted.before"
+
+
+def promote_command(
+    console: Console,
+    model: str,
+    alias: str,
+    root: Path,
+    split: str,
+    min_gain: float,
+    max_p: float,
+    dry_run: bool,
+    uri: str | None,
+) -> bool:
+    """Evaluates the model and the alias's present one on the same pictures, and moves the alias to the better one.
+
+    Returns whether the conditions hold: a gain of at least `min_gain` percentage points of top-1, at a p-value of at
+    most `max_p`; where the alias has no model yet, that the model can be evaluated.
+
+    Raises:
+        UserError: there is no such model or split, or its classes do not fit.
+    """
+    uri, outputs = uri or default_tracking_uri(), Path("outputs").absolute()
+    new = resolve(model if model.startswith(REGISTRY) else f"{REGISTRY}{model}", uri)
+    old = alias_version(new.name, alias, uri)
+    if old == new.version:
+        raise UserError(f"{new.name}@{alias} is version {old} already.")
+    index = open_split(root, split, outputs / "index")
+    new_N, transform = _hits(new.uri, uri, index, outputs)
+    evidence = {
+        _PROMOTED: f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "promoted.to": alias,
+        "promoted.data": f"{split} of {index.fingerprint[:16]}",
+        "promoted.transform": transform,
+        "promoted.top1": f"{new_N.sum()}/{len(new_N)}",
+    }
+    holds = True
+    if old is None:
+        console.print(f"{new.name} version {new.version}: {_share(new_N)}; {alias} is no version yet", soft_wrap=True)
+    else:
+        old_N, _ = _hits(f"{REGISTRY}{new.name}/{old}", uri, index, outputs)
+        paired = compare(new_N, old_N)
+        holds = paired.gain >= min_gain and paired.p_value <= max_p
+        _print(console, new.version, old, alias, new_N, old_N, paired)
+        console.print(
+            f"asked for: a gain of {min_gain:g} points or more at p {max_p:g} or less: {'yes' if holds else 'no'}"
+        )
+        evidence |= {
+            _BEFORE: old,
+            "promoted.gain": f"{paired.gain:.4f}",
+            "promoted.p": f"{paired.p_value:.3g}",
+            "promoted.only": f"{paired.only_new} against {paired.only_old}",
+        }
+    if not holds:
+        console.print(f"{new.name}@{alias} stays version {old}", style="yellow")
+    elif dry_run:
+        console.print(f"{new.name}@{alias} would become version {new.version} (dry run)")
+    else:
+        for key, value in evidence.items():
+            tag_version(new.name, new.version, key, value, uri)
+        move_alias(new.name, alias, new.version, uri)
+        console.print(f"{new.name}@{alias} is version {new.version} now", style="green")
+    return holds
+
+
+def rollback_command(console: Console, name: str, alias: str, uri: str | None) -> None:
+    """Moves the alias back to the version that it was before.
+
+    Raises:
+        UserError: it is not known, or has gone.
+    """
+    uri = uri or default_tracking_uri()
+    version = alias_version(name, alias, uri)
+    if version is None:
+        raise UserError(f"{name}@{alias} is no version: there is nothing to roll back.")
+    tags = next(v.tags for v in versions(name, uri) if v.version == version)
+    before = tags.get(_BEFORE) if tags.get("promoted.to") == alias else None
+    if before is None:
+        raise UserError(f"{name} version {version} does not tell what @{alias} was before: nothing is changed.")
+    resolve(f"{REGISTRY}{name}/{before}", uri)
+    now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+    tag_version(name, version, "rolled_back.at", now, uri)
+    move_alias(name, alias, before, uri)
+    console.print(f"{name}@{alias} is version {before} again, {version} before")
+
+
+def history_command(console: Console, name: str, uri: str | None) -> None:
+    """Prints the versions of a model, newest first, with their aliases and what they were promoted on."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("version", "aliases", "top-1", "epoch", "promoted", "against", "gain", "p"):
+        table.add_column(column, overflow="fold")
+    for v in versions(name, uri or default_tracking_uri()):
+        tags = v.tags
+        hits = tags.get("promoted.top1") or f"{tags.get('top1_correct', '?')}/{tags.get('total', '?')}"
+        told = [tags.get(key, "") for key in (_PROMOTED, _BEFORE, "promoted.gain", "promoted.p")]
+        table.add_row(v.version, ", ".join(f"@{alias}" for alias in v.aliases), hits, tags.get("epoch", ""), *told)
+    console.print(table)
+
+
+def _hits(model: str, uri: str, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str]:
+    """Which pictures a model hits, by its own transform, and that transform in words."""
+    folder = download(model, uri, outputs / "models")
+    card = read_card(folder)
+    transform = Transform(**card["transform"])
+    labels_N = labels_of(index, card["classes"])
+    given_NK, _ = probabilities(
+        load_model(folder),
+        index,
+        transform,
+        views=None,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        channels=card["architecture"].get("in_chans", 3),
+        threads=len(os.sched_getaffinity(0)),
+        batch_size=64,
+    )
+    return given_NK.argmax(axis=1) == labels_N, transform.description
+
+
+def _share(hits_N: NDArray[np.bool_]) -> str:
+    return f"top-1 {hits_N.sum()}/{len(hits_N)} = {100 * hits_N.mean():.2f} %"
+
+
+def _print(
+    console: Console,
+    new: str,
+    old: str,
+    alias: str,
+    new_N: NDArray[np.bool_],
+    old_N: NDArray[np.bool_],
+    paired: Paired,
+) -> None:
+    for name, hits_N, only in (
+        (f"version {new}", new_N, paired.only_new),
+        (f"@{alias}, {old}", old_N, paired.only_old),
+    ):
+        console.print(f"{name:18}{_share(hits_N)}, {only} that the other one misses", soft_wrap=True)
+    console.print(f"{'gain':18}{paired.gain:+.2f} points, p {paired.p_value:.3g} (McNemar's exact test, one-sided)")

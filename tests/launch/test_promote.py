@@ -1,0 +1,162 @@
+"""The gate in front of an alias: a better model passes, another does not, evidence stays, and there is a way back."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from safetensors.torch import save_file
+
+from launch.cli import main
+from pipeline.config import RunConfig
+from pipeline.data.dataset import open_split
+from pipeline.evaluation.paired import compare
+from pipeline.evaluation.probabilities import Transform, probabilities
+from pipeline.export.package import register
+from pipeline.model import ARCHITECTURES, create
+from pipeline.model.weights import load_model
+from pipeline.tracking.run import Tracker, tracking_uri
+
+CLASSES = ["cat", "dog", "eel"]
+TRANSFORM = {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
+CARD = {
+    "name": "densenet_tiny",
+    "architecture": ARCHITECTURES["densenet_tiny"],
+    "num_classes": 3,
+    "classes": CLASSES,
+    "weights": "model.safetensors",
+    "transform": TRANSFORM,
+    "metrics": None,
+    "samples_seen": 1,
+    "epoch": 1.0,
+    "config_hash": "abc",
+}
+PICTURES = 24
+
+
+def test_mcnemars_test_by_hand():
+    """Of ten pictures that one alone hits, nine are the new one's: (10 + 1) / 2^10."""
+    new_N = np.array([True] * 9 + [False] + [True] * 5 + [False] * 5)
+    old_N = np.array([False] * 9 + [True] + [True] * 5 + [False] * 5)
+    paired = compare(new_N, old_N)
+    assert (paired.total, paired.new, paired.old, paired.only_new, paired.only_old) == (20, 14, 6, 9, 1)
+    assert paired.gain == pytest.approx(40)
+    assert paired.p_value == pytest.approx(11 / 1024)
+    assert compare(new_N, new_N).p_value == 1
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Versions 1 and 2 of a model, and pictures that are labelled as version 2 answers."""
+    folder = tmp_path_factory.mktemp("registry")
+    config = RunConfig.model_validate({"run": {"output": str(folder)}})
+    uri, tracker = tracking_uri(config), Tracker.start(config, run_dir=folder, run_name="one", params={}, tags={})
+    for seed in (1, 2):
+        checkpoint = folder / f"checkpoint{seed}"
+        checkpoint.mkdir()
+        torch.manual_seed(seed)
+        network = create("densenet_tiny", 3)
+        with torch.no_grad():
+            for _ in range(5):
+                network(torch.randn(8, 3, 32, 32))
+        save_file(network.state_dict(), checkpoint / "model.safetensors")
+        (checkpoint / "model.json").write_text(json.dumps(CARD))
+        names = {"uri": uri, "run_id": tracker.run_id, "name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
+        register(checkpoint, **names)
+    tracker.finish("FINISHED")
+
+    rng = np.random.default_rng(0)
+    for i in range(PICTURES):
+        file = folder / "unsorted" / "val" / "any" / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (50, 60, 3), np.uint8)).resize((60, 50)).save(file)
+    index = open_split(folder / "unsorted", "val", folder / "index")
+    options = {"views": None, "device": "cpu", "channels": 3, "threads": 1, "batch_size": 8}
+    answers_NK, _ = probabilities(load_model(folder / "checkpoint2"), index, Transform(**TRANSFORM), **options)
+    for i, answer in enumerate(answers_NK.argmax(axis=1)):
+        source, target = index.path(i), folder / "set" / "val" / CLASSES[answer] / index.path(i).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    return uri, folder / "set"
+
+
+@pytest.fixture
+def models(registry, monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str]]:
+    """`models(*arguments)` runs `densenet models` in a folder of its own; returns its exit code and what it printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setattr(sys, "argv", ["densenet", "models", *map(str, arguments), "--uri", registry[0]])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_gate_from_the_first_champion_to_the_way_back(registry, models):
+    uri, data = registry
+    client = MlflowClient(uri, uri)
+
+    def champion() -> str:
+        return str(client.get_model_version_by_alias("tiny", "champion").version)
+
+    code, printed = models("promote", "models:/tiny/1", "--data", data)
+    assert code == 0, printed
+    assert "champion is no version yet" in printed
+    assert champion() == "1"
+
+    code, printed = models("promote", "tiny@candidate", "--data", data, "--dry-run")
+    assert code == 0, printed
+    assert f"version 2         top-1 {PICTURES}/{PICTURES} = 100.00 %, " in printed
+    assert "would become version 2 (dry run)" in printed
+    assert champion() == "1"
+    code, printed = models("promote", "tiny@candidate", "--data", data, "--min-gain", 100.5)
+    assert code == 1
+    assert "stays version 1" in printed
+    assert champion() == "1"
+    code, printed = models("promote", "tiny@candidate", "--data", data, "--min-gain", 1)
+    assert code == 0, printed
+    gain, p_value = re.search(r"gain +\+([\d.]+) points, p ([\de.-]+) ", printed).groups()
+    assert champion() == "2"
+    tags = client.get_model_version("tiny", "2").tags
+    assert tags["promoted.before"] == "1"
+    assert float(tags["promoted.gain"]) == pytest.approx(float(gain), abs=0.01)
+    assert float(tags["promoted.p"]) == pytest.approx(float(p_value))
+    assert tags["promoted.top1"] == f"{PICTURES}/{PICTURES}"
+
+    code, printed = models("promote", "models:/tiny/1", "--data", data)
+    assert code == 1, "the worse one"
+    code, printed = models("promote", "tiny@candidate", "--data", data)
+    assert code == 2
+    assert "tiny@champion is version 2 already" in printed
+    code, printed = models("history", "tiny")
+    assert re.search(r"^2 +@candidate, @champion|^2 +@champion, @candidate", printed, re.MULTILINE), printed
+
+    code, printed = models("rollback", "tiny")
+    assert code == 0, printed
+    assert "tiny@champion is version 1 again, 2 before" in printed
+    assert champion() == "1"
+    code, printed = models("rollback", "tiny")
+    assert code == 2
+    assert "does not tell what @champion was before: nothing is changed" in printed
+
+
+def test_what_there_is_not_is_told(models, registry):
+    for arguments, message in {
+        ("history", "tinny"): "no model named 'tinny'",
+        ("rollback", "tiny", "--alias", "nobody"): "tiny@nobody is no version: there is nothing to roll back",
+        ("promote", "tiny@nobody", "--data", registry[1]): "Aliases of tiny: ",
+    }.items():
+        code, printed = models(*arguments)
+        assert code == 2
+        assert message in printed, printed
