@@ -1,0 +1,102 @@
+"""`densenet runs`: past runs in the terminal."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
+
+Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
+Experiment = Annotated[str, typer.Option(help="MLflow experiment")]
+_LAST = (
+    "val/top1",
+    "val/top5",
+    "val/loss",
+    "val_ema/top1",
+    "train/loss",
+    "train/img_per_s",
+    "restarts",
+    "lost_samples",
+)
+_SHOWN = 40  # characters of a value in a comparison
+
+
+@app.command("list")
+def list_runs(
+    limit: Annotated[int, typer.Option(min=1, help="newest runs to show")] = 20,
+    uri: Uri = None,
+    experiment: Experiment = "densenet",
+) -> None:
+    """Show the newest runs."""
+    from pipeline.tracking.look import past_runs
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "status", "started", "minutes", "model", "epochs", "top-1 %", "id"):
+        table.add_column(column, overflow="fold")
+    for run in past_runs(_uri(uri), experiment)[:limit]:
+        table.add_row(
+            run.name,
+            run.status,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started)),
+            "" if run.minutes is None else f"{run.minutes:.1f}",
+            run.params.get("model.name", ""),
+            _number(run.metrics.get("train/epoch")),
+            _number(run.metrics.get("val/top1")),
+            run.id,
+        )
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="name or id")], uri: Uri = None, experiment: Experiment = "densenet"
+) -> None:
+    """Show a run: results, what it was trained on, restarts, versions."""
+    from pipeline.tracking.look import past_run
+
+    found = past_run(_uri(uri), experiment, run)
+    began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.started))
+    rows: list[tuple[str, Any]] = [("run", found.name), ("id", found.id), ("status", found.status), ("started", began)]
+    rows += [(key, _number(found.metrics[key])) for key in _LAST if key in found.metrics]
+    prefixes = ("restart.", "data.", "eval.", "version.", "mlflow.source.git", "git.", "changed.")
+    rows += [(key, value) for key, value in sorted(found.tags.items()) if key.startswith(prefixes)]
+    console = Console(highlight=False)
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        console.print(f"{name:{width}}{value}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="names or ids of two runs or more")],
+    uri: Uri = None,
+    experiment: Experiment = "densenet",
+) -> None:
+    """Show what differs between runs: parameters, and the last results."""
+    from pipeline.tracking.look import past_run
+
+    found = [past_run(_uri(uri), experiment, run) for run in runs]
+    table = Table(box=None, pad_edge=False)
+    for column in ("", *(run.name for run in found)):
+        table.add_column(column, overflow="fold")
+    for key in _LAST:
+        if any(key in run.metrics for run in found):
+            table.add_row(key, *(_number(run.metrics.get(key)) for run in found))
+    for key in sorted({key for run in found for key in run.params}):
+        values = [run.params.get(key, "") for run in found]
+        if len(set(values)) > 1 and not key.startswith("run."):
+            table.add_row(key, *(value[:_SHOWN] for value in values))
+    Console(highlight=False).print(table)
+
+
+def _uri(given: str | None) -> str:
+    from pipeline.tracking.run import default_tracking_uri
+
+    return given or default_tracking_uri()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,65 @@
+"""What the tracking store knows of past runs."""
+
+from dataclasses import dataclass
+
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import UserError
+from pipeline.tracking.run import connect, shown
+
+_MOST = 1000
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """One run; `started` is a Unix time, seconds, `minutes` None where it has not ended, `metrics` the last ones."""
+
+    id: str
+    name: str
+    status: str
+    started: float
+    minutes: float | None
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def past_runs(uri: str, experiment: str) -> list[PastRun]:
+    """The runs of an experiment, newest first.
+
+    Raises:
+        UserError: there is no such experiment; the message lists those there are.
+    """
+    client = connect(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        names = ", ".join(e.name for e in client.search_experiments()) or "none"
+        raise UserError(f"there is no experiment '{experiment}' in {shown(uri)}; there are: {names}.")
+    return [_past(run) for run in client.search_runs([found.experiment_id], max_results=_MOST)]
+
+
+def past_run(uri: str, experiment: str, name_or_id: str) -> PastRun:
+    """A run by its id, or the newest one of a name.
+
+    Raises:
+        UserError: there is none; the message lists the newest ones.
+    """
+    try:
+        return _past(connect(uri).get_run(name_or_id))
+    except MlflowException:
+        runs = past_runs(uri, experiment)
+    for run in runs:
+        if run.name == name_or_id:
+            return run
+    newest = ", ".join(run.name for run in runs[:5]) or "none"
+    raise UserError(f"there is no run '{name_or_id}' in {shown(uri)}; the newest: {newest}.")
+
+
+def _past(run: Run) -> PastRun:
+    started, ended = run.info.start_time / 1000, run.info.end_time
+    minutes = None if ended is None else (ended / 1000 - started) / 60
+    data = run.data
+    return PastRun(
+        run.info.run_id, run.info.run_name, run.info.status, started, minutes, data.params, data.metrics, data.tags
+    )

@@ -1,0 +1,71 @@
+"""`densenet runs`: what the store knows, in the terminal."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from pipeline.config import RunConfig
+from pipeline.tracking.run import Tracker, tracking_uri
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    """Two runs of which the second was restarted; `runs(*arguments)` returns an exit code and what was printed."""
+    for name, rate, top1 in (("one", 0.1, 90.0), ("two", 0.2, 95.5)):
+        config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": name}, "optim": {"lr": rate}})
+        tags = {"eval.transform": "resize 256"}
+        tracker = Tracker.start(config, run_dir=tmp_path / name, run_name=name, params={}, tags=tags)
+        tracker.log({"val/top1": top1, "train/epoch": 3.0}, 64)
+        if name == "two":
+            tracker.tag("restart.1", "worker 0: its process or its node has gone")
+            tracker.log({"restarts": 1, "lost_samples": 32}, 64)
+        assert tracker.finish("FINISHED") == 0
+    uri = tracking_uri(config)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["densenet", "runs", *arguments, "--uri", uri])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+def test_runs_are_listed_shown_and_compared(runs):
+    code, listed = runs("list")
+    assert code == 0, listed
+    assert re.search(r"^two +FINISHED .* densenet121 +3 +95\.5 +[0-9a-f]{32}$", listed, re.MULTILINE)
+    assert listed.index("two") < listed.index("one"), "newest first"
+    assert "one" not in runs("list", "--limit", "1")[1]
+
+    code, shown = runs("show", "two")
+    assert code == 0, shown
+    assert re.search(r"^val/top1 +95\.5$", shown, re.MULTILINE)
+    assert re.search(r"^restart\.1 +worker 0: its process or its node has gone$", shown, re.MULTILINE)
+    assert re.search(r"^lost_samples +32$", shown, re.MULTILINE)
+    assert re.search(r"^version\.torch +\d", shown, re.MULTILINE)
+    run_id = re.search(r"^id +([0-9a-f]{32})$", shown, re.MULTILINE)[1]
+    assert runs("show", run_id)[1] == shown
+
+    code, compared = runs("compare", "one", "two")
+    assert code == 0, compared
+    assert re.search(r"^val/top1 +90 +95\.5 *$", compared, re.MULTILINE)
+    assert re.search(r"^optim\.lr +0\.1 +0\.2 *$", compared, re.MULTILINE)
+    assert "optim.momentum" not in compared
+
+
+def test_what_there_is_not_is_told(runs):
+    code, printed = runs("show", "three")
+    assert code == 2
+    assert "there is no run 'three'" in printed
+    assert "the newest: two, one" in printed
+    code, printed = runs("list", "--experiment", "densnet")
+    assert code == 2
+    assert "there is no experiment 'densnet'" in printed
+    assert "densenet" in printed.split("there are:")[1]
