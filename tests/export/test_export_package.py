@@ -2,21 +2,26 @@
 
 import base64
 import json
+import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
+import requests
 import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms import functional as tv
 
+from launch.net import free_port
 from launch.sources import locate
 from pipeline.config import RunConfig
 from pipeline.data.batch_ops import grey
@@ -26,6 +31,8 @@ from pipeline.export.predict import predict_files
 from pipeline.model import ARCHITECTURES, create
 from pipeline.model.weights import load_model
 from pipeline.tracking.run import Tracker, tracking_uri
+from tests.conftest import BIN
+from tests.servers import PATIENCE_S
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 TRANSFORM = {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
@@ -122,6 +129,51 @@ def test_mlflow_loads_it_and_takes_bytes_and_base64(registered):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_mlflow_serves_it_over_http(registered):
+    """`mlflow models serve` on loopback answers a JPEG in base64 as the model does here."""
+    model, uri, folder = registered
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model.uri, "--env-manager", "local"]
+    with (folder / "serve.log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            env=os.environ | {"MLFLOW_TRACKING_URI": uri, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + PATIENCE_S
+        while not _answers(f"{address}/ping"):
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "serve.log").read_text()
+            time.sleep(0.2)
+        picture = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()
+        asked = {"dataframe_split": {"columns": ["image"], "data": [[picture], [picture]]}}
+        answer = requests.post(f"{address}/invocations", json=asked, timeout=60)
+        assert answer.ok, answer.text
+        first, second = answer.json()["predictions"]
+        assert first == second
+        probabilities_K = expected(folder / "picture.jpg")
+        assert first["probabilities"] == pytest.approx(probabilities_K.tolist(), abs=1e-6)
+        assert first["class_name"] == CLASSES[int(probabilities_K.argmax())]
+        wrong = requests.post(
+            f"{address}/invocations", json={"dataframe_split": {"columns": ["x"], "data": [[1]]}}, timeout=60
+        )
+        assert wrong.status_code == 400
+    finally:
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:  # groups of their own
+            process.kill()
+        server.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return requests.get(address, timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
 def test_it_loads_where_this_project_is_not(registered):
     model, uri, folder = registered
     code = f"""
