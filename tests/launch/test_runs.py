@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_demo_from_training_to_prediction(shell, tmp_path):
-    """Three epochs of the demo: the summary's every line is true, and its last command works; so does `eval`."""
+    """Three epochs of the demo: the summary's every line is true, and README's commands on its model work."""
     done = shell("densenet", "train", "configs/demo.yaml", "train.epochs=3", f"run.output={tmp_path}")
     assert done.returncode == 0, done.stdout
     out = done.stdout
@@ -66,6 +66,14 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     evaluated = shell("densenet", "eval", "models:/densenet_tiny@candidate", "--data", str(data), "--uri", uri)
     assert evaluated.returncode == 0, evaluated.stdout
     assert f"plain     top-1 {top1}/360 = " in evaluated.stdout, "the count of the training run"
+
+    gate = ["densenet_tiny@candidate", "--data", str(data), "--uri", uri]
+    promoted = shell("densenet", "models", "promote", *gate)
+    assert promoted.returncode == 0, promoted.stdout
+    assert f"version 1: top-1 {top1}/360 = " in promoted.stdout
+    assert "densenet_tiny@champion is version 1 now" in promoted.stdout
+    listed = shell("densenet", "runs", "list", "--uri", uri, env={"COLUMNS": "200"})
+    assert re.search(rf"^{run_dir.name} +FINISHED .* densenet_tiny ", listed.stdout, re.MULTILINE), listed.stdout
 
     program, *arguments = shlex.split(out.splitlines()[-1].removeprefix("predict"))
     predicted = shell(program, *arguments)
