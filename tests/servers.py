@@ -66,6 +66,7 @@ def s3_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)  # its buckets outlive a server in a process
         files = fsspec.filesystem("s3", skip_instance_cache=True)
         files.clear_instance_cache()  # of an earlier store
         files.mkdir("bucket")

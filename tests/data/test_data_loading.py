@@ -1,7 +1,6 @@
 """Loading: shards like folders, damage that is replaced, sizes that change, nothing left behind."""
 
 import gc
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,10 +168,15 @@ def test_a_data_set_that_is_damaged_all_over_ends_the_run(damaged):
         run(reader, train_plan(index))
 
 
+def shared_memory(process: psutil.Process) -> set[str]:
+    """The files in shared memory that a process has mapped; other processes have their own."""
+    return {area.path for area in process.memory_maps() if area.path.startswith("/dev/shm")}
+
+
 def test_fifty_epochs_leave_memory_threads_and_files_as_they_were(tmp_path):
     index = make(tmp_path, "shards")
     plan, process = train_plan(index), psutil.Process()
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory(process)
     threads = threading.active_count()
 
     def epochs(count: int) -> Iterator[PlannedBatch]:
@@ -190,7 +194,7 @@ def test_fifty_epochs_leave_memory_threads_and_files_as_they_were(tmp_path):
         assert process.memory_info().rss - before < 8e6
         assert process.num_fds() == files
     assert threading.active_count() == threads
-    assert set(os.listdir("/dev/shm")) == shared
+    assert shared_memory(process) == shared
 
 
 def test_windowed_order_has_every_sample_once_and_few_shards_at_a_time():
