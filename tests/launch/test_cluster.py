@@ -36,7 +36,8 @@ def test_a_run_over_two_nodes_goes_on_while_one_is_lost_and_comes_back(cluster: 
 
         wait_until(look, output, PATIENCE_S)
 
-    until("top-1")  # a checkpoint comes with the first evaluation
+    checkpoints = tmp_path / "elastic" / "checkpoints"
+    wait_until(lambda: list(checkpoints.glob("samples-*/manifest.json")), output, PATIENCE_S)
     assert "workers      3 on cpu" in output()
 
     cluster.kill_node(1)
@@ -53,6 +54,12 @@ def test_a_run_over_two_nodes_goes_on_while_one_is_lost_and_comes_back(cluster: 
     assert 'run="elastic"' in exported(cluster, shell)
     assert "densenet_img_per_s" in exported(cluster, shell)
 
+    (added,) = [node for node, _, is_head in alive(cluster, shell) if not is_head]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "60"]
+    notice = shell("ray", "drain-node", "--address", cluster.address, "--node-id", added, *why, env=cluster.env)
+    assert notice.returncode == 0, notice.stdout
+    until("warning: a node of this run will be taken away; a checkpoint is written now")
+
     shell("densenet", "jobs", "stop", job, *where, env=cluster.env)
     assert "stopped by SIGTERM at" in output()
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
@@ -66,12 +73,19 @@ import ray, sys
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 for node in ray.nodes():
     if node["Alive"]:
-        print(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+        is_head = "node:__internal_head__" in node["Resources"]
+        print("node", node["NodeID"], f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}", int(is_head))
 """
+Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def exported(cluster: Cluster, shell: Callable[..., subprocess.CompletedProcess[str]]) -> str:
+def alive(cluster: Cluster, shell: Shell) -> list[tuple[str, str, bool]]:
+    """Id, address of the metrics, and whether it is the head, of each node that lives."""
+    lines = shell("python", "-c", NODES, cluster.address, env=cluster.env).stdout.splitlines()
+    rows = [line.split()[1:] for line in lines if line.startswith("node ")]
+    return [(node, metrics, head == "1") for node, metrics, head in rows]
+
+
+def exported(cluster: Cluster, shell: Shell) -> str:
     """What Prometheus would read from all nodes."""
-    asked = shell("python", "-c", NODES, cluster.address, env=cluster.env)
-    addresses = [line for line in asked.stdout.splitlines() if line.startswith("http://")]
-    return "".join(requests.get(address, timeout=10).text for address in addresses)
+    return "".join(requests.get(f"{url}/metrics", timeout=10).text for _, url, _ in alive(cluster, shell))
