@@ -53,6 +53,8 @@ class Losses(UserCallback):
         self._hub = hub
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if ray.get(self._hub.error.remote()) is not None:
+            return  # the user's to mend, and told as that
         causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
         ray.get(self._hub.push.remote({"kind": "lost", "causes": causes}))
 

@@ -64,9 +64,8 @@ def _train(task: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> No
     derived: Derived = task["derived"]
     if context.get_world_size() != derived.workers:
         derived = for_workers(derived, config, context.get_world_size())
-    if context.get_local_rank() == 0:
-        _check_code(task["code"])
-        _check_output(config, run_dir)
+    _check_code(task["code"])
+    _check_output(config, run_dir)
     train_index, val_index = (_on_this_node(config, ray.get(task[f"{split}_index"])) for split in ("train", "val"))
     torch.set_num_threads(derived.cpus_per_worker)
     device = ray.train.torch.get_device()
