@@ -67,7 +67,9 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registered, st
         "config_hash": "abc",
     }
     (checkpoint / "model.json").write_text(json.dumps(card))
-    config = RunConfig.model_validate({"run": {"output": str(folder)}})
+    # Explicit: registering sets MLFLOW_TRACKING_URI, and a fixture of a module comes before each test's clean slate.
+    store = {"uri": f"sqlite:///{folder}/mlflow.db"}
+    config = RunConfig.model_validate({"run": {"output": str(folder)}, "tracking": store})
     tracker = Tracker.start(config, run_dir=folder / "run", run_name="one", params={}, tags={})
     uri = tracking_uri(config)
     model = register(

@@ -55,7 +55,9 @@ def test_mcnemars_test_by_hand():
 def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Versions 1 and 2 of a model, and pictures that are labelled as version 2 answers."""
     folder = tmp_path_factory.mktemp("registry")
-    config = RunConfig.model_validate({"run": {"output": str(folder)}})
+    # Explicit: registering sets MLFLOW_TRACKING_URI, and a fixture of a module comes before each test's clean slate.
+    store = {"uri": f"sqlite:///{folder}/mlflow.db"}
+    config = RunConfig.model_validate({"run": {"output": str(folder)}, "tracking": store})
     uri, tracker = tracking_uri(config), Tracker.start(config, run_dir=folder, run_name="one", params={}, tags={})
     for seed in (1, 2):
         checkpoint = folder / f"checkpoint{seed}"
