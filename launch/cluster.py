@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from launch.hub import Losses, open_hub, pump
 from launch.net import HOST, answers
 from launch.prepare import Prepared
-from launch.resources import Resources, share
+from launch.resources import NoRoom, Resources, share
 from launch.worker import code_version, train_worker
 from pipeline.config import Elastic, RunConfig
 from pipeline.errors import TrainingError, UserError
@@ -108,9 +108,7 @@ def wait_for_room(config: RunConfig, address: str, told: Callable[[str], None]) 
         try:
             share(config, offered_by_cluster(address))
             return
-        except UserError as error:
-            if "--wait" not in str(error):
-                raise
+        except NoRoom as error:
             if not waits:
                 told(f"waiting: {error}")
                 request_resources(bundles=_bundles(config))

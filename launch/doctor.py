@@ -152,11 +152,10 @@ def _mlflow() -> str:
         config = RunConfig.model_validate(
             {"run": {"output": folder}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
         )
-        tracker = Tracker.start(config, run_dir=Path(folder, "run"), run_name="doctor", params={}, tags={})
-        tracker.log({"self-test": 1.0}, samples_seen=1)
-        unsent = tracker.finish("FINISHED")
-        if unsent:
-            raise RuntimeError(f"{unsent} records were not stored")
+        with Tracker(config, Path(folder, "run"), "doctor", print) as tracker:
+            tracker.log({"self-test": 1.0}, samples_seen=1)
+        if tracker.unsent:
+            raise RuntimeError(f"{tracker.unsent} records were not stored")
     return "a run stored in SQLite"
 
 

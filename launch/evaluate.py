@@ -1,14 +1,11 @@
 """`densenet eval`: a model's accuracy on a split, and what lies behind it."""
 
-import csv
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -20,10 +17,11 @@ from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.evaluation.labels import labels_of, read_label_sets
-from pipeline.evaluation.probabilities import VIEWS, Transform, probabilities
+from pipeline.evaluation.probabilities import VIEWS, Transform, model_probabilities
 from pipeline.evaluation.scores import confusion, score, score_sets
-from pipeline.model.weights import load_model, read_card
-from pipeline.tracking.run import default_tracking_uri
+from pipeline.evaluation.tables import write_confusion, write_csv
+from pipeline.model.weights import read_card
+from pipeline.tracking.store import default_tracking_uri
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,11 @@ def eval_command(console: Console, model: str, root: Path, options: Options, uri
     passes = len(VIEWS[options.views]) if options.views else 1
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=passes * len(index))
-        plain_NK, averaged_NK = probabilities(
-            load_model(folder),
+        plain_NK, averaged_NK = model_probabilities(
+            folder,
             index,
             transform,
             views=options.views,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            channels=card["architecture"].get("in_chans", 3),
-            threads=len(os.sched_getaffinity(0)),
             batch_size=options.batch_size,
             progress=lambda pictures: bar.advance(task, pictures),
         )
@@ -126,24 +121,11 @@ def _write(
     ]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_csv(out / "per_class.csv", ["class", "images", "top1_correct", "top1"], per_class)
-        _write_csv(
-            out / "confusion.csv",
-            ["class", *classes],
-            [[name, *row] for name, row in zip(classes, matrix_KK.tolist(), strict=True)],
-        )
-        _write_csv(out / "predictions.csv", ["image", "class", "predicted", "probability", "of_class"], pictures)
+        write_csv(out / "per_class.csv", ["class", "images", "top1_correct", "top1"], per_class)
+        write_confusion(out / "confusion.csv", classes, matrix_KK)
+        write_csv(out / "predictions.csv", ["image", "class", "predicted", "probability", "of_class"], pictures)
         temporary = out / "scores.json.tmp"
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         temporary.replace(out / "scores.json")
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}.") from error
-
-
-def _write_csv(file: Path, header: list[str], rows: list[list[Any]]) -> None:
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(header)
-        writer.writerows(rows)
-    temporary.replace(file)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from aiohttp import ClientError
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +29,7 @@ def connect(address: str) -> JobSubmissionClient:
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
-    except Exception as error:  # Ray raises plain RuntimeErrors, and what its HTTP library raises
+    except (ValueError, RuntimeError, OSError, RayError) as error:  # Ray's, and those of its HTTP library
         reason = str(error).strip().splitlines()
         text = reason[0] if reason else type(error).__name__
         if any(word in str(error).lower() for word in ("401", "403", "token", "unauthorized")):
@@ -103,7 +105,7 @@ def follow_job(client: JobSubmissionClient, job: str) -> int:
             if details.status.is_terminal():
                 return _exit_code(details)
             lost_at = None
-        except Exception as error:  # Ray's, and its HTTP libraries'
+        except (RuntimeError, OSError, ClientError) as error:  # Ray's, and those of its HTTP libraries
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > _PATIENCE_S:
                 raise UserError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.export.predict import predict_files
-from pipeline.tracking.run import default_tracking_uri
+from pipeline.tracking.store import default_tracking_uri
 
 
 def predict_command(console: Console, model: str, images: list[Path], top: int, uri: str | None) -> None:

@@ -60,7 +60,7 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     stage = config.data.stage
     storage = config.checkpoint.storage
     if storage is not None and "://" not in storage:
-        storage = _absolute(storage)
+        storage = str(_base_folder() / Path(storage).expanduser())
     weights, teacher = (
         place if place is None or place.startswith(REGISTRY) else _absolute(place)
         for place in (config.model.weights, config.loss.teacher)

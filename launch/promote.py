@@ -1,11 +1,9 @@
 """`densenet models promote|rollback|history`: the gate in front of a registry's alias."""
 
 import datetime
-import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +13,8 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.paired import Paired, compare
-from pipeline.evaluation.probabilities import Transform, probabilities
-from pipeline.model.weights import load_model, read_card
+from pipeline.evaluation.probabilities import Transform, model_probabilities
+from pipeline.model.weights import read_card
 from pipeline.tracking.registry import (
     REGISTRY,
     alias_version,
@@ -26,7 +24,7 @@ from pipeline.tracking.registry import (
     tag_version,
     versions,
 )
-from pipeline.tracking.run import default_tracking_uri
+from pipeline.tracking.store import default_tracking_uri
 
 _PROMOTED, _BEFORE = "promoted.at", "promoted.before"
 
@@ -131,19 +129,9 @@ def _hits(model: str, uri: str, index: DatasetIndex, outputs: Path) -> tuple[NDA
     """Which pictures a model hits, by its own transform, and that transform in words."""
     folder = download(model, uri, outputs / "models")
     card = read_card(folder)
-    transform = Transform(**card["transform"])
     labels_N = labels_of(index, card["classes"])
-    given_NK, _ = probabilities(
-        load_model(folder),
-        index,
-        transform,
-        views=None,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        channels=card["architecture"].get("in_chans", 3),
-        threads=len(os.sched_getaffinity(0)),
-        batch_size=64,
-    )
-    return given_NK.argmax(axis=1) == labels_N, transform.description
+    given_NK, _ = model_probabilities(folder, index)
+    return given_NK.argmax(axis=1) == labels_N, Transform(**card["transform"]).description
 
 
 def _share(hits_N: NDArray[np.bool_]) -> str:

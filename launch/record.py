@@ -3,36 +3,75 @@
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import RunConfig
 from pipeline.tracking.run import Tracker
+from pipeline.tracking.system import SystemMetrics
+from pipeline.train.checkpoint import write_json
+from pipeline.train.records import checkpoint_records
 
 _STEP_METRICS = (
-    "loss", "lr", "img_per_s", "step_s", "data_wait", "epoch", "loss_scale", "gpu_memory_gb", "mfu",
+    "loss", "lr", "grad_norm", "img_per_s", "step_s", "data_wait", "epoch", "loss_scale", "gpu_memory_gb", "mfu",
 )  # fmt: skip
 
 
 class Recorder:
-    """Writes steps, evaluations, files and restarts; the latter with their causes and the samples lost."""
+    """Writes steps, evaluations, checkpoints, files and restarts; the latter with causes and the samples lost.
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    It goes on counting where an earlier driver of the run has stopped.
+    """
+
+    def __init__(self, tracker: Tracker, config: RunConfig, run_dir: Path) -> None:
+        self._tracker, self._config, self._run_dir = tracker, config, run_dir
+        self._system = SystemMetrics()
         self._skipped: set[int] = set()
-        self._restarts, self._lost, self._seen, self._causes = 0, 0, 0, ""
+        self._restarts, self._lost, self._causes = 0, 0, ""
+        self._seen, self._farthest = 0, 0  # samples
+        self._started = False
+        for record in tracker.journal.records():
+            if record["kind"] == "metrics":
+                values = record["values"]
+                self._seen = record["samples_seen"]
+                self._farthest = max(self._farthest, self._seen)
+                self._restarts = int(values.get("restarts", self._restarts))
+                self._lost = int(values.get("lost_samples", self._lost))
+                self._started = True
+        if self._started:
+            self._causes = "the driver was started again"
 
     def on_event(self, event: dict[str, Any]) -> None:
         match event["kind"]:
             case "step" | "eval":
                 self._seen = event["samples_seen"]
-                self._tracker.log(_metrics(event) | {"data/skipped": len(self._skipped)}, self._seen)
+                self._farthest = max(self._farthest, self._seen)
+                more = {"data/skipped": len(self._skipped)} | self._system.read()
+                self._tracker.log(_metrics(event) | more, self._seen)
+            case "checkpoint":
+                self.checkpoints()
             case "skipped":
                 self._skipped.add(event["sample"])
             case "profile" | "diagnosis":
                 self._tracker.attach(Path(event["file"]))
             case "lost":
                 self._causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in event["causes"].items())
+            case "workers_started":
+                if self._started and not self._causes:
+                    self._causes = "the cluster has changed"
+                self._started = True
             case "resumed":
                 self._went_on(event["samples_seen"])
             case "first_step":
                 self._went_on(0)  # without `resumed` before it: from the beginning
+
+    def checkpoints(self) -> None:
+        """Lists the checkpoints that there are now in the run: address, clock, results, hash."""
+        records = checkpoint_records(self._config, self._run_dir)
+        if not records:
+            return
+        file = self._run_dir / "checkpoints.json"
+        write_json(file, records)
+        self._tracker.attach(file)
+        best = [record["address"] for record in records if record["best"]]
+        self._tracker.tags({"checkpoint.last": records[-1]["address"]} | ({"checkpoint.best": best[0]} if best else {}))
 
     def _went_on(self, samples_seen: int) -> None:
         if not self._causes:
@@ -40,8 +79,9 @@ class Recorder:
         lost = max(0, self._seen - samples_seen)
         self._restarts, self._lost = self._restarts + 1, self._lost + lost
         told = f"{self._causes}; went on at {samples_seen} samples, {lost} samples were trained again"
-        self._tracker.tag(f"restart.{self._restarts}", told)
-        self._tracker.log({"restarts": self._restarts, "lost_samples": self._lost}, samples_seen)
+        self._tracker.tags({f"restart.{self._restarts}": told})
+        # MLflow takes the value at the largest step for the last one.
+        self._tracker.log({"restarts": self._restarts, "lost_samples": self._lost}, self._farthest)
         self._causes = ""
 
 

@@ -9,6 +9,10 @@ from pipeline.derived import split_batch
 from pipeline.errors import ConfigError
 
 
+class NoRoom(ConfigError):
+    """A cluster has too little for the run now, and may have more later."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """CPU cores, GPUs and Ray's further resources of `where`; `embedded` when this run starts the Ray that has them."""
@@ -57,23 +61,25 @@ def share(config: RunConfig, offered: Resources) -> Share:
     if device == "auto":
         device = "cuda" if offered.gpus else "cpu"
     if device == "cuda" and not offered.gpus:
-        raise ConfigError(f"device=cuda needs GPUs, and {offered.where} has none: set device=auto or device=cpu.")
+        raise _no_room(offered, f"device=cuda needs GPUs, and {offered.where} has none: set device=auto or device=cpu")
     if isinstance(wanted, Elastic):
         _check_each(config, wanted)
         room = _room(config, offered, device)
         if room < wanted.min:
-            raise ConfigError(
+            raise _no_room(
+                offered,
                 f"cluster.workers={{min: {wanted.min}, max: {wanted.max}}}: {offered.where} has room for {room}: set a "
-                f"smaller min, or wait for more with --wait."
+                f"smaller min",
             )
         workers, bounds = min(room, wanted.max), (wanted.min, wanted.max)
     else:
         workers = wanted if wanted != "auto" else offered.gpus if device == "cuda" else 1
         bounds = (workers, workers)
     if device == "cuda" and workers > offered.gpus:
-        raise ConfigError(
-            f"cluster.workers={workers} needs {workers} GPUs, and {offered.where} has {offered.gpus}: "
-            f"{_fewer(config, offered.gpus)}."
+        raise _no_room(
+            offered,
+            f"cluster.workers={workers} needs {workers} GPUs, and {offered.where} has {offered.gpus}"
+            f"{_fewer(config, offered.gpus)}",
         )
     cpus = _cpus_per_worker(config, offered, bounds[1])
     warnings = []
@@ -82,23 +88,23 @@ def share(config: RunConfig, offered: Resources) -> Share:
             f"{workers} workers with {cpus} CPU cores each need {workers * cpus}, {offered.where} has {offered.cpus}"
         )
         if not offered.embedded:
-            raise ConfigError(
-                f"{needs}: set fewer cluster.workers or a smaller cluster.cpus_per_worker, or wait for more with "
-                f"--wait."
-            )
+            raise _no_room(offered, f"{needs}: set fewer cluster.workers or a smaller cluster.cpus_per_worker")
         warnings.append(f"{needs}: they will share the cores and be slower.")
     for name, amount in config.cluster.resources.items():
         has = offered.further.get(name, 0)
         if workers * amount > has:
-            raise ConfigError(
+            raise _no_room(
+                offered,
                 f"cluster.resources: {workers} workers with {amount:g} {name} each need {workers * amount:g}, "
-                f"{offered.where} has {has:g}: change it, or wait for more with --wait."
+                f"{offered.where} has {has:g}: change it",
             )
     kind = config.cluster.accelerator_type
     if kind is not None and f"accelerator_type:{kind}" not in offered.further:
         kinds = [name.split(":")[1] for name in offered.further if name.startswith("accelerator_type:")]
-        raise ConfigError(
-            f"cluster.accelerator_type={kind}: {offered.where} has {', '.join(kinds) or 'none that Ray knows'}."
+        raise _no_room(
+            offered,
+            f"cluster.accelerator_type={kind}: {offered.where} has {', '.join(kinds) or 'none that Ray knows'}: change "
+            f"it",
         )
     return Share(device, workers, bounds, cpus, tuple(warnings))
 
@@ -127,14 +133,20 @@ def _check_each(config: RunConfig, wanted: Elastic) -> None:
 
 
 def _fewer(config: RunConfig, most: int) -> str:
-    """Advice for a cluster with fewer GPUs than asked for."""
+    """Advice for a cluster with fewer GPUs than asked for, if there is any."""
     for workers in range(most, 0, -1):
         try:
             _, accumulation = split_batch(config, workers)
         except ConfigError:
             continue
         return (
-            f"set cluster.workers={workers} (accumulation becomes {accumulation}, the global batch stays "
-            f"{config.train.global_batch_size}), or wait for more with --wait"
+            f": set cluster.workers={workers} (accumulation becomes {accumulation}, the global batch stays "
+            f"{config.train.global_batch_size})"
         )
-    return "wait for more with --wait"
+    return ""
+
+
+def _no_room(offered: Resources, why: str) -> ConfigError:
+    if offered.embedded:
+        return ConfigError(f"{why}.")
+    return NoRoom(f"{why}{',' if ': ' in why else ':'} or wait for more with --wait.")

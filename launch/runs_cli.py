@@ -1,11 +1,14 @@
 """`densenet runs`: past runs in the terminal."""
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from pipeline.errors import UserError
 
 app = typer.Typer(help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -92,8 +95,32 @@ def compare(
     Console(highlight=False).print(table)
 
 
+@app.command()
+def sync(
+    folder: Annotated[Path, typer.Argument(help="a run's folder, as outputs/RUN")],
+    patience: Annotated[float, typer.Option(min=0, help="seconds to wait for the store")] = 60,
+) -> None:
+    """Send a run's records that its tracking store did not take, once it answers again."""
+    from launch.claim import claimed
+    from pipeline.config_file import load_config
+    from pipeline.tracking.run import Tracker
+    from pipeline.tracking.store import shown, tracking_uri, wait_for
+
+    console = Console(highlight=False)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run's folder: it has no config.yaml. Give one as outputs/RUN.")
+    config = load_config(folder / "config.yaml", [])
+    wait_for(tracking_uri(config), patience, lambda text: console.print(text, style="yellow", soft_wrap=True))
+    with claimed(folder, config):
+        tracker = Tracker(config, folder, str(config.run.name or folder.name), console.print, running=False)
+        tracker.close(patience)
+    if tracker.unsent:
+        raise UserError(f"{shown(tracker.uri)} did not take {tracker.unsent} records within {patience:g} s.")
+    console.print(f"all records of {folder} are in {shown(tracker.uri)}, run {tracker.run_id}", soft_wrap=True)
+
+
 def _uri(given: str | None) -> str:
-    from pipeline.tracking.run import default_tracking_uri
+    from pipeline.tracking.store import default_tracking_uri
 
     return given or default_tracking_uri()
 

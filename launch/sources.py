@@ -21,7 +21,7 @@ def find_sources(config: RunConfig) -> Sources:
     """
     if config.model.weights is None and config.loss.teacher is None:
         return NO_SOURCES
-    from pipeline.tracking.run import tracking_uri  # MLflow takes seconds to import
+    from pipeline.tracking.store import tracking_uri  # MLflow takes seconds to import
 
     cache, uri = Path(config.run.output) / "models", tracking_uri(config)
     weights, teacher = (
@@ -45,7 +45,8 @@ def find_checkpoint(place: str, config: RunConfig) -> Path:
         )
     path = Path(place).expanduser()
     if _RUN_ID.fullmatch(place) and not path.exists():
-        from pipeline.tracking.run import run_folder, tracking_uri
+        from pipeline.tracking.look import run_folder
+        from pipeline.tracking.store import tracking_uri
 
         path = run_folder(place, tracking_uri(config))
     if (path / MANIFEST).is_file():

@@ -17,13 +17,14 @@ from launch.jobs import connect, follow_job, stop
 from launch.prepare import SECRETS
 from pipeline.config import DIGITS, Cluster, RunConfig, Tracking
 from pipeline.config_file import load_config
-from pipeline.data.staging import is_remote
 from pipeline.errors import UserError, listed
 from pipeline.model.densenet import check_name
+from pipeline.tracking.origin import write_commit
 
 PROJECT = Path(__file__).parents[1]
 _CODE = ("pipeline", "launch")
 _CONFIG = "job.yaml"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:/")  # s3://..., models:/...
 _MOST_BYTES = 20_000_000
 _STOP_WAIT_S = "120"  # between a job's SIGTERM and its SIGKILL; Ray's 3 s are too short for a checkpoint
 
@@ -60,9 +61,9 @@ def submit_command(console: Console, path: Path, overrides: list[str], options: 
     with tempfile.TemporaryDirectory() as folder:
         package(Path(folder), config)
         variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", _STOP_WAIT_S)
-        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": variables}
         if options.secrets:
             variables[SECRETS] = ",".join(options.secrets)
+        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": variables}
         if options.environment:
             runtime_env["pip"] = {"packages": locked(), "pip_check": False}
         wait = " --wait" if options.wait else ""
@@ -91,6 +92,7 @@ def package(folder: Path, config: RunConfig) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     (folder / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    write_commit(folder)
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size, reverse=True)
     total = sum(file.stat().st_size for file in files)
     if total > _MOST_BYTES:
@@ -107,14 +109,20 @@ def locked() -> list[str]:
 def _for_cluster(config: RunConfig, path: Path) -> RunConfig:
     """The config with the run's name; its paths are of the cluster's nodes, so they must say where they begin."""
     check_name(config.model.name)
-    root = config.data.root
-    if root is not None and root != DIGITS and not is_remote(root) and not Path(root).is_absolute():
-        raise UserError(f"data.root={root} must be an absolute path, or an address: it is looked for on the nodes.")
-    if not Path(config.run.output).is_absolute():
-        raise UserError(
-            f"run.output={config.run.output} must be an absolute path that all nodes share: a job's own folder is "
-            f"thrown away at its end."
-        )
+    for key, place in {
+        "data.root": None if config.data.root == DIGITS else config.data.root,
+        "data.stage": config.data.stage,
+        "run.output": config.run.output,
+        "checkpoint.storage": config.checkpoint.storage,
+        "model.weights": config.model.weights,
+        "loss.teacher": config.loss.teacher,
+        "tracking.uri": (config.tracking.uri or "").removeprefix("sqlite:///") or None,
+    }.items():
+        if place is not None and not _ADDRESS.match(place) and not Path(place).is_absolute():
+            raise UserError(
+                f"{key}={place} must be an absolute path, or an address: it is looked for on the nodes, and a job's "
+                f"own folder is thrown away at its end."
+            )
     name = config.run.name or f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 

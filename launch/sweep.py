@@ -14,16 +14,20 @@ from ray.tune.schedulers import ASHAScheduler
 from rich.console import Console
 from rich.table import Table
 
+from launch.claim import claimed
 from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run
 from launch.net import free_port
 from launch.prepare import check_writable, prepare, read_config
 from launch.record import Recorder
 from launch.resources import Resources, this_machine
 from pipeline.errors import TrainingError, UserError
+from pipeline.tracking.look import end_children
 from pipeline.tracking.run import Tracker
+from pipeline.tracking.store import shown
 
 _FORM = re.compile(r"(?P<key>[\w.]+)=(?P<kind>log|uniform|choice)\((?P<values>.*)\)")
 _TRIAL_CPUS = 0.01  # a trial's own process only waits
+_FLUSH_S = 60.0
 
 
 def sweep_command(
@@ -48,10 +52,10 @@ def sweep_command(
             offered = offered_by_cluster(address)
         for edge in _edges(searched):  # what is wrong with the space is known before anything runs
             prepared = prepare(read_config(path, [*overrides, *edge]), offered)
-        parent = Tracker.start(
-            config, run_dir=folder, run_name=name, params={"space": " ".join(space), "trials": trials}, tags={}
-        )
-        try:
+        with Tracker(config, folder, name, lambda text: console.print(text, style="yellow")) as parent:
+            parent.params(config.model_dump(mode="json") | {"space": " ".join(space), "trials": trials})
+            if not parent.flush(_FLUSH_S):
+                raise UserError(f"MLflow at {shown(parent.uri)} does not take records, which the trials need.")
             per_trial = prepared.derived.workers * prepared.derived.cpus_per_worker
             if address is None:
                 cpus = max(per_trial, offered.cpus) + 1
@@ -70,6 +74,7 @@ def sweep_command(
                 "parent": parent.run_id,
                 "cwd": os.getcwd(),
             }
+            evaluations = math.ceil(config.train.epochs / config.eval.every_epochs)
             tuner = tune.Tuner(
                 tune.with_resources(tune.with_parameters(trial, task=task), {"CPU": _TRIAL_CPUS}),
                 param_space=searched,
@@ -78,20 +83,16 @@ def sweep_command(
                     mode="max",
                     num_samples=trials,
                     max_concurrent_trials=most,
-                    scheduler=ASHAScheduler(
-                        time_attr="evaluations",
-                        max_t=max(2, math.ceil(config.train.epochs / config.eval.every_epochs)),
-                        grace_period=1,
-                    ),
+                    # A trial that comes to its end ends by itself, not by max_t.
+                    scheduler=ASHAScheduler(time_attr="evaluations", max_t=evaluations + 1, grace_period=1),
                 ),
                 run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
             )
-            results = tuner.fit()
+            try:
+                results = tuner.fit()
+            finally:
+                end_children(parent.uri, str(parent.run_id))
             _print(console, path, overrides, results)
-        except BaseException:
-            parent.finish("FAILED")
-            raise
-        parent.finish("FINISHED")
 
 
 def parse_space(space: list[str]) -> dict[str, Any]:
@@ -140,32 +141,27 @@ def trial(values: dict[str, Any], task: dict[str, Any]) -> None:
     given = [f"{key}={value}" for key, value in values.items()]
     offered: Resources = task["offered"]
     prepared = prepare(read_config(Path(task["path"]), [*task["overrides"], *given, f"run.name={name}"]), offered)
-    prepared.run_dir.mkdir(parents=True, exist_ok=True)
-    (prepared.run_dir / "config.yaml").write_text(prepared.config.to_yaml(), encoding="utf-8")
-    tracker = Tracker.start(
-        prepared.config,
-        run_dir=prepared.run_dir,
-        run_name=name,
-        params=values,
-        tags={"mlflow.parentRunId": task["parent"]},
-    )
-    recorder = Recorder(tracker)
-    evaluations = 0
+    best: dict[float, float] = {}  # by epoch: of the weights and their average, the better one's accuracy
 
-    def on_event(event: dict[str, Any]) -> None:
-        nonlocal evaluations
-        recorder.on_event(event)
-        if event["kind"] == "eval":
-            evaluations += 1
-            top1 = 100 * event["top1_correct"] / event["total"]
-            tune.report({"top1": top1, "loss": event["loss"], "epoch": event["epoch"], "evaluations": evaluations})
+    with (
+        claimed(prepared.run_dir, prepared.config),
+        Tracker(prepared.config, prepared.run_dir, name, print, task["parent"]) as tracker,
+    ):
+        tracker.params(prepared.config.model_dump(mode="json"))
+        recorder = Recorder(tracker, prepared.config, prepared.run_dir)
+        last = "raw" if prepared.config.ema.decay is None else "ema"
 
-    try:
+        def on_event(event: dict[str, Any]) -> None:
+            recorder.on_event(event)
+            if event["kind"] != "eval":
+                return
+            top1, epoch = 100 * event["top1_correct"] / event["total"], event["epoch"]
+            best[epoch] = max(top1, best.get(epoch, 0.0))
+            if event["weights"] == last:
+                tracker.flush(_FLUSH_S)  # the trial's process may be ended at once
+                tune.report({"top1": best[epoch], "loss": event["loss"], "epoch": epoch, "evaluations": len(best)})
+
         run(prepared, on_event)
-    except Exception:
-        tracker.finish("FAILED")
-        raise
-    tracker.finish("FINISHED")
 
 
 def _print(console: Console, path: Path, overrides: list[str], results: tune.ResultGrid) -> None:

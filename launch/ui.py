@@ -6,7 +6,7 @@ import sys
 from rich.console import Console
 
 from launch.net import HOST, check_port
-from pipeline.tracking.run import default_tracking_uri, shown
+from pipeline.tracking.store import default_tracking_uri, shown
 
 
 def ui_command(console: Console, port: int, uri: str | None) -> None:

@@ -11,6 +11,7 @@ import ray
 import ray.train
 import ray.train.torch
 
+from launch.claim import PROBE
 from launch.gauges import Gauges
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
@@ -18,8 +19,7 @@ from pipeline.data.staging import stage
 from pipeline.derived import Derived, for_workers
 from pipeline.errors import DataError, UserError
 
-_OF_EVERY_RANK = ("skipped", "warning")  # events that count from whichever rank they come
-PROBE = "config.yaml"  # in the run's folder, written by the driver before the workers start
+_LOGGED = ("skipped", "warning")  # events that each rank prints to its log
 _PROBED = 1000  # pictures or shards that each node looks for before training
 
 
@@ -38,7 +38,7 @@ def train_worker(task: dict[str, Any]) -> None:
     gauges = Gauges(str(task["config"].run.name))
 
     def report(event: dict[str, Any]) -> None:
-        if event["kind"] in _OF_EVERY_RANK:
+        if event["kind"] in _LOGGED:
             print(event["message"])
         if rank == 0 or event["kind"] == "skipped":
             hub.push.remote(event)

@@ -81,6 +81,7 @@ class Data(Section):
     )
     train: Name = Field("train", description="name of the training split")
     val: Name = Field("val", description="name of the evaluation split")
+    license: str | None = Field(None, description="licence of the data, told with the registered model")
     stage: str | None = Field(None, description="folder on each node's own disk, to which shards are copied first")
     on_corrupt: Literal["error", "skip"] = Field("error", description="damaged training pictures: end, or replace them")
     shuffle: Literal["full", "windowed"] = Field("full", description="`windowed`: within windows of shards")
@@ -396,6 +397,9 @@ class Tracking(Section):
     register_as: Name | None = Field(None, description="registered model name; default: the model's name")
     patience_s: float = Field(
         600, ge=0, description="how long the end of a run waits for a store that is away, to send records and the model"
+    )
+    on_unreachable: Literal["fail", "spool"] = Field(
+        "fail", description="a store that is away at the start: end, or keep the records on disk until it is there"
     )
     alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="moved to the new version")
 

@@ -60,7 +60,7 @@ def _rank_main(rank: int, function: Callable[..., Any], workers: int, folder: Pa
     with process_group(folder / "store", rank, workers):
         try:
             torch.save(function(*args), folder / f"result{rank}.pt")
-        except BaseException:
+        except BaseException:  # whatever ends a rank is to be seen
             (folder / f"error{rank}.txt").write_text(traceback.format_exc())
             raise
 
@@ -78,6 +78,26 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
                 print(file.read_text())
             raise
         return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(workers)]
+
+    return run
+
+
+@pytest.fixture
+def densenet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
+    """`densenet(*arguments)` runs the command in this process, in the test's folder; returns exit code and output."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        from launch.cli import main
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["densenet", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out + printed.err
 
     return run
 

@@ -1,7 +1,9 @@
 """The probabilities that a model gives to a split's pictures, as they are and averaged over several views."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from pipeline.config import Device, Interpolation, Rgb, describe_transform
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.model.weights import load_model, read_card
 
 # Test-time augmentations: where the crops lie (0: top or left, 1: bottom or right), each also mirrored.
 CENTRE = (0.5, 0.5)
@@ -42,6 +45,30 @@ class Transform:
             resize = int(crop * self.resize / self.crop)
         changes = {"crop": crop, "resize": resize, "interpolation": interpolation}
         return replace(self, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
+
+
+def model_probabilities(
+    folder: Path,
+    index: DatasetIndex,
+    transform: Transform | None = None,
+    *,
+    views: str | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda pictures: None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """`probabilities` of the model in a folder with a card, by the card's transform unless another is given."""
+    card = read_card(folder)
+    return probabilities(
+        load_model(folder),
+        index,
+        transform or Transform(**card["transform"]),
+        views=views,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        channels=card["architecture"].get("in_chans", 3),
+        threads=len(os.sched_getaffinity(0)),
+        batch_size=batch_size,
+        progress=progress,
+    )
 
 
 @torch.inference_mode()

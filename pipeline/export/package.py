@@ -18,7 +18,7 @@ from mlflow.types.schema import Array
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.tracking.run import connect, shown
+from pipeline.tracking.store import connect, shown
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch", "torchvision")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.tracking.registry import resolve
-from pipeline.tracking.run import shown
+from pipeline.tracking.store import shown
 
 
 @dataclass(frozen=True)

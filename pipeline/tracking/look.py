@@ -1,12 +1,13 @@
 """What the tracking store knows of past runs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
-from pipeline.tracking.run import connect, shown
+from pipeline.tracking.store import connect, shown
 
 _MOST = 1000
 
@@ -54,6 +55,28 @@ def past_run(uri: str, experiment: str, name_or_id: str) -> PastRun:
             return run
     newest = ", ".join(run.name for run in runs[:5]) or "none"
     raise UserError(f"there is no run '{name_or_id}' in {shown(uri)}; the newest: {newest}.")
+
+
+def end_children(uri: str, parent: str) -> None:
+    """Ends the runs that are part of `parent` and still running, as killed: their processes are gone."""
+    client = connect(uri)
+    experiment = client.get_run(parent).info.experiment_id
+    for run in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=_MOST):
+        if run.info.status == "RUNNING":
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def run_folder(run_id: str, uri: str) -> Path:
+    """The folder of the training run with this id, as it was recorded.
+
+    Raises:
+        UserError: the store has no such run.
+    """
+    try:
+        params = connect(uri).get_run(run_id).data.params
+        return Path(params["run.output"]) / params["run.name"]
+    except (MlflowException, KeyError) as error:
+        raise UserError(f"{shown(uri)} has no training run with the id {run_id}.") from error
 
 
 def _past(run: Run) -> PastRun:

@@ -1,15 +1,44 @@
-"""Pictures for a run's artifacts."""
+"""Pictures for a run's artifacts and for reports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+Points = Sequence[tuple[float, float]]
+_NAMED_CLASSES = 40
 
 
 def curve(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> Figure:
     """One line over one axis."""
+    return curves({"": list(zip(x, y, strict=True))}, x_label, y_label)
+
+
+def curves(lines: Mapping[str, Points], x_label: str, y_label: str) -> Figure:
+    """Lines over one axis, by name; a line of few points has marks."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(x, y)
+    for name, points in lines.items():
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(x, y, label=name, linewidth=1.4, marker="o" if len(points) < 30 else "", markersize=3)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
+    if any(lines):
+        axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def confusion_picture(classes: Sequence[str], matrix_KK: NDArray[np.int64]) -> Figure:
+    """A confusion matrix: for each true class (row), the share of its pictures that each class was predicted for."""
+    shares_KK = matrix_KK / np.maximum(1, matrix_KK.sum(axis=1, keepdims=True))
+    side = 4.5 + 0.12 * min(len(classes), _NAMED_CLASSES)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(shares_KK, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if len(classes) <= _NAMED_CLASSES:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    figure.colorbar(shown, label="share of the true class")
     return figure

@@ -1,275 +1,272 @@
 """One MLflow run per training, written by the driver alone; a server that is away never holds up a run."""
 
-import importlib.metadata
 import json
-import logging
-import os
-import re
-import subprocess
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from filelock import FileLock
-from matplotlib.figure import Figure
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
-from pipeline.config import Run, RunConfig
+from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.store import connect, experiment_id, first_line, shown, tracking_uri
 
-_PACKAGES = ("torch", "timm", "deepspeed", "ray", "mlflow", "nvidia-dali-cuda130")
+JOURNAL, STATE = "tracking.jsonl", "mlflow_run.json"
 _RETRY_S = (0.5, 1, 2, 5, 10)
-_T = TypeVar("_T")
+_TOLD_AFTER = 3  # failures in a row
+_END_S = 30.0  # for a run that has failed or was stopped
 
-
-def tracking_uri(config: RunConfig) -> str:
-    """The config's tracking URI, else MLFLOW_TRACKING_URI, else a SQLite file in `run.output`; paths are absolute."""
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.run.output}/mlflow.db"
-    path = uri.removeprefix("sqlite:///")
-    return f"sqlite:///{Path(path).absolute()}" if path != uri else uri
-
-
-def default_tracking_uri() -> str:
-    """Where a run with an untouched `tracking` section and `run.output` writes, seen from this folder."""
-    return tracking_uri(RunConfig(run=Run(output=str(Path("outputs").absolute()))))
-
-
-def shown(uri: str) -> str:
-    """The URI without its password, for messages."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client for tracking and registry at `uri`, which fails in seconds and keeps quiet on the terminal."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        with _one_at_a_time(uri):
-            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        raise UserError(
-            f"no MLflow tracking store answers at {shown(uri)}: {_first_line(error, uri)} Start the server, or "
-            f"set tracking.uri, --uri or MLFLOW_TRACKING_URI to another; unset, a SQLite file is used."
-        ) from error
-    return client
-
-
-def wait_for(uri: str, patience_s: float, told: Callable[[str], None]) -> None:
-    """Waits until the store at `uri` answers; `told` gets one message where it does not at once.
-
-    Raises:
-        UserError: it has not answered for so long.
-    """
-    deadline, waits = time.monotonic() + patience_s, False
-    while True:
-        try:
-            connect(uri)
-            return
-        except UserError:
-            if time.monotonic() >= deadline:
-                raise
-        if not waits:
-            told(f"MLflow at {shown(uri)} does not answer; waiting up to {patience_s:g} s for it (tracking.patience_s)")
-            waits = True
-        time.sleep(_RETRY_S[0])
-
-
-def run_folder(run_id: str, uri: str) -> Path:
-    """The folder of the training run with this id, as it was recorded.
-
-    Raises:
-        UserError: the store has no such run.
-    """
-    try:
-        params = connect(uri).get_run(run_id).data.params
-        return Path(params["run.output"]) / params["run.name"]
-    except (MlflowException, KeyError) as error:
-        raise UserError(f"{shown(uri)} has no training run with the id {run_id}.") from error
-
-
-def _one_at_a_time(uri: str) -> AbstractContextManager[object]:
-    """Keeps processes from making the tables of the same new SQLite file at the same time, which MLflow fails at."""
-    if not uri.startswith("sqlite:///"):
-        return nullcontext()
-    file = Path(uri.removeprefix("sqlite:///"))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(file.with_name(f"{file.name}.lock"))
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker:
-    """Writes one run. `log` returns at once: a thread sends what is queued, in order, and tries until it is stored.
+    """Writes one run: its methods return at once, a thread sends what they record, in order, until it is stored.
 
-    Every record is also appended to `metrics.jsonl` in the run's folder, whatever becomes of the server.
+    Records go to `tracking.jsonl` in the run's folder first. `mlflow_run.json` holds the run's id and how much of the
+    records was sent; a restart continues there, and MLflow itself keeps a metric that is sent twice once.
+
+    Use it as a context manager: the run ends as FINISHED, as KILLED after Ctrl-C or an exit, as FAILED after any other
+    error. `unsent` is then how many records the store did not take in time.
     """
 
-    def __init__(self, client: MlflowClient, uri: str, run_id: str, record: Path) -> None:
-        self.uri, self.run_id = uri, run_id
-        self._client = client
-        self._queue: deque[Metric | RunTag] = deque()
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        name: str,
+        told: Callable[[str], None],
+        parent: str | None = None,
+        running: bool = True,
+    ) -> None:
+        """Creates the run, or continues the one of this folder; `parent` is the id of the run that it is part of.
+
+        Without `running` nothing is added to what is there to be sent.
+
+        Raises:
+            UserError: the store does not answer (unless `tracking.on_unreachable` is `spool`), refuses the experiment,
+                or has no such run any more.
+        """
+        self.uri, self.unsent = tracking_uri(config), 0
+        self._config, self._name, self._told, self._parent = config, name, told, parent
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._state_file = run_dir / STATE
+        state = json.loads(self._state_file.read_text(encoding="utf-8")) if self._state_file.is_file() else {}
+        self.run_id: str | None = state.get("run_id")
+        self.journal = Journal(run_dir / JOURNAL, told)
+        self._sent = min(state.get("sent", 0), self.journal.size)
+        self._client: MlflowClient | None = None
+        self._told_reasons: set[str] = set()
         self._change = threading.Condition()
-        self._closing = False
-        self._give_up = threading.Event()
-        self._record = record.open("a", encoding="utf-8")
+        self._closing, self._give_up = False, threading.Event()
+        try:
+            self._open()
+        except UserError as error:
+            if config.tracking.on_unreachable == "fail" or self._client is not None:
+                raise
+            told(f"{error} Records are kept in {self.journal.file} and sent when it answers.")
+        if running:
+            self._append("status", status="RUNNING")
         self._thread = threading.Thread(target=self._send, name="tracker", daemon=True)
         self._thread.start()
 
-    @classmethod
-    def start(
-        cls,
-        config: RunConfig,
-        *,
-        run_dir: Path,
-        run_name: str,
-        params: dict[str, object],
-        tags: dict[str, str],
-        figures: Mapping[str, Figure] = MappingProxyType({}),
-        run_id: str | None = None,
-    ) -> "Tracker":
-        """Creates the run, or continues `run_id`, and logs the config, `params`, `tags`, `figures` and versions.
+    def __enter__(self) -> "Tracker":
+        return self
 
-        MLflow does not let a logged parameter change: on a continued run a changed one becomes the tag `changed.KEY`.
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.finish("FINISHED")
+        else:
+            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED", _END_S)
 
-        Raises:
-            UserError: the store does not answer, or refuses the experiment or the run.
-        """
-        uri = tracking_uri(config)
-        client = connect(uri)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            if run_id is None:
-                experiment = _experiment(client, config, uri)
-                run_id = client.create_run(experiment, run_name=run_name).info.run_id
-            else:
-                client.update_run(run_id, status="RUNNING")
-            _describe(client, run_id, _flat(config.model_dump(mode="json")) | params, tags | _environment())
-            client.log_text(run_id, config.to_yaml(), "config.yaml")
-            for file, figure in figures.items():
-                client.log_figure(run_id, figure, file)
-        except MlflowException as error:
-            raise UserError(f"MLflow at {shown(uri)} refused the run: {_first_line(error, uri)}") from error
-        return cls(client, uri, run_id, run_dir / "metrics.jsonl")
+    def log(self, metrics: Mapping[str, float], samples_seen: int) -> None:
+        """Records numbers, taken now at `samples_seen` samples, which is MLflow's step."""
+        values = {key: float(value) for key, value in metrics.items()}
+        self._append("metrics", time_ms=time.time_ns() // 1_000_000, samples_seen=samples_seen, values=values)
 
-    def log(self, metrics: dict[str, float], samples_seen: int) -> None:
-        """Queues numbers, taken now at `samples_seen` samples, which is MLflow's step."""
-        now_ms = time.time_ns() // 1_000_000
-        line = {"time_ms": now_ms, "samples_seen": samples_seen} | metrics
-        self._record.write(json.dumps(line) + "\n")
-        self._record.flush()
-        with self._change:
-            self._queue.extend(Metric(key, float(value), now_ms, samples_seen) for key, value in metrics.items())
-            self._change.notify()
+    def params(self, values: Mapping[str, object]) -> None:
+        """Records parameters, flattened; MLflow lets none change, so a changed one is a tag `changed.KEY`."""
+        flat = {key: str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in _flat(values).items()}
+        self._append("params", values=flat)
 
-    def tag(self, key: str, value: str) -> None:
-        """Queues a tag."""
-        with self._change:
-            self._queue.append(RunTag(key, value))
-            self._change.notify()
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Records tags."""
+        self._append("tags", values=dict(values))
 
     def attach(self, file: Path, folder: str | None = None) -> None:
-        """Adds a file to the run's artifacts, if the store takes it now; the file itself stays where it is."""
-        with suppress(MlflowException, OSError):
-            self._client.log_artifact(self.run_id, str(file), folder)
+        """Records a file as an artifact, as it is when it is sent."""
+        self._append("artifact", file=str(file), folder=folder)
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout_s: float = 60) -> int:
-        """Sends what is queued, ends the run, and returns how many numbers the store did not take in time."""
+    def dataset(self, context: str, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
+        """Records what the run reads, as `mlflow.log_input` does; `context` is `training` or `validation`."""
+        self._append(
+            "dataset", context=context, name=name, digest=digest, source=source, profile=json.dumps(dict(profile))
+        )
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until all that was recorded is stored, and says whether it is."""
+        with self._change:
+            return self._change.wait_for(lambda: self._sent >= self.journal.size, timeout_s)
+
+    def finish(self, status: Status, timeout_s: float | None = None) -> None:
+        """Sends what is left and ends the run; waits for a store that is away, `tracking.patience_s` by default."""
+        self._append("status", status=status, time_ms=time.time_ns() // 1_000_000)
+        self.close(self._config.tracking.patience_s if timeout_s is None else timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """Sends what is left, and leaves the run as it is."""
         with self._change:
             self._closing = True
-            self._change.notify()
+            self._change.notify_all()
         self._thread.join(timeout_s)
         self._give_up.set()
-        self._record.close()
+        self.unsent = sum(1 for _ in self.journal.records(self._sent))
+
+    def _append(self, kind: str, **content: Any) -> None:
+        with self._change:
+            self.journal.append(kind, **content)
+            self._change.notify_all()
+
+    def _open(self) -> MlflowClient:
+        """Connects, and creates the run or finds it."""
+        client = connect(self.uri)
+        self._client = client
         try:
-            self._client.set_terminated(self.run_id, status)
-        except (MlflowException, OSError):
-            return max(1, len(self._queue))
-        return len(self._queue)
+            if self.run_id is None:
+                experiment = experiment_id(client, self._config, self.uri)
+                tags = {} if self._parent is None else {"mlflow.parentRunId": self._parent}
+                self.run_id = client.create_run(experiment, run_name=self._name, tags=tags).info.run_id
+                self._save()
+            else:
+                self._check_there(client)
+        except (MlflowException, OSError) as error:
+            raise UserError(f"MLflow at {shown(self.uri)} refused the run: {first_line(error, self.uri)}") from error
+        return client
+
+    def _check_there(self, client: MlflowClient) -> None:
+        again = f"or remove {self._state_file}, and all records go to a new run there"
+        try:
+            found = client.get_run(str(self.run_id))
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {shown(self.uri)} has no run {self.run_id}, which this run's folder continues: set "
+                f"tracking.uri to where it is, {again}."
+            ) from error
+        if found.info.lifecycle_stage != "active":
+            raise UserError(
+                f"the run {self.run_id} is deleted in {shown(self.uri)}: `mlflow runs restore --run-id {self.run_id}` "
+                f"brings it back, {again}."
+            )
+
+    def _save(self) -> None:
+        temporary = self._state_file.with_name(f"{STATE}.tmp")
+        state = {"run_id": self.run_id, "uri": shown(self.uri), "sent": self._sent}
+        try:
+            temporary.write_text(json.dumps(state) + "\n", encoding="utf-8")
+            temporary.replace(self._state_file)
+        except OSError as error:  # the same records may be sent again, which MLflow keeps once
+            self._tell(f"{self._state_file} cannot be written: {error.strerror}")
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told_reasons:
+            self._told_reasons.add(reason)
+            self._told(reason)
 
     def _send(self) -> None:
         failures = 0
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._queue or self._closing)
-                batch = [self._queue[i] for i in range(min(len(self._queue), MAX_METRICS_PER_BATCH))]
-            if not batch:
-                return
-            try:
-                metrics = [entry for entry in batch if isinstance(entry, Metric)]
-                tags = [entry for entry in batch if isinstance(entry, RunTag)]
-                self._client.log_batch(self.run_id, metrics=metrics, tags=tags)
-            except (MlflowException, OSError):
-                if self._give_up.wait(_RETRY_S[min(failures, len(_RETRY_S) - 1)]):
+                self._change.wait_for(lambda: self._sent < self.journal.size or self._closing)
+                if self._sent >= self.journal.size:
                     return
+                records, end = self.journal.read(self._sent)
+            try:
+                self._deliver(records)
+            except (MlflowException, OSError, UserError) as error:
                 failures += 1
+                if failures == _TOLD_AFTER:
+                    self._tell(
+                        f"MLflow at {shown(self.uri)} takes no records ({first_line(error, self.uri)}); they are kept "
+                        f"in {self.journal.file}, and it is tried again"
+                    )
+                if self._give_up.wait(_RETRY_S[min(failures, len(_RETRY_S)) - 1]):
+                    return
                 continue
             failures = 0
             with self._change:
-                for _ in batch:
-                    self._queue.popleft()
+                self._sent = end
+                self._save()
+                self._change.notify_all()
 
+    def _deliver(self, records: list[dict[str, Any]]) -> None:
+        """Sends records of one kind."""
+        client = self._client if self._client is not None and self.run_id is not None else self._open()
+        run_id, first = str(self.run_id), records[0]
+        match first["kind"]:
+            case "metrics":
+                metrics = (
+                    Metric(key, value, record["time_ms"], record["samples_seen"])
+                    for record in records
+                    for key, value in record["values"].items()
+                )
+                while part := list(islice(metrics, MAX_METRICS_PER_BATCH)):
+                    client.log_batch(run_id, metrics=part)
+            case "tags":
+                _log_tags(client, run_id, {key: text for record in records for key, text in record["values"].items()})
+            case "params":
+                _log_params(client, run_id, first["values"])
+            case "artifact":
+                self._log_artifact(client, run_id, first["file"], first["folder"])
+            case "dataset":
+                dataset = Dataset(
+                    first["name"],
+                    first["digest"][:36],
+                    source_type="local",
+                    source=json.dumps({"uri": first["source"]}),
+                    profile=first["profile"],
+                )
+                tag = InputTag("mlflow.data.context", first["context"])
+                client.log_inputs(run_id, [DatasetInput(dataset, [tag])])
+            case "status" if first["status"] == "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            case "status":
+                client.set_terminated(run_id, first["status"], end_time=first["time_ms"])
 
-def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
-    """The experiment's id; beside a SQLite file its artifacts go to the folder `mlartifacts`."""
-    name = config.tracking.experiment
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        path = uri.removeprefix("sqlite:///")
-        location = (Path(path).parent / "mlartifacts").as_uri() if path != uri else None
+    def _log_artifact(self, client: MlflowClient, run_id: str, file: str, folder: str | None) -> None:
+        """Stores a file; one that the artifact store does not take is left where it is, while the server answers."""
         try:
-            return client.create_experiment(name, artifact_location=location)
-        except MlflowException:
-            found = client.get_experiment_by_name(name)  # another driver may have been first
-            if found is None:
-                raise
-    if found.lifecycle_stage != "active":
-        raise UserError(f"tracking.experiment={name} is deleted in {shown(uri)}: restore it, or choose another name.")
-    return found.experiment_id
+            client.log_artifact(run_id, file, folder)
+        except Exception as error:  # each kind of artifact store has errors of its own
+            client.get_run(run_id)
+            self._tell(f"{file} was not stored with the run in MLflow: {first_line(error, self.uri)}")
 
 
-def _describe(client: MlflowClient, run_id: str, params: dict[str, object], tags: dict[str, str]) -> None:
+def _log_params(client: MlflowClient, run_id: str, values: dict[str, str]) -> None:
     logged = client.get_run(run_id).data.params
-    texts = {key: str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in params.items()}
-    new = [Param(key, text) for key, text in texts.items() if key not in logged]
-    changed = {f"changed.{key}": text for key, text in texts.items() if key in logged and logged[key] != text}
-    for part in _parts(new, MAX_PARAMS_TAGS_PER_BATCH):
+    new = (Param(key, text) for key, text in values.items() if key not in logged)
+    while part := list(islice(new, MAX_PARAMS_TAGS_PER_BATCH)):
         client.log_batch(run_id, params=part)
-    for part in _parts([RunTag(k, v) for k, v in (tags | changed).items()], MAX_PARAMS_TAGS_PER_BATCH):
+    _log_tags(
+        client,
+        run_id,
+        {f"changed.{key}": text for key, text in values.items() if key in logged and logged[key] != text},
+    )
+
+
+def _log_tags(client: MlflowClient, run_id: str, values: dict[str, str]) -> None:
+    tags: Iterator[RunTag] = (RunTag(key, text) for key, text in values.items())
+    while part := list(islice(tags, MAX_PARAMS_TAGS_PER_BATCH)):
         client.log_batch(run_id, tags=part)
 
 
-def _environment() -> dict[str, str]:
-    """Versions of the packages, and the commit of the code where it lies in a git checkout."""
-    tags = {f"version.{name}": importlib.metadata.version(name) for name in _PACKAGES}
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return tags
-    return tags | {"mlflow.source.git.commit": commit.stdout.strip(), "git.dirty": str(bool(changes.stdout)).lower()}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _parts(items: Sequence[_T], size: int) -> Iterable[Sequence[_T]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _first_line(error: Exception, uri: str) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].replace(uri, shown(uri))

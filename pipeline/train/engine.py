@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from timm.models import DenseNet
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pipeline.config import Optim, RunConfig
 from pipeline.derived import Derived
@@ -112,12 +114,15 @@ class Engine:
                 compile_model(model, example_NCHW, warn if config.engine.compile == "try" else None)
         groups = parameter_groups(model, config.optim.weight_decay, rate_factors(model, config.finetune))
         optimizer = _fused_adamw(groups, config.optim, device) or create_optimizer(groups, config.optim)
-        self._skip = False
+        self._skip = self._measure = False
+        self._norm: torch.Tensor | None = None
         optimizer.step = self._gated(optimizer.step)  # type: ignore[method-assign]
         told = deepspeed_config(config, derived)
         zero = told["zero_optimization"]  # DeepSpeed makes buffers as large as the bucket, whatever the model has
         zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], sum(p.numel() for p in model.parameters()))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=told)
+        if self.stage == 0 and config.optim.clip_grad_norm:  # DeepSpeed's own keeps no norm
+            self._engine.clip_fp32_gradients = partial(self._clip, config.optim.clip_grad_norm)
         # What the forward pass in training mode changes.
         self._statistics = [b for m in self.module.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
         self._kept = [torch.empty_like(buffer) for buffer in self._statistics]
@@ -153,17 +158,33 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, skip: bool = False) -> None:
-        """Lets the optimizer step, once the backward pass of a global batch is through; or drops the gradients."""
-        self._skip = skip
+    def step(self, skip: bool = False, measure: bool = False) -> None:
+        """Lets the optimizer step, once the backward pass of a global batch is through; or drops the gradients.
+
+        `measure` asks for `grad_norm` of this step.
+        """
+        self._skip, self._measure, self._norm = skip, measure, None
         self._engine.step()
         self._skip = False
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The L2 norm of the last step's gradient before clipping, where it was measured; waits for the device."""
+        norm = self._norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _clip(self, largest: float) -> None:
+        self._norm = clip_grad_norm_(self.module.parameters(), largest)
 
     def _gated(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The optimizer's step, left out where a step is skipped; all that DeepSpeed does around it goes on."""
 
         def gated(*args: Any, **options: Any) -> Any:
-            return None if self._skip else step(*args, **options)
+            if self._skip:
+                return None
+            if self._measure and self.stage == 0 and self._norm is None:
+                self._norm = get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            return step(*args, **options)
 
         return gated
 

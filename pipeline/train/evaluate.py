@@ -4,13 +4,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from pipeline.data.dali import Loader
 from pipeline.data.plan import EvalPlan, eval_share
 
+_MOST_CLASSES = 2000  # the matrix of more would be of gigabytes
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -40,19 +43,28 @@ class Counter:
         self.top5_k = min(5, num_classes)
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._matrix_KK: torch.Tensor | None = None
+        if num_classes <= _MOST_CLASSES:
+            self._matrix_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def add(self, logits_NK: torch.Tensor, labels_N: torch.Tensor) -> None:
-        hits_NK = logits_NK.topk(self.top5_k).indices == labels_N[:, None]
+        best_NK = logits_NK.topk(self.top5_k).indices
+        hits_NK = best_NK == labels_N[:, None]
         n = torch.tensor(len(labels_N), device=labels_N.device)
         self._counts += torch.stack([n, hits_NK[:, 0].sum(), hits_NK.sum()])
         self._loss += F.cross_entropy(logits_NK, labels_N, reduction="sum").double()
+        if self._matrix_KK is not None:
+            self._matrix_KK.index_put_((labels_N, best_NK[:, 0]), torch.ones_like(labels_N), accumulate=True)
 
-    def result(self) -> EvalResult:
-        """Adds up all ranks; every rank returns the same result."""
+    def result(self) -> tuple[EvalResult, NDArray[np.int64] | None]:
+        """Adds up all ranks; every rank returns the same result, and the confusion matrix."""
         dist.all_reduce(self._counts)
         dist.all_reduce(self._loss)
         total, top1, top5 = self._counts.tolist()
-        return EvalResult(total, top1, top5, self.top5_k, self._loss.item() / total)
+        if self._matrix_KK is not None:
+            dist.all_reduce(self._matrix_KK)
+        matrix_KK = None if self._matrix_KK is None else self._matrix_KK.cpu().numpy()
+        return EvalResult(total, top1, top5, self.top5_k, self._loss.item() / total), matrix_KK
 
 
 @torch.no_grad()
@@ -63,8 +75,10 @@ def evaluate(
     batch_size: int,
     num_classes: int,
     forward_is_collective: bool,
-) -> EvalResult:
+) -> tuple[EvalResult, NDArray[np.int64] | None]:
     """Counts a model's hits over the whole evaluation split, which is shared out over the ranks.
+
+    With them comes the confusion matrix [K, K], true classes by predicted ones, for up to 2,000 classes.
 
     `forward` maps images [N, C, H, W] to logits [N, K], in evaluation mode. Ranks may have unequal numbers of batches:
     where a forward pass is itself collective (ZeRO stage 3), the ranks that have run out join it with an empty picture,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from pipeline.config import Augment, Interpolation, RunConfig
 from pipeline.data.dali import Batch, Loader
@@ -20,6 +21,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
 from pipeline.derived import Derived
 from pipeline.errors import UserError
+from pipeline.evaluation.tables import CONFUSION, write_confusion
 from pipeline.model import create
 from pipeline.model.weights import NO_SOURCES, Sources, load_teacher, load_weights
 from pipeline.train.checkpoint import samples_of
@@ -143,6 +145,8 @@ class Trainer:
         ):
             for step in range(first_step, total_steps):
                 rate = learning_rate(self.config.schedule, self.derived, self.state.samples_seen)
+                last = step + 1 == total_steps
+                log_now = last or (step + 1) % self.config.train.log_every_steps == 0
                 self.engine.set_learning_rate(rate)
                 if self.config.train.on_nan == "skip":
                     self.engine.keep_statistics()
@@ -164,16 +168,15 @@ class Trainer:
                 if wrong := finite.ranks():
                     self._no_number(step, batch, rate, wrong)
                 else:
-                    self.engine.step()
+                    self.engine.step(measure=log_now)
                 self.engine.update_ema(step + 1)
                 self.state.samples_seen += batch_size
                 if profile is not None and profile.step(step + 1):
                     self.report({"kind": "profile", "file": str(profile.file)})
-                last = step + 1 == total_steps
                 if step == first_step:
                     self.report({"kind": "first_step", "samples_seen": self.state.samples_seen})
                 stop = save = False
-                if last or (step + 1) % self.config.train.log_every_steps == 0:
+                if log_now:
                     stop, save = self._log(meter, step + 1, rate)
                     self._tell_skipped()
                 evaluate_now = last or self._passed_epoch(self.config.eval.every_epochs)
@@ -259,6 +262,9 @@ class Trainer:
         wishes = (self.should_stop(), self.should_save() or (late and self.rank == 0))
         record, (stop, save) = meter.read(step, wishes)
         self._tell_slow(record.pop("slow_ranks"))
+        norm = self.engine.grad_norm
+        if norm is not None:
+            record["grad_norm"] = norm
         if self.engine.loss_scaler is not None:
             record["loss_scale"] = self.engine.loss_scaler.get_scale()
         if self.device.type == "cuda":
@@ -364,16 +370,22 @@ class Trainer:
         """Evaluates the weights and their average, reports, and says whether this is the run's best result so far."""
         self.engine.average_batch_norm()
         self.engine.train(False)
-        results: dict[Weights, EvalResult] = {}
-        results["raw"] = self._evaluate_one("raw", self.engine.forward, self.engine.forward_is_collective)
+        found: dict[Weights, tuple[EvalResult, NDArray[np.int64] | None]] = {}
+        found["raw"] = self._evaluate_one("raw", self.engine.forward, self.engine.forward_is_collective)
         if self.engine.ema is not None:
-            results["ema"] = self._evaluate_one("ema", partial(self.engine.infer, self.engine.ema), False)
+            found["ema"] = self._evaluate_one("ema", partial(self.engine.infer, self.engine.ema), False)
         self.engine.train(True)
-        return self.state.record(results)
+        is_best = self.state.record({of: result for of, (result, _) in found.items()})
+        matrix_KK = found[self.state.best_of][1]
+        if is_best and self.rank == 0 and matrix_KK is not None:
+            write_confusion(self.run_dir / CONFUSION, self.train_index.classes, matrix_KK)
+        return is_best
 
-    def _evaluate_one(self, weights: Weights, forward: Forward, forward_is_collective: bool) -> EvalResult:
+    def _evaluate_one(
+        self, weights: Weights, forward: Forward, forward_is_collective: bool
+    ) -> tuple[EvalResult, NDArray[np.int64] | None]:
         started = time.perf_counter()
-        result = evaluate(
+        result, matrix_KK = evaluate(
             lambda images_NCHW: (self.alive(), forward(images_NCHW))[1],
             self.eval_loader,
             self.eval_plan,
@@ -391,7 +403,7 @@ class Trainer:
                 **asdict(result),
             }
         )
-        return result
+        return result, matrix_KK
 
     def _checkpoint(self) -> None:
         started = time.perf_counter()

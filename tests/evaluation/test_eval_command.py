@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +10,16 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image
-from safetensors.torch import save_file
 
-from launch.cli import main
 from pipeline.data.dataset import open_split
-from pipeline.evaluation.probabilities import Transform, probabilities
-from pipeline.model import ARCHITECTURES, create
+from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.model.weights import load_model
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-CARD = {
-    "name": "densenet_tiny",
-    "architecture": ARCHITECTURES["densenet_tiny"],
-    "num_classes": 3,
-    "classes": ["cat", "dog", "eel"],
-    "weights": "model.safetensors",
-    "transform": {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": MEAN, "std": STD},
-}
+from tests.models import TRANSFORM, write_model
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A checkpoint's folder, as far as it is a model, with statistics that are not those of a new one."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    torch.manual_seed(3)
-    network = create("densenet_tiny", 3)
-    with torch.no_grad():
-        for _ in range(5):
-            network(torch.randn(8, 3, 32, 32))
-    save_file(network.state_dict(), folder / "model.safetensors")
-    (folder / "model.json").write_text(json.dumps(CARD))
-    return folder
+    return write_model(tmp_path / "checkpoint", seed=3)
 
 
 @pytest.fixture
@@ -57,27 +33,12 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-@pytest.fixture
-def densenet(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str]]:
-    """`densenet(*arguments)` runs the command in a folder of its own; returns its exit code and what it printed."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["densenet", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out + printed.err
-
-    return run
-
-
 def by_hand(model: Path, file: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A picture's probabilities by torchvision: as it is, with its mirrored self, over ten crops."""
     network = load_model(model)
     with Image.open(file) as picture:
         image_CHW = tv.resize(tv.pil_to_tensor(picture.convert("RGB")), [40], antialias=True)
-    crops = [tv.normalize(crop / 255, MEAN, STD) for crop in tv.ten_crop(image_CHW, [32, 32])]
+    crops = [tv.normalize(crop / 255, TRANSFORM["mean"], TRANSFORM["std"]) for crop in tv.ten_crop(image_CHW, [32, 32])]
     with torch.no_grad():
         given = network(torch.stack(crops)).softmax(dim=1)  # 4 corners and the centre, then the same mirrored
     return given[4], given[[4, 9]].mean(dim=0), given.mean(dim=0)
@@ -86,16 +47,7 @@ def by_hand(model: Path, file: Path) -> tuple[torch.Tensor, torch.Tensor, torch.
 @pytest.mark.parametrize(("views", "place"), [("flip", 1), ("ten-crop", 2)])
 def test_views_are_torchvisions(model, data, tmp_path, views, place):
     index = open_split(data, "val", tmp_path / "cache")
-    plain_NK, averaged_NK = probabilities(
-        load_model(model),
-        index,
-        Transform(**CARD["transform"]),
-        views=views,
-        device="cpu",
-        channels=3,
-        threads=1,
-        batch_size=4,
-    )
+    plain_NK, averaged_NK = model_probabilities(model, index, views=views, batch_size=4)
     for sample in range(len(index)):
         expected = by_hand(model, index.path(sample))
         assert plain_NK[sample] == pytest.approx(expected[0].numpy(), abs=2e-3)

@@ -18,79 +18,43 @@ import requests
 import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
-from safetensors.torch import save_file
 from torchvision.transforms import functional as tv
 
 from launch.net import free_port
 from launch.sources import locate
-from pipeline.config import RunConfig
 from pipeline.data.batch_ops import grey
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
 from pipeline.export.predict import predict_files
 from pipeline.model import ARCHITECTURES, create
 from pipeline.model.weights import load_model
-from pipeline.tracking.run import Tracker, tracking_uri
 from tests.conftest import BIN
+from tests.models import TRANSFORM, network, start_run, write_model
 from tests.servers import PATIENCE_S
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
-TRANSFORM = {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-
-
-def trained_model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = create("densenet_tiny", len(CLASSES))
-    with torch.no_grad():
-        for _ in range(5):
-            model(torch.randn(8, 3, 32, 32))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registered, str, Path]:
     """A model in a registry of its own, the registry's address and a folder with a picture."""
     folder = tmp_path_factory.mktemp("registry")
-    checkpoint = folder / "checkpoint"
-    checkpoint.mkdir()
-    save_file(trained_model().state_dict(), checkpoint / "model.safetensors")
-    card = {
-        "name": "densenet_tiny",
-        "architecture": ARCHITECTURES["densenet_tiny"],
-        "num_classes": len(CLASSES),
-        "classes": CLASSES,
-        "transform": TRANSFORM,
-        "weights": "model.safetensors",
-        "metrics": {"top1_correct": 3, "top5_correct": 4, "top5_k": 5, "total": 5, "loss": 0.5},
-        "samples_seen": 123,
-        "epoch": 1.5,
-        "config_hash": "abc",
-    }
-    (checkpoint / "model.json").write_text(json.dumps(card))
-    # Explicit: registering sets MLFLOW_TRACKING_URI, and a fixture of a module comes before each test's clean slate.
-    store = {"uri": f"sqlite:///{folder}/mlflow.db"}
-    config = RunConfig.model_validate({"run": {"output": str(folder)}, "tracking": store})
-    tracker = Tracker.start(config, run_dir=folder / "run", run_name="one", params={}, tags={})
-    uri = tracking_uri(config)
-    model = register(
-        checkpoint,
-        uri=uri,
-        run_id=tracker.run_id,
-        name="tiny",
-        alias="candidate",
-        data_fingerprint="f00d",
-    )
-    tracker.finish("FINISHED")
+    checkpoint = write_model(folder / "checkpoint", CLASSES)
+    with start_run(folder) as tracker:
+        names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
+        model = register(checkpoint, uri=tracker.uri, run_id=str(tracker.run_id), **names)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "picture.jpg")
-    return model, uri, folder
+    return model, tracker.uri, folder
 
 
 def expected(picture: Path) -> torch.Tensor:
     with Image.open(picture) as image:
         cut = tv.center_crop(tv.resize(image.convert("RGB"), TRANSFORM["resize"]), TRANSFORM["crop"])
     with torch.no_grad():
-        return trained_model()(tv.normalize(tv.to_tensor(cut), TRANSFORM["mean"], TRANSFORM["std"])[None]).softmax(1)[0]
+        return network(len(CLASSES))(
+            tv.normalize(tv.to_tensor(cut), TRANSFORM["mean"], TRANSFORM["std"])[None]
+        ).softmax(1)[0]
 
 
 def test_the_version_has_alias_run_and_results(registered):
@@ -130,7 +94,6 @@ def test_mlflow_loads_it_and_takes_bytes_and_base64(registered):
         loaded.predict(pd.DataFrame({"image": [content, b"no picture"]}))
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_mlflow_serves_it_over_http(registered):
     """`mlflow models serve` on loopback answers a JPEG in base64 as the model does here."""
@@ -221,10 +184,10 @@ def test_files_that_are_no_pictures_are_named(registered):
 def test_the_packaged_code_builds_the_same_net(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's of its own type hints
-        from pipeline.export.pyfunc_model import network
+        from pipeline.export.pyfunc_model import network as packaged_network
 
     torch.manual_seed(0)
-    ours, packaged = create(name, 10).eval(), network(ARCHITECTURES[name], 10).eval()
+    ours, packaged = create(name, 10).eval(), packaged_network(ARCHITECTURES[name], 10).eval()
     packaged.load_state_dict(ours.state_dict(), strict=True)
     images_NCHW = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

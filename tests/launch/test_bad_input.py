@@ -1,7 +1,6 @@
 """Bad input at the command line: one short message that says what to do, exit code 2, and nothing started."""
 
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,24 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from launch.cli import main
-
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEMO = str(CONFIGS / "demo.yaml")
-
-
-@pytest.fixture
-def densenet(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """`densenet(*arguments)` runs the command in this process; returns its exit code and what it printed."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["densenet", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out + printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -168,11 +168,12 @@ def test_a_tracking_server_that_is_away_for_the_middle_of_a_run_has_everything_a
         assert run.end() == 0, run.output
         client = MlflowClient(server.uri)
         run_id = json.loads((tmp_path / "run" / "mlflow_run.json").read_text())["run_id"]
-        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (tmp_path / "run" / "tracking.jsonl").read_text().splitlines()]
+        records = [record for record in records if record["kind"] == "metrics"]
         for key in ("train/loss", "val/top1"):
             logged = [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
-            assert logged == [(line["samples_seen"], line[key]) for line in lines if key in line]
-        assert len([line for line in lines if "train/loss" in line]) == 180
+            assert logged == [(r["samples_seen"], r["values"][key]) for r in records if key in r["values"]]
+        assert len([record for record in records if "train/loss" in record["values"]]) == 180
         assert client.get_run(run_id).info.status == "FINISHED"
     finally:
         server.stop()

@@ -1,42 +1,20 @@
 """The gate in front of an alias: a better model passes, another does not, evidence stays, and there is a way back."""
 
-import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
-from safetensors.torch import save_file
 
-from launch.cli import main
-from pipeline.config import RunConfig
 from pipeline.data.dataset import open_split
 from pipeline.evaluation.paired import compare
-from pipeline.evaluation.probabilities import Transform, probabilities
+from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.package import register
-from pipeline.model import ARCHITECTURES, create
-from pipeline.model.weights import load_model
-from pipeline.tracking.run import Tracker, tracking_uri
+from tests.models import CLASSES, start_run, write_model
 
-CLASSES = ["cat", "dog", "eel"]
-TRANSFORM = {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
-CARD = {
-    "name": "densenet_tiny",
-    "architecture": ARCHITECTURES["densenet_tiny"],
-    "num_classes": 3,
-    "classes": CLASSES,
-    "weights": "model.safetensors",
-    "transform": TRANSFORM,
-    "metrics": None,
-    "samples_seen": 1,
-    "epoch": 1.0,
-    "config_hash": "abc",
-}
 PICTURES = 24
 
 
@@ -55,23 +33,11 @@ def test_mcnemars_test_by_hand():
 def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Versions 1 and 2 of a model, and pictures that are labelled as version 2 answers."""
     folder = tmp_path_factory.mktemp("registry")
-    # Explicit: registering sets MLFLOW_TRACKING_URI, and a fixture of a module comes before each test's clean slate.
-    store = {"uri": f"sqlite:///{folder}/mlflow.db"}
-    config = RunConfig.model_validate({"run": {"output": str(folder)}, "tracking": store})
-    uri, tracker = tracking_uri(config), Tracker.start(config, run_dir=folder, run_name="one", params={}, tags={})
-    for seed in (1, 2):
-        checkpoint = folder / f"checkpoint{seed}"
-        checkpoint.mkdir()
-        torch.manual_seed(seed)
-        network = create("densenet_tiny", 3)
-        with torch.no_grad():
-            for _ in range(5):
-                network(torch.randn(8, 3, 32, 32))
-        save_file(network.state_dict(), checkpoint / "model.safetensors")
-        (checkpoint / "model.json").write_text(json.dumps(CARD))
-        names = {"uri": uri, "run_id": tracker.run_id, "name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
-        register(checkpoint, **names)
-    tracker.finish("FINISHED")
+    with start_run(folder) as tracker:
+        for seed in (1, 2):
+            checkpoint = write_model(folder / f"checkpoint{seed}", seed=seed, metrics=None)
+            names = {"run_id": tracker.run_id, "name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
+            register(checkpoint, uri=tracker.uri, **names)
 
     rng = np.random.default_rng(0)
     for i in range(PICTURES):
@@ -79,29 +45,18 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (50, 60, 3), np.uint8)).resize((60, 50)).save(file)
     index = open_split(folder / "unsorted", "val", folder / "index")
-    options = {"views": None, "device": "cpu", "channels": 3, "threads": 1, "batch_size": 8}
-    answers_NK, _ = probabilities(load_model(folder / "checkpoint2"), index, Transform(**TRANSFORM), **options)
+    answers_NK, _ = model_probabilities(folder / "checkpoint2", index)
     for i, answer in enumerate(answers_NK.argmax(axis=1)):
         source, target = index.path(i), folder / "set" / "val" / CLASSES[answer] / index.path(i).name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
-    return uri, folder / "set"
+    return tracker.uri, folder / "set"
 
 
 @pytest.fixture
-def models(registry, monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str]]:
-    """`models(*arguments)` runs `densenet models` in a folder of its own; returns its exit code and what it printed."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("COLUMNS", "160")
-        monkeypatch.setattr(sys, "argv", ["densenet", "models", *map(str, arguments), "--uri", registry[0]])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out + printed.err
-
-    return run
+def models(registry, densenet) -> Callable[..., tuple[int, str]]:
+    """`models(*arguments)` runs `densenet models` on the registry."""
+    return lambda *arguments: densenet("models", *arguments, "--uri", registry[0])
 
 
 @pytest.mark.slow

@@ -1,40 +1,26 @@
 """`densenet runs`: what the store knows, in the terminal."""
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch.cli import main
-from pipeline.config import RunConfig
-from pipeline.tracking.run import Tracker, tracking_uri
+from tests.models import start_run
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+def runs(tmp_path: Path, densenet) -> Callable[..., tuple[int, str]]:
     """Two runs of which the second was restarted; `runs(*arguments)` returns an exit code and what was printed."""
     for name, rate, top1 in (("one", 0.1, 90.0), ("two", 0.2, 95.5)):
-        config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": name}, "optim": {"lr": rate}})
-        tags = {"eval.transform": "resize 256"}
-        tracker = Tracker.start(config, run_dir=tmp_path / name, run_name=name, params={}, tags=tags)
-        tracker.log({"val/top1": top1, "train/epoch": 3.0}, 64)
-        if name == "two":
-            tracker.tag("restart.1", "worker 0: its process or its node has gone")
-            tracker.log({"restarts": 1, "lost_samples": 32}, 64)
-        assert tracker.finish("FINISHED") == 0
-    uri = tracking_uri(config)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["densenet", "runs", *arguments, "--uri", uri])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out + printed.err
-
-    return run
+        with start_run(tmp_path, name) as tracker:
+            tracker.params({"optim": {"lr": rate, "momentum": 0.9}, "model.name": "densenet121"})
+            tracker.tags({"eval.transform": "resize 256", "version.torch": "2.14"})
+            tracker.log({"val/top1": top1, "train/epoch": 3.0}, 64)
+            if name == "two":
+                tracker.tags({"restart.1": "worker 0: its process or its node has gone"})
+                tracker.log({"restarts": 1, "lost_samples": 32}, 64)
+    return lambda *arguments: densenet("runs", *arguments, "--uri", tracker.uri)
 
 
 def test_runs_are_listed_shown_and_compared(runs):

@@ -51,8 +51,8 @@ def test_a_new_run_goes_on_from_another_ones_checkpoint(config, one_rank, tmp_pa
     second = configured(tmp_path, "second")
     assert find_checkpoint(str(older), second) == older
     assert find_checkpoint(str(run_dir), second) == newest
-    tracker = Tracker.start(config, run_dir=run_dir, run_name="first", params={}, tags={})
-    tracker.finish("FINISHED")
+    with Tracker(config, run_dir, "first", print) as tracker:
+        tracker.params(config.model_dump(mode="json"))
     assert find_checkpoint(tracker.run_id, second) == newest
     assert prepare(second, HERE, str(older)).resume == older
     assert prepare(second, HERE, "auto").resume is None

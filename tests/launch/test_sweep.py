@@ -52,3 +52,11 @@ def test_a_sweep_over_the_learning_rate(shell, tmp_path):
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == 3
     assert all("val/top1" in run.data.metrics for run in children)
+    assert parent.info.status == "FINISHED"
+    statuses = {float(run.data.params["optim.lr"]): run.info.status for run in children}
+    assert statuses[float(rows[0][2])] == "FINISHED", "the best one went to its end"
+    assert set(statuses.values()) <= {"FINISHED", "KILLED"}
+    for run in children:
+        told = [float(row[0]) for row in rows if float(row[2]) == float(run.data.params["optim.lr"])]
+        values = [m.value for m in client.get_metric_history(run.info.run_id, "val/top1")]
+        assert any(values[-1] == pytest.approx(top1, abs=0.01) for top1 in told)

@@ -10,7 +10,7 @@ import requests
 
 from launch.net import free_port
 from pipeline.config import RunConfig
-from pipeline.tracking.run import connect, tracking_uri
+from pipeline.tracking.store import connect, tracking_uri
 from tests.conftest import BIN
 from tests.launch.conftest import PATIENCE_S
 

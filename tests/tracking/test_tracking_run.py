@@ -11,7 +11,9 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.tracking.run import Tracker, tracking_uri
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.run import JOURNAL, STATE, Tracker
+from pipeline.tracking.store import tracking_uri
 from tests.servers import PATIENCE_S, MlflowServer
 
 
@@ -19,21 +21,25 @@ def config(tmp_path: Path, **tracking: str) -> RunConfig:
     return RunConfig.model_validate({"run": {"output": str(tmp_path)}, "tracking": tracking})
 
 
-def start(config: RunConfig, tmp_path: Path, **changes: object) -> Tracker:
-    arguments: dict = {"run_dir": tmp_path / "run", "run_name": "one", "params": {"derived.workers": 2}, "tags": {}}
-    return Tracker.start(config, **(arguments | changes))
+def start(config: RunConfig, tmp_path: Path, told=print) -> Tracker:
+    return Tracker(config, tmp_path / "run", "one", told)
 
 
 def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
 
 
-def test_a_run_holds_config_versions_and_metrics_on_the_samples_clock(tmp_path):
+def test_a_run_holds_what_it_was_told_on_the_samples_clock(tmp_path):
     c = config(tmp_path)
-    tracker = start(c, tmp_path, tags={"eval.transform": c.eval.description})
-    for i in range(5):
-        tracker.log({"train/loss": 1 / (i + 1), "train/lr": 0.1}, samples_seen=64 * i)
-    assert tracker.finish("FINISHED") == 0
+    (tmp_path / "notes.txt").write_text("hello")
+    with start(c, tmp_path) as tracker:
+        tracker.params(c.model_dump(mode="json") | {"derived": {"workers": 2}})
+        tracker.tags({"eval.transform": c.eval.description})
+        tracker.attach(tmp_path / "notes.txt", "texts")
+        tracker.dataset("training", "digits/train", "f00d" * 16, "/data/digits", {"images": 1437})
+        for i in range(5):
+            tracker.log({"train/loss": 1 / (i + 1), "train/lr": 0.1}, samples_seen=64 * i)
+    assert tracker.unsent == 0
     client = MlflowClient(tracking_uri(c))
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
@@ -41,53 +47,119 @@ def test_a_run_holds_config_versions_and_metrics_on_the_samples_clock(tmp_path):
     assert run.data.params["optim.lr"] == "0.1"
     assert run.data.params["derived.workers"] == "2"
     assert run.data.tags["eval.transform"].startswith("resize 256")
-    assert "version.torch" in run.data.tags
+    (read,) = run.inputs.dataset_inputs
+    assert (read.dataset.name, read.dataset.digest) == ("digits/train", "f00d" * 9)
+    assert [(tag.key, tag.value) for tag in read.tags] == [("mlflow.data.context", "training")]
     assert history(client, tracker.run_id, "train/loss") == [(64 * i, 1 / (i + 1)) for i in range(5)]
-    artifact = client.download_artifacts(tracker.run_id, "config.yaml", str(tmp_path))
-    assert Path(artifact).read_text() == c.to_yaml()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["samples_seen"] for line in lines] == [0, 64, 128, 192, 256]
+    artifact = client.download_artifacts(tracker.run_id, "texts/notes.txt", str(tmp_path))
+    assert Path(artifact).read_text() == "hello"
 
 
 def test_a_run_that_is_continued_stays_one_and_records_what_changed(tmp_path):
     c = config(tmp_path)
-    first = start(c, tmp_path)
-    first.log({"loss": 1.0}, 10)
-    first.finish("FAILED")
-    second = start(c, tmp_path, run_id=first.run_id, params={"derived.workers": 4})
+    with pytest.raises(RuntimeError), start(c, tmp_path) as first:
+        first.params({"derived": {"workers": 2}})
+        first.log({"loss": 1.0}, 10)
+        raise RuntimeError
     client = MlflowClient(tracking_uri(c))
-    assert client.get_run(first.run_id).info.status == "RUNNING"
-    second.log({"loss": 0.5}, 20)
-    second.finish("FINISHED")
+    assert client.get_run(first.run_id).info.status == "FAILED"
+    with pytest.raises(SystemExit), start(c, tmp_path) as second:
+        assert second.run_id == first.run_id
+        second.params({"derived": {"workers": 4}})
+        second.log({"loss": 0.5}, 20)
+        assert second.flush(PATIENCE_S)
+        assert client.get_run(first.run_id).info.status == "RUNNING"
+        raise SystemExit(143)
     run = client.get_run(first.run_id)
+    assert run.info.status == "KILLED"
     assert run.data.params["derived.workers"] == "2"
     assert run.data.tags["changed.derived.workers"] == "4"
     assert history(client, first.run_id, "loss") == [(10, 1.0), (20, 0.5)]
 
 
+def test_what_was_sent_already_is_stored_once(tmp_path):
+    """A driver that dies between sending and noting it sends again."""
+    c = config(tmp_path)
+    with start(c, tmp_path) as first:
+        first.log({"loss": 1.0}, 10)
+        first.log({"loss": 0.5}, 20)
+    state = json.loads((tmp_path / "run" / STATE).read_text())
+    (tmp_path / "run" / STATE).write_text(json.dumps(state | {"sent": 0}))
+    with start(c, tmp_path) as second:
+        second.log({"loss": 0.2}, 30)
+    assert history(MlflowClient(tracking_uri(c)), first.run_id, "loss") == [(10, 1.0), (20, 0.5), (30, 0.2)]
+
+
+def test_a_record_that_was_cut_short_is_left_out_and_a_full_disk_is_told_once(tmp_path, monkeypatch):
+    told: list[str] = []
+    journal = Journal(tmp_path / JOURNAL, told.append)
+    journal.append("tags", values={"a": "1"})
+    with (tmp_path / JOURNAL).open("a") as stream:
+        stream.write('{"kind": "tags", "val')
+    journal = Journal(tmp_path / JOURNAL, told.append)
+    journal.append("tags", values={"b": "2"})
+    assert [record["values"] for record in journal.records()] == [{"a": "1"}, {"b": "2"}]
+    journal.file = Path("/dev/full/none")
+    journal.append("tags", values={"c": "3"})
+    journal.append("tags", values={"d": "4"})
+    assert len(told) == 1
+    assert "records of this run are lost meanwhile" in told[0]
+
+
 def test_more_metrics_than_a_call_may_hold_and_a_long_parameter(tmp_path):
     c = config(tmp_path)
-    tracker = start(c, tmp_path, params={"long": "x" * 10_000})
-    tracker.log({f"m{i}": float(i) for i in range(2500)}, 1)
-    assert tracker.finish("FINISHED") == 0
+    with start(c, tmp_path) as tracker:
+        tracker.params({"long": "x" * 10_000, **{f"p{i}": i for i in range(250)}})
+        tracker.tags({f"t{i}": "x" for i in range(250)})
+        tracker.log({f"m{i}": float(i) for i in range(2500)}, 1)
+    assert tracker.unsent == 0
     run = MlflowClient(tracking_uri(c)).get_run(tracker.run_id)
     assert len(run.data.metrics) == 2500
+    assert len(run.data.params) == 251
+    assert sum(key.startswith("t") for key in run.data.tags) == 250
     assert len(run.data.params["long"]) == 6000
+
+
+def test_an_artifact_that_the_store_does_not_take_is_told_and_holds_up_nothing(tmp_path):
+    c, told = config(tmp_path), []
+    with start(c, tmp_path, told.append) as tracker:
+        tracker.attach(tmp_path / "gone.txt")
+        tracker.log({"loss": 1.0}, 1)
+    assert tracker.unsent == 0
+    assert history(MlflowClient(tracking_uri(c)), tracker.run_id, "loss") == [(1, 1.0)]
+    assert any("gone.txt was not stored with the run in MLflow" in text for text in told)
 
 
 def test_a_store_of_an_unknown_kind_and_a_deleted_experiment_are_refused(tmp_path):
     with pytest.raises(UserError, match="no MLflow tracking store answers at carrier-pigeon://x"):
         start(config(tmp_path, uri="carrier-pigeon://x"), tmp_path)
     c = config(tmp_path)
-    start(c, tmp_path).finish("FINISHED")
+    with start(c, tmp_path):
+        pass
     client = MlflowClient(tracking_uri(c))
     client.delete_experiment(client.get_experiment_by_name("densenet").experiment_id)
     with pytest.raises(UserError, match="tracking.experiment=densenet is deleted"):
+        Tracker(c, tmp_path / "other", "other", print)
+
+
+def test_a_run_that_is_deleted_or_elsewhere_is_told_with_a_way_on(tmp_path):
+    c = config(tmp_path)
+    with start(c, tmp_path) as tracker:
+        tracker.log({"loss": 1.0}, 10)
+    MlflowClient(tracking_uri(c)).delete_run(tracker.run_id)
+    with pytest.raises(UserError, match=f"is deleted .*restore --run-id {tracker.run_id}` brings it back"):
         start(c, tmp_path)
+    elsewhere = config(tmp_path, uri=f"sqlite:///{tmp_path}/other.db")
+    with pytest.raises(UserError, match=rf"has no run {tracker.run_id}, which .* remove .*{STATE}, and all records go"):
+        start(elsewhere, tmp_path)
+    (tmp_path / "run" / STATE).unlink()
+    with start(elsewhere, tmp_path) as again:
+        assert again.flush(PATIENCE_S)
+    assert history(MlflowClient(elsewhere.tracking.uri), again.run_id, "loss") == [(10, 1.0)]
 
 
 def test_trainings_that_start_at_once_on_a_new_file_all_succeed(tmp_path):
-    code = f"from pipeline.tracking.run import connect; connect('sqlite:///{tmp_path}/mlflow.db')"
+    code = f"from pipeline.tracking.store import connect; connect('sqlite:///{tmp_path}/mlflow.db')"
     started = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in started:
         _, errors = process.communicate()
@@ -99,12 +171,16 @@ def test_a_password_is_never_shown(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"http://me:\*\*\*@127.0.0.1:9") as error:
         start(config(tmp_path), tmp_path)
     assert "hunter2" not in str(error.value)
+    with start(config(tmp_path, on_unreachable="spool"), tmp_path) as tracker:
+        tracker.close(0)
+    assert all(b"hunter2" not in file.read_bytes() for file in (tmp_path / "run").iterdir())
 
 
 @pytest.mark.slow
-def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path):
+def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path, densenet):
     server = MlflowServer(tmp_path)
     try:
+        told: list[str] = []
         tracker = start(config(tmp_path, uri=server.uri), tmp_path)
         for i in range(3):
             tracker.log({"loss": float(i)}, i)
@@ -114,14 +190,31 @@ def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path):
             tracker.log({"loss": float(i)}, i)
         assert time.perf_counter() - started < 1, "logging waited for the server"
         server.start()
-        assert tracker.finish("FINISHED", timeout_s=PATIENCE_S) == 0
+        tracker.finish("FINISHED", timeout_s=PATIENCE_S)
+        assert tracker.unsent == 0
         client = MlflowClient(server.uri)
         assert history(client, tracker.run_id, "loss") == [(i, float(i)) for i in range(30)]
         assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
         server.stop()
-        again = Tracker(client, server.uri, tracker.run_id, tmp_path / "run" / "metrics.jsonl")
-        again.log({"loss": 30.0, "lr": 0.1}, 30)
-        assert again.finish("FINISHED", timeout_s=0.1) == 2
-        assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == 30.0
+        with pytest.raises(UserError, match="no MLflow tracking store answers"):
+            start(config(tmp_path, uri=server.uri), tmp_path)
+        spooling = config(tmp_path / "spooled", uri=server.uri, on_unreachable="spool")
+        spooled = start(spooling, tmp_path / "spooled", told.append)
+        assert spooled.run_id is None
+        assert "Records are kept in" in told[0]
+        spooled.log({"loss": 30.0, "lr": 0.1}, 30)
+        spooled.finish("FINISHED", timeout_s=0.1)
+        assert spooled.unsent == 3
+        (tmp_path / "spooled" / "run" / "config.yaml").write_text(spooling.to_yaml())
+        code, printed = densenet("runs", "sync", tmp_path / "spooled" / "run", "--patience", 0)
+        assert code == 2
+        assert "no MLflow tracking store answers" in printed
+        server.start()
+        code, printed = densenet("runs", "sync", tmp_path / "spooled" / "run")
+        assert code == 0, printed
+        run_id = json.loads((tmp_path / "spooled" / "run" / STATE).read_text())["run_id"]
+        assert history(client, run_id, "loss") == [(30, 30.0)]
+        assert client.get_run(run_id).info.status == "FINISHED"
     finally:
         server.stop()

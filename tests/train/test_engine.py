@@ -155,3 +155,28 @@ def test_fp16_skips_steps_that_overflow_and_goes_on(one_rank):
 def test_fp16_is_refused_where_deepspeed_would_skip_for_ever():
     with pytest.raises(ValueError, match="train.precision=fp16 needs engine.zero_stage=0"):
         RunConfig.model_validate({"train": {"precision": "fp16"}, "engine": {"zero_stage": 1}})
+
+
+def norms(clip: float | None) -> list[float]:
+    """The norm of the first step's gradient by plain PyTorch, and by the engine at stages 0 to 3."""
+    found = []
+    images_NCHW, labels_N = batches(1)[0]
+    for stage in (None, 0, 1, 2, 3):
+        torch.manual_seed(0)
+        model = create("densenet_tiny", 5)
+        if stage is None:
+            F.cross_entropy(model(images_NCHW), labels_N).backward()
+            found.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+            continue
+        config, d = settings(stage, clip_grad_norm=clip)
+        engine = Engine(config, d, model, CPU)
+        engine.backward(F.cross_entropy(engine.forward(images_NCHW), labels_N))
+        engine.step(measure=True)
+        found.append(engine.grad_norm)
+    return found
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_the_gradients_norm_is_that_before_clipping(run_ranks, clip):
+    ((plain, *by_stage),) = run_ranks(1, norms, clip)
+    assert by_stage == pytest.approx([plain] * 4, rel=1e-4)

@@ -44,7 +44,12 @@ def evaluate_rank(train_index: DatasetIndex, val_index: DatasetIndex, batch_size
     ) as loader:
         plan = EvalPlan(val_index.widths_N, val_index.heights_N, 32, 32)
         engine.train(False)
-        return evaluate(engine.forward, loader, plan, batch_size, derived.num_classes, engine.forward_is_collective)
+        result, matrix_KK = evaluate(
+            engine.forward, loader, plan, batch_size, derived.num_classes, engine.forward_is_collective
+        )
+        assert matrix_KK.sum() == result.total
+        assert matrix_KK.trace() == result.top1_correct
+        return result
 
 
 def plain_count(val_index: DatasetIndex, classes: int) -> EvalResult:
@@ -93,5 +98,6 @@ def test_ranks_with_unequal_batches_do_not_wait_for_each_other_when_weights_are_
 def test_top5_with_fewer_than_five_classes_counts_all(one_rank):
     counter = Counter(3, torch.device("cpu"))
     counter.add(torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]), torch.tensor([0, 0]))
-    result = counter.result()
+    result, matrix_KK = counter.result()
     assert (result.total, result.top1_correct, result.top5_correct, result.top5_k) == (2, 1, 2, 3)
+    assert matrix_KK.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]

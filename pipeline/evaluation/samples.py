@@ -1,0 +1,49 @@
+"""A model's answers to some pictures, with the pictures, to look at."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.index import DatasetIndex
+from pipeline.evaluation.labels import labels_of
+from pipeline.evaluation.probabilities import model_probabilities
+from pipeline.model.weights import read_card
+
+_LOOKED_AT = 96
+_SIDE = 128  # pixels
+
+
+def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> list[dict[str, Any]]:
+    """Up to `count` pictures that the model misses and as many that it hits, of 96 that are evenly spread.
+
+    Each has `image` (JPEG in base64, at most 128 pixels), `label`, and `predicted`: the three most probable classes
+    with their probabilities, best first. Those missed come first, the surest one before the others.
+    """
+    rows = np.unique(np.linspace(0, len(index) - 1, min(_LOOKED_AT, len(index))).astype(np.int64))
+    subset = DatasetIndex(index.root, index.classes, index.table.take(rows), index.shards)
+    classes = read_card(folder)["classes"]
+    given_NK, _ = model_probabilities(folder, subset)
+    labels_N, best_N = labels_of(subset, classes), given_NK.argmax(axis=1)
+    order = np.argsort(-given_NK.max(axis=1), kind="stable")
+    missed, hit = ([i for i in order if (best_N[i] == labels_N[i]) == right][:count] for right in (False, True))
+    return [
+        {
+            "image": _thumbnail(subset, int(i)),
+            "label": classes[labels_N[i]],
+            "predicted": [(classes[k], float(given_NK[i, k])) for k in np.argsort(-given_NK[i], kind="stable")[:3]],
+        }
+        for i in (*missed, *hit)
+    ]
+
+
+def _thumbnail(index: DatasetIndex, sample: int) -> str:
+    with Image.open(io.BytesIO(index.read(sample).tobytes())) as image:
+        small = image.convert("RGB")
+    small.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode()

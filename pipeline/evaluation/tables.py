@@ -1,0 +1,36 @@
+"""Tables as CSV files."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFUSION = Path("evaluation", "confusion.csv")  # in a run's folder: that of the best evaluation
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table to a temporary name and renames it; makes the folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header)
+        writer.writerows(rows)
+    temporary.replace(file)
+
+
+def write_confusion(file: Path, classes: Sequence[str], matrix_KK: NDArray[np.int64]) -> None:
+    """Writes a confusion matrix: a row for each true class, a column for each predicted one; unused ones left out."""
+    size = len(classes)
+    rows = zip(classes, matrix_KK[:size, :size].tolist(), strict=True)
+    write_csv(file, ["class", *classes], [[name, *row] for name, row in rows])
+
+
+def read_confusion(file: Path) -> tuple[list[str], NDArray[np.int64]]:
+    """Classes and matrix, as `write_confusion` has written them."""
+    with file.open(encoding="utf-8", newline="") as stream:
+        header, *rows = csv.reader(stream)
+    return header[1:], np.array([row[1:] for row in rows], np.int64)

@@ -1,0 +1,51 @@
+"""Restarts in a run's records: why, where it went on, what was trained again; counted over all its drivers."""
+
+from pathlib import Path
+from typing import Any
+
+from mlflow.tracking import MlflowClient
+
+from launch.record import Recorder
+from pipeline.config import RunConfig
+from pipeline.tracking.run import Tracker
+
+
+def step(samples_seen: int) -> dict[str, Any]:
+    return {"kind": "step", "samples_seen": samples_seen, "loss": 1.0, "lr": 0.1, "epoch": 0.5}
+
+
+def drive(config: RunConfig, run_dir: Path, events: list[dict[str, Any]]) -> Tracker:
+    """One driver that hears these events."""
+    with Tracker(config, run_dir, "one", print) as tracker:
+        recorder = Recorder(tracker, config, run_dir)
+        for event in events:
+            recorder.on_event(event)
+    return tracker
+
+
+def test_a_lost_worker_a_grown_cluster_and_a_driver_that_was_started_again(tmp_path):
+    config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
+    first, last = {"kind": "first_step", "samples_seen": 8}, {"kind": "resumed", "samples_seen": 40, "checkpoint": "x"}
+    started = {"kind": "workers_started", "workers": 1}
+    lost = {"kind": "lost", "causes": {1: "its process or its node has gone"}}
+    run_dir = tmp_path / "one"
+    drive(config, run_dir, [started, first, step(48), lost, started, last, first, step(64), started, last, first])
+    tracker = drive(config, run_dir, [started, {"kind": "resumed", "samples_seen": 8}, first, step(16)])
+    run = MlflowClient(tracker.uri).get_run(tracker.run_id)
+    assert {key: text for key, text in run.data.tags.items() if key.startswith("restart.")} == {
+        "restart.1": "worker 1: its process or its node has gone; went on at 40 samples, 8 samples were trained again",
+        "restart.2": "the cluster has changed; went on at 40 samples, 24 samples were trained again",
+        "restart.3": "the driver was started again; went on at 8 samples, 56 samples were trained again",
+    }
+    assert run.data.metrics["restarts"] == 3
+    assert run.data.metrics["lost_samples"] == 8 + 24 + 56
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+
+
+def test_the_first_start_is_no_restart(tmp_path):
+    config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
+    events = [{"kind": "workers_started", "workers": 1}, {"kind": "first_step", "samples_seen": 8}, step(8)]
+    tracker = drive(config, tmp_path / "one", events)
+    run = MlflowClient(tracker.uri).get_run(tracker.run_id)
+    assert not [key for key in run.data.tags if key.startswith("restart.")]
+    assert "restarts" not in run.data.metrics
