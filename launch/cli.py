@@ -28,6 +28,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for exam
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else a Ray of its own")]
 Resume = Annotated[str, typer.Option(help="auto: the run's own newest checkpoint; or a folder, or an MLflow run id")]
 Wait = Annotated[bool, typer.Option("--wait", help="wait until the cluster has room for the workers")]
+MODEL = "checkpoint or run folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME"
 Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 
 
@@ -89,20 +90,23 @@ def plan(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
-    images: Annotated[list[Path], typer.Argument(help="image files")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    images: Annotated[list[Path] | None, typer.Argument(help="image files")] = None,
     top: Annotated[int, typer.Option(min=1, help="classes to show")] = 5,
+    batch: Annotated[Path | None, typer.Option(help="classify all files below a folder instead, with DALI")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for --batch")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
     uri: Uri = None,
 ) -> None:
-    """Classify images with a registered model."""
+    """Classify images with a model."""
     from launch.predict import predict_command
 
-    predict_command(console, model, images, top, uri)
+    predict_command(console, model, images or [], top, batch, out, batch_size, uri)
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="checkpoint or run folder, models:/NAME@ALIAS or models:/NAME/VERSION")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     data: Annotated[Path, typer.Option(help="a data set's folder, or a folder with class folders")],
     split: Annotated[str, typer.Option(help="of the data set")] = "val",
     crop: Annotated[int | None, typer.Option(min=8, max=1024, help="centre crop's side; default: the model's")] = None,

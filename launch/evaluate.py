@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from launch.progress import accuracy
-from launch.sources import locate
+from launch.sources import model_folder
 from pipeline.config import Interpolation
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
@@ -21,7 +21,6 @@ from pipeline.evaluation.probabilities import VIEWS, Transform, model_probabilit
 from pipeline.evaluation.scores import confusion, score, score_sets
 from pipeline.evaluation.tables import write_confusion, write_csv
 from pipeline.model.weights import read_card
-from pipeline.tracking.store import default_tracking_uri
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,12 @@ def eval_command(console: Console, model: str, root: Path, options: Options, uri
         raise UserError(f"--tta={options.views} is not known: use {' or '.join(VIEWS)}.")
     if options.interpolation not in (None, "bilinear", "bicubic"):
         raise UserError(f"--interpolation={options.interpolation} is not known: use bilinear or bicubic.")
-    outputs = Path("outputs").absolute()
-    folder = locate(model, "MODEL", outputs / "models", uri or default_tracking_uri())
-    if folder.is_file():
-        raise UserError(f"{folder} is a file of weights alone, without classes and transform: give its folder.")
+    folder = model_folder(model, uri)
     card = read_card(folder)
     transform = Transform(**card["transform"]).at(options.crop, options.resize, options.interpolation)
     if transform.crop > transform.resize:
         raise UserError(f"--crop={transform.crop} must not exceed --resize={transform.resize}.")
-    index = open_split(root, options.split, outputs / "index")
+    index = open_split(root, options.split, Path("outputs").absolute() / "index")
     labels_N = labels_of(index, card["classes"])
     sets = None if options.labels is None else read_label_sets(options.labels, index, card["num_classes"])
     passes = len(VIEWS[options.views]) if options.views else 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.resources import Resources, Share, share
-from launch.sources import REGISTRY, find_checkpoint, find_sources
+from launch.sources import ADDRESSES, find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig
 from pipeline.config_file import load_config
 from pipeline.data.dataset import open_splits
@@ -62,7 +62,7 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     if storage is not None and "://" not in storage:
         storage = str(_base_folder() / Path(storage).expanduser())
     weights, teacher = (
-        place if place is None or place.startswith(REGISTRY) else _absolute(place)
+        place if place is None or place.startswith(ADDRESSES) else _absolute(place)
         for place in (config.model.weights, config.loss.teacher)
     )
     return config.model_copy(

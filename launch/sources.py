@@ -9,7 +9,7 @@ from pipeline.model.weights import NO_SOURCES, Sources
 from pipeline.train.checkpoint import MANIFEST, checkpoints, fault, newest_valid
 from pipeline.train.state import best_checkpoint, checkpoint_root
 
-REGISTRY = "models:/"
+ADDRESSES = ("models:/", "runs:/")  # of models in the tracking store
 _RUN_ID = re.compile("[0-9a-f]{32}")
 
 
@@ -62,16 +62,30 @@ def find_checkpoint(place: str, config: RunConfig) -> Path:
     return found
 
 
+def model_folder(place: str, uri: str | None) -> Path:
+    """The folder, with a card, of the model that a command was given.
+
+    Raises:
+        UserError: there is no such model, or it is a file of weights alone.
+    """
+    from pipeline.tracking.store import default_tracking_uri
+
+    folder = locate(place, "MODEL", Path("outputs").absolute() / "models", uri or default_tracking_uri())
+    if folder.is_file():
+        raise UserError(f"{folder} is a file of weights alone, without classes and transform: give its folder.")
+    return folder
+
+
 def locate(place: str, key: str, cache: Path, uri: str) -> Path:
     """A file of weights, or a folder with a model card: a checkpoint, a run's best one, or a registered model's.
 
     Args:
-        place: What the user gave: a path, models:/NAME@ALIAS or models:/NAME/VERSION.
+        place: What the user gave: a path, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME.
         key: What the user calls it, for errors.
         cache: Where a registered model is downloaded to, once.
         uri: The registry.
     """
-    if place.startswith(REGISTRY):
+    if place.startswith(ADDRESSES):
         from pipeline.tracking.registry import download
 
         return download(place, uri, cache)
@@ -81,6 +95,6 @@ def locate(place: str, key: str, cache: Path, uri: str) -> Path:
     if checkpoints(checkpoint_root(path)):
         return best_checkpoint(path)
     raise UserError(
-        f"{key}={place} is no model: give a checkpoint's or a run's folder, models:/NAME@ALIAS, or, where no classes "
-        f"are needed, a .safetensors or .pth file."
+        f"{key}={place} is no model: give a checkpoint's or a run's folder, models:/NAME@ALIAS, models:/NAME/VERSION, "
+        f"runs:/ID/NAME, or, where no classes are needed, a .safetensors or .pth file."
     )

@@ -197,6 +197,7 @@ def _register(prepared: Prepared, tracker: Tracker, best: Path) -> Registered:
         name=config.tracking.register_as or config.model.name,
         alias=config.tracking.alias,
         data_fingerprint=prepared.train_index.fingerprint,
+        data_license=config.data.license,
     )
     checkpoint.write_json(record, {"checkpoint": best.name, "model": asdict(registered)})
     return registered

@@ -158,6 +158,34 @@ def scan_split(root: Path, split: str, cache: Path) -> DatasetIndex:
     return index
 
 
+def scan_pictures(folder: Path) -> tuple[DatasetIndex, dict[str, str]]:
+    """All files below a folder, at any depth, in sorted order: an index of the pictures, all of one class without a
+    name, and what is wrong with the other files, by path below the folder.
+
+    Raises:
+        DataError: it is not a folder, or a name is not UTF-8.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give one with pictures.")
+    try:
+        files = []
+        for place, _, names in sorted(os.walk(folder)):
+            if not is_utf8(place):
+                raise DataError(f"{os.fsencode(place)!r} has a name that is not UTF-8: rename it.")
+            prefix = Path(place).relative_to(folder).as_posix()
+            there = sorted(name for name in names if not _is_clutter(name))
+            for name in there:
+                stat = (Path(place) / name).stat()
+                path = name if prefix == "." else f"{prefix}/{name}"
+                files.append(ImageFile(path, 0, stat.st_size, stat.st_mtime_ns))
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
+    found = probe_all([folder / file.path for file in files])
+    sound = [(f, (h.width, h.height)) for f, h in zip(files, found, strict=True) if isinstance(h, Header)]
+    faults = {file.path: reason for file, reason in zip(files, found, strict=True) if isinstance(reason, str)}
+    return DatasetIndex(folder, ("",), _table(sound)), faults
+
+
 def _holds_folders(folder: Path) -> bool:
     with os.scandir(folder) as entries:
         return any(entry.is_dir() for entry in entries)

@@ -1,5 +1,6 @@
 """A checkpoint becomes a registered MLflow model."""
 
+import base64
 import importlib.metadata
 import io
 import json
@@ -11,19 +12,18 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array
+from mlflow.types.schema import AnyType, Array
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.tracking.store import connect, shown
+from pipeline.tracking.store import connect, first_line, shown
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch", "torchvision")
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    inputs=Schema([ColSpec(AnyType(), "image")]),  # bytes, base64 text, arrays, paths
     outputs=Schema(
         [
             ColSpec(DataType.long, "class_id"),
@@ -48,12 +48,20 @@ class Registered:
         return f"models:/{self.name}@{self.alias}"
 
 
-def register(checkpoint: Path, *, uri: str, run_id: str, name: str, alias: str, data_fingerprint: str) -> Registered:
+def register(
+    checkpoint: Path,
+    *,
+    uri: str,
+    run_id: str,
+    name: str,
+    alias: str,
+    data_fingerprint: str,
+    data_license: str | None = None,
+) -> Registered:
     """Packages a checkpoint's model, stores it with the run, registers it and moves `alias` to it.
 
     The model is the better of `model.safetensors` and `ema.safetensors` with `model.json` (architecture, classes,
-    transform) and the code that reads them;
-    results, transform and origin are tags of the version.
+    transform) and the code that reads them; results, transform and origin are tags of the version.
 
     Raises:
         UserError: the store refuses the model; the checkpoint is untouched.
@@ -79,22 +87,23 @@ def register(checkpoint: Path, *, uri: str, run_id: str, name: str, alias: str, 
                     registered_model_name=name,
                 )
         version = str(info.registered_model_version)
-        for key, value in _tags(card, data_fingerprint).items():
+        tags = _tags(card, data_fingerprint) | ({} if data_license is None else {"data.license": data_license})
+        for key, value in tags.items():
             client.set_model_version_tag(name, version, key, value)
         client.set_registered_model_alias(name, alias, version)
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # each kind of artifact store has errors of its own
         raise UserError(
-            f"the model could not be registered in {shown(uri)}: {str(error).splitlines()[0]} "
+            f"the model could not be registered in {shown(uri)}: {first_line(error, uri)} "
             f"The checkpoint is {checkpoint}."
         ) from error
     return Registered(name, version, alias)
 
 
 def _example(side: int) -> pd.DataFrame:
-    """One grey JPEG, to show the input's form."""
+    """One grey JPEG in base64, to show the input's form as a server takes it."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
-    return pd.DataFrame({"image": [buffer.getvalue()]})
+    return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
 
 
 def _tags(card: dict[str, Any], data_fingerprint: str) -> dict[str, str]:

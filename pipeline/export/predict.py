@@ -1,18 +1,39 @@
-"""Predictions by a registered model."""
+"""Predictions by a model in a folder: of some pictures by the packaged code, of many by DALI into a table."""
 
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import mlflow
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from mlflow.exceptions import MlflowException
-from PIL import Image
+from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from pipeline.tracking.registry import resolve
-from pipeline.tracking.store import shown
+from pipeline.data.folders import scan_pictures
+from pipeline.data.images import NotAnImage, decode
+from pipeline.data.index import DatasetIndex
+from pipeline.errors import DamagedSample, DataError, UserError
+from pipeline.evaluation.probabilities import Transform, model_probabilities
+from pipeline.model.weights import read_card
+
+_CHUNK = 8192  # pictures whose probabilities are held at a time
+_SCHEMA = pa.schema(
+    [
+        ("image", pa.string()),
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("probability", pa.float32()),
+        ("top_class_ids", pa.list_(pa.int32())),
+        ("top_probabilities", pa.list_(pa.float32())),
+        ("error", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -23,37 +44,145 @@ class Prediction:
     classes: list[tuple[str, float]]
 
 
-def predict_files(model_uri: str, uri: str, images: Sequence[Path], top: int = 5) -> list[Prediction]:
-    """Classifies image files with the model `models:/NAME@ALIAS` or `models:/NAME/VERSION` of the registry at `uri`.
+@dataclass(frozen=True)
+class Batch:
+    """What came of a folder: pictures classified, files that are no sound pictures, images per second in all."""
+
+    classified: int
+    damaged: int
+    img_per_s: float
+
+
+def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Prediction]:
+    """Classifies image files with the model in a folder with a card, by the code that is packaged with models.
 
     Raises:
-        UserError: there is no such model, it does not load, or a file is missing or is not an image.
+        UserError: a file is missing or is not an image.
     """
-    contents = [_content(path) for path in images]
-    resolved = resolve(model_uri, uri)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow's notes on versions; the pinned ones are in the model
-            mlflow.set_tracking_uri(uri)
-            model = mlflow.pyfunc.load_model(resolved.uri, suppress_warnings=True)
-            frame = model.predict(pd.DataFrame({"image": contents}))
-    except (MlflowException, OSError) as error:
-        raise UserError(f"{model_uri} ({resolved.uri} in {shown(uri)}) cannot be used: {error}") from error
-    names = model.unwrap_python_model().classes
-    return [
-        Prediction(path, sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])[:top])
-        for path, row in zip(images, frame["probabilities"], strict=True)
-    ]
+    for path in images:
+        if not path.exists():
+            raise UserError(f"{path} does not exist.")
+        if not path.is_file():
+            raise UserError(f"{path} is not a file: give image files, or a folder with --batch.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's advice on type hints
+        from pipeline.export.pyfunc_model import Classifier
+
+    model, card = Classifier(), read_card(folder)
+    artifacts = {"card": str(folder / "model.json"), "weights": str(folder / card["weights"])}
+    model.load_context(SimpleNamespace(artifacts=artifacts))
+    found = []
+    for path in images:
+        try:
+            (row_K,) = model.predict(None, pd.DataFrame({"image": [path]}))["probabilities"]
+        except MlflowException as error:
+            raise UserError(f"{path} is not an image that can be read.") from error
+        found.append(Prediction(path, [(model.classes[k], float(row_K[k])) for k in _best(row_K, top)]))
+    return found
 
 
-def _content(path: Path) -> bytes:
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: give image files.")
+def predict_folder(
+    folder: Path,
+    pictures: Path,
+    out: Path,
+    *,
+    top: int = 5,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Batch:
+    """Classifies all files below `pictures` with the model in `folder`, by the loader that evaluation uses.
+
+    Writes a Parquet file with a row for each: `image` (its path below `pictures`), the best class, the `top` best ones,
+    or what is wrong with the file in `error`. `progress` is told how many of how many are done.
+
+    Raises:
+        UserError: there are no files, or `out` cannot be written.
+    """
+    card = read_card(folder)
+    index, faults = scan_pictures(pictures)
+    if not len(index) and not faults:
+        raise DataError(f"{pictures} holds no files: give a folder with pictures.")
+    started, classified, total = time.perf_counter(), 0, len(index)
+    temporary = out.with_name(f"{out.name}.tmp")
     try:
-        with Image.open(path) as image:
-            image.load()
-        return path.read_bytes()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is not an image that can be read: {error}.") from error
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
+            for start in range(0, total, _CHUNK):
+                part = _rows(index, np.arange(start, min(start + _CHUNK, total)))
+                told = _progress_from(progress, start, total)
+                try:
+                    given_NK = _given(folder, card, part, batch_size, told)
+                except DataError:  # damage that only a whole decoding shows: found one by one
+                    sound, unsound = _looked_through(part)
+                    faults |= unsound
+                    part = _rows(part, sound)
+                    given_NK = _given(folder, card, part, batch_size, told)
+                classified += len(part)
+                writer.write_table(_table(part, given_NK, card["classes"], top))
+            rows = [{"image": name, "error": reason} for name, reason in sorted(faults.items())]
+            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror or error}.") from error
+    return Batch(classified, len(faults), classified / (time.perf_counter() - started))
+
+
+def _progress_from(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
+    """Turns numbers of pictures just done, from `start` on, into how many of `total` are done."""
+    done = start
+
+    def told(pictures: int) -> None:
+        nonlocal done
+        done += pictures
+        progress(done, total)
+
+    return told
+
+
+def _given(
+    folder: Path, card: dict[str, Any], index: DatasetIndex, batch_size: int, told: Callable[[int], None]
+) -> NDArray[np.float32]:
+    if not len(index):
+        return np.zeros((0, card["num_classes"]), np.float32)
+    transform = Transform(**card["transform"])
+    return model_probabilities(folder, index, transform, batch_size=batch_size, progress=told)[0]
+
+
+def _rows(index: DatasetIndex, rows_N: NDArray[np.int64]) -> DatasetIndex:
+    return DatasetIndex(index.root, index.classes, index.table.take(rows_N), index.shards)
+
+
+def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, str]]:
+    """Decodes each picture: the places of sound ones, and what is wrong with the others by name."""
+    sound, faults = [], {}
+    for i in range(len(index)):
+        try:
+            decode(index.read(i).tobytes())
+            sound.append(i)
+        except (NotAnImage, DamagedSample) as error:
+            faults[_name(index, i)] = str(error)
+    return np.array(sound, np.int64), faults
+
+
+def _table(index: DatasetIndex, given_NK: NDArray[np.float32], classes: list[str], top: int) -> pa.Table:
+    order_NK = np.argsort(-given_NK, axis=1, kind="stable")[:, :top]
+    best_N = order_NK[:, 0]
+    probabilities_NK = np.take_along_axis(given_NK, order_NK, axis=1)
+    columns = {
+        "image": [_name(index, i) for i in range(len(index))],
+        "class_id": best_N,
+        "class_name": [classes[k] for k in best_N],
+        "probability": probabilities_NK[:, 0],
+        "top_class_ids": list(order_NK),
+        "top_probabilities": list(probabilities_NK),
+        "error": [None] * len(index),
+    }
+    return pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
+
+
+def _name(index: DatasetIndex, sample: int) -> str:
+    return index.path(sample).relative_to(index.root).as_posix()
+
+
+def _best(row_K: NDArray[np.float64], top: int) -> list[int]:
+    return np.argsort(-row_K, kind="stable")[:top].tolist()

@@ -20,12 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.models.densenet import DenseNet
 
+_BATCH = 32
 _LUMA = (0.299, 0.587, 0.114)
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 class Classifier(PythonModel):
-    """Encoded images in, class probabilities out, by the evaluation transform that the model was measured with."""
+    """Pictures in, class probabilities out, by the evaluation transform that the model was measured with."""
 
     def load_context(self, context: PythonModelContext) -> None:
         card = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
@@ -37,7 +38,11 @@ class Classifier(PythonModel):
         self.model.eval()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Classifies the column `image`: encoded pictures as bytes, or as base64 text.
+        """Classifies the column `image`; each row is one picture in any of these forms.
+
+        - bytes of a JPEG or PNG file, or text: the same in base64
+        - an array of uint8, [H, W, 3] (RGB) or [H, W] (grey), or nested lists of such numbers
+        - a `pathlib.Path` of a file. Plain text is never a path, so that a server opens no file that a client names.
 
         Returns:
             One row per picture: class_id (rank in the class list), class_name, probability, and probabilities of all
@@ -46,31 +51,49 @@ class Classifier(PythonModel):
         Raises:
             MlflowException: a row is not a picture; the message gives its number.
         """
-        pictures = [self._picture(row, value) for row, value in enumerate(model_input["image"])]
-        with torch.inference_mode():
-            logits_NK = torch.cat([self.model(picture) for picture in pictures])
-        probabilities_NK = logits_NK.softmax(dim=1).double().numpy()
-        best_N = probabilities_NK.argmax(axis=1)
+        if "image" not in model_input:
+            raise MlflowException.invalid_parameter_value("the input has no column `image`")
+        values = list(model_input["image"])
+        found_NK = np.zeros((len(values), len(self.classes)))
+        for start in range(0, len(values), _BATCH):
+            part = range(start, min(start + _BATCH, len(values)))
+            images_NCHW = torch.cat([self._picture(row, values[row]) for row in part])
+            with torch.inference_mode():
+                found_NK[part.start : part.stop] = self.model(images_NCHW).softmax(dim=1).numpy()
+        best_N = found_NK.argmax(axis=1) if len(values) else np.zeros(0, np.int64)
         return pd.DataFrame(
             {
                 "class_id": best_N,
                 "class_name": [self.classes[i] for i in best_N],
-                "probability": probabilities_NK.max(axis=1),
-                "probabilities": list(probabilities_NK),
+                "probability": found_NK.max(axis=1, initial=0),
+                "probabilities": list(found_NK),
             }
         )
 
-    def _picture(self, row: int, value: bytes | str) -> torch.Tensor:
+    def _picture(self, row: int, value: Any) -> torch.Tensor:
         """Decodes and transforms one picture to [1, channels, crop, crop]."""
         try:
-            content = base64.b64decode(value, validate=True) if isinstance(value, str) else value
-            with Image.open(io.BytesIO(content)) as image:
+            with _opened(value) as image:
                 rgb = image.convert("RGB")
-        except (OSError, ValueError, TypeError, binascii.Error) as error:
+        except (OSError, ValueError, TypeError, binascii.Error, Image.DecompressionBombError) as error:
             raise MlflowException.invalid_parameter_value(
-                f"row {row} of `image` is not a picture: give the bytes of a JPEG or PNG file, or their base64 text"
+                f"row {row} of `image` is not a picture: give the bytes of a JPEG or PNG file, their base64 text, an "
+                f"array of uint8 [H, W, 3], or a pathlib.Path"
             ) from error
         return evaluation_transform(rgb, **self.transform, channels=self.channels)
+
+
+def _opened(value: Any) -> Image.Image:
+    if isinstance(value, Path):
+        return Image.open(value)
+    if isinstance(value, str):
+        return Image.open(io.BytesIO(base64.b64decode(value, validate=True)))
+    if isinstance(value, bytes):
+        return Image.open(io.BytesIO(value))
+    pixels = np.asarray(value)
+    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError("pixels are whole numbers from 0 to 255")
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def network(architecture: dict[str, Any], num_classes: int) -> DenseNet:

@@ -14,9 +14,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.tracking.store import connect, shown
+from pipeline.tracking.store import connect, first_line, shown
 
-REGISTRY = "models:/"
+REGISTRY, RUNS = "models:/", "runs:/"
 _FORM = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -55,27 +55,51 @@ def resolve(model_uri: str, uri: str) -> ResolvedModel:
 
 
 def download(model_uri: str, uri: str, cache: Path) -> Path:
-    """The folder with a registered model's card and weights, downloaded into `cache` unless it is there.
+    """The folder with a stored model's card and weights, downloaded into `cache` unless it is there.
+
+    `model_uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or `runs:/ID/NAME` for a model of a run.
 
     Raises:
-        UserError: there is no such model, it was not registered by this project, or it cannot be read.
+        UserError: there is no such model, it was not stored by this project, or it cannot be read.
     """
-    model = resolve(model_uri, uri)
-    folder = cache / f"{model.name}-{model.version}-{model.run_id[:8]}"
+    client = connect(uri)
+    if model_uri.startswith(RUNS):
+        source = _model_of_run(client, model_uri, uri)
+        folder, shown_as = cache / source.removeprefix("models:/"), model_uri
+    else:
+        model = resolve(model_uri, uri)
+        source = client.get_model_version_download_uri(model.name, model.version)
+        folder, shown_as = cache / f"{model.name}-{model.version}-{model.run_id[:8]}", model.uri
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
             with redirect_stderr(io.StringIO()):  # its progress bar
-                source = connect(uri).get_model_version_download_uri(model.name, model.version)
                 found = mlflow.artifacts.download_artifacts(source, dst_path=str(partial), tracking_uri=uri)
             Path(found).rename(folder)
-        except (MlflowException, OSError) as error:
-            raise UserError(f"{model_uri} cannot be read from {shown(uri)}: {error}") from error
+        except Exception as error:  # each kind of artifact store has errors of its own
+            raise UserError(f"{model_uri} cannot be read from {shown(uri)}: {first_line(error, uri)}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     if not (folder / "artifacts" / "model.json").is_file():
-        raise UserError(f"{model_uri} ({model.uri} in {shown(uri)}) has no model card: it is not of this project.")
+        raise UserError(f"{model_uri} ({shown_as} in {shown(uri)}) has no model card: it is not of this project.")
     return folder / "artifacts"
+
+
+def _model_of_run(client: MlflowClient, model_uri: str, uri: str) -> str:
+    """The address `models:/m-...` of a run's model."""
+    run_id, _, name = model_uri.removeprefix(RUNS).partition("/")
+    try:
+        experiment = client.get_run(run_id).info.experiment_id
+    except MlflowException as error:
+        raise UserError(
+            f"there is no run {run_id} in {shown(uri)}; `densenet runs list` shows those there are."
+        ) from error
+    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    for model in models:
+        if model.name == name:
+            return f"models:/{model.model_id}"
+    names = ", ".join(sorted({model.name for model in models})) or "none"
+    raise UserError(f"the run {run_id} has no model '{name}', it has: {names}. Write runs:/ID/NAME.")
 
 
 def _what_there_is(client: MlflowClient, uri: str, name: str, model_uri: str) -> str:

@@ -67,10 +67,11 @@ def test_the_version_has_alias_run_and_results(registered):
     assert json.loads(version.tags["transform"]) == TRANSFORM
 
 
-def test_predictions_equal_plain_timm_after_torchvisions_transform(registered):
+def test_predictions_equal_plain_timm_after_torchvisions_transform(registered, tmp_path):
     model, uri, folder = registered
-    for name in (model.uri, "models:/tiny/1"):
-        (prediction,) = predict_files(name, uri, [folder / "picture.jpg"], top=99)
+    run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
+    for name in (model.uri, "models:/tiny/1", f"runs:/{run_id}/model", str(folder / "checkpoint")):
+        (prediction,) = predict_files(locate(name, "MODEL", tmp_path, uri), [folder / "picture.jpg"], top=99)
         probabilities = expected(folder / "picture.jpg")
         assert [p for _, p in prediction.classes] == sorted((p for _, p in prediction.classes), reverse=True)
         for class_name, probability in prediction.classes:
@@ -78,20 +79,43 @@ def test_predictions_equal_plain_timm_after_torchvisions_transform(registered):
         assert len(prediction.classes) == len(CLASSES)
 
 
-def test_mlflow_loads_it_and_takes_bytes_and_base64(registered):
+def test_mlflow_loads_it_and_takes_bytes_base64_arrays_and_paths(registered):
     model, uri, folder = registered
     mlflow.set_tracking_uri(uri)
     content = (folder / "picture.jpg").read_bytes()
+    with Image.open(folder / "picture.jpg") as image:
+        pixels_HWC = np.asarray(image)
     loaded = mlflow.pyfunc.load_model(model.uri)
-    frame = loaded.predict(pd.DataFrame({"image": [content, content]}))
-    assert frame["probabilities"][0] == pytest.approx(frame["probabilities"][1])
+    forms = [content, base64.b64encode(content).decode(), folder / "picture.jpg", pixels_HWC, pixels_HWC.tolist()]
+    frame = loaded.predict(pd.DataFrame({"image": forms}))
+    probabilities_K = expected(folder / "picture.jpg")
+    for row_K in frame["probabilities"]:
+        assert row_K == pytest.approx(probabilities_K.tolist(), abs=1e-6)
     assert frame["class_name"][0] == CLASSES[frame["class_id"][0]]
     assert frame["probability"][0] == max(frame["probabilities"][0])
-    text = base64.b64encode(content).decode()
-    again = loaded.unwrap_python_model().predict(None, pd.DataFrame({"image": [text]}))
-    assert again["probabilities"][0] == pytest.approx(frame["probabilities"][0])
-    with pytest.raises(mlflow.MlflowException, match="row 1 of `image` is not a picture"):
-        loaded.predict(pd.DataFrame({"image": [content, b"no picture"]}))
+    for wrong in (b"no picture", "no base64!", str(folder / "picture.jpg"), Path("/gone.jpg"), pixels_HWC * 1.5, None):
+        with pytest.raises(mlflow.MlflowException, match="row 1 of `image` is not a picture"):
+            loaded.predict(pd.DataFrame({"image": [content, wrong]}))
+    many = loaded.predict(pd.DataFrame({"image": [content] * 70}))
+    assert len(many) == 70
+    assert loaded.predict(pd.DataFrame({"image": []})).empty
+
+
+@pytest.mark.slow
+def test_mlflow_models_predict_scores_a_file(registered, tmp_path):
+    model, uri, folder = registered
+    picture = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()
+    asked, answer = tmp_path / "asked.json", tmp_path / "answer.json"
+    asked.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[picture]]}}))
+    done = subprocess.run(
+        [BIN / "mlflow", "models", "predict", "-m", model.uri, "-i", asked, "-o", answer, "--env-manager", "local"],
+        env=os.environ | {"MLFLOW_TRACKING_URI": uri, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(answer.read_text())["predictions"]
+    assert row["probabilities"] == pytest.approx(expected(folder / "picture.jpg").tolist(), abs=1e-6)
 
 
 @pytest.mark.slow
@@ -118,14 +142,20 @@ def test_mlflow_serves_it_over_http(registered):
         answer = requests.post(f"{address}/invocations", json=asked, timeout=60)
         assert answer.ok, answer.text
         first, second = answer.json()["predictions"]
-        assert first == second
         probabilities_K = expected(folder / "picture.jpg")
+        assert second["probabilities"] == pytest.approx(probabilities_K.tolist(), abs=1e-6)
         assert first["probabilities"] == pytest.approx(probabilities_K.tolist(), abs=1e-6)
         assert first["class_name"] == CLASSES[int(probabilities_K.argmax())]
         wrong = requests.post(
             f"{address}/invocations", json={"dataframe_split": {"columns": ["x"], "data": [[1]]}}, timeout=60
         )
         assert wrong.status_code == 400
+        for data in ("bm8gcGljdHVyZQ==", str(folder / "picture.jpg"), "/etc/passwd"):  # no picture; paths
+            body = {"dataframe_split": {"columns": ["image"], "data": [[data]]}}
+            wrong = requests.post(f"{address}/invocations", json=body, timeout=60)
+            assert wrong.status_code == 400
+            assert "row 0 of `image` is not a picture: give the bytes of a JPEG" in wrong.json()["message"]
+            assert "Traceback" not in wrong.text
     finally:
         for process in [*psutil.Process(server.pid).children(recursive=True), server]:  # groups of their own
             process.kill()
@@ -159,17 +189,25 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "
         ("models:/tony@candidate", "no model named 'tony' .* Registered: tiny"),
         ("models:/tiny@champion", r"Aliases of tiny: @candidate \(version 1\); versions: 1"),
         ("models:/tiny/7", r"Aliases of tiny: @candidate \(version 1\); versions: 1"),
-        ("tiny", "write models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("models:/tiny", "write models:/NAME@ALIAS or models:/NAME/VERSION"),
+        (f"runs:/{'0' * 32}/model", "there is no run 0+"),
     ],
 )
-def test_a_model_that_is_not_there_is_told_with_those_that_are(registered, name, message):
-    _, uri, folder = registered
+def test_a_model_that_is_not_there_is_told_with_those_that_are(registered, tmp_path, name, message):
+    _, uri, _ = registered
     with pytest.raises(UserError, match=message):
-        predict_files(name, uri, [folder / "picture.jpg"])
+        locate(name, "MODEL", tmp_path, uri)
+
+
+def test_a_model_that_a_run_does_not_have_is_told_with_those_it_has(registered, tmp_path):
+    _, uri, _ = registered
+    run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
+    with pytest.raises(UserError, match=f"the run {run_id} has no model 'net', it has: model"):
+        locate(f"runs:/{run_id}/net", "MODEL", tmp_path, uri)
 
 
 def test_files_that_are_no_pictures_are_named(registered):
-    model, uri, folder = registered
+    _, _, folder = registered
     (folder / "notes.txt").write_text("x")
     for file, message in (
         ("gone.jpg", "does not exist"),
@@ -177,7 +215,7 @@ def test_files_that_are_no_pictures_are_named(registered):
         ("notes.txt", "not an image"),
     ):
         with pytest.raises(UserError, match=f"{file} .*{message}|{file} {message}"):
-            predict_files(model.uri, uri, [folder / file])
+            predict_files(folder / "checkpoint", [folder / file])
 
 
 @pytest.mark.parametrize("name", ["densenet121", "densenet_bc_l40_k12"])

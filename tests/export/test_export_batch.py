@@ -1,0 +1,79 @@
+"""`densenet predict` over a folder: the probabilities of `eval`, in a table, and damaged files told by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.data.dataset import open_split
+from pipeline.evaluation.probabilities import model_probabilities
+from pipeline.export.predict import predict_files
+from tests.models import CLASSES, write_model
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Ten sound pictures at several depths, of several formats."""
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        file = tmp_path / "set" / CLASSES[i % 3] / f"{i}.{'png' if i % 2 else 'jpg'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40 + 3 * i, 60 - i, 3), np.uint8)).save(file)
+    return tmp_path / "set"
+
+
+def test_a_folder_gets_the_probabilities_of_the_evaluation(densenet, pictures, tmp_path):
+    model, out = write_model(tmp_path / "model"), tmp_path / "out" / "answers.parquet"
+    code, printed = densenet("predict", model, "--batch", pictures, "--out", out, "--top", 2, "--batch-size", 4)
+    assert code == 0, printed
+    assert "10 pictures in" in printed
+    assert "img/s" in printed
+    index = open_split(pictures.parent / "set", "val", tmp_path / "index")
+    expected_NK, _ = model_probabilities(model, index)
+    rows = pq.read_table(out).to_pylist()
+    by_name = {row["image"]: row for row in rows}
+    assert len(by_name) == 10
+    for i, row_K in enumerate(expected_NK):
+        row = by_name[index.path(i).relative_to(pictures).as_posix()]
+        assert row["class_name"] == CLASSES[row["class_id"]] == CLASSES[int(row_K.argmax())]
+        assert row["probability"] == pytest.approx(row_K.max(), abs=1e-5)
+        assert row["top_class_ids"] == np.argsort(-row_K)[:2].tolist()
+        assert row["error"] is None
+        (packaged,) = predict_files(model, [index.path(i)], top=3)  # by Pillow, not by DALI
+        for name, probability in packaged.classes:
+            assert row_K[CLASSES.index(name)] == pytest.approx(probability, abs=2e-3)
+
+
+def test_damaged_files_are_rows_with_what_is_wrong(densenet, pictures, tmp_path):
+    (pictures / "notes.txt").write_text("x")
+    whole = (pictures / "cat" / "0.jpg").read_bytes()
+    (pictures / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    holes = bytearray((pictures / "dog" / "1.png").read_bytes())
+    holes[len(holes) // 2] ^= 0xFF  # found by decoding alone
+    (pictures / "dog" / "1.png").write_bytes(holes)
+    model, out = write_model(tmp_path / "model"), tmp_path / "answers.parquet"
+    code, printed = densenet("predict", model, "--batch", pictures, "--out", out)
+    assert code == 0, printed
+    assert "3 files are no sound pictures (column `error`)" in printed
+    rows = pq.read_table(out).to_pylist()
+    faults = {row["image"]: row["error"] for row in rows if row["error"]}
+    assert set(faults) == {"notes.txt", "cat/cut.jpg", "dog/1.png"}
+    assert "is a JPEG that is cut short" in faults["cat/cut.jpg"]
+    assert len(rows) == 12
+
+
+def test_bad_input_is_told(densenet, pictures, tmp_path):
+    model = write_model(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ((model,), "give image files, or a folder with --batch DIR --out FILE.parquet"),
+        ((model, "--batch", pictures), "give image files, or a folder with --batch DIR --out FILE.parquet"),
+        ((model, "--batch", tmp_path / "gone", "--out", "x.parquet"), "is not a folder: give one with pictures"),
+        ((model, "--batch", tmp_path / "empty", "--out", "x.parquet"), "holds no files: give a folder with pictures"),
+        ((model, "--batch", pictures, "--out", "/proc/x.parquet"), "--out=/proc/x.parquet cannot be written"),
+    ):
+        code, printed = densenet("predict", *arguments)
+        assert code == 2, printed
+        assert message in " ".join(printed.split())
