@@ -104,6 +104,24 @@ def predict(
     predict_command(console, model, images or [], top, batch, out, batch_size, uri)
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    to: Annotated[str, typer.Option(help="onnx, torch (torch.export), timm (a hub-style folder) or int8 (ONNX)")],
+    out: Annotated[Path, typer.Option(help="folder")],
+    data: Annotated[Path | None, typer.Option(help="for int8: a data set to calibrate and measure with")] = None,
+    split: Annotated[str, typer.Option(help="for int8: the split to measure on")] = "val",
+    calibrate: Annotated[str, typer.Option(help="for int8: the split to take ranges from")] = "train",
+    images: Annotated[int, typer.Option(min=1, help="for int8: pictures to take ranges from")] = 512,
+    attach: Annotated[bool, typer.Option("--attach", help="store it with the model version")] = False,
+    uri: Uri = None,
+) -> None:
+    """Write a model for other programs; its logits are compared with torch's."""
+    from launch.export import export_command
+
+    export_command(console, model, to, out, data, split, calibrate, images, attach, uri)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
@@ -123,6 +141,19 @@ def evaluate(
 
     options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
     eval_command(console, model, data, options, uri)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="names or ids of runs")],
+    out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
+    uri: Uri = None,
+    experiment: Annotated[str, typer.Option(help="MLflow experiment")] = "densenet",
+) -> None:
+    """Write runs as one HTML page: curves, differences, checkpoints, sample predictions."""
+    from launch.report import report_command
+
+    report_command(console, runs, out, uri, experiment)
 
 
 @app.command()

@@ -11,12 +11,14 @@ from rich.table import Table
 app = typer.Typer(help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None)
 
 Name = Annotated[str, typer.Argument(help="of a registered model")]
+Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/VERSION, or NAME for the newest")]
 Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 
 
 @app.command("list")
-def list_models() -> None:
-    """Show the models: parameters, multiply-adds, and the paper's accuracy."""
+def list_models(uri: Uri = None) -> None:
+    """Show the nets by name, with the paper's accuracy, and the models that are registered."""
+    from launch.models import registered_command
     from pipeline.model import ARCHITECTURES, PAPER, size
 
     table = Table(box=None, pad_edge=False)
@@ -32,7 +34,26 @@ def list_models() -> None:
         table.add_row(
             name, str(classes), f"{counted.parameters:,}", multiply_adds, str(side), PAPER.get(name, "not in the paper")
         )
-    Console(file=sys.stdout, highlight=False, width=120).print(table)
+    console = Console(file=sys.stdout, highlight=False, width=120)
+    console.print(table)
+    console.print()
+    registered_command(console, uri)
+
+
+@app.command()
+def show(model: Version, uri: Uri = None) -> None:
+    """Show what is known of a registered model."""
+    from launch.models import show_command
+
+    show_command(Console(highlight=False), model, uri)
+
+
+@app.command()
+def diff(first: Version, second: Version, uri: Uri = None) -> None:
+    """Show what two registered models differ in: results, transform, the parameters of their runs."""
+    from launch.models import diff_command
+
+    diff_command(Console(highlight=False), first, second, uri)
 
 
 @app.command()
@@ -66,6 +87,6 @@ def rollback(
 @app.command()
 def history(name: Name, uri: Uri = None) -> None:
     """Show a registered model's versions, aliases and promotions."""
-    from launch.promote import history_command
+    from launch.models import history_command
 
     history_command(Console(highlight=False), name, uri)

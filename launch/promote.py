@@ -1,4 +1,4 @@
-"""`densenet models promote|rollback|history`: the gate in front of a registry's alias."""
+"""`densenet models promote|rollback`: the gate in front of a registry's alias."""
 
 import datetime
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
@@ -26,7 +25,7 @@ from pipeline.tracking.registry import (
 )
 from pipeline.tracking.store import default_tracking_uri
 
-_PROMOTED, _BEFORE = "promoted.at", "promoted.before"
+PROMOTED, BEFORE = "promoted.at", "promoted.before"
 
 
 def promote_command(
@@ -56,7 +55,7 @@ def promote_command(
     index = open_split(root, split, outputs / "index")
     new_N, transform = _hits(new.uri, uri, index, outputs)
     evidence = {
-        _PROMOTED: f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        PROMOTED: f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
         "promoted.to": alias,
         "promoted.data": f"{split} of {index.fingerprint[:16]}",
         "promoted.transform": transform,
@@ -74,7 +73,7 @@ def promote_command(
             f"asked for: a gain of {min_gain:g} points or more at p {max_p:g} or less: {'yes' if holds else 'no'}"
         )
         evidence |= {
-            _BEFORE: old,
+            BEFORE: old,
             "promoted.gain": f"{paired.gain:.4f}",
             "promoted.p": f"{paired.p_value:.3g}",
             "promoted.only": f"{paired.only_new} against {paired.only_old}",
@@ -102,7 +101,7 @@ def rollback_command(console: Console, name: str, alias: str, uri: str | None) -
     if version is None:
         raise UserError(f"{name}@{alias} is no version: there is nothing to roll back.")
     tags = next(v.tags for v in versions(name, uri) if v.version == version)
-    before = tags.get(_BEFORE) if tags.get("promoted.to") == alias else None
+    before = tags.get(BEFORE) if tags.get("promoted.to") == alias else None
     if before is None:
         raise UserError(f"{name} version {version} does not tell what @{alias} was before: nothing is changed.")
     resolve(f"{REGISTRY}{name}/{before}", uri)
@@ -110,19 +109,6 @@ def rollback_command(console: Console, name: str, alias: str, uri: str | None) -
     tag_version(name, version, "rolled_back.at", now, uri)
     move_alias(name, alias, before, uri)
     console.print(f"{name}@{alias} is version {before} again, {version} before")
-
-
-def history_command(console: Console, name: str, uri: str | None) -> None:
-    """Prints the versions of a model, newest first, with their aliases and what they were promoted on."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("version", "aliases", "top-1", "epoch", "promoted", "against", "gain", "p"):
-        table.add_column(column, overflow="fold")
-    for v in versions(name, uri or default_tracking_uri()):
-        tags = v.tags
-        hits = tags.get("promoted.top1") or f"{tags.get('top1_correct', '?')}/{tags.get('total', '?')}"
-        told = [tags.get(key, "") for key in (_PROMOTED, _BEFORE, "promoted.gain", "promoted.p")]
-        table.add_row(v.version, ", ".join(f"@{alias}" for alias in v.aliases), hits, tags.get("epoch", ""), *told)
-    console.print(table)
 
 
 def _hits(model: str, uri: str, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str]:

@@ -74,7 +74,8 @@ def attach_curves(tracker: Tracker, prepared: Prepared) -> None:
         _attach_picture(tracker, curves(lines, "epoch", label), run_dir / file)
     if (run_dir / CONFUSION).is_file():
         tracker.attach(run_dir / CONFUSION)
-        _attach_picture(tracker, confusion_picture(*read_confusion(run_dir / CONFUSION)), run_dir / "confusion.png")
+        classes, matrix_KK = read_confusion((run_dir / CONFUSION).read_text(encoding="utf-8"))
+        _attach_picture(tracker, confusion_picture(classes, matrix_KK), run_dir / "confusion.png")
 
 
 def attach_samples(tracker: Tracker, prepared: Prepared, best: Path) -> None:

@@ -24,6 +24,7 @@ _LAST = (
     "restarts",
     "lost_samples",
 )
+_TAGS = ("restart.", "checkpoint.", "data.", "eval.", "machine.", "version.", "mlflow.source.git", "git.", "changed.")
 _SHOWN = 40  # characters of a value in a comparison
 
 
@@ -64,7 +65,17 @@ def show(
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.started))
     rows: list[tuple[str, Any]] = [("run", found.name), ("id", found.id), ("status", found.status), ("started", began)]
     rows += [(key, _number(found.metrics[key])) for key in _LAST if key in found.metrics]
-    prefixes = ("restart.", "data.", "eval.", "version.", "mlflow.source.git", "git.", "changed.")
+    prefixes = (
+        "restart.",
+        "checkpoint.",
+        "data.",
+        "eval.",
+        "machine.",
+        "version.",
+        "mlflow.source.git",
+        "git.",
+        "changed.",
+    )
     rows += [(key, value) for key, value in sorted(found.tags.items()) if key.startswith(prefixes)]
     console = Console(highlight=False)
     width = max(len(name) for name, _ in rows) + 2
@@ -79,7 +90,7 @@ def compare(
     experiment: Experiment = "densenet",
 ) -> None:
     """Show what differs between runs: parameters, and the last results."""
-    from pipeline.tracking.look import past_run
+    from pipeline.tracking.look import differences, past_run
 
     found = [past_run(_uri(uri), experiment, run) for run in runs]
     table = Table(box=None, pad_edge=False)
@@ -88,10 +99,8 @@ def compare(
     for key in _LAST:
         if any(key in run.metrics for run in found):
             table.add_row(key, *(_number(run.metrics.get(key)) for run in found))
-    for key in sorted({key for run in found for key in run.params}):
-        values = [run.params.get(key, "") for run in found]
-        if len(set(values)) > 1 and not key.startswith("run."):
-            table.add_row(key, *(value[:_SHOWN] for value in values))
+    for key, values in differences(found):
+        table.add_row(key, *(value[:_SHOWN] for value in values))
     Console(highlight=False).print(table)
 
 

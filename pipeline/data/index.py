@@ -75,6 +75,10 @@ class DatasetIndex:
         """The same data in another place."""
         return DatasetIndex(root, self.classes, self.table, self.shards)
 
+    def subset(self, rows_N: NDArray[np.int64]) -> "DatasetIndex":
+        """Some of the samples, in the order given."""
+        return DatasetIndex(self.root, self.classes, self.table.take(rows_N), self.shards)
+
     @cached_property
     def labels_N(self) -> NDArray[np.int64]:
         return self._integers("label")

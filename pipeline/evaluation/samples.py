@@ -24,7 +24,7 @@ def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> li
     with their probabilities, best first. Those missed come first, the surest one before the others.
     """
     rows = np.unique(np.linspace(0, len(index) - 1, min(_LOOKED_AT, len(index))).astype(np.int64))
-    subset = DatasetIndex(index.root, index.classes, index.table.take(rows), index.shards)
+    subset = index.subset(rows)
     classes = read_card(folder)["classes"]
     given_NK, _ = model_probabilities(folder, subset)
     labels_N, best_N = labels_of(subset, classes), given_NK.argmax(axis=1)

@@ -1,6 +1,7 @@
 """Tables as CSV files."""
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ def write_confusion(file: Path, classes: Sequence[str], matrix_KK: NDArray[np.in
     write_csv(file, ["class", *classes], [[name, *row] for name, row in rows])
 
 
-def read_confusion(file: Path) -> tuple[list[str], NDArray[np.int64]]:
-    """Classes and matrix, as `write_confusion` has written them."""
-    with file.open(encoding="utf-8", newline="") as stream:
-        header, *rows = csv.reader(stream)
+def read_confusion(text: str) -> tuple[list[str], NDArray[np.int64]]:
+    """Classes and matrix, from the text that `write_confusion` has written."""
+    header, *rows = csv.reader(io.StringIO(text))
     return header[1:], np.array([row[1:] for row in rows], np.int64)

@@ -108,14 +108,14 @@ def predict_folder(
         out.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
             for start in range(0, total, _CHUNK):
-                part = _rows(index, np.arange(start, min(start + _CHUNK, total)))
+                part = index.subset(np.arange(start, min(start + _CHUNK, total)))
                 told = _progress_from(progress, start, total)
                 try:
                     given_NK = _given(folder, card, part, batch_size, told)
                 except DataError:  # damage that only a whole decoding shows: found one by one
                     sound, unsound = _looked_through(part)
                     faults |= unsound
-                    part = _rows(part, sound)
+                    part = part.subset(sound)
                     given_NK = _given(folder, card, part, batch_size, told)
                 classified += len(part)
                 writer.write_table(_table(part, given_NK, card["classes"], top))
@@ -146,10 +146,6 @@ def _given(
         return np.zeros((0, card["num_classes"]), np.float32)
     transform = Transform(**card["transform"])
     return model_probabilities(folder, index, transform, batch_size=batch_size, progress=told)[0]
-
-
-def _rows(index: DatasetIndex, rows_N: NDArray[np.int64]) -> DatasetIndex:
-    return DatasetIndex(index.root, index.classes, index.table.take(rows_N), index.shards)
 
 
 def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, str]]:

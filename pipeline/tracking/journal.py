@@ -42,8 +42,9 @@ class Journal:
         taken: list[dict[str, Any]] = []
         values = 0
         for record, end in self._from(place):
+            kind = record["kind"]
             values += len(record.get("values", ()))
-            if taken and (record["kind"] != taken[0]["kind"] or values > _LIMITS.get(record["kind"], 0)):
+            if taken and (kind not in _LIMITS or kind != taken[0]["kind"] or values > _LIMITS[kind]):
                 break
             taken.append(record)
             place = end

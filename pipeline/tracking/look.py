@@ -1,5 +1,9 @@
 """What the tracking store knows of past runs."""
 
+import io
+import tempfile
+from collections.abc import Iterable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +11,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
-from pipeline.tracking.store import connect, shown
+from pipeline.tracking.store import connect, first_line, shown
 
 _MOST = 1000
 
@@ -55,6 +59,41 @@ def past_run(uri: str, experiment: str, name_or_id: str) -> PastRun:
             return run
     newest = ", ".join(run.name for run in runs[:5]) or "none"
     raise UserError(f"there is no run '{name_or_id}' in {shown(uri)}; the newest: {newest}.")
+
+
+def differences(runs: list[PastRun]) -> list[tuple[str, list[str]]]:
+    """Parameters whose values are not the same in all runs, but for where these write."""
+    found = []
+    for key in sorted({key for run in runs for key in run.params}):
+        values = [run.params.get(key, "") for run in runs]
+        if len(set(values)) > 1 and not key.startswith("run."):
+            found.append((key, values))
+    return found
+
+
+def metric_history(uri: str, run_id: str, keys: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
+    """All values of some metrics of a run by samples seen, in that order; those it does not have are left out."""
+    client = connect(uri)
+    found = {key: sorted((m.step, m.value) for m in client.get_metric_history(run_id, key)) for key in keys}
+    return {key: points for key, points in found.items() if points}
+
+
+def read_artifact(uri: str, run_id: str, name: str) -> str | None:
+    """The text of a run's artifact; None where it has none of this name.
+
+    Raises:
+        UserError: the artifact store does not answer.
+    """
+    client = connect(uri)
+    try:
+        if name not in [file.path for file in client.list_artifacts(run_id)]:
+            return None
+        with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # its progress bar
+            return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+    except Exception as error:  # each kind of artifact store has errors of its own
+        raise UserError(
+            f"{name} of the run {run_id} cannot be read from {shown(uri)}: {first_line(error, uri)}"
+        ) from error
 
 
 def end_children(uri: str, parent: str) -> None:

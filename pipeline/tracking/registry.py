@@ -118,11 +118,25 @@ def _what_there_is(client: MlflowClient, uri: str, name: str, model_uri: str) ->
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model, with its aliases and tags."""
+    """A version of a registered model, with its aliases, its tags and the run that it comes from."""
 
     version: str
+    run_id: str
     aliases: tuple[str, ...]
     tags: dict[str, str]
+
+
+def registered_names(uri: str) -> list[str]:
+    """The names of all registered models.
+
+    Raises:
+        UserError: the store at `uri` does not answer, or has no registry.
+    """
+    client = connect(uri)
+    try:
+        return [model.name for model in client.search_registered_models()]
+    except MlflowException as error:
+        raise UserError(f"the store at {shown(uri)} has no model registry: {first_line(error, uri)}") from error
 
 
 def versions(name: str, uri: str) -> list[Version]:
@@ -138,7 +152,12 @@ def versions(name: str, uri: str) -> list[Version]:
         raise UserError(_what_there_is(client, uri, name, f"{REGISTRY}{name}")) from error
     found = client.search_model_versions(f"name='{name}'")
     return [
-        Version(str(v.version), tuple(a for a, of in aliases.items() if str(of) == str(v.version)), dict(v.tags))
+        Version(
+            str(v.version),
+            v.run_id or "",
+            tuple(a for a, of in aliases.items() if str(of) == str(v.version)),
+            dict(v.tags),
+        )
         for v in sorted(found, key=lambda v: int(v.version), reverse=True)
     ]
 
@@ -156,3 +175,23 @@ def tag_version(name: str, version: str, key: str, value: str, uri: str) -> None
 def move_alias(name: str, alias: str, version: str, uri: str) -> None:
     """Makes an alias stand for a version."""
     connect(uri).set_registered_model_alias(name, alias, version)
+
+
+def attach_to_version(model_uri: str, kind: str, file: Path, uri: str) -> str:
+    """Stores a file or folder with the run of a model version, and its address as the version's tag `export.KIND`.
+
+    Raises:
+        UserError: there is no such version, or the store does not take the file.
+    """
+    model, client = resolve(model_uri, uri), connect(uri)
+    folder = f"exports/{model.name}-{model.version}"
+    try:
+        if file.is_dir():
+            client.log_artifacts(model.run_id, str(file), f"{folder}/{file.name}")
+        else:
+            client.log_artifact(model.run_id, str(file), folder)
+    except Exception as error:  # each kind of artifact store has errors of its own
+        raise UserError(f"{file} cannot be stored in {shown(uri)}: {first_line(error, uri)}") from error
+    place = f"{RUNS}{model.run_id}/{folder}/{file.name}"
+    client.set_model_version_tag(model.name, model.version, f"export.{kind}", place)
+    return place

@@ -99,6 +99,16 @@ def test_the_gate_from_the_first_champion_to_the_way_back(registry, models):
     code, printed = models("history", "tiny")
     assert re.search(r"^2 +@candidate, @champion|^2 +@champion, @candidate", printed, re.MULTILINE), printed
 
+    code, printed = models("list")
+    assert re.search(r"^tiny +2 +@c\w+, @c\w+ +densenet_tiny ", printed, re.MULTILINE), printed
+    code, printed = models("show", "tiny@champion")
+    assert re.search(r"^model +models:/tiny/2$", printed, re.MULTILINE), printed
+    assert re.search(r"^promoted.before +1$", printed, re.MULTILINE)
+    code, printed = models("diff", "tiny/1", "tiny")
+    assert re.search(r"^ +tiny/1 +tiny/2 *$", printed, re.MULTILINE), printed
+    assert re.search(r"^promoted.before +1 *$", printed, re.MULTILINE), printed
+    assert "architecture" not in printed, "it is the same"
+
     code, printed = models("rollback", "tiny")
     assert code == 0, printed
     assert "tiny@champion is version 1 again, 2 before" in printed
@@ -111,6 +121,8 @@ def test_the_gate_from_the_first_champion_to_the_way_back(registry, models):
 def test_what_there_is_not_is_told(models, registry):
     for arguments, message in {
         ("history", "tinny"): "no model named 'tinny'",
+        ("show", "tinny"): "no model named 'tinny'",
+        ("diff", "tiny/1", "tiny/9"): "versions: 2, 1",
         ("rollback", "tiny", "--alias", "nobody"): "tiny@nobody is no version: there is nothing to roll back",
         ("promote", "tiny@nobody", "--data", registry[1]): "Aliases of tiny: ",
     }.items():

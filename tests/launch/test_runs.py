@@ -1,5 +1,6 @@
 """Whole runs on an embedded Ray, as a user starts them."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -24,7 +25,7 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     out = done.stdout
 
     assert re.search(
-        r"epoch 0\.45/3  step 10/68  loss \d\.\d{4}  lr 0\.04454  [\d.]+ img/s \([\d.]+ img/s per worker\)  data wait",
+        r"epoch 0\.45/3  step 10/68  loss \d\.\d{4}  lr 0\.04454  [\d,.]+ img/s \([\d,.]+ img/s per worker\)  data wait",
         out,
     )
     assert "ETA" in out
@@ -60,18 +61,39 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert run.data.metrics["val/top1"] > 94
     assert len(client.get_metric_history(version.run_id, "train/loss")) == 7
 
-    assert "learning_rate.png" in [file.path for file in client.list_artifacts(version.run_id)]
+    there = {file.path for file in client.list_artifacts(version.run_id)}
+    pictures = {"learning_rate.png", "loss.png", "accuracy.png", "confusion.png"}
+    tables = {"config.yaml", "deepspeed.json", "packages.txt", "metrics.csv", "confusion.csv", "checkpoints.json"}
+    assert pictures | tables | {"samples.json"} <= there
+    assert sorted(read.dataset.name for read in run.inputs.dataset_inputs) == ["digits/train", "digits/val"]
+    assert f"- **best**: {summary['best']}" in run.data.tags["mlflow.note.content"]
+    assert run.data.tags["checkpoint.best"] == summary["checkpoint"]
+    assert run.data.metrics["train/grad_norm"] > 0
+    kept = json.loads(Path(client.download_artifacts(version.run_id, "checkpoints.json", str(tmp_path))).read_text())
+    (best,) = [record for record in kept if record["best"]]
+    assert best["sha256"] == hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    assert best["top1"] == pytest.approx(100 * int(top1) / 360)
 
     data = tmp_path / "data" / "digits"
     evaluated = shell("densenet", "eval", "models:/densenet_tiny@candidate", "--data", str(data), "--uri", uri)
     assert evaluated.returncode == 0, evaluated.stdout
     assert f"plain     top-1 {top1}/360 = " in evaluated.stdout, "the count of the training run"
 
+    version_uri = "models:/densenet_tiny@candidate"
     gate = ["densenet_tiny@candidate", "--data", str(data), "--uri", uri]
     promoted = shell("densenet", "models", "promote", *gate)
     assert promoted.returncode == 0, promoted.stdout
     assert f"version 1: top-1 {top1}/360 = " in promoted.stdout
     assert "densenet_tiny@champion is version 1 now" in promoted.stdout
+    exported = shell("densenet", "export", version_uri, "--to", "onnx", "--out", str(tmp_path / "onnx"), "--uri", uri)
+    assert exported.returncode == 0, exported.stdout
+    page = shell("densenet", "report", run_dir.name, "--out", str(tmp_path / "report.html"), "--uri", uri)
+    assert page.returncode == 0, page.stdout
+    assert run_dir.name in (tmp_path / "report.html").read_text()
+    listed = shell("densenet", "models", "list", "--uri", uri)
+    assert re.search(
+        r"^densenet_tiny +1 +@candidate, @champion +densenet_tiny +\d+/360 = ", listed.stdout, re.MULTILINE
+    )
     listed = shell("densenet", "runs", "list", "--uri", uri, env={"COLUMNS": "200"})
     assert re.search(rf"^{run_dir.name} +FINISHED .* densenet_tiny ", listed.stdout, re.MULTILINE), listed.stdout
 

@@ -32,10 +32,14 @@ def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, floa
 def test_a_run_holds_what_it_was_told_on_the_samples_clock(tmp_path):
     c = config(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "more.txt").write_text("more")
     with start(c, tmp_path) as tracker:
         tracker.params(c.model_dump(mode="json") | {"derived": {"workers": 2}})
         tracker.tags({"eval.transform": c.eval.description})
         tracker.attach(tmp_path / "notes.txt", "texts")
+        tracker.attach(tmp_path / "more.txt", "texts")
+        tracker.dataset("validation", "digits/val", "beef" * 16, "/data/digits", {"images": 360})
+        tracker.attach(tmp_path / "run" / JOURNAL)
         tracker.dataset("training", "digits/train", "f00d" * 16, "/data/digits", {"images": 1437})
         for i in range(5):
             tracker.log({"train/loss": 1 / (i + 1), "train/lr": 0.1}, samples_seen=64 * i)
@@ -47,12 +51,15 @@ def test_a_run_holds_what_it_was_told_on_the_samples_clock(tmp_path):
     assert run.data.params["optim.lr"] == "0.1"
     assert run.data.params["derived.workers"] == "2"
     assert run.data.tags["eval.transform"].startswith("resize 256")
-    (read,) = run.inputs.dataset_inputs
-    assert (read.dataset.name, read.dataset.digest) == ("digits/train", "f00d" * 9)
-    assert [(tag.key, tag.value) for tag in read.tags] == [("mlflow.data.context", "training")]
+    read = {(of.dataset.name, of.dataset.digest): of.tags for of in run.inputs.dataset_inputs}
+    assert set(read) == {("digits/train", "f00d" * 9), ("digits/val", "beef" * 9)}
+    tags = read["digits/train", "f00d" * 9]
+    assert [(tag.key, tag.value) for tag in tags] == [("mlflow.data.context", "training")]
+    assert sorted(file.path for file in client.list_artifacts(tracker.run_id)) == ["texts", JOURNAL]
     assert history(client, tracker.run_id, "train/loss") == [(64 * i, 1 / (i + 1)) for i in range(5)]
     artifact = client.download_artifacts(tracker.run_id, "texts/notes.txt", str(tmp_path))
     assert Path(artifact).read_text() == "hello"
+    assert len(client.list_artifacts(tracker.run_id, "texts")) == 2
 
 
 def test_a_run_that_is_continued_stays_one_and_records_what_changed(tmp_path):

@@ -1,0 +1,205 @@
+"""A model in the forms that other programs take: ONNX, torch.export, timm's folder, int8 for the CPU.
+
+Each file is loaded again and compared before it gets its name.
+"""
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import timm
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from safetensors.torch import save_file
+from torch import nn
+
+from pipeline.errors import TrainingError, UserError
+from pipeline.model.weights import load_model, read_card
+
+OPSET = 20
+TOLERANCE = 1e-4  # between the logits of an exported model and torch's
+_INPUT, _OUTPUT = "images", "logits"
+_CPU = ["CPUExecutionProvider"]
+_CHECKED = (1, 3)  # batch sizes
+_TIMM_ARCHITECTURE = "densenet121"  # its arguments make any of these nets
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a module: images [N, C, H, W] to logits [N, K], on the CPU by onnxruntime."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._session = onnxruntime.InferenceSession(str(file), providers=_CPU)
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._session.run([_OUTPUT], {_INPUT: images_NCHW.numpy()})[0])
+
+
+def to_onnx(folder: Path, out: Path) -> Path:
+    """Writes `out/model.onnx` of the model in `folder`: opset 20, any batch size, the card as metadata.
+
+    It maps `images`, fp32 [N, C, crop, crop] after the card's transform, to `logits`, fp32 [N, K].
+
+    Raises:
+        TrainingError: its logits are not those of torch.
+    """
+    card, model, file = read_card(folder), load_model(folder), out / "model.onnx"
+    example_NCHW = _example(card, 2)
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (example_NCHW,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[_INPUT],
+            output_names=[_OUTPUT],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    known = {key: card[key] for key in ("name", "classes", "transform")}
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
+    with _renamed(file) as temporary:
+        onnx.save(proto, temporary)
+        _compare(card, model, OnnxModel(temporary), "ONNX")
+    return file
+
+
+def to_torch(folder: Path, out: Path) -> Path:
+    """Writes `out/model.pt2`, for `torch.export.load`: any batch size, inputs and outputs as `to_onnx`.
+
+    Raises:
+        TrainingError: its logits are not those of torch.
+    """
+    card, model, file = read_card(folder), load_model(folder), out / "model.pt2"
+    program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with _renamed(file) as temporary:
+        torch.export.save(program, temporary)
+        _compare(card, model, torch.export.load(temporary).module(), "torch.export")
+    return file
+
+
+def to_timm(folder: Path, out: Path) -> Path:
+    """Writes `out/timm` with `model.safetensors` and `config.json`, for `timm.create_model("local-dir:...")`.
+
+    It is also what timm's models on a hub look like; the label names and the transform are in the configuration.
+
+    Raises:
+        UserError: plain timm has no such net.
+        TrainingError: its logits are not those of torch.
+    """
+    card, model, place = read_card(folder), load_model(folder), out / "timm"
+    arguments, transform = dict(card["architecture"]), card["transform"]
+    if arguments.get("stem_type") == "cifar":
+        raise UserError(f"timm has no net with the stem of {card['name']}: export it as onnx or torch.")
+    place.mkdir(parents=True, exist_ok=True)
+    channels = arguments.get("in_chans", 3)
+    config = {
+        "architecture": _TIMM_ARCHITECTURE,
+        "num_classes": card["num_classes"],
+        "num_features": model.num_features,
+        "label_names": card["classes"],
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "tag": card["config_hash"],
+            "num_classes": card["num_classes"],
+            "input_size": [channels, transform["crop"], transform["crop"]],
+            "crop_pct": transform["crop"] / transform["resize"],
+            "crop_mode": "center",
+            "interpolation": transform["interpolation"],
+            "mean": transform["mean"],
+            "std": transform["std"],
+            "first_conv": "features.conv0",
+            "classifier": "classifier",
+        },
+    }
+    with _renamed(place / "model.safetensors") as temporary:
+        save_file(model.state_dict(), temporary)
+    with _renamed(place / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _compare(card, model, timm.create_model(f"local-dir:{place}", pretrained=True).eval(), "timm")
+    return place
+
+
+def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[np.float32]]]) -> Path:
+    """Writes `out/model.int8.onnx`: convolutions and the classifier of an ONNX file quantised for the CPU.
+
+    Signed weights by channel, unsigned activations, ranges from the minima and maxima over the images [N, C, H, W] of
+    `batches`.
+    """
+    file = out / "model.int8.onnx"
+    prepared = out / "prepared-model.onnx"
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._batches = batches()
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            images_NCHW = next(self._batches, None)
+            return None if images_NCHW is None else {_INPUT: images_NCHW}
+
+    try:
+        with _quiet(), _renamed(file) as temporary:
+            quant_pre_process(str(onnx_file), str(prepared))
+            quantize_static(
+                str(prepared),
+                str(temporary),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+    finally:
+        prepared.unlink(missing_ok=True)
+    return file
+
+
+def _compare(card: dict[str, Any], model: nn.Module, exported: nn.Module, kind: str) -> None:
+    for count in _CHECKED:
+        images_NCHW = _example(card, count)
+        with torch.no_grad():
+            wanted_NK, given_NK = model(images_NCHW), exported(images_NCHW)
+        largest = (wanted_NK - given_NK).abs().max().item()
+        if largest > TOLERANCE:
+            raise TrainingError(
+                f"the {kind} export of {card['name']} gives logits that differ by {largest:.2g} from torch's, "
+                f"{TOLERANCE:g} is allowed; nothing is written."
+            )
+
+
+def _example(card: dict[str, Any], count: int) -> torch.Tensor:
+    """Images [count, C, crop, crop] of noise, always the same."""
+    crop, channels = card["transform"]["crop"], card["architecture"].get("in_chans", 3)
+    return torch.randn((count, channels, crop, crop), generator=torch.Generator().manual_seed(count))
+
+
+@contextmanager
+def _renamed(file: Path) -> Iterator[Path]:
+    """A temporary name for a file, which becomes its own unless something fails."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"partial-{file.name}")  # some writers want the ending
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' progress and announcements, which they print."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,35 @@
+"""A real browser for pages: Debian's Chromium, without a screen and without a network."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+_OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+def rendered(page: Path, folder: Path, script: str = "") -> str:
+    """A page's document as Chromium has made it, after a script of the test's own has run when all was loaded."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("there is no Chromium on this machine (Debian's package chromium)")
+    copy = folder / "page.html"
+    copy.write_text(
+        page.read_text(encoding="utf-8") + f'<script>addEventListener("load", () => {{{script}}})</script>',
+        encoding="utf-8",
+    )
+    command = [program, *_OPTIONS, f"--user-data-dir={folder / 'browser'}", "--virtual-time-budget=5000"]
+    done = subprocess.run(
+        [*command, "--dump-dom", copy.as_uri()], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout

@@ -1,0 +1,132 @@
+"""Exports, read back as another program would: ONNX, torch.export, timm's folder, int8."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipeline.errors import TrainingError
+from pipeline.export.formats import OnnxModel, _compare, to_onnx
+from pipeline.export.package import register
+from pipeline.model import ARCHITECTURES, create
+from pipeline.model.weights import read_card
+from tests.models import CLASSES, TRANSFORM, network, start_run, write_model
+
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+
+
+def expected() -> torch.Tensor:
+    with torch.no_grad():
+        return network()(IMAGES)
+
+
+def test_onnx_gives_torchs_logits_for_any_batch_and_knows_its_classes(densenet, tmp_path):
+    code, printed = densenet("export", write_model(tmp_path / "model"), "--to", "onnx", "--out", "out")
+    assert code == 0, printed
+    assert "opset 20" in printed
+    file = tmp_path / "out" / "model.onnx"
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for count in (1, 2, 5):
+        (logits_NK,) = session.run(["logits"], {"images": IMAGES[:count].numpy()})
+        assert torch.allclose(torch.from_numpy(logits_NK), expected()[:count], atol=1e-4)
+    known = {prop.key: json.loads(prop.value) for prop in onnx.load(file).metadata_props}
+    assert known == {"name": "densenet_tiny", "classes": list(CLASSES), "transform": TRANSFORM}
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.onnx"]
+
+
+def test_torch_export_and_timm_load_it_without_this_project(densenet, tmp_path):
+    model = write_model(tmp_path / "model")
+    for kind in ("torch", "timm"):
+        code, printed = densenet("export", model, "--to", kind, "--out", "out")
+        assert code == 0, printed
+    exported = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    plain = timm.create_model(f"local-dir:{tmp_path / 'out' / 'timm'}", pretrained=True).eval()
+    with torch.no_grad():
+        for count in (1, 5):
+            assert torch.allclose(exported(IMAGES[:count]), expected()[:count], atol=1e-5)
+        assert torch.equal(plain(IMAGES), expected())
+    assert plain.pretrained_cfg["mean"] == TRANSFORM["mean"]
+    assert plain.pretrained_cfg["input_size"] == [3, 32, 32] or plain.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_plain_timm_has_no_small_stem(densenet, tmp_path):
+    architecture = ARCHITECTURES["densenet_bc_l22_k12"]
+    model = write_model(tmp_path / "model", name="densenet_bc_l22_k12", architecture=architecture)
+    torch.manual_seed(0)
+    save_file(create("densenet_bc_l22_k12", 3).state_dict(), model / "model.safetensors")
+    code, printed = densenet("export", model, "--to", "timm", "--out", "out")
+    assert code == 2
+    assert "timm has no net with the stem of densenet_bc_l22_k12: export it as onnx or torch" in printed
+    code, printed = densenet("export", model, "--to", "onnx", "--out", "out")
+    assert code == 0, printed
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve training and nine evaluation pictures, labelled anyhow."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 9)):
+        for i in range(count):
+            file = tmp_path / "set" / split / CLASSES[i % 3] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (44, 50, 3), np.uint8)).save(file)
+    return tmp_path / "set"
+
+
+def test_int8_is_calibrated_measured_and_close(densenet, data, tmp_path):
+    model = write_model(tmp_path / "model")
+    code, printed = densenet("export", model, "--to", "int8", "--out", "out", "--data", data)
+    assert code == 0, printed
+    assert re.search(r"^fp32: top-1 \d/9 = [\d.]+ %, [\d,.]+ img/s", printed, re.MULTILINE)
+    assert re.search(r"int8.onnx: -?[\d.]+ points of top-1 lost, [\d.]+ times the speed", printed)
+    file = tmp_path / "out" / "model.int8.onnx"
+    kinds = [node.op_type for node in onnx.load(file).graph.node]
+    assert "QuantizeLinear" in kinds and "DequantizeLinear" in kinds
+    difference_NK = OnnxModel(file)(IMAGES) - expected()
+    assert 0 < difference_NK.abs().max() < 0.3 * expected().abs().max()
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.int8.onnx", "model.onnx"]
+
+
+def test_it_is_attached_to_the_version(densenet, tmp_path):
+    model = write_model(tmp_path / "model")
+    with start_run(tmp_path) as tracker:
+        names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
+        register(model, uri=tracker.uri, run_id=str(tracker.run_id), **names)
+    arguments = ("export", "models:/tiny@candidate", "--to", "timm", "--out", "out", "--attach", "--uri", tracker.uri)
+    code, printed = densenet(*arguments)
+    assert code == 0, printed
+    client = MlflowClient(tracker.uri, tracker.uri)
+    place = client.get_model_version("tiny", "1").tags["export.timm"]
+    assert place == f"runs:/{tracker.run_id}/exports/tiny-1/timm"
+    files = [file.path for file in client.list_artifacts(tracker.run_id, "exports/tiny-1/timm")]
+    assert sorted(files) == ["exports/tiny-1/timm/config.json", "exports/tiny-1/timm/model.safetensors"]
+
+
+def test_logits_that_differ_are_refused(tmp_path):
+    card, other = read_card(write_model(tmp_path / "model")), network(seed=1)
+    with pytest.raises(TrainingError, match=r"the ONNX export of densenet_tiny gives logits that differ by"):
+        _compare(card, network(), other, "ONNX")
+    assert to_onnx(tmp_path / "model", tmp_path / "out").is_file()
+
+
+def test_bad_input_is_told(densenet, tmp_path):
+    model = write_model(tmp_path / "model")
+    for arguments, message in (
+        ((model, "--to", "tflite", "--out", "out"), "--to=tflite is not known: use onnx, torch, timm, int8"),
+        ((model, "--to", "int8", "--out", "out"), "--to int8 needs --data"),
+        ((model, "--to", "onnx", "--out", "out", "--attach"), "--attach adds files to a model version"),
+        ((tmp_path / "gone", "--to", "onnx", "--out", "out"), "is no model"),
+        ((model, "--to", "onnx", "--out", "/proc/x"), "--out=/proc/x cannot be written"),
+    ):
+        code, printed = densenet("export", *arguments)
+        assert code == 2, printed
+        assert message in " ".join(printed.split())
