@@ -21,13 +21,13 @@ def registered_command(console: Console, uri: str | None) -> None:
     if not names:
         console.print(f"no model is registered in {shown(uri)}", soft_wrap=True)
         return
-    table = _table("registered", "version", "aliases", "architecture", "top-1", "epoch", "promoted", "run")
+    table = _table("registered", "version", "aliases", "top-1", "epoch", "promoted", "run")
     for name in names:
         found = versions(name, uri)
         for v in found:
             if v.aliases or v is found[0]:
                 tags = v.tags
-                told = [tags.get("architecture", ""), _hits(v), tags.get("epoch", ""), tags.get(PROMOTED, "")]
+                told = [_hits(v), tags.get("epoch", ""), tags.get(PROMOTED, "")[:10]]
                 table.add_row(name, v.version, _aliases(v), *told, v.run_id[:8])
     console.print(table)
 

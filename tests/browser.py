@@ -24,10 +24,8 @@ def rendered(page: Path, folder: Path, script: str = "") -> str:
     if program is None:
         pytest.skip("there is no Chromium on this machine (Debian's package chromium)")
     copy = folder / "page.html"
-    copy.write_text(
-        page.read_text(encoding="utf-8") + f'<script>addEventListener("load", () => {{{script}}})</script>',
-        encoding="utf-8",
-    )
+    at_the_end = f'<script>addEventListener("load", () => {{{script}}})</script>'
+    copy.write_text(page.read_text(encoding="utf-8") + at_the_end, encoding="utf-8")
     command = [program, *_OPTIONS, f"--user-data-dir={folder / 'browser'}", "--virtual-time-budget=5000"]
     done = subprocess.run(
         [*command, "--dump-dom", copy.as_uri()], capture_output=True, text=True, check=True, timeout=120

@@ -1,37 +1,49 @@
-"""Real servers on loopback for tests: MLflow's, and an S3 store."""
+"""Real servers on loopback for tests: MLflow's, PostgreSQL, and an S3 store."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import fsspec
 import pytest
 import requests
 
 from launch.net import free_port
+from tests.conftest import BIN
 
 PATIENCE_S = 120
 
 
 class MlflowServer:
-    """A real `mlflow server` on loopback that can be stopped and started again."""
+    """A real `mlflow server` on loopback that can be stopped and started again; on SQLite unless `backend` is given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        backend: str | None = None,
+        options: Sequence[str] = (),
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
+        store = ("--backend-store-uri", backend or f"sqlite:///{folder}/server.db", "--workers", "1")
+        where = ("--host", "127.0.0.1", "--port", str(self.port))
+        self._command = [sys.executable, "-m", "mlflow", "server", *where, *store, *options]
+        self.env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | dict(env)
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
         log = (self.folder / "server.log").open("a")
         self.process = subprocess.Popen(
-            command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            self._command, cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         log.close()
         self._wait(up=True)
@@ -44,6 +56,7 @@ class MlflowServer:
     def _wait(self, up: bool) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while self._is_up() != up:
+            assert not up or self.process.poll() is None, (self.folder / "server.log").read_text()
             assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
             time.sleep(0.1)
 
@@ -73,3 +86,31 @@ def s3_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     finally:
         server.stop()
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """A PostgreSQL server of Debian's on loopback with an empty database; yields its address."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    if not programs:
+        pytest.skip("there is no PostgreSQL server on this machine (Debian's package postgresql)")
+    program, port = programs[-1].parent, free_port()
+    root = os.geteuid() == 0
+    user = ["runuser", "-u", "postgres", "--"] if root else []  # it refuses to run as root
+    data = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+    if root:
+        shutil.chown(data, "postgres", "postgres")
+    try:
+        made = [program / "initdb", "-D", data / "db", "-U", "postgres", "-A", "trust", "--no-sync"]
+        subprocess.run([*user, *made], check=True, capture_output=True, cwd=data)
+        options = f"-c port={port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data} -c fsync=off"
+        control = [*user, program / "pg_ctl", "-D", data / "db", "-l", data / "log", "-w"]
+        subprocess.run([*control, "-o", options, "start"], check=True, stdout=subprocess.DEVNULL, cwd=data)
+        try:
+            address = ["-h", "127.0.0.1", "-p", str(port), "-U", "postgres"]
+            subprocess.run([program / "createdb", *address, "mlflow"], check=True)
+            yield f"postgresql://postgres@127.0.0.1:{port}/mlflow"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd=data)
+    finally:
+        shutil.rmtree(data, ignore_errors=True)

@@ -16,6 +16,7 @@ from pipeline.config import Run, RunConfig
 from pipeline.errors import UserError
 
 _RETRY_S = 0.5
+_REFUSED = re.compile(r"\b(401|403)\b|PERMISSION_DENIED|Unauthorized|Invalid Host header")
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -47,6 +48,12 @@ def connect(uri: str) -> MlflowClient:
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
+        if _REFUSED.search(str(error)):
+            raise UserError(
+                f"MLflow at {shown(uri)} refuses this user: {first_line(error, uri)} Set MLFLOW_TRACKING_USERNAME and "
+                f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; where its host name is refused, start the server "
+                f"with --allowed-hosts."
+            ) from error
         raise UserError(
             f"no MLflow tracking store answers at {shown(uri)}: {first_line(error, uri)} Start the server, or "
             f"set tracking.uri, --uri or MLFLOW_TRACKING_URI to another; unset, a SQLite file is used."

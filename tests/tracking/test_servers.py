@@ -1,0 +1,130 @@
+"""MLflow's server as teams run it: PostgreSQL, artifacts in S3 through the server, several runs at once, log-in."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from mlflow.tracking import MlflowClient
+
+from launch.sources import locate
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.export.package import register
+from pipeline.tracking.look import metric_history, read_artifact
+from pipeline.tracking.run import Tracker
+from pipeline.tracking.store import connect
+from tests.models import write_model
+from tests.servers import PATIENCE_S, MlflowServer, postgres, s3_store
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+RECORDS = 150
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    """On PostgreSQL, with artifacts in an S3 store that clients do not know."""
+    with postgres(tmp_path) as backend, s3_store(monkeypatch):
+        made = MlflowServer(tmp_path, backend, ["--artifacts-destination", "s3://bucket/artifacts"])
+        for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+def started(tmp_path: Path, uri: str, name: str, told=print) -> Tracker:
+    config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": name}, "tracking": {"uri": uri}})
+    return Tracker(config, tmp_path / name, name, told)
+
+
+def test_two_runs_at_once_over_a_restart_of_the_server_and_a_model_in_s3(server, tmp_path):
+    half = threading.Barrier(3)
+    ids: dict[str, str] = {}
+
+    def train(name: str) -> None:
+        with started(tmp_path, server.uri, name) as tracker:
+            ids[name] = str(tracker.run_id)
+            tracker.attach(write_model(tmp_path / f"model-{name}") / "model.json")
+            for i in range(RECORDS):
+                if i == RECORDS // 2:
+                    half.wait(PATIENCE_S)
+                tracker.log({"train/loss": float(i), "train/lr": 0.1}, i)
+            assert tracker.flush(PATIENCE_S)
+
+    threads = [threading.Thread(target=train, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    half.wait(PATIENCE_S)
+    server.stop()
+    server.start()
+    for thread in threads:
+        thread.join()
+    client = connect(server.uri)
+    for run_id in ids.values():
+        points = metric_history(server.uri, run_id, ["train/loss"])["train/loss"]
+        assert points == [(i, float(i)) for i in range(RECORDS)]
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert "densenet_tiny" in str(read_artifact(server.uri, run_id, "model.json"))
+
+    names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
+    register(tmp_path / "model-one", uri=server.uri, run_id=ids["one"], **names)
+    for place in ("models:/tiny@candidate", f"runs:/{ids['one']}/model"):
+        found = locate(place, "MODEL", tmp_path / "cache", server.uri)
+        assert (found / "model.safetensors").read_bytes() == (tmp_path / "model-one/model.safetensors").read_bytes()
+
+
+def test_an_artifact_store_that_refuses_is_told_and_the_rest_is_stored(server, tmp_path, monkeypatch):
+    told: list[str] = []
+    with started(tmp_path, server.uri, "one", told.append) as tracker:
+        assert tracker.flush(PATIENCE_S)
+        delete_bucket(server, monkeypatch)
+        model = write_model(tmp_path / "model")
+        tracker.attach(model / "model.json")
+        tracker.log({"train/loss": 1.0}, 1)
+        assert tracker.flush(PATIENCE_S)
+        with pytest.raises(UserError, match=r"the model could not be registered in .* The checkpoint is .*/model"):
+            register(model, uri=server.uri, run_id=str(tracker.run_id), name="tiny", alias="a", data_fingerprint="f00d")
+    assert any("model.json was not stored with the run in MLflow" in text for text in told), told
+    assert metric_history(server.uri, str(tracker.run_id), ["train/loss"]) == {"train/loss": [(1, 1.0)]}
+
+
+def delete_bucket(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, server.env[name])
+        fsspec.filesystem("s3", skip_instance_cache=True).rm("bucket", recursive=True)
+
+
+def test_who_may_not_enter_is_told_how_to(tmp_path, monkeypatch):
+    secrets = {"MLFLOW_FLASK_SERVER_SECRET_KEY": "x" * 32, "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini")}
+    (tmp_path / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = READ\nadmin_username = admin\nadmin_password = a-long-password\n"
+        f"database_uri = sqlite:///{tmp_path}/auth.db\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    server = MlflowServer(tmp_path, options=["--app-name", "basic-auth"], env=secrets)
+    try:
+        with pytest.raises(UserError, match="refuses this user: .* Set MLFLOW_TRACKING_USERNAME and"):
+            connect(server.uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
+        with started(tmp_path, server.uri, "one") as tracker:
+            tracker.log({"loss": 1.0}, 1)
+        assert tracker.unsent == 0
+        assert MlflowClient(server.uri).get_run(str(tracker.run_id)).info.status == "FINISHED"
+        files = [file for file in (tmp_path / "one").rglob("*") if file.is_file()]
+        assert all(b"a-long-password" not in file.read_bytes() for file in files)
+    finally:
+        server.stop()
+
+
+def test_a_server_under_a_name_that_it_does_not_allow_is_told(tmp_path):
+    server = MlflowServer(tmp_path, options=["--allowed-hosts", "mlflow.example"])
+    try:
+        with pytest.raises(UserError, match=r"Invalid Host header.* start the server with --allowed-hosts"):
+            connect(server.uri)
+    finally:
+        server.stop()
