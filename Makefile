@@ -9,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check lock clean
+.PHONY: help demo test test-long test-tools check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -22,6 +22,10 @@ test: $(READY)  ## run the tests, but for those that take minutes each
 
 test-long: $(READY)  ## run the others: whole runs that lose workers, nodes, drivers and trackers, and sweeps
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m long
+
+test-tools:  ## as root on Debian: the server and the browser that some tests use, and are skipped without
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends postgresql chromium
 
 check: $(READY)  ## lint, formatting, types, spelling
 	$(BIN)/ruff check

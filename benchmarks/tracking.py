@@ -81,8 +81,8 @@ def registration(folder: Path, name: str, rounds: int, tracker: Tracker) -> None
     """Packages, stores and registers a checkpoint."""
     checkpoint = write_model(folder / "checkpoint", name)
     took = []
+    names = {"name": name, "alias": "candidate", "data_fingerprint": "f00d"}
     for _ in range(rounds):
-        names = {"name": name, "alias": "candidate", "data_fingerprint": "f00d"}
         took.append(seconds(lambda: register(checkpoint, uri=tracker.uri, run_id=str(tracker.run_id), **names)))
     middle = statistics.median(took)
     print(f"\nregister {name}: {machine()}, median of {rounds}: {middle:.2f} s ({min(took):.2f} - {max(took):.2f})")
