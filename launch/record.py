@@ -1,5 +1,6 @@
 """A run's events as records of its MLflow run."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ class Recorder:
         if not records:
             return
         file = self._run_dir / "checkpoints.json"
-        write_json(file, records)
-        self._tracker.attach(file)
+        with suppress(OSError):  # a full disk; the writer of the checkpoints tells of it
+            write_json(file, records)
+            self._tracker.attach(file)
         best = [record["address"] for record in records if record["best"]]
         self._tracker.tags({"checkpoint.last": records[-1]["address"]} | ({"checkpoint.best": best[0]} if best else {}))
 

@@ -6,7 +6,8 @@ import shlex
 import shutil
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
 from launch.record import Recorder
 from launch.resources import this_machine
 from launch.results import attach_curves, attach_samples, begin
+from launch.witness import witness
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
@@ -81,7 +83,8 @@ def _train_command(
         stack.enter_context(claimed(run_dir, config))
         display = _display(console, prepared)
         tracker = stack.enter_context(Tracker(config, run_dir, str(config.run.name), display.warning))
-        begin(tracker, prepared)
+        with _told(display):
+            begin(tracker, prepared)
         clock.ended("prepare")
         with display:
             if address is None:
@@ -91,14 +94,20 @@ def _train_command(
                 clock.ended("Ray start")
             display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
             recorder = Recorder(tracker, config, run_dir)
+            ended = (
+                f"training failed: the driver was killed, or Ray's core has ended it. The same command with "
+                f"run.name={config.run.name} goes on from the newest checkpoint."
+            )
             try:
-                img_per_s = _train(prepared, recorder, display, clock)
+                with witness(ended):
+                    img_per_s = _train(prepared, recorder, display, clock)
             except Exception:
                 for log in sorted((run_dir / "logs").glob("*.log")):
                     tracker.attach(log, "logs")
                 raise
             clock.ended("training")
-            attach_curves(tracker, prepared)
+            with _told(display):
+                attach_curves(tracker, prepared)
             if display.stopped_at is None:
                 display.status("registering the model")
                 best, registered = _finish(prepared, tracker, recorder, display)
@@ -131,6 +140,15 @@ def _train_command(
             style="yellow",
             soft_wrap=True,
         )
+
+
+@contextmanager
+def _told(display: Display) -> Iterator[None]:
+    """Makes what only adorns a run a warning where it fails."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        display.warning(f"not all pictures and tables could be recorded: {error}")
 
 
 def _dashboard_port(config: RunConfig) -> int:
@@ -170,7 +188,8 @@ def _finish(prepared: Prepared, tracker: Tracker, recorder: Recorder, display: D
     fetch(config, prepared.run_dir)
     recorder.checkpoints()
     best = best_checkpoint(prepared.run_dir)
-    attach_samples(tracker, prepared, best)
+    with _told(display):
+        attach_samples(tracker, prepared, best)
     try:
         wait_for(tracker.uri, config.tracking.patience_s, display.warning)
         if not tracker.flush(config.tracking.patience_s):

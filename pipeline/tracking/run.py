@@ -188,7 +188,7 @@ class Tracker:
                 records, end = self.journal.read(self._sent)
             try:
                 self._deliver(records)
-            except (MlflowException, OSError, UserError) as error:
+            except Exception as error:  # each kind of store has errors of its own, and the next try may succeed
                 failures += 1
                 if failures == _TOLD_AFTER:
                     self._tell(

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import sqlalchemy
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from pipeline.config import Run, RunConfig
 from pipeline.errors import UserError
@@ -45,9 +49,10 @@ def connect(uri: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with _one_at_a_time(uri):
+            _check_database(uri)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         if _REFUSED.search(str(error)):
             raise UserError(
                 f"MLflow at {shown(uri)} refuses this user: {first_line(error, uri)} Set MLFLOW_TRACKING_USERNAME and "
@@ -59,6 +64,15 @@ def connect(uri: str) -> MlflowClient:
             f"set tracking.uri, --uri or MLFLOW_TRACKING_URI to another; unset, a SQLite file is used."
         ) from error
     return client
+
+
+def _check_database(uri: str) -> None:
+    """Connects to a database server once: MLflow itself would go on trying for more than a minute."""
+    scheme = uri.partition("://")[0].partition("+")[0]
+    if scheme in DATABASE_ENGINES and scheme != "sqlite":
+        engine = sqlalchemy.create_engine(uri, poolclass=NullPool)
+        with engine.connect():
+            pass
 
 
 def wait_for(uri: str, patience_s: float, told: Callable[[str], None]) -> None:

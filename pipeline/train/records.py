@@ -20,8 +20,8 @@ def checkpoint_records(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]
     for folder in checkpoints(checkpoint_root(run_dir)):
         try:
             state, manifest = read_state(folder), (folder / MANIFEST).read_bytes()
-        except OSError:
-            continue  # the writer has removed it meanwhile
+        except (OSError, ValueError):
+            continue  # the writer has removed it meanwhile, or it is damaged
         seen = samples_of(folder)
         newest_best = state["best_at"]
         address = str(folder) if storage is None else f"{storage.rstrip('/')}/{config.run.name}/{folder.name}"

@@ -140,6 +140,10 @@ def test_an_artifact_that_the_store_does_not_take_is_told_and_holds_up_nothing(t
 def test_a_store_of_an_unknown_kind_and_a_deleted_experiment_are_refused(tmp_path):
     with pytest.raises(UserError, match="no MLflow tracking store answers at carrier-pigeon://x"):
         start(config(tmp_path, uri="carrier-pigeon://x"), tmp_path)
+    with pytest.raises(UserError, match=r"answers at postgresql://127.0.0.1:1/x: .*onnection refused"):
+        start(config(tmp_path, uri="postgresql://127.0.0.1:1/x"), tmp_path)
+    with pytest.raises(UserError, match=r"answers at mysql://127.0.0.1:1/x: No module named 'MySQLdb'"):
+        start(config(tmp_path, uri="mysql://127.0.0.1:1/x"), tmp_path)
     c = config(tmp_path)
     with start(c, tmp_path):
         pass
