@@ -23,7 +23,8 @@ def write_commit(folder: Path) -> None:
         return
     diff = _diff()
     (folder / COMMIT).write_text(json.dumps({"commit": commit.strip(), "dirty": bool(diff)}), encoding="utf-8")
-    (folder / DIFF).write_bytes(diff)
+    if diff:
+        (folder / DIFF).write_bytes(diff)
 
 
 def origin_tags() -> dict[str, str]:

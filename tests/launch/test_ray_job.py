@@ -81,7 +81,9 @@ def test_submit_sends_the_code_alone_and_a_job_is_listed_followed_and_stopped(cl
     wait_until(lambda: not cluster.processes("RayTrainWorker"), lambda: "a worker is left")
     new = uploaded_files(cluster) - before
     assert "job.yaml" in new
-    assert not [name for name in new if not name.startswith(("pipeline", "launch", "job.yaml"))]
+    assert not [
+        name for name in new if not name.startswith(("pipeline", "launch", "job.yaml", "commit.json", "git.diff"))
+    ]
 
     wide = shell("densenet", *submit, "run.name=wide", "cluster.workers=3", "--wait", "--detach", env=cluster.env)
     job = re.search(r"job (wide-\d+) trains wide", wide.stdout)[1]

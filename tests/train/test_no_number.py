@@ -142,8 +142,8 @@ def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(one_rank, in
     trainer = Trainer(config, derived, *indexes(), tmp_path, torch.device("cpu"), events.append)
     step = trainer.engine.step
 
-    def spoiling(skip: bool = False) -> None:
-        step(skip)
+    def spoiling(**options: bool) -> None:
+        step(**options)
         if trainer.state.samples_seen == 8:
             trainer.engine.module.classifier.weight.data[0, 0] = float("nan")
 
