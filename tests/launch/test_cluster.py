@@ -63,9 +63,12 @@ def test_a_run_over_two_nodes_goes_on_while_one_is_lost_and_comes_back(cluster: 
     shell("densenet", "jobs", "stop", job, *where, env=cluster.env)
     assert "stopped by SIGTERM at" in output()
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
-        ((told,),) = store.execute("select value from tags where key = 'restart.1'").fetchall()
-        ((lost,),) = store.execute("select value from metrics where key = 'lost_samples'").fetchall()
-    assert re.search(rf"worker \d: its .*; went on at \d+ samples, {lost:.0f} samples were trained again", told)
+        restarts = dict(store.execute("select key, value from tags where key like 'restart.%'").fetchall())
+        query = "select value from metrics where key = 'lost_samples' order by timestamp"
+        lost, lost_in_all = (int(value) for (value,) in store.execute(query).fetchall())
+    went_on = r"; went on at \d+ samples, {} samples were trained again"
+    assert re.search(r"worker \d: its .*" + went_on.format(lost), restarts["restart.1"])
+    assert re.search("the cluster has changed" + went_on.format(lost_in_all - lost), restarts["restart.2"])
 
 
 NODES = """
