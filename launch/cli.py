@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch import data_cli, jobs_cli, models_cli, runs_cli
+from launch import data_cli, jobs_cli, k8s_cli, models_cli, runs_cli
 from pipeline.errors import TrainingError, UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.add_typer(data_cli.app, name="data")
 app.add_typer(models_cli.app, name="models")
 app.add_typer(jobs_cli.app, name="jobs")
 app.add_typer(runs_cli.app, name="runs")
+app.add_typer(k8s_cli.app, name="k8s")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 

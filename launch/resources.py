@@ -71,7 +71,7 @@ def share(config: RunConfig, offered: Resources) -> Share:
                 f"cluster.workers={{min: {wanted.min}, max: {wanted.max}}}: {offered.where} has room for {room}: set a "
                 f"smaller min",
             )
-        workers, bounds = min(room, wanted.max), (wanted.min, wanted.max)
+        workers, bounds = min(room, wanted.max) // wanted.step * wanted.step, (wanted.min, wanted.max)
     else:
         workers = wanted if wanted != "auto" else offered.gpus if device == "cuda" else 1
         bounds = (workers, workers)
@@ -123,7 +123,7 @@ def _room(config: RunConfig, offered: Resources, device: Device) -> int:
 
 def _check_each(config: RunConfig, wanted: Elastic) -> None:
     """Raises where the global batch cannot be split among some number of workers within the bounds."""
-    for workers in range(wanted.min, wanted.max + 1):
+    for workers in range(wanted.min, wanted.max + 1, wanted.step):
         try:
             split_batch(config, workers)
         except ConfigError as error:

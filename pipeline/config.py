@@ -339,15 +339,18 @@ class Checkpoint(Section):
 
 
 class Elastic(Section):
-    """As many workers as there is room for, within bounds."""
+    """As many workers as there is room for, within bounds; they come `step` at a time, as the GPUs of a node do."""
 
     min: Count
     max: Count
+    step: Count = 1
 
     @model_validator(mode="after")
     def _ordered(self) -> "Elastic":
         if self.min > self.max:
             raise ValueError(f"min={self.min} must not exceed max={self.max}")
+        if self.min % self.step or self.max % self.step:
+            raise ValueError(f"min={self.min} and max={self.max} must be multiples of step={self.step}")
         return self
 
 

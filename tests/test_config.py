@@ -43,7 +43,7 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
         ("optim.lr=-1", "optim.lr: must be greater than 0; got -1"),
         (
             "cluster.workers=0",
-            "cluster.workers: must be greater than or equal to 1, .* or must be {min: ..., max: ...}; got 0",
+            "cluster.workers: must be greater than or equal to 1, .* or must be {min: ..., max: ..., step: ...}; got 0",
         ),
         ("cluster.workers={mn: 1, max: 3}", "cluster.workers.mn: unknown key; did you mean 'cluster.workers.min'"),
         ("cluster.workers={min: 4, max: 3}", "min=4 must not exceed max=3"),

@@ -62,6 +62,19 @@ def test_training_commands_plan(shell, tmp_path):
     assert planned == 4
 
 
+def test_kubernetes_commands_render(shell):
+    """README's manifests are complete, and those of the guide's first page, too."""
+    found = [words for words in commands() if words[:2] == ["densenet", "k8s"]]
+    guide = (PROJECT / "docs" / "kubernetes.md").read_text().replace("\\\n", " ")
+    lines = [line for line in guide.splitlines() if line.startswith("densenet k8s render")]
+    found += [shlex.split(line.partition(">")[0]) for line in lines]
+    assert len(found) == 2
+    for words in found:
+        done = shell(*words)
+        assert done.returncode == 0, done.stdout
+        assert "kind: RayJob" in done.stdout
+
+
 def test_data_commands_run(shell, tmp_path):
     """README's data commands, in their order, with made-up archives in the place of the downloads."""
     made_up.write_ilsvrc(tmp_path / "downloads", made_up.pictures())

@@ -1,0 +1,72 @@
+"""`densenet k8s`: manifests for KubeRay."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import UserError
+
+app = typer.Typer(help="Render, check and compare Kubernetes manifests.", no_args_is_help=True, rich_markup_mode=None)
+
+Config = Annotated[Path, typer.Argument(help="YAML config", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example cluster.workers=32")]
+Overlay = Annotated[str, typer.Option(help="a folder of k8s/overlays, as multi-node")]
+Image = Annotated[str, typer.Option(help="REPOSITORY:TAG or a digest")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="nodes, gpus-per-node, cpus-per-node, memory, storage-class, secret or namespace, as nodes=4; repeatable",
+    ),
+]
+
+
+@app.command()
+def render(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
+    """Print the manifests of a training."""
+    sys.stdout.write(_rendered(config, overlay, image, overrides, settings))
+
+
+@app.command()
+def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
+    """Show what applying them would change in the cluster of kubectl's context; exit code 1 where something would."""
+    from launch.manifests import kubectl
+
+    text = _rendered(config, overlay, image, overrides, settings)
+    raise typer.Exit(subprocess.run([kubectl(), "diff", "-f", "-"], input=text, text=True).returncode)
+
+
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="YAML files")],
+    crds: Annotated[Path | None, typer.Option(help="folder with definitions of custom kinds")] = None,
+) -> None:
+    """Check manifests against the schemas of Kubernetes and of custom kinds; unknown fields are errors."""
+    from launch.manifests import read_documents
+    from launch.manifests import validate as faults_of
+
+    documents = read_documents(files)
+    faults = faults_of(documents, crds)
+    if faults:
+        raise UserError(f"{len(faults)} faults in {len(documents)} objects:\n  " + "\n  ".join(faults))
+    print(f"{len(documents)} objects are valid")
+
+
+def _rendered(config: Path, overlay: str, image: str, overrides: list[str] | None, settings: list[str] | None) -> str:
+    from launch.manifests import Settings, render
+
+    given: dict[str, int | str] = {}
+    for text in settings or []:
+        key, sign, value = text.partition("=")
+        name = key.replace("-", "_")
+        if not sign or name not in Settings.__annotations__ or name == "image":
+            known = ", ".join(n.replace("_", "-") for n in Settings.__annotations__ if n != "image")
+            raise UserError(f"--set {text} is not known: use KEY=VALUE with a KEY of {known}.")
+        number = name in ("nodes", "gpus_per_node", "cpus_per_node")
+        if number and (not value.isdecimal() or int(value) < 1):
+            raise UserError(f"--set {text}: {key} is a whole number of at least 1.")
+        given[name] = int(value) if number else value
+    return render(config, overrides or [], overlay, Settings(image=image, **given))  # type: ignore[arg-type]
