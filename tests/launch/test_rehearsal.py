@@ -72,13 +72,13 @@ class Job:
             "ray", "job", "logs", "--address", self.cluster.dashboard, self.id, env=self.cluster.env
         ).stdout
 
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text: str, patience_s: float = PATIENCE_S) -> None:
         def look() -> bool:
             printed = self.output()
             assert "training failed" not in printed, printed
             return text in printed
 
-        wait_until(look, self.output, PATIENCE_S)
+        wait_until(look, self.output, patience_s)
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.runs.glob("demo/checkpoints/samples-*/manifest.json"))
@@ -102,7 +102,7 @@ def test_a_job_over_a_deleted_worker_a_lost_head_and_a_suspension(shell, tmp_pat
         job.cluster.close()  # Kueue suspends the job: all of its pods go
         job.start()
         job.wait_for("resumed at")
-        job.wait_for("models:/densenet_tiny@candidate")
+        job.wait_for("models:/densenet_tiny@candidate", patience_s=900)
     finally:
         job.cluster.close()
     client = MlflowClient(f"sqlite:///{job.runs}/mlflow.db")
