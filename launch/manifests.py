@@ -15,12 +15,12 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from launch.resources import Resources, share
+from launch.resources import NoRoom, Resources, share
 from pipeline.config import DIGITS, Elastic, RunConfig
 from pipeline.config_file import load_config
 from pipeline.data.staging import is_remote
 from pipeline.derived import split_batch
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import UserError
 from pipeline.model.densenet import check_name
 
 K8S = Path(__file__).parents[1] / "k8s"
@@ -199,6 +199,8 @@ def _workers(
     wanted = config.cluster.workers
     per_pod = gpus or (cpus if config.cluster.cpus_per_worker == "auto" else cpus // config.cluster.cpus_per_worker)
     if isinstance(wanted, Elastic):
+        if settings.nodes is not None:
+            raise UserError("--set nodes is for a fixed number of workers: cluster.workers has min and max.")
         low, high = (_pods(count, per_pod, gpus) for count in (wanted.min, wanted.max))
     else:
         low = high = settings.nodes or (group["replicas"] if wanted == "auto" else _pods(wanted, per_pod, gpus))
@@ -206,8 +208,8 @@ def _workers(
     try:
         taken = share(config, offered)
         split_batch(config, taken.workers)
-    except ConfigError as error:
-        raise UserError(str(error).replace(", or wait for more with --wait", "")) from error
+    except NoRoom as error:
+        raise UserError(f"{error.why}.") from error
     if gpus and wanted != "auto" and not isinstance(wanted, Elastic) and wanted != gpus * high:
         raise UserError(f"cluster.workers={wanted}, and {high} nodes with {gpus} GPUs each are {gpus * high} workers.")
     resources = {"cpu": str(cpus), "memory": settings.memory or limits["memory"]}

@@ -10,7 +10,11 @@ from pipeline.errors import ConfigError
 
 
 class NoRoom(ConfigError):
-    """A cluster has too little for the run now, and may have more later."""
+    """A cluster has too little for the run now, and may have more later; `why` is without the advice to wait."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}{',' if ': ' in why else ':'} or wait for more with --wait.")
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -149,4 +153,4 @@ def _fewer(config: RunConfig, most: int) -> str:
 def _no_room(offered: Resources, why: str) -> ConfigError:
     if offered.embedded:
         return ConfigError(f"{why}.")
-    return NoRoom(f"{why}{',' if ': ' in why else ':'} or wait for more with --wait.")
+    return NoRoom(why)

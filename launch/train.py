@@ -101,7 +101,7 @@ def _train_command(
             try:
                 with witness(ended):
                     img_per_s = _train(prepared, recorder, display, clock)
-            except Exception:
+            except Exception:  # of whatever kind, it goes on up; the logs tell what lies behind it
                 for log in sorted((run_dir / "logs").glob("*.log")):
                     tracker.attach(log, "logs")
                 raise

@@ -116,7 +116,7 @@ def predict_folder(
                     sound, unsound = _looked_through(part)
                     faults |= unsound
                     part = part.subset(sound)
-                    given_NK = _given(folder, card, part, batch_size, told)
+                    given_NK = _given(folder, card, part, batch_size, _progress_from(progress, start, total))
                 classified += len(part)
                 writer.write_table(_table(part, given_NK, card["classes"], top))
             rows = [{"image": name, "error": reason} for name, reason in sorted(faults.items())]

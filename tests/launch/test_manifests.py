@@ -185,6 +185,10 @@ def test_workers_follow_the_config(rendered):
         (("run.name=Dense_Net",), "run.name=Dense_Net must be set"),
         (("--set", "node=4"), "--set node=4 is not known: use KEY=VALUE with a KEY of nodes, gpus-per-node"),
         (("--set", "nodes=none"), "--set nodes=none: nodes is a whole number of at least 1"),
+        (
+            ("cluster.workers={min: 8, max: 16, step: 8}", "--set", "nodes=2"),
+            "--set nodes is for a fixed number of workers",
+        ),
         (("optim.rl=1",), "did you mean 'optim.lr'?"),
     ],
 )
