@@ -33,19 +33,22 @@ check: $(READY)  ## lint, formatting, types, spelling
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-lock: $(READY)  ## write requirements.lock anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --extra dev --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-header --no-annotate --output-file requirements.lock
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	--no-annotate
+lock: $(READY)  ## write the lock files anew from pyproject.toml: what runs, and what else development needs
+	$(LOCK) --upgrade pyproject.toml --output-file requirements.lock
+	$(LOCK) --upgrade --group dev --constraint requirements.lock --output-file requirements-dev.lock
 
 clean:  ## remove the environment and all outputs
 	rm -rf $(VENV) outputs
 
-$(PACKAGES): requirements.lock
+$(PACKAGES): requirements.lock requirements-dev.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else \
 		f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	@echo "Installing the environment in $(VENV): about 7 GB, 4-10 minutes, once."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off --require-hashes -r requirements.lock \
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off --require-hashes \
+		-r requirements.lock -r requirements-dev.lock \
 		| awk '/^Collecting/ && ++n % 25 == 0 {print "  " n " packages fetched"; fflush()} \
 		       /^Installing collected/ {print "  " n " packages fetched, unpacking them (the longest part)"; fflush()}'
 	@touch $(PACKAGES)

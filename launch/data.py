@@ -26,14 +26,28 @@ _LINE_S = 10  # between progress lines where there is no terminal
 
 
 def prepare_command(
-    console: Console, source: Path, target: Path, options: Options, workers: int, layout: str | None, skip_damaged: bool
+    console: Console,
+    source: Path,
+    target: Path,
+    options: Options,
+    workers: int,
+    layout: str | None,
+    skip_damaged: bool,
+    share: tuple[int, int],
 ) -> None:
-    """Makes a data set and says what was done."""
+    """Makes a data set, or a share of it, and says what was done."""
     started = time.perf_counter()
     with pool(console, workers) as processes:
-        done = prepare(source, target, options, processes, layout, skip_damaged)
-    made = done.manifest.made
+        done = prepare(source, target, options, processes, layout, skip_damaged, share)
     seconds = time.perf_counter() - started
+    if done.manifest is None:
+        console.print(
+            f"{target}: share {share[0]}/{share[1]} is written, {done.parts} parts in {duration(seconds)}; "
+            f"{done.waiting} parts of other shares are not there yet, the last one completes the data set",
+            soft_wrap=True,
+        )
+        return
+    made = done.manifest.made
     if not done.parts:
         console.print(f"{target} is complete already", soft_wrap=True)
     else:

@@ -34,6 +34,9 @@ def prepare(
     shard_size: Annotated[float, typer.Option(min=0.01, help="MB of pictures in a shard")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="of the order in the shards")] = 0,
     skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="leave damaged pictures out")] = False,
+    share: Annotated[
+        str, typer.Option(help="K/N: of N such commands on machines that see both folders, this is number K (from 0)")
+    ] = "0/1",
     workers: Workers = CORES,
     layout: Layout = None,
 ) -> None:
@@ -55,7 +58,10 @@ def prepare(
         shorter_side=shorter_side,
         quality=quality or (95 if shorter_side is None else 90),
     )
-    prepare_command(console, source, target, options, workers, layout, skip_damaged)
+    index, _, shares = share.partition("/")
+    if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
+        raise UserError(f"--share={share} is not known: use K/N with K from 0 to N - 1, as 0/8.")
+    prepare_command(console, source, target, options, workers, layout, skip_damaged, (int(index), int(shares)))
 
 
 @app.command()

@@ -1,24 +1,28 @@
-"""The lock file: what `pyproject.toml` asks for, at exact versions, with hashes and without addresses."""
+"""The lock files: what `pyproject.toml` asks for, at exact versions, with hashes and without addresses."""
 
 import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 PROJECT = Path(__file__).resolve().parents[1]
 LOCK = (PROJECT / "requirements.lock").read_text()
+DEV_LOCK = (PROJECT / "requirements-dev.lock").read_text()
 
 
-def requirements() -> list[Requirement]:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    return [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["dev"]]
+def versions(lock: str) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", lock, re.MULTILINE))
 
 
-def test_every_requirement_is_locked_and_installed_at_a_version_that_it_allows():
-    locked = {name: v for name, v in re.findall(r"^([a-z0-9-]+)==(\S+)", LOCK, re.MULTILINE)}
-    for requirement in requirements():
+@pytest.mark.parametrize(("lock", "group"), [(LOCK, "runtime"), (DEV_LOCK, "dev")])
+def test_every_requirement_is_locked_and_installed_at_a_version_that_it_allows(lock, group):
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    wanted = project["project"]["dependencies"] if group == "runtime" else project["dependency-groups"][group]
+    locked = versions(lock)
+    for requirement in map(Requirement, wanted):
         name = requirement.name.lower().replace("_", "-")
         assert name in locked, f"{name}: run `make lock`"
         assert requirement.specifier.contains(locked[name]), (
@@ -27,9 +31,16 @@ def test_every_requirement_is_locked_and_installed_at_a_version_that_it_allows()
         assert requirement.specifier.contains(version(name)), f"{requirement} is installed at {version(name)}"
 
 
-def test_every_package_has_hashes_and_none_has_an_address():
-    packages = re.split(r"\n(?=[a-z0-9])", LOCK.strip())
-    assert len(packages) > 100
+def test_what_both_files_name_has_one_version_and_tools_are_not_in_the_runtimes():
+    runtime, dev = versions(LOCK), versions(DEV_LOCK)
+    assert {name: runtime[name] for name in runtime.keys() & dev} == {name: dev[name] for name in runtime.keys() & dev}
+    assert not {"pytest", "ruff", "mypy", "moto", "uv"} & runtime.keys()
+
+
+@pytest.mark.parametrize("lock", [LOCK, DEV_LOCK], ids=["runtime", "dev"])
+def test_every_package_has_hashes_and_none_has_an_address(lock):
+    packages = re.split(r"\n(?=[a-z0-9])", lock.strip())
+    assert len(packages) > 50
     for package in packages:
         assert "--hash=sha256:" in package, package.splitlines()[0]
-    assert "://" not in LOCK
+    assert "://" not in lock

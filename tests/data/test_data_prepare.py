@@ -222,12 +222,38 @@ def test_killed_half_way_and_started_again_it_goes_on_and_ends_with_the_same_byt
     finished = {f: f.stat().st_mtime_ns for f in target.glob("*/*.tar")}
     assert finished
     (target / ".prepare" / "train-000099.123.tmp").write_bytes(b"half")
-    with pytest.raises(DataError, match="unfinished preparation of other pictures or with other options"):
+    with pytest.raises(DataError, match="unfinished preparation of other pictures, with other options"):
         run(tmp_path / "source", target, Options(shard_bytes=60_000, shorter_side=200))
     again = run(tmp_path / "source", target, Options(shard_bytes=60_000, shorter_side=300))
     assert 0 < again.parts_found < again.parts
     assert {f: f.stat().st_mtime_ns for f in finished} == finished
     run(tmp_path / "source", tmp_path / "whole", Options(shard_bytes=60_000, shorter_side=300))
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_shares_on_several_machines_make_the_same_bytes_as_one_process(ilsvrc, tmp_path):
+    whole = run(ilsvrc, tmp_path / "whole")
+    target = tmp_path / "set"
+    done = [run(ilsvrc, target, share=(k, 3)) for k in (2, 0)]
+    assert [share.manifest for share in done] == [None, None]
+    assert done[1].waiting > 0
+    assert run(ilsvrc, target, share=(2, 3)).parts_found == done[0].parts, "what it wrote before is written again"
+    with pytest.raises(DataError, match="in another number of shares: repeat that command"):
+        run(ilsvrc, target)
+    last = run(ilsvrc, target, share=(1, 3))
+    assert last.parts + done[0].parts + done[1].parts == whole.parts
+    assert contents(target) == contents(tmp_path / "whole")
+    assert run(ilsvrc, target, share=(0, 3)).parts == 0
+
+
+def test_shares_at_the_same_time_complete_the_set_once(ilsvrc, tmp_path):
+    target = tmp_path / "set"
+    program = "import sys; from launch.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "data", "prepare", str(ilsvrc), str(target), "--shard-size", "0.02"]
+    shares = [subprocess.Popen([*command, "--workers=1", f"--share={k}/3"], stdout=subprocess.PIPE) for k in range(3)]
+    printed = [share.communicate(timeout=120)[0].decode() for share in shares]
+    assert [share.returncode for share in shares] == [0, 0, 0], printed
+    run(ilsvrc, tmp_path / "whole")
     assert contents(target) == contents(tmp_path / "whole")
 
 
@@ -367,7 +393,7 @@ def test_two_preparations_of_one_target_are_not_let_loose(ilsvrc, tmp_path):
 
     (tmp_path / "set" / ".prepare").mkdir(parents=True)
     with (
-        FileLock(tmp_path / "set" / ".prepare" / "lock"),
+        FileLock(tmp_path / "set" / ".prepare" / "lock.0"),
         pytest.raises(DataError, match="another process is preparing"),
     ):
         run(ilsvrc, tmp_path / "set")

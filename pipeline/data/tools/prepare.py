@@ -58,12 +58,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was done: the manifest, the parts that an earlier start had written, and the pictures left out."""
+    """What was done: the manifest, the parts of this share, those that an earlier start had written, what is left out.
 
-    manifest: Manifest
+    `manifest` is None, and `waiting` the number of parts, where other shares have not written theirs yet.
+    """
+
+    manifest: Manifest | None
     parts: int
     parts_found: int
     left_out: list[str]
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,17 @@ class _Part:
     skip_damaged: bool
 
     @property
+    def label(self) -> str:
+        return f"{self.split}-{self.number:06d}"
+
+    @property
     def shard(self) -> str:
-        return f"{self.split}/{self.split}-{self.number:06d}.tar"
+        return f"{self.split}/{self.label}.tar"
 
     @property
     def record(self) -> Path:
         """The part's index; the part is finished when this is there."""
-        return self.target / _WORK / f"{self.split}-{self.number:06d}.parquet"
+        return self.target / _WORK / f"{self.label}.parquet"
 
 
 @dataclass(frozen=True)
@@ -99,19 +107,27 @@ class _Written:
 
 
 def prepare(
-    source: Path, target: Path, options: Options, pool: Pool, layout: str | None = None, skip_damaged: bool = False
+    source: Path,
+    target: Path,
+    options: Options,
+    pool: Pool,
+    layout: str | None = None,
+    skip_damaged: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Prepared:
     """Makes a data set in `target` from the pictures in `source`.
 
     An interrupted preparation goes on where it was. Damaged pictures are an error, told when all else is written, or
-    are left out with `skip_damaged`.
+    are left out with `skip_damaged`. `share` is (K, N) where N processes, on any machines that see both folders, write
+    every N-th part each; the one that is done last completes the data set.
 
     Raises:
         DataError: the source is not understood or is damaged, the target is in use, full, or holds something else.
     """
     target = target.absolute()
     _check_places(source.absolute(), target)
-    with _working(target) as work:
+    index, shares = share
+    with _working(target, share) as work:
         scan = recognise(source, layout).scan(source.absolute(), work, pool)
         job = _job(scan, options)
         finished = read_manifest(target)
@@ -119,9 +135,14 @@ def prepare(
             if finished.made.get("job") != job:
                 raise DataError(f"{target} holds another data set (or the same with other options): choose another.")
             return Prepared(finished, 0, 0, finished.made["left_out"])
-        _claim(work, job, target)
+        with _turn(work):
+            _claim(work, f"{job} {shares}", target)
         parts = [part for split in scan.splits for part in _parts(scan, split, target, options, skip_damaged)]
-        todo = [part for part in parts if not _is_finished(part)]
+        mine = parts[index::shares]
+        todo = [part for part in mine if not _is_finished(part)]
+        for part in todo:
+            for left in work.glob(f"{part.label}.*.tmp"):
+                left.unlink()
         _check_room(todo, scan, options, target)
         for split in scan.splits:
             (target / split).mkdir(exist_ok=True)
@@ -133,8 +154,13 @@ def prepare(
                 f"{len(damaged)} damaged pictures in {source}:\n  " + listed(damaged, "\n  ") + "\nAll others are "
                 "written. Mend these and start again, or leave them out with --skip-damaged."
             )
-        manifest = _assemble(scan, parts, target, options, job)
-        return Prepared(manifest, len(parts), len(parts) - len(todo), manifest.made["left_out"])
+        with _turn(work):
+            manifest = read_manifest(target)  # of another share that was done at the same time
+            waiting = [] if manifest else [part for part in parts if not _is_finished(part)]
+            if not manifest and not waiting:
+                manifest = _assemble(scan, parts, target, options, job)
+        left_out = manifest.made["left_out"] if manifest else damaged
+        return Prepared(manifest, len(mine), len(mine) - len(todo), left_out, len(waiting))
 
 
 def _check_places(source: Path, target: Path) -> None:
@@ -147,21 +173,25 @@ def _check_places(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _working(target: Path) -> Iterator[Path]:
-    """The working folder in the target, for one process at a time; it goes when the data set is complete."""
+def _working(target: Path, share: tuple[int, int]) -> Iterator[Path]:
+    """The working folder in the target, for one process of each share; it goes when the data set is complete."""
     work = target / _WORK
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work / "lock", timeout=0):
-            for left in work.glob("*.tmp"):
-                left.unlink()
+        with FileLock(work / f"lock.{share[0]}", timeout=0):
             yield work
-            if (target / MANIFEST).is_file():
-                shutil.rmtree(work)
+        if (target / MANIFEST).is_file():  # after the lock: NFS keeps a file that is open, and its folder with it
+            shutil.rmtree(work, ignore_errors=True)
     except Timeout:
-        raise DataError(f"another process is preparing {target}: wait for it, or end it.") from None
+        which = f"share {share[0]}/{share[1]} of {target}" if share[1] > 1 else target
+        raise DataError(f"another process is preparing {which}: wait for it, or end it.") from None
     except OSError as error:
         raise DataError(f"{error.filename or target}: {error.strerror or error}. What is finished is kept.") from error
+
+
+def _turn(work: Path) -> FileLock:
+    """What shares do one after the other; it takes seconds."""
+    return FileLock(work / "turn", timeout=600)
 
 
 def _job(scan: Scan, options: Options) -> str:
@@ -185,8 +215,8 @@ def _claim(work: Path, job: str, target: Path) -> None:
         temporary.replace(record)
     elif record.read_text(encoding="utf-8") != job:
         raise DataError(
-            f"{target} holds an unfinished preparation of other pictures or with other options: repeat that command, "
-            f"or remove {target} to start anew."
+            f"{target} holds an unfinished preparation of other pictures, with other options or in another number of "
+            f"shares: repeat that command, or remove {target} to start anew."
         )
 
 
@@ -323,7 +353,7 @@ def _write_shard(part: _Part) -> _Written:
     damaged: list[str] = []
     converted = 0
     shard = part.target / part.shard
-    temporary = part.target / _WORK / f"{part.split}-{part.number:06d}.{os.getpid()}.tmp"
+    temporary = part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
     with temporary.open("wb") as plain:
         file = _Hashing(plain)
         for number, (row, stored, changed) in enumerate(_pictures(part, damaged)):
@@ -365,7 +395,7 @@ def _write_folder_part(part: _Part) -> _Written:
         row["path"] = f"{part.split}/{_file_name(row.pop('name'))}"
         file = part.target / row["path"]
         file.parent.mkdir(exist_ok=True)
-        temporary = part.target / _WORK / f"{part.split}-{part.number:06d}.{os.getpid()}.tmp"
+        temporary = part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
         temporary.write_bytes(stored)
         temporary.replace(file)
         rows.append(row)
