@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
+POLICY := .venv-policy
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-tools check lock clean
+.PHONY: help demo test test-long test-tools check policy lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -35,12 +36,20 @@ check: $(READY)  ## lint, formatting, types, spelling
 
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	--no-annotate
-lock: $(READY)  ## write the lock files anew from pyproject.toml: what runs, and what else development needs
+policy: $(READY) $(POLICY)/.ready  ## check the Kubernetes manifests and the Dockerfile against security policies
+	$(POLICY)/bin/hadolint k8s/images/Dockerfile
+	@rm -rf $(POLICY)/objects
+	$(BIN)/python k8s/policy/objects.py $(POLICY)/objects
+	@cp k8s/images/Dockerfile $(POLICY)/objects
+	$(POLICY)/bin/checkov --config-file k8s/policy/checkov.yaml --directory $(POLICY)/objects
+
+lock: $(READY)  ## write the lock files anew from pyproject.toml
 	$(LOCK) --upgrade pyproject.toml --output-file requirements.lock
 	$(LOCK) --upgrade --group dev --constraint requirements.lock --output-file requirements-dev.lock
+	$(LOCK) --upgrade --group policy --output-file requirements-policy.lock
 
 clean:  ## remove the environment and all outputs
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(POLICY) outputs
 
 $(PACKAGES): requirements.lock requirements-dev.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else \
@@ -57,3 +66,8 @@ $(READY): $(PACKAGES) pyproject.toml
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 	@echo "Installed."
+
+$(POLICY)/.ready: requirements-policy.lock
+	@$(PYTHON) -m venv --clear $(POLICY)
+	@$(POLICY)/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements-policy.lock
+	@touch $@

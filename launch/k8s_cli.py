@@ -19,7 +19,8 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="nodes, gpus-per-node, cpus-per-node, memory, storage-class, secret or namespace, as nodes=4; repeatable",
+        help="nodes, gpus-per-node, cpus-per-node, memory, storage-class, stage-class, secret or namespace, "
+        "as nodes=4; repeatable",
     ),
 ]
 
@@ -36,7 +37,12 @@ def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = 
     from launch.manifests import kubectl
 
     text = _rendered(config, overlay, image, overrides, settings)
-    raise typer.Exit(subprocess.run([kubectl(), "diff", "-f", "-"], input=text, text=True).returncode)
+    done = subprocess.run([kubectl(), "diff", "-f", "-"], input=text, text=True, stderr=subprocess.PIPE)
+    if done.returncode > 1:
+        why = done.stderr.strip().splitlines()[-1:]
+        raise UserError(f"kubectl diff failed: {''.join(why)}. Which cluster is asked: kubectl config current-context.")
+    sys.stderr.write(done.stderr)
+    raise typer.Exit(done.returncode)
 
 
 @app.command()
@@ -45,8 +51,7 @@ def validate(
     crds: Annotated[Path | None, typer.Option(help="folder with definitions of custom kinds")] = None,
 ) -> None:
     """Check manifests against the schemas of Kubernetes and of custom kinds; unknown fields are errors."""
-    from launch.manifests import read_documents
-    from launch.manifests import validate as faults_of
+    from launch.schemas import faults_of, read_documents
 
     documents = read_documents(files)
     faults = faults_of(documents, crds)

@@ -1,4 +1,4 @@
-"""Kubernetes manifests: rendered from a config on an overlay of `k8s/`, and checked against schemas."""
+"""Kubernetes manifests, rendered from a config on an overlay of `k8s/`."""
 
 import os
 import re
@@ -7,12 +7,10 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import jsonschema
-import kubernetes_validate
 import yaml
 
 from launch.resources import NoRoom, Resources, share
@@ -27,14 +25,20 @@ K8S = Path(__file__).parents[1] / "k8s"
 _GROUP = "/spec/rayClusterSpec/workerGroupSpecs/0"
 _GPU = "nvidia.com/gpu"
 _PRIVATE = ("/tmp", "/dev/shm", "/etc/densenet")  # mounts that pods do not share
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where there is libyaml
+_STAGE = "/stage"  # the mount of the component `stage`
+_OWN_MLFLOW = ("mlflow", "mlflow.densenet", "mlflow.densenet.svc")  # k8s/mlflow, which the network policy knows
 _IMAGE = re.compile(r"(?P<name>[^@\s]+?)(?::(?P<tag>[\w][\w.-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))")
 _DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?")  # KubeRay adds to it, and 63 characters are allowed
+_OBJECT_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
+_QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?[MGT]i?")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a cluster needs to be told besides the config; None: as in the overlay."""
+    """What a cluster needs to be told besides the config; None: as in the overlay.
+
+    `storage_class` may be `default` for the cluster's own, `secret` may be `none` where pods need no credentials.
+    """
 
     image: str
     nodes: int | None = None
@@ -42,6 +46,7 @@ class Settings:
     cpus_per_node: int | None = None
     memory: str | None = None
     storage_class: str | None = None
+    stage_class: str | None = None
     secret: str | None = None
     namespace: str | None = None
 
@@ -72,22 +77,21 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
         raise UserError(f"--image={settings.image} needs a tag that stays the same, as REPOSITORY:1.0, or a digest.")
     config = load_config(path, overrides)
     check_name(config.model.name)
-    (job,) = (document for document in kustomize(K8S / "overlays" / overlay) if document["kind"] == "RayJob")
-    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    container = group["template"]["spec"]["containers"][0]
-    _check_places(config, container)
     name = str(config.run.name)
     if not _DNS_NAME.fullmatch(name):
         raise UserError(
             f"run.name={config.run.name} must be set, by which retries go on, and be the name of an object too: up to "
             f"47 small letters, digits and hyphens."
         )
-    patches: list[dict[str, Any]] = [{"op": "replace", "path": "/metadata/name", "value": name}]
-    patches += _workers(config, overlay, group, container, settings)
-    if settings.secret is not None:
-        head = "/spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/envFrom"
-        for place in (head, f"{_GROUP}/template/spec/containers/0/envFrom"):
-            patches.append({"op": "replace", "path": place, "value": [{"secretRef": {"name": settings.secret}}]})
+    _check_names(settings)
+    documents = kustomize(K8S / "overlays" / overlay)
+    (job,) = (document for document in documents if document["kind"] == "RayJob")
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    container = group["template"]["spec"]["containers"][0]
+    _check_places(config, container)
+    of_job: list[dict[str, Any]] = [{"op": "replace", "path": "/metadata/name", "value": name}]
+    of_job += _workers(config, overlay, group, container, settings) + _credentials(config, settings)
+    more, components = _surroundings(config, overlay, documents, settings)
     tree: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -104,19 +108,17 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
                 "files": ["train.yaml"],
             }
         ],
-        "patches": [{"target": {"kind": "RayJob"}, "patch": yaml.safe_dump(patches)}],
+        "patches": [_patch("RayJob", of_job), *more],
     }
     if settings.namespace is not None:
         tree["namespace"] = settings.namespace
-    if settings.storage_class is not None:
-        added = [{"op": "add", "path": "/spec/storageClassName", "value": settings.storage_class}]
-        target: dict[str, Any] = {"target": {"kind": "PersistentVolumeClaim"}, "patch": yaml.safe_dump(added)}
-        tree["patches"].append(target)
     with tempfile.TemporaryDirectory() as folder:
-        tree["resources"] = [os.path.relpath(K8S / "overlays" / overlay, Path(folder).resolve())]
-        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-        (Path(folder) / "train.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        return _kustomized(Path(folder))
+        here = Path(folder).resolve()
+        tree["resources"] = [os.path.relpath(K8S / "overlays" / overlay, here)]
+        tree["components"] = [os.path.relpath(K8S / "components" / component, here) for component in components]
+        (here / "kustomization.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        (here / "train.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        return _kustomized(here)
 
 
 def kustomize(folder: Path) -> list[dict[str, Any]]:
@@ -137,53 +139,6 @@ def kubectl() -> str:
     found = shutil.which("kubectl") or shutil.which("kubectl", path=str(Path(sys.executable).parent))
     if found is None:
         raise UserError("there is no kubectl on this machine: install it, or this project's lock file.")
-    return found
-
-
-def validate(documents: list[dict[str, Any]], crds: Path | None) -> list[str]:
-    """What is wrong with objects by their schemas, unknown fields included, one line each.
-
-    Kubernetes' own kinds are checked by the schemas of `kubernetes-validate`, others by the definitions in the folder
-    `crds` (as of `kubectl get crd rayjobs.ray.io -o yaml`).
-    """
-    known = _definitions(crds) if crds is not None else {}
-    faults = []
-    for document in documents:
-        if not isinstance(document, dict) or not {"apiVersion", "kind", "metadata"} <= document.keys():
-            faults.append("a document is no Kubernetes object: it lacks apiVersion, kind or metadata")
-            continue
-        kind = f"{document['apiVersion']} {document['kind']}"
-        name = f"{kind} {document['metadata'].get('name')}"
-        schema = known.get((document["apiVersion"], document["kind"]))
-        if schema is not None:
-            found = jsonschema.Draft202012Validator(schema).iter_errors(document)
-            faults += [f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}" for error in found]
-            continue
-        try:
-            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
-        except kubernetes_validate.ValidationError as error:
-            faults.append(f"{name}: {'.'.join(map(str, error.path))}: {error.message[:300]}")
-        except kubernetes_validate.SchemaNotFoundError:
-            group = document["apiVersion"].partition("/")[0]
-            faults.append(
-                f"{name}: there is no schema for {kind}: give --crds DIR with its definition, as of `kubectl get crd "
-                f"{document['kind'].lower()}s.{group} -o yaml`"
-            )
-    return faults
-
-
-def read_documents(files: list[Path]) -> list[dict[str, Any]]:
-    """All objects in YAML files.
-
-    Raises:
-        UserError: a file cannot be read or is no YAML.
-    """
-    found = []
-    for file in files:
-        try:
-            found += [document for document in yaml.load_all(file.read_text(encoding="utf-8"), _LOADER) if document]
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{file} cannot be read as YAML: {error}") from error
     return found
 
 
@@ -222,6 +177,88 @@ def _workers(
     ]
 
 
+def _credentials(config: RunConfig, settings: Settings) -> list[dict[str, Any]]:
+    """Patches for the Secret whose keys are variables of the pods."""
+    remote = {"data.root": config.data.root, "checkpoint.storage": config.checkpoint.storage}
+    for key, place in remote.items():
+        if is_remote(place) and place != DIGITS and settings.secret is None:
+            raise UserError(
+                f"{key}={place} needs credentials: --set secret=NAME of a Secret with them (k8s/secrets.example.yaml), "
+                f"or --set secret=none where the pods' service account has the rights."
+            )
+    if settings.secret is None:
+        return []
+    sources = [] if settings.secret == "none" else [{"secretRef": {"name": settings.secret}}]
+    head = "/spec/rayClusterSpec/headGroupSpec"
+    return [
+        {"op": "replace", "path": f"{pods}/template/spec/containers/0/envFrom", "value": sources}
+        for pods in (head, _GROUP)
+    ]
+
+
+def _surroundings(
+    config: RunConfig, overlay: str, documents: list[dict[str, Any]], settings: Settings
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Patches of kustomize, and components, for volumes and for who is reached over the network."""
+    patches, components = [], []
+    claims = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
+    shared = [claim["metadata"]["name"] for claim in claims if "ReadWriteMany" in claim["spec"]["accessModes"]]
+    if shared and settings.storage_class is None:
+        raise UserError(
+            f"the volumes {' and '.join(shared)} of overlay {overlay} are read and written on several nodes: --set "
+            f"storage-class=NAME of a class that offers ReadWriteMany (kubectl get storageclass), or "
+            f"storage-class=default where the cluster's default does."
+        )
+    if settings.storage_class not in (None, "default"):
+        of_claim = [{"op": "add", "path": "/spec/storageClassName", "value": settings.storage_class}]
+        patches.append(_patch("PersistentVolumeClaim", of_claim))
+    if config.data.stage is not None:
+        if not Path(config.data.stage).is_relative_to(_STAGE):
+            raise UserError(f"data.stage={config.data.stage} is on no disk of a node's own: {_STAGE} is.")
+        if settings.stage_class is None:
+            raise UserError(
+                f"data.stage={config.data.stage} needs a disk on each node: --set stage-class=NAME of a storage class "
+                f"of node-local volumes (kubectl get storageclass)."
+            )
+        components.append("stage")
+        volume = len(_volumes(documents))  # the component's comes after these
+        at = f"{_GROUP}/template/spec/volumes/{volume}/ephemeral/volumeClaimTemplate/spec/storageClassName"
+        patches.append(_patch("RayJob", [{"op": "replace", "path": at, "value": settings.stage_class}]))
+    elif settings.stage_class is not None:
+        raise UserError(f"--set stage-class is for data.stage={_STAGE}, which is not set.")
+    server = urlsplit(config.tracking.uri or "")
+    if server.scheme in ("http", "https") and server.hostname not in _OWN_MLFLOW:
+        components.append("existing-mlflow")
+        policies = [document for document in documents if document["kind"] == "NetworkPolicy"]
+        (rules,) = [policy["spec"]["egress"] for policy in policies if policy["metadata"]["name"] == "training"]
+        port = server.port or {"http": 80, "https": 443}[server.scheme]
+        at = f"/spec/egress/{len(rules)}/ports/0/port"
+        patches.append(_patch("NetworkPolicy", [{"op": "replace", "path": at, "value": port}], name="training"))
+    return patches, components
+
+
+def _volumes(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    (job,) = (document for document in documents if document["kind"] == "RayJob")
+    volumes: list[dict[str, Any]] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["volumes"]
+    return volumes
+
+
+def _patch(kind: str, operations: list[dict[str, Any]], **target: str) -> dict[str, Any]:
+    return {"target": {"kind": kind} | target, "patch": yaml.safe_dump(operations)}
+
+
+def _check_names(settings: Settings) -> None:
+    for key in ("storage_class", "stage_class", "secret", "namespace"):
+        value = getattr(settings, key)
+        if value is not None and not _OBJECT_NAME.fullmatch(value):
+            raise UserError(
+                f"--set {key.replace('_', '-')}={value} is no name of an object: use small letters, digits, hyphens "
+                f"and dots."
+            )
+    if settings.memory is not None and not _QUANTITY.fullmatch(settings.memory):
+        raise UserError(f"--set memory={settings.memory} is no amount of memory: use for example 200Gi.")
+
+
 def _pods(workers: int, per_pod: int, gpus: int) -> int:
     """Pods for so many workers; whole nodes where these have GPUs."""
     if gpus and workers % gpus:
@@ -252,38 +289,3 @@ def _kustomized(folder: Path) -> str:
     if done.returncode:
         raise UserError(f"kubectl kustomize refuses {folder}: {done.stderr.strip()}")
     return done.stdout
-
-
-@lru_cache
-def _definitions(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Schemas of custom kinds by apiVersion and kind, made strict."""
-    files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    if not files:
-        raise UserError(f"--crds={folder} holds no YAML files.")
-    found = {}
-    for document in read_documents(files):
-        if document.get("kind") == "CustomResourceDefinition":
-            spec = document["spec"]
-            for version in spec["versions"]:
-                schema = _strict(version["schema"]["openAPIV3Schema"])
-                schema["properties"]["metadata"] = {"type": "object"}
-                found[f"{spec['group']}/{version['name']}", spec["names"]["kind"]] = schema
-    return found
-
-
-def _strict(schema: Any) -> Any:
-    """The schema with unknown fields refused, and Kubernetes' extensions put in JSON Schema's words."""
-    if isinstance(schema, list):
-        return [_strict(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: _strict(value) for key, value in schema.items()}
-    if found.get("x-kubernetes-int-or-string"):
-        found.pop("type", None)
-        found["anyOf"] = [{"type": "integer"}, {"type": "string"}]
-    open_ended = found.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in found
-    if isinstance(found.get("properties"), dict) and found.get("type") == "object" and not open_ended:
-        found["additionalProperties"] = False
-    if found.get("nullable") and isinstance(found.get("type"), str):
-        found["type"] = [found["type"], "null"]
-    return found

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from pipeline.config import Optim, RunConfig
+from pipeline.config import RunConfig
 from pipeline.derived import Derived
 from pipeline.errors import ConfigError
 from pipeline.model.weights import freeze, rate_factors
@@ -113,7 +113,7 @@ class Engine:
             with self._autocast:
                 compile_model(model, example_NCHW, warn if config.engine.compile == "try" else None)
         groups = parameter_groups(model, config.optim.weight_decay, rate_factors(model, config.finetune))
-        optimizer = _fused_adamw(groups, config.optim, device) or create_optimizer(groups, config.optim)
+        optimizer = create_optimizer(groups, config.optim)
         self._skip = self._measure = False
         self._norm: torch.Tensor | None = None
         optimizer.step = self._gated(optimizer.step)  # type: ignore[method-assign]
@@ -260,18 +260,6 @@ class Engine:
 def autocast(derived: Derived, device: torch.device) -> torch.autocast:
     """The run's precision for code outside the engine."""
     return torch.autocast(device.type, getattr(torch, _HALF[derived.precision]), enabled=derived.precision != "fp32")
-
-
-def _fused_adamw(groups: list[dict], optim: Optim, device: torch.device) -> torch.optim.Optimizer | None:
-    """DeepSpeed's AdamW, on a GPU where it can be built. Its LAMB is another algorithm: it bounds the trust ratio."""
-    if optim.name != "adamw" or device.type != "cuda":
-        return None
-    from deepspeed.ops.adam import FusedAdam
-    from deepspeed.ops.op_builder import FusedAdamBuilder
-
-    if not FusedAdamBuilder().is_compatible():
-        return None
-    return FusedAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adam_w_mode=True)
 
 
 def _on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -55,8 +55,8 @@ def scatter(optimizer: Any, module: nn.Module, stage: int, whole: dict[str, torc
     for group in optimizer.param_groups:
         for key in _GROUP_KEYS:
             entry = whole.get(f"group/{key}")
-            if entry is not None:  # a tensor of timm's LAMB, a plain int of DeepSpeed's Adam
-                group[key] = entry.clone() if entry.is_floating_point() else entry.item()
+            if entry is not None:
+                group[key] = entry.clone()
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,6 +1,8 @@
 """Kubernetes manifests: every overlay is valid, keeps to the restricted pod security, and fits its config."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -8,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from launch.cli import app
-from launch.manifests import K8S, kustomize, overlays, validate
+from launch.manifests import K8S, kustomize, overlays
+from launch.schemas import faults_of
 from pipeline.config_file import load_config
 from tests.conftest import PROJECT
+from tests.data import made_up
+from tests.launch.kube_api import kube_api, path_of
 
 IMAGE = "registry.test/densenet:1.2.3"
 CRDS = (PROJECT / ".." / "shared" / "k8s").resolve()
@@ -31,6 +38,8 @@ def rendered(densenet) -> Callable[..., list[dict[str, Any]]]:
     """`rendered(overlay, *arguments)`: the objects of an overlay's own config."""
 
     def run(overlay: str, *arguments: object) -> list[dict[str, Any]]:
+        if overlay != "local-cpu" and not any("storage-class=" in str(word) for word in arguments):
+            arguments = (*arguments, "--set", "storage-class=default")
         given = ("k8s", "render", config_of(overlay), *arguments, "--overlay", overlay, "--image", IMAGE)
         code, printed = densenet(*given)
         assert code == 0, printed
@@ -58,7 +67,7 @@ def pods(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def test_every_object_is_valid_as_it_lies_there_and_rendered(rendered, overlay):
     crds = CRDS if CRDS.is_dir() else None
     for documents in (kustomize(K8S / "overlays" / overlay), rendered(overlay)):
-        faults = validate(documents, crds)
+        faults = faults_of(documents, crds)
         if crds is None:
             faults = [fault for fault in faults if "there is no schema for" not in fault]
         assert faults == []
@@ -67,7 +76,7 @@ def test_every_object_is_valid_as_it_lies_there_and_rendered(rendered, overlay):
 @pytest.mark.parametrize("folder", ["mlflow", "data"])
 def test_what_stands_beside_a_training_is_valid_and_restricted(folder):
     documents = kustomize(K8S / folder)
-    assert validate(documents, None) == []
+    assert faults_of(documents, None) == []
     for document in documents:
         spec = document.get("spec", {})
         spec = spec.get("jobTemplate", {}).get("spec", spec)
@@ -84,14 +93,41 @@ def test_what_stands_beside_a_training_is_valid_and_restricted(folder):
             assert not [e for e in container.get("env", []) if "PASSWORD" in e["name"] and "value" in e]
 
 
-def test_the_image_has_this_projects_version_and_python():
+def test_image_lock_file_and_manifests_have_the_same_versions():
     text = (K8S / "images" / "Dockerfile").read_text()
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     assert f'image.version="{project["version"]}"' in text
-    assert re.search(r"^ARG PYTHON=3\.11\.\d+-slim-bookworm$", text, re.MULTILINE)
+    (python,) = re.findall(r"^ARG PYTHON=(3\.\d+\.\d+)-slim-bookworm$", text, re.MULTILINE)
+    assert SpecifierSet(project["requires-python"]).contains(python)
+    assert f"--python-version {python.rpartition('.')[0]} " in (PROJECT / "Makefile").read_text()
+    (cuda,) = re.findall(r'NVIDIA_REQUIRE_CUDA="cuda>=([\d.]+)"', text)
+    lock = (PROJECT / "requirements.lock").read_text()
+    assert cuda == torch.version.cuda
+    assert re.search(rf"^cuda-toolkit=={re.escape(cuda)}\.", lock, re.MULTILINE)
+    assert re.search(rf"^nvidia-dali-cuda{cuda.replace('.', '')}==", lock, re.MULTILINE)
+    (ray,) = re.findall(r"^ray==(\S+)", lock, re.MULTILINE)
     for overlay in overlays():
-        for _, pod in pods(job_of(kustomize(K8S / "overlays" / overlay))):
+        job = job_of(kustomize(K8S / "overlays" / overlay))
+        assert job["spec"]["rayClusterSpec"]["rayVersion"] == ray == version("ray")
+        for _, pod in pods(job):
             assert [c["image"].rpartition(":")[2] for c in pod["containers"]] == [project["version"]]
+
+
+def test_each_pod_of_the_preparation_writes_its_share(densenet, tmp_path):
+    (job,) = kustomize(K8S / "data")
+    shares = job["spec"]["completions"]
+    assert (job["spec"]["completionMode"], job["spec"]["parallelism"]) == ("Indexed", shares)
+    program, *words = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert program == "densenet"
+    made_up.write_ilsvrc(tmp_path / "downloads", made_up.pictures())
+    places = {"/downloads": str(tmp_path / "downloads"), "/data/imagenet": str(tmp_path / "data")}
+    for index in range(shares):
+        command = [places.get(w, w).replace("$(JOB_COMPLETION_INDEX)", str(index)) for w in words]
+        code, printed = densenet(*command, "--workers", 1, "--shard-size", 0.01)
+        assert code == 0, printed
+        assert ("the last one completes the data set" in printed) == (index < shares - 1)
+    code, printed = densenet("data", "verify", tmp_path / "data", "--workers", 1)
+    assert code == 0, printed
 
 
 def test_unknown_fields_and_wrong_types_are_found_in_custom_kinds_too(rendered):
@@ -102,13 +138,13 @@ def test_unknown_fields_and_wrong_types_are_found_in_custom_kinds_too(rendered):
     job["spec"]["backofLimit"] = 3
     job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] = "many"
     job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePulPolicy"] = "Never"
-    faults = " ".join(validate(documents, CRDS))
+    faults = " ".join(faults_of(documents, CRDS))
     for word in ("backofLimit", "'many' is not of type 'integer'", "imagePulPolicy"):
         assert word in faults
     (claim, *_) = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
     claim["spec"]["acessModes"] = []
-    assert "acessModes" in " ".join(validate([claim], None))
-    assert "there is no schema for ray.io/v1 RayJob: give --crds DIR" in " ".join(validate([job], None))
+    assert "acessModes" in " ".join(faults_of([claim], None))
+    assert "there is no schema for ray.io/v1 RayJob: give --crds DIR" in " ".join(faults_of([job], None))
 
 
 @pytest.mark.parametrize("overlay", overlays())
@@ -138,10 +174,9 @@ def test_pods_keep_to_the_restricted_standard_and_say_what_they_need(rendered, o
 
 
 @pytest.mark.parametrize("overlay", overlays())
-def test_versions_and_the_entrypoint_are_this_projects(rendered, overlay, tmp_path):
+def test_the_entrypoint_and_its_config_are_this_projects(rendered, overlay, tmp_path):
     documents = rendered(overlay)
     job = job_of(documents)
-    assert job["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
     program, command, file = job["spec"]["entrypoint"].split()
     assert (program, command) == ("densenet", "train")
     assert any(info.name == command or info.callback.__name__ == command for info in app.registered_commands)
@@ -168,6 +203,62 @@ def test_workers_follow_the_config(rendered):
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 4)
 
 
+def test_a_nodes_disk_a_bucket_and_a_server_that_is_there(rendered):
+    wanted = ("data.root=s3://bucket/imagenet", "data.stage=/stage/imagenet", "checkpoint.storage=s3://bucket/runs")
+    settings = [f"--set={word}" for word in ("stage-class=nvme", "secret=keys")]
+    server = "tracking.uri=https://mlflow.example:8443/tracking"
+    documents = rendered("multi-node", *wanted, server, *settings, "--set", "storage-class=nfs")
+    assert faults_of(documents, CRDS if CRDS.is_dir() else None) == [] or not CRDS.is_dir()
+    job = job_of(documents)
+    _, (_, head), (_, workers) = pods(job)
+    (volume,) = [volume for volume in workers["volumes"] if volume["name"] == "stage"]
+    claim = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert (claim["storageClassName"], claim["accessModes"]) == ("nvme", ["ReadWriteOnce"])
+    assert {"name": "stage", "mountPath": "/stage"} in workers["containers"][0]["volumeMounts"]
+    assert "stage" not in [volume["name"] for volume in head["volumes"]]
+    assert [pod["containers"][0]["envFrom"] for pod in (head, workers)] == 2 * [[{"secretRef": {"name": "keys"}}]]
+    (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
+    assert {"ports": [{"port": 8443}]} in policy["spec"]["egress"]
+    documents = rendered("multi-node", *wanted, "--set=stage-class=nvme", "--set=secret=none")
+    assert [pod["containers"][0]["envFrom"] for _, pod in list(pods(job_of(documents)))[1:]] == [[], []]
+    (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
+    assert policy["spec"]["egress"][-1] == {"ports": [{"port": 443}]}, "MLflow is the one in the namespace"
+
+
+def test_what_applying_would_change_is_shown(densenet, rendered, tmp_path, monkeypatch):
+    """Against a stand-in for the API server: there is no cluster here."""
+    documents = rendered("local-cpu")
+    command = ("k8s", "diff", config_of("local-cpu"), "--overlay", "local-cpu", "--image")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    with kube_api(documents) as (address, objects):
+        parts = {"clusters": ("cluster", {"server": address}), "users": ("user", {})}
+        parts["contexts"] = ("context", {"cluster": "here", "user": "here"})
+        config = {key: [{"name": "here", name: value}] for key, (name, value) in parts.items()}
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump({"kind": "Config", "current-context": "here"} | config))
+        diff = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())", *map(str, command)]
+
+        def differences(image: str) -> tuple[int, str]:
+            done = subprocess.run([*diff, image], capture_output=True, text=True, cwd=PROJECT)
+            return done.returncode, done.stdout
+
+        code, printed = differences(IMAGE)
+        assert code == 1
+        assert all(f"+  name: {document['metadata']['name']}" in printed for document in documents)
+        for document in documents:
+            objects[path_of(document)] = document | {"metadata": {"annotations": {}} | document["metadata"]}
+        assert differences(IMAGE) == (0, "")
+        code, printed = differences("registry.test/densenet:1.2.4")
+        changed = [line.strip() for line in printed.splitlines() if re.match(r"^[+-] ", line)]
+        assert code == 1
+        assert {line[0] + line.rpartition("- ")[2].lstrip("+ ") for line in changed} == {
+            "-image: registry.test/densenet:1.2.3",
+            "+image: registry.test/densenet:1.2.4",
+        }
+    code, printed = densenet(*command, IMAGE)
+    assert code == 2
+    assert "kubectl diff failed" in printed and "kubectl config current-context" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -183,6 +274,16 @@ def test_workers_follow_the_config(rendered):
         (("data.root=imagenet",), "data.root=imagenet is on no volume that all pods share: /data is"),
         (("run.output=/data/runs",), "run.output=/data/runs is on no volume that all pods share: /runs is"),
         (("run.name=Dense_Net",), "run.name=Dense_Net must be set"),
+        (("--set=storage-class=",), "--set storage-class= is no name of an object"),
+        (("--set=secret=My_Keys",), "--set secret=My_Keys is no name of an object: use small letters"),
+        (("--set=memory=lots",), "--set memory=lots is no amount of memory: use for example 200Gi"),
+        (
+            ("data.root=s3://bucket/set", "data.stage=/stage"),
+            "data.root=s3://bucket/set needs credentials: --set secret",
+        ),
+        (("data.stage=/tmp/stage",), "data.stage=/tmp/stage is on no disk of a node's own: /stage is."),
+        (("data.stage=/stage",), "data.stage=/stage needs a disk on each node: --set stage-class=NAME"),
+        (("--set=stage-class=nvme",), "--set stage-class is for data.stage=/stage, which is not set"),
         (("--set", "node=4"), "--set node=4 is not known: use KEY=VALUE with a KEY of nodes, gpus-per-node"),
         (("--set", "nodes=none"), "--set nodes=none: nodes is a whole number of at least 1"),
         (
@@ -195,9 +296,19 @@ def test_workers_follow_the_config(rendered):
 def test_bad_input_is_told_when_rendering(densenet, arguments, message):
     usual = {"--overlay": "multi-node", "--image": IMAGE}
     given = [word for pair in usual.items() if pair[0] not in arguments for word in pair]
+    if "storage-class" not in message:
+        given.append("--set=storage-class=default")
     code, printed = densenet("k8s", "render", config_of("multi-node"), *arguments, *given)
     assert code == 2, printed
     assert message in " ".join(printed.split())
+
+
+def test_shared_volumes_need_a_class_that_is_chosen(densenet):
+    code, printed = densenet(
+        "k8s", "render", config_of("multi-node"), "--overlay=multi-node", "--image", IMAGE, "--set=nodes=4"
+    )
+    assert code == 2
+    assert "the volumes data and runs of overlay multi-node are read and written on several nodes: --set " in printed
 
 
 def test_files_that_are_no_manifests_are_told(densenet, tmp_path):
