@@ -231,19 +231,22 @@ def test_killed_half_way_and_started_again_it_goes_on_and_ends_with_the_same_byt
     assert contents(target) == contents(tmp_path / "whole")
 
 
-def test_shares_on_several_machines_make_the_same_bytes_as_one_process(ilsvrc, tmp_path):
-    whole = run(ilsvrc, tmp_path / "whole")
+@pytest.mark.parametrize("layout", ["ilsvrc", "parquet"])
+def test_shares_on_several_machines_make_the_same_bytes_as_one_process(layout, tmp_path):
+    source = tmp_path / "source"
+    WRITERS[layout](source, made_up.pictures())
+    whole = run(source, tmp_path / "whole")
     target = tmp_path / "set"
-    done = [run(ilsvrc, target, share=(k, 3)) for k in (2, 0)]
+    done = [run(source, target, share=(k, 3)) for k in (2, 0)]
     assert [share.manifest for share in done] == [None, None]
     assert done[1].waiting > 0
-    assert run(ilsvrc, target, share=(2, 3)).parts_found == done[0].parts, "what it wrote before is written again"
+    assert run(source, target, share=(2, 3)).parts_found == done[0].parts, "what it wrote before is written again"
     with pytest.raises(DataError, match="in another number of shares: repeat that command"):
-        run(ilsvrc, target)
-    last = run(ilsvrc, target, share=(1, 3))
+        run(source, target)
+    last = run(source, target, share=(1, 3))
     assert last.parts + done[0].parts + done[1].parts == whole.parts
     assert contents(target) == contents(tmp_path / "whole")
-    assert run(ilsvrc, target, share=(0, 3)).parts == 0
+    assert run(source, target, share=(0, 3)).parts == 0
 
 
 def test_shares_at_the_same_time_complete_the_set_once(ilsvrc, tmp_path):

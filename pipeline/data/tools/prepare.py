@@ -128,14 +128,15 @@ def prepare(
     _check_places(source.absolute(), target)
     index, shares = share
     with _working(target, share) as work:
-        scan = recognise(source, layout).scan(source.absolute(), work, pool)
+        with FileLock(work / "scan"):  # of one share at a time: it may spool pictures to the working folder
+            scan = recognise(source, layout).scan(source.absolute(), work, pool)
         job = _job(scan, options)
         finished = read_manifest(target)
         if finished is not None:
             if finished.made.get("job") != job:
                 raise DataError(f"{target} holds another data set (or the same with other options): choose another.")
             return Prepared(finished, 0, 0, finished.made["left_out"])
-        with _turn(work):
+        with FileLock(work / "turn"):
             _claim(work, f"{job} {shares}", target)
         parts = [part for split in scan.splits for part in _parts(scan, split, target, options, skip_damaged)]
         mine = parts[index::shares]
@@ -154,7 +155,7 @@ def prepare(
                 f"{len(damaged)} damaged pictures in {source}:\n  " + listed(damaged, "\n  ") + "\nAll others are "
                 "written. Mend these and start again, or leave them out with --skip-damaged."
             )
-        with _turn(work):
+        with FileLock(work / "turn"):
             manifest = read_manifest(target)  # of another share that was done at the same time
             waiting = [] if manifest else [part for part in parts if not _is_finished(part)]
             if not manifest and not waiting:
@@ -187,11 +188,6 @@ def _working(target: Path, share: tuple[int, int]) -> Iterator[Path]:
         raise DataError(f"another process is preparing {which}: wait for it, or end it.") from None
     except OSError as error:
         raise DataError(f"{error.filename or target}: {error.strerror or error}. What is finished is kept.") from error
-
-
-def _turn(work: Path) -> FileLock:
-    """What shares do one after the other; it takes seconds."""
-    return FileLock(work / "turn", timeout=600)
 
 
 def _job(scan: Scan, options: Options) -> str:
