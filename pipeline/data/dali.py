@@ -93,6 +93,7 @@ class Loader:
         self._resizer = None if dali_does_all else Resizer(threads, interpolation, mean, std)
         self._current: _Run | None = None
         self._closed = False
+        self._decoder, self._device_id = "mixed" if device == "cuda" else "cpu", device_id
         common = {
             "source": self._next_input,
             "batch_size": max_batch_size,
@@ -105,7 +106,7 @@ class Loader:
         else:
             self._new_pipeline = partial(
                 _pixels_pipeline,
-                decoder="mixed" if device == "cuda" else "cpu",
+                decoder=self._decoder,
                 auto=augment.auto,
                 stages=augment.auto_stages,
                 interpolation=_FILTERS[interpolation],
@@ -179,6 +180,8 @@ class Loader:
     def _recover(self, run: "_Run", error: RuntimeError) -> None:
         """After DALI met something that it cannot decode: goes on without it, or says what it is."""
         damaged = self._damaged(run)
+        if not damaged and "fn.decoders" in str(error):
+            damaged = self._refused(run)
         if damaged and self._skip_by is not None:
             self.skipped |= damaged
             run.again.extendleft(loaded.wanted for loaded in reversed(run.in_dali))
@@ -191,19 +194,33 @@ class Loader:
             ) from error
         if "fn.decoders" not in str(error):
             raise error
-        reason = next(filter(str.strip, str(error).partition("encountered:")[2].splitlines()), str(error))
-        places = [self.index.describe(sample) for loaded in run.in_dali for sample in loaded.planned.ids_B]
+        places = [self.index.describe(sample) for sample in run.samples()]
         raise DataError(
-            f"DALI cannot decode one of these pictures, although PIL can ({reason}):\n  "
+            f"DALI cannot decode one of these pictures, although it can decode each alone ({_reason(error)}):\n  "
             + listed(places, "\n  ")
-            + "\nConvert it to an 8-bit JPEG or PNG, or remove it."
         ) from error
 
+    def _refused(self, run: "_Run") -> dict[int, str]:
+        """Those of the samples in DALI that it cannot decode by themselves, although PIL can."""
+        found = {}
+        for sample in run.samples():
+            alone = _whole_pipeline(
+                self.index.read(sample), self._decoder, batch_size=1, num_threads=1, device_id=self._device_id
+            )
+            try:
+                alone.run()
+            except RuntimeError as error:
+                found[sample] = (
+                    f"{self.index.describe(sample)}: DALI cannot decode it, although PIL can ({_reason(error)}): "
+                    f"convert it to an 8-bit JPEG or PNG"
+                )
+        return found
+
     def _damaged(self, run: "_Run") -> dict[int, str]:
-        """Those of the samples in DALI that cannot be decoded, and why."""
+        """Those of the samples in DALI that PIL cannot decode, and why."""
         found = {}
         with quiet():
-            for sample in {int(sample) for loaded in run.in_dali for sample in loaded.planned.ids_B}:
+            for sample in run.samples():
                 try:
                     decode(self.index.read(sample).tobytes()).convert("RGB")
                 except NotAnImage as error:
@@ -337,6 +354,10 @@ class _Run:
     in_dali: "deque[_Input]" = field(default_factory=deque)
     again: deque[PlannedBatch] = field(default_factory=deque)
 
+    def samples(self) -> list[int]:
+        """Those that DALI holds."""
+        return sorted({int(sample) for loaded in self.in_dali for sample in loaded.planned.ids_B})
+
 
 @dataclass(frozen=True)
 class _Input:
@@ -384,6 +405,18 @@ def _decoded(encoded: Any, start: Any, shape: Any, decoder: str) -> Any:
         adjust_orientation=False,
         use_fast_idct=False,
     )
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's message that says what is wrong."""
+    return next(filter(str.strip, str(error).partition("encountered:")[2].splitlines()), str(error))
+
+
+@pipeline_def
+def _whole_pipeline(encoded: NDArray[np.uint8], decoder: str) -> Any:
+    """One picture, whole, by itself."""
+    source = fn.external_source(source=lambda: [encoded], dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(source, device=decoder, output_type=types.RGB, use_fast_idct=False)
 
 
 @pipeline_def

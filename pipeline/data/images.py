@@ -17,6 +17,7 @@ TAIL = 4096  # bytes that may follow a JPEG's end mark
 _MAGIC = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _JPEG_MODES = {"Gray": "L", "GRAY": "L", "YCbCr": "RGB", "RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}
 _ORIENTATION = 0x0112
+_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 _BENIGN = "extraneous bytes"  # libjpeg's warning of bytes between two parts, both of which are whole
 
 
@@ -77,9 +78,13 @@ def header(content: bytes, end: bytes) -> Header:
         raise NotAnImage(fault)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        return Header("JPEG", width, height, _JPEG_MODES[colours])
+        found = Header("JPEG", width, height, _JPEG_MODES[colours])
     except (ValueError, KeyError):
         pass  # another format, or one of the JPEGs that only PIL reads, at fifteen times the cost
+    else:
+        if width * height > _MOST_PIXELS:  # PIL refuses it too; a damaged head may tell of gigabytes
+            raise NotAnImage(f"has {width} x {height} pixels by its head, more than {_MOST_PIXELS:,}")
+        return found
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size

@@ -139,7 +139,7 @@ class DatasetIndex:
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         path = self._path.dictionary.take(self._path.indices)
         digest.update(pc.binary_length(path).to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
-        digest.update(pc.binary_join(pa.array([path.to_pylist()]), "")[0].as_py().encode())
+        digest.update("".join(path.to_pylist()).encode())
         for values_N in (self._offsets_N, self._lengths_N, self.labels_N):
             digest.update(values_N.tobytes())
         return digest.hexdigest()
@@ -239,7 +239,7 @@ def rows_of(table: pa.Table, start: int, count: int) -> pa.Table:
 def save_table(table: pa.Table, file: Path) -> None:
     """Writes a table as Parquet, to a temporary name first."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
+    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     temporary.replace(file)
 
 
@@ -250,7 +250,7 @@ def load_table(file: Path) -> pa.Table:
         DataError: the file is missing, damaged, or is not an index of this version.
     """
     try:
-        table = pq.read_table(file, read_dictionary=["path"])
+        table = pq.read_table(file, read_dictionary=["path"], page_checksum_verification=True)
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist: make the index with `densenet data index`.") from error
     except (pa.ArrowException, OSError) as error:

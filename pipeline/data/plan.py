@@ -168,8 +168,8 @@ class TrainPlan:
         none_B = ~fits_BT.any(axis=1)
         narrow_w_B, wide_h_B, ratio_B = widths_B.copy(), heights_B.copy(), widths_B / heights_B
         tall_B, wide_B = ratio_B < self.crop_ratio[0], ratio_B > self.crop_ratio[1]
-        wide_h_B[tall_B] = np.rint(widths_B[tall_B] / self.crop_ratio[0])
-        narrow_w_B[wide_B] = np.rint(heights_B[wide_B] * self.crop_ratio[1])
+        wide_h_B[tall_B] = np.rint(widths_B[tall_B] / self.crop_ratio[0]).clip(1)
+        narrow_w_B[wide_B] = np.rint(heights_B[wide_B] * self.crop_ratio[1]).clip(1)
         h_B, w_B = np.where(none_B, wide_h_B, h_B), np.where(none_B, narrow_w_B, w_B)
         y_B, x_B = np.where(none_B, (heights_B - h_B) // 2, y_B), np.where(none_B, (widths_B - w_B) // 2, x_B)
         return np.stack([y_B, x_B], axis=1).astype(np.int32), np.stack([h_B, w_B], axis=1).astype(np.int32)

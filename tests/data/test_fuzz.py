@@ -1,0 +1,115 @@
+"""Ten thousand damaged pictures: each is decoded or told by name, and none ends the process or hangs it."""
+
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.folders import scan_pictures
+from pipeline.data.images import NotAnImage, header
+from tests.conftest import PROJECT
+from tests.data import made_up
+from tests.data.test_data_loading import loader, run, train_plan
+
+COUNT, FILES_IN_A_FOLDER = 10_000, 1000
+
+
+def sound() -> list[bytes]:
+    """JPEGs of all kinds that training sets hold."""
+    kinds: list[tuple[str, dict[str, object]]] = [
+        ("RGB", {}),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"subsampling": 0}),
+        ("RGB", {"subsampling": 1, "quality": 40}),
+        ("RGB", {"optimize": True, "restart_marker_blocks": 2}),
+        ("RGB", {"exif": b"Exif\0\0II*\0" + b"\x08\0\0\0\0\0"}),
+        ("L", {}),
+        ("L", {"progressive": True}),
+    ]
+    return [
+        made_up.encoded(made_up.picture(number, (40 + 3 * number, 60), mode), **options)
+        for number, (mode, options) in enumerate(kinds * 3)
+    ]
+
+
+def mutated(rng: random.Random, content: bytes) -> bytes:
+    """A picture with one kind of damage somewhere, its head as often as its data."""
+    data = bytearray(content)
+    reach = len(data) if rng.random() < 0.5 else min(700, len(data))
+    at = rng.randrange(reach)
+    span = rng.randint(1, 64)
+    match rng.randrange(7):
+        case 0:
+            for _ in range(rng.randint(1, 8)):
+                data[rng.randrange(reach)] ^= 1 << rng.randrange(8)
+        case 1:
+            data[at] = rng.randrange(256)
+        case 2:
+            del data[at:]
+        case 3:
+            del data[at : at + span]
+        case 4:
+            data[at:at] = data[at : at + span]
+        case 5:
+            data[at : at + span] = bytes(min(span, len(data) - at))
+        case 6:
+            data[at:at] = rng.randbytes(span)
+    return bytes(data)
+
+
+def write(root: Path, seed: int, count: int) -> None:
+    rng, pictures = random.Random(seed), sound()
+    for i in range(count):
+        file = root / f"{i // FILES_IN_A_FOLDER:02d}" / f"{i:05d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(mutated(rng, rng.choice(pictures)))
+
+
+def read_all(root: Path) -> Iterator[str]:
+    """Every file's outcome, a line each: `NAME decoded`, or `NAME` and what is wrong with it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        index, faults = scan_pictures(root)
+    for name, fault in faults.items():
+        yield f"{Path(name).name} {fault}"
+    plan, batch = train_plan(index), 16
+    with loader(index, batch, skip_by=plan) as reader:
+        _, seen = run(reader, plan, steps=-(-len(index) // batch), batch=batch)
+        skipped = reader.skipped
+    for sample in set(range(len(index))) & set(seen):
+        yield f"{index.path(sample).name} decoded"
+    for sample, reason in skipped.items():
+        yield f"{index.path(sample).name} {reason}"
+
+
+def test_a_head_that_tells_of_gigabytes_is_damage():
+    content = bytearray(sound()[0])
+    at = content.index(b"\xff\xc0") + 5
+    content[at : at + 4] = b"\xff\xdc\xff\xdc"
+    with pytest.raises(NotAnImage, match="has 65500 x 65500 pixels by its head, more than 178,956,970"):
+        header(bytes(content), bytes(content))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_thousand_damaged_jpegs_are_decoded_or_told_by_name(tmp_path):
+    write(tmp_path / "set", seed=20261126, count=COUNT)
+    program = "import sys; from pathlib import Path; from tests.data.test_fuzz import read_all\n"
+    program += "for line in read_all(Path(sys.argv[1])): print(line)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "set")],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=1000,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcomes = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert outcomes.keys() == {f"{i:05d}.jpg" for i in range(COUNT)}
+    decoded = sum(outcome == "decoded" for outcome in outcomes.values())
+    assert 1000 < decoded < COUNT - 1000, decoded

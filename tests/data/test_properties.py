@@ -1,0 +1,183 @@
+"""What holds for any size, seed and world: the sample plan, the index, and damage to the files of a data set."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.dataset import index_file, open_splits
+from pipeline.data.index import DatasetIndex, load_table, save_table, table_of
+from pipeline.data.plan import EvalPlan, TrainPlan, eval_share, micro_batch, permutation, windowed_permutation
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.verify import verify
+from pipeline.errors import DamagedSample, DataError
+from tests.data import made_up
+
+seeds = st.integers(0, 2**32 - 1)
+sides = st.integers(1, 5000)
+QUICK = settings(max_examples=60, deadline=None)
+
+
+@QUICK
+@given(seed=seeds, epoch=st.integers(0, 2**31), samples=st.integers(1, 3000))
+def test_an_epoch_has_every_sample_once(seed, epoch, samples):
+    order = permutation(seed, epoch, samples)
+    assert np.array_equal(np.sort(order), np.arange(samples))
+    assert np.array_equal(order, permutation(seed, epoch, samples))
+
+
+@QUICK
+@given(seed=seeds, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=40), window=st.integers(1, 50))
+def test_a_windowed_epoch_has_every_sample_once_and_few_shards_open(seed, sizes, window):
+    files_N = np.repeat(np.arange(len(sizes)), sizes)
+    order = windowed_permutation(seed, 3, files_N, window)
+    assert np.array_equal(np.sort(order), np.arange(len(files_N)))
+    first = {int(file): int(np.flatnonzero(files_N[order] == file)[0]) for file in range(len(sizes))}
+    last = {int(file): int(np.flatnonzero(files_N[order] == file)[-1]) for file in range(len(sizes))}
+    for place in range(0, len(order), max(1, len(order) // 10)):
+        assert sum(first[file] <= place <= last[file] for file in first) <= window
+
+
+@QUICK
+@given(
+    seed=seeds,
+    samples=st.integers(1, 400),
+    workers=st.integers(1, 9),
+    accumulation=st.integers(1, 4),
+    device_batch=st.integers(1, 8),
+    steps=st.integers(1, 5),
+)
+def test_global_batches_are_the_same_for_any_split_of_them(seed, samples, workers, accumulation, device_batch, steps):
+    plan = TrainPlan(seed, *np.full((2, samples), 64), (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    size = workers * accumulation * device_batch
+    for step in range(steps):
+        parts = [
+            micro_batch(step, micro, rank, workers, device_batch, accumulation)
+            for micro in range(accumulation)
+            for rank in range(workers)
+        ]
+        together = np.sort(np.concatenate(parts))
+        assert np.array_equal(together, np.arange(step * size, (step + 1) * size))
+        whole = plan.locate(together)[1]
+        split = {int(p): int(i) for part in parts for p, i in zip(part, plan.locate(part)[1], strict=True)}
+        assert [split[int(p)] for p in together] == whole.tolist()
+
+
+@QUICK
+@given(samples=st.integers(0, 500), workers=st.integers(1, 40), batch=st.integers(1, 64))
+def test_evaluation_has_every_sample_once_whatever_the_world(samples, workers, batch):
+    shares = [np.concatenate([[], *eval_share(samples, rank, workers, batch)]) for rank in range(workers)]
+    assert np.array_equal(np.concatenate(shares), np.arange(samples))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@QUICK
+@given(
+    seed=seeds,
+    shapes=st.lists(st.tuples(sides, sides), min_size=1, max_size=30),
+    area=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)).map(sorted),
+    ratio=st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(sorted),
+)
+def test_windows_lie_in_their_pictures(seed, shapes, area, ratio):
+    heights_N, widths_N = np.array(shapes).T
+    plan = TrainPlan(seed, widths_N, heights_N, tuple(area), tuple(ratio), 0.5)
+    batch = plan.batch(np.arange(len(shapes)), 32)
+    ends_B2 = batch.window_starts_B2 + batch.window_shapes_B2
+    assert (batch.window_starts_B2 >= 0).all() and (batch.window_shapes_B2 >= 1).all()
+    assert (ends_B2 <= np.stack([heights_N, widths_N], axis=1)[batch.ids_B]).all()
+
+
+@QUICK
+@given(
+    shapes=st.lists(st.tuples(sides, sides), min_size=1, max_size=30),
+    crop=st.integers(8, 512),
+    more=st.integers(0, 200),
+    anchor=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_crops_lie_in_the_resized_pictures(shapes, crop, more, anchor):
+    heights_N, widths_N = np.array(shapes).T
+    batch = EvalPlan(widths_N, heights_N, crop + more, crop, anchor).batch(np.arange(len(shapes)))
+    assert (batch.sizes_B2.min(axis=1) == crop + more).all()
+    assert (batch.origins_B2 >= 0).all() and (batch.origins_B2 + crop <= batch.sizes_B2).all()
+
+
+paths = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0/"), min_size=1, max_size=20)
+rows = st.lists(
+    st.tuples(paths, st.integers(0, 2**40), st.integers(1, 2**31), st.integers(0, 999), sides, sides), max_size=40
+)
+
+
+@QUICK
+@given(rows=rows)
+def test_an_index_is_read_as_it_was_written(rows, tmp_path_factory):
+    file = tmp_path_factory.mktemp("index") / "index.parquet"
+    names = ("path", "offset", "length", "label", "width", "height")
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    save_table(table_of(columns), file)
+    there = load_table(file)
+    assert {name: there[name].to_pylist() for name in names} == columns
+    again = DatasetIndex(Path("/x"), ("a",), there)
+    assert again.fingerprint == DatasetIndex(Path("/elsewhere"), ("a",), table_of(columns)).fingerprint
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """A small set in shards."""
+    root = tmp_path_factory.mktemp("prepared")
+    made_up.write_folders(root / "source", made_up.pictures())
+    with Pool(1) as pool:
+        prepare(root / "source", root / "set", Options(shard_bytes=20_000), pool)
+    return root / "set"
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=seeds, kind=st.sampled_from(["flip", "cut", "zero"]))
+def test_an_index_with_any_damage_is_refused_or_means_the_same(shards, seed, kind, tmp_path_factory):
+    rng = random.Random(seed)
+    file = index_file(shards, "train")
+    content = bytearray(file.read_bytes())
+    at = rng.randrange(len(content))
+    if kind == "flip":
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[at:]
+    else:
+        content[at : at + 16] = bytes(min(16, len(content) - at))
+    damaged = tmp_path_factory.mktemp("damaged") / "train.parquet"
+    damaged.write_bytes(content)
+    try:
+        table = load_table(damaged)
+    except DataError as error:
+        assert str(damaged) in str(error)
+    else:
+        assert table.equals(load_table(file)), f"byte {at} of {len(content)} changes what the index says"
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds)
+def test_a_byte_that_rots_anywhere_in_a_shard_is_told_with_the_sample(shards, seed, tmp_path_factory):
+    rng = random.Random(seed)
+    root = tmp_path_factory.mktemp("rotten") / "set"
+    shutil.copytree(shards, root)
+    file = rng.choice(sorted((root / "train").glob("*.tar")))
+    content = bytearray(file.read_bytes())
+    at = rng.randrange(len(content))
+    content[at] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    index, _ = open_splits(str(root), "train", "val", root)
+    sound = open_splits(str(shards), "train", "val", root)[0]
+    for sample in range(len(index)):
+        try:
+            assert bytes(index.read(sample)) == bytes(sound.read(sample))
+        except DamagedSample as error:
+            assert str(file) in str(error)
+            start = index._offsets_N[sample]
+            assert start <= at < start + index._lengths_N[sample], "a sound sample is called damaged"
+    with Pool(1) as pool:
+        report = verify(root, pool)
+    assert any(file.name in str(finding) for finding in report.findings), "verify passes over it"
