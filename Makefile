@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-tools check policy lock clean
+.PHONY: help demo test test-long test-tools coverage check policy lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -28,9 +28,13 @@ test-tools:  ## as root on Debian: the server and the browser that some tests us
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends postgresql chromium
 
-check: $(READY)  ## lint, formatting, types, spelling
+coverage: $(READY)  ## `make test` with the lines that it does not reach, those of child processes included
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long" --cov --cov-report=term
+
+check: $(READY)  ## lint, formatting, imports, types, spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 	$(BIN)/codespell
 

@@ -19,13 +19,13 @@ from benchmarks.common import in_turns, keep, machine, report, seconds
 from pipeline.config import RunConfig
 from pipeline.data.dataset import open_splits
 from pipeline.derived import Derived, derive
-from pipeline.model import create
+from pipeline.model.densenet import create
 from pipeline.train import checkpoint
+from pipeline.train.checkpoint import checkpoint_root
 from pipeline.train.engine import Engine
 from pipeline.train.group import process_group
 from pipeline.train.loss import Criterion
 from pipeline.train.optim import create_optimizer, parameter_groups
-from pipeline.train.state import checkpoint_root
 from pipeline.train.trainer import Trainer
 from pipeline.train.writer import Contents, Writer
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import keep, machine, seconds
 from pipeline.config import Model
-from pipeline.model import create
+from pipeline.model.densenet import create
 
 MODES = ("none", "checkpoint", "shared-stats")
 

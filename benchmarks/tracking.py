@@ -17,7 +17,8 @@ from benchmarks.common import in_turns, keep, machine, report, seconds
 from benchmarks.engine import CLASSES, CPU, engine_step, pictures, settings
 from pipeline.config import RunConfig
 from pipeline.export.package import register
-from pipeline.model import ARCHITECTURES, create
+from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.densenet import create
 from pipeline.tracking.run import Tracker
 from pipeline.train.engine import Engine
 from pipeline.train.group import process_group

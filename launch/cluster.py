@@ -32,11 +32,6 @@ _NO_CLUSTER = (
 )
 
 
-def cluster_address(option: str | None) -> str | None:
-    """The address of the cluster to join: the option, else RAY_ADDRESS (set inside a Ray job), else None."""
-    return option or os.environ.get("RAY_ADDRESS") or None
-
-
 @contextmanager
 def joined(address: str, log_file: Path) -> Iterator[str]:
     """Connects to the cluster at `address`, and leaves it at the end; yields the dashboard's address.

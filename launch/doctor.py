@@ -78,7 +78,7 @@ def _torch() -> str:
 def _timm() -> str:
     import torch
 
-    from pipeline.model import create
+    from pipeline.model.densenet import create
 
     logits = create("densenet_tiny", 10)(torch.zeros(2, 3, 32, 32))
     return f"a DenseNet's forward pass, logits {list(logits.shape)}"
@@ -118,7 +118,7 @@ def _dali() -> str:
 def _deepspeed() -> str:
     import torch
 
-    from pipeline.model import create
+    from pipeline.model.densenet import create
     from pipeline.train.engine import Engine
     from pipeline.train.group import process_group
 

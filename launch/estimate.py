@@ -24,7 +24,7 @@ from launch.progress import duration
 from pipeline.config import RunConfig
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
-from pipeline.model import create
+from pipeline.model.densenet import create
 from pipeline.train.mfu import peak_flops
 
 REACHED = 0.6  # share of peak and bandwidth that convolution nets reach; an assumption

@@ -20,7 +20,7 @@ from pipeline.evaluation.labels import labels_of, read_label_sets
 from pipeline.evaluation.probabilities import VIEWS, Transform, model_probabilities
 from pipeline.evaluation.scores import confusion, score, score_sets
 from pipeline.evaluation.tables import write_confusion, write_csv
-from pipeline.model.weights import read_card
+from pipeline.model.sources import read_card
 
 
 @dataclass(frozen=True)

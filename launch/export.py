@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.probabilities import Transform, probabilities
 from pipeline.export.formats import OPSET, TOLERANCE, OnnxModel, to_int8, to_onnx, to_timm, to_torch
-from pipeline.model.weights import read_card
+from pipeline.model.sources import read_card
 from pipeline.tracking.registry import attach_to_version
 from pipeline.tracking.store import default_tracking_uri
 

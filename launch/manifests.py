@@ -19,7 +19,7 @@ from pipeline.config_file import load_config
 from pipeline.data.staging import is_remote
 from pipeline.derived import split_batch
 from pipeline.errors import UserError
-from pipeline.model.densenet import check_name
+from pipeline.model.architectures import check_name
 
 K8S = Path(__file__).parents[1] / "k8s"
 _GROUP = "/spec/rayClusterSpec/workerGroupSpecs/0"

@@ -19,7 +19,7 @@ Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLF
 def list_models(uri: Uri = None) -> None:
     """Show the nets by name, with the paper's accuracy, and the models that are registered."""
     from launch.models import registered_command
-    from pipeline.model import ARCHITECTURES, PAPER, size
+    from pipeline.model.architectures import ARCHITECTURES, PAPER, size
 
     table = Table(box=None, pad_edge=False)
     table.add_column("name", no_wrap=True)

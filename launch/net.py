@@ -1,10 +1,16 @@
-"""Ports on loopback."""
+"""Addresses and ports."""
 
+import os
 import socket
 
 from pipeline.errors import UserError
 
 HOST = "127.0.0.1"
+
+
+def cluster_address(option: str | None) -> str | None:
+    """The address of the Ray cluster to join: the option, else RAY_ADDRESS (set inside a Ray job), else None."""
+    return option or os.environ.get("RAY_ADDRESS") or None
 
 
 def free_port() -> int:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.cluster import cluster_address, joined, offered_by_cluster
+from launch.net import cluster_address
 from launch.prepare import Prepared, check_writable, prepare, read_config
 from launch.resources import this_machine
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
-from pipeline.model import size
+from pipeline.model.architectures import size
 
 
 def plan_command(
@@ -29,6 +29,8 @@ def plan_command(
     if address is None:
         prepared = prepare(config, this_machine())
     else:
+        from launch.cluster import joined, offered_by_cluster  # Ray takes seconds to import
+
         output = Path(config.run.output)
         check_writable(output)
         with joined(address, output / "ray.log"):

@@ -17,10 +17,9 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import fetch_indexes, is_remote
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
-from pipeline.model.densenet import check_name, create
-from pipeline.model.weights import Sources, load_teacher, load_weights, read_card
-from pipeline.train.engine import deepspeed_config
-from pipeline.train.state import resumed
+from pipeline.model.architectures import check_name
+from pipeline.model.sources import NO_SOURCES, Sources, read_card
+from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.storage import StorageError, storage_of
 
 SECRETS = "DENSENET_SECRETS"  # names of variables that a submitted job must find on the cluster
@@ -115,6 +114,8 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
     start = _check_sources(config, derived, sources, train_index.classes)
     found = None if resume in (None, "auto") else find_checkpoint(str(resume), config)
     if found is not None:
+        from pipeline.train.state import resumed  # torch, timm and DALI take seconds to import
+
         resumed(config, derived, train_index, found)
         start = f"those of {found}, and all else of its run"
     warnings += _other_normalisation(config, sources)
@@ -124,6 +125,11 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
 def _check_sources(config: RunConfig, derived: Derived, sources: Sources, classes: tuple[str, ...]) -> str:
     """Tries the weights and the teacher on the model and the data, and says what the run starts from."""
     start = f"random, from seed {config.run.seed}"
+    if sources == NO_SOURCES:
+        return start
+    from pipeline.model.densenet import create  # torch and timm take seconds to import
+    from pipeline.model.weights import load_teacher, load_weights
+
     if sources.weights is not None:
         loaded = load_weights(create(config.model, derived.num_classes), sources.weights)
         head = "" if loaded.head else f"; the classifier is new, for {derived.num_classes} classes, and random"

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.paired import Paired, compare
 from pipeline.evaluation.probabilities import Transform, model_probabilities
-from pipeline.model.weights import read_card
+from pipeline.model.sources import read_card
 from pipeline.tracking.registry import (
     REGISTRY,
     alias_version,

@@ -3,10 +3,13 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pipeline.config import Device, Elastic, RunConfig
 from pipeline.derived import split_batch
 from pipeline.errors import ConfigError
+
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's, and its way through WSL; without one there is no CUDA device
 
 
 class NoRoom(ConfigError):
@@ -49,9 +52,12 @@ class Share:
 
 def this_machine() -> Resources:
     """The cores that this process may use, and the CUDA devices that torch sees."""
-    import torch
+    devices = 0
+    if any(Path(device).exists() for device in _DRIVERS):
+        import torch  # takes seconds, so only where there may be one
 
-    return Resources("this machine", len(os.sched_getaffinity(0)), torch.cuda.device_count(), embedded=True)
+        devices = torch.cuda.device_count()
+    return Resources("this machine", len(os.sched_getaffinity(0)), devices, embedded=True)
 
 
 def share(config: RunConfig, offered: Resources) -> Share:

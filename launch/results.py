@@ -8,13 +8,12 @@ from matplotlib.figure import Figure
 from launch.prepare import Prepared
 from pipeline.data.dataset import DatasetIndex
 from pipeline.data.staging import is_remote
-from pipeline.evaluation.samples import sample_predictions
 from pipeline.evaluation.tables import CONFUSION, read_confusion, write_csv
 from pipeline.tracking.origin import origin_tags, write_origin
 from pipeline.tracking.plots import confusion_picture, curve, curves
 from pipeline.tracking.run import Tracker
 from pipeline.train.checkpoint import write_json
-from pipeline.train.engine import deepspeed_config
+from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.schedule import learning_rate
 
 SAMPLES = "samples.json"
@@ -83,6 +82,8 @@ def attach_samples(tracker: Tracker, prepared: Prepared, best: Path) -> None:
     index: DatasetIndex = prepared.val_index
     if is_remote(str(prepared.config.data.root)):
         return
+    from pipeline.evaluation.samples import sample_predictions  # torch, timm and DALI: not before the first step
+
     file = prepared.run_dir / SAMPLES
     temporary = file.with_name(f"{SAMPLES}.tmp")
     temporary.write_text(json.dumps(sample_predictions(best, index)), encoding="utf-8")

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.model.weights import NO_SOURCES, Sources
-from pipeline.train.checkpoint import MANIFEST, checkpoints, fault, newest_valid
-from pipeline.train.state import best_checkpoint, checkpoint_root
+from pipeline.model.sources import NO_SOURCES, Sources
+from pipeline.train.checkpoint import MANIFEST, best_checkpoint, checkpoint_root, checkpoints, fault, newest_valid
 
 ADDRESSES = ("models:/", "runs:/")  # of models in the tracking store
 _RUN_ID = re.compile("[0-9a-f]{32}")

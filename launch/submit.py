@@ -18,7 +18,7 @@ from launch.prepare import SECRETS
 from pipeline.config import DIGITS, Cluster, RunConfig, Tracking
 from pipeline.config_file import load_config
 from pipeline.errors import UserError, listed
-from pipeline.model.densenet import check_name
+from pipeline.model.architectures import check_name
 from pipeline.tracking.origin import write_commit
 
 PROJECT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.claim import claimed
-from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run
-from launch.net import free_port
+from launch.cluster import embedded, joined, offered_by_cluster, run
+from launch.net import cluster_address, free_port
 from launch.prepare import check_writable, prepare, read_config
 from launch.record import Recorder
 from launch.resources import Resources, this_machine

@@ -15,8 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from launch.claim import claimed
-from launch.cluster import cluster_address, embedded, joined, offered_by_cluster, run, wait_for_room
-from launch.net import check_port, free_port
+from launch.net import check_port, cluster_address, free_port
 from launch.plan import print_plan
 from launch.prepare import Prepared, check_secrets, check_writable, prepare, read_config
 from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
@@ -30,7 +29,8 @@ from pipeline.export.package import Registered, register
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import default_tracking_uri, shown, wait_for
 from pipeline.train import checkpoint
-from pipeline.train.state import best_checkpoint, checkpoint_root, fetch, read_state
+from pipeline.train.checkpoint import best_checkpoint, checkpoint_root, read_state
+from pipeline.train.storage import fetch
 
 _PHASES = {"workers_started": "worker start", "first_step": "first step"}
 
@@ -74,6 +74,8 @@ def _train_command(
             dashboard_port = _dashboard_port(config)
             prepared = prepare(config, this_machine(), resume)
         else:
+            from launch.cluster import joined, offered_by_cluster, wait_for_room  # Ray takes seconds to import
+
             dashboard = stack.enter_context(joined(address, log_file))
             if wait:
                 wait_for_room(config, address, lambda text: console.print(text, style="yellow", soft_wrap=True))
@@ -89,6 +91,8 @@ def _train_command(
         with display:
             if address is None:
                 display.status("starting Ray")
+                from launch.cluster import embedded
+
                 cpus = max(prepared.derived.workers * prepared.derived.cpus_per_worker, this_machine().cpus)
                 dashboard = stack.enter_context(embedded(cpus, dashboard_port, log_file))
                 clock.ended("Ray start")
@@ -177,6 +181,8 @@ def _train(prepared: Prepared, recorder: Recorder, display: Display, clock: Cloc
         if event["kind"] == "trained":
             img_per_s = event["img_per_s"]
         display.on_event(event)
+
+    from launch.cluster import run
 
     run(prepared, on_event)
     return img_per_s

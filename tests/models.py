@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from timm.models import DenseNet
 
 from pipeline.config import RunConfig
-from pipeline.model import ARCHITECTURES, create
+from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.densenet import create
 from pipeline.tracking.run import Tracker
 
 CLASSES = ("cat", "dog", "eel")

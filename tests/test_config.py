@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.config import RunConfig
@@ -177,3 +180,77 @@ def test_the_zero_stage_follows_from_workers_optimizer_and_precision(workers, se
     assert derive(config, workers=workers, cpus_per_worker=1, device="cpu", **sizes).zero_stage == stage
     with pytest.raises(ValidationError, match="engine.offload_optimizer needs engine.zero_stage=1, 2 or 3"):
         RunConfig.model_validate({"optim": {"name": "lamb"}, "engine": {"offload_optimizer": True}})
+
+
+KEYS = [
+    f"{section}.{key}" if hasattr(field.annotation, "model_fields") else section
+    for section, field in RunConfig.model_fields.items()
+    for key in getattr(field.annotation, "model_fields", [""])
+]
+plain = st.none() | st.booleans() | st.integers(-10, 10**6) | st.floats(-10, 1e6) | st.text(max_size=12)
+values = plain | st.lists(plain, max_size=3) | st.dictionaries(st.text(max_size=6), plain, max_size=2)
+
+
+@settings(max_examples=300)
+@given(chosen=st.dictionaries(st.sampled_from(KEYS), values, max_size=3))
+def test_any_values_make_a_config_that_survives_a_round_trip_or_an_error_that_names_the_key(chosen, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    tree: dict = {}
+    for key, value in chosen.items():
+        section, _, name = key.partition(".")
+        if name:
+            tree.setdefault(section, {})
+            if isinstance(tree[section], dict):
+                tree[section][name] = value
+        else:
+            tree[section] = value
+    (folder / "any.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    try:
+        config = load_config(folder / "any.yaml")
+    except ConfigError as error:
+        assert "any.yaml" in str(error)
+        return
+    (folder / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(folder / "again.yaml") == config
+
+
+@settings(max_examples=200)
+@given(content=st.binary(max_size=80) | st.text(max_size=80).map(lambda text: text.encode()))
+def test_any_file_is_a_config_or_an_error(content, tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "any.yaml"
+    file.write_bytes(content)
+    try:
+        load_config(file)
+    except ConfigError as error:
+        assert "any.yaml" in str(error)
+
+
+@settings(max_examples=200)
+@given(override=st.text(max_size=40))
+def test_any_override_is_taken_or_an_error(override):
+    try:
+        load_config(CONFIGS / "demo.yaml", [override])
+    except ConfigError as error:
+        assert str(error)
+
+
+@settings(max_examples=200)
+@given(
+    batch=st.integers(1, 4096),
+    most=st.integers(1, 512),
+    workers=st.integers(1, 64),
+    samples=st.integers(1, 10**6),
+    epochs=st.floats(0.1, 100),
+)
+def test_derived_values_fill_the_global_batch_or_say_what_would(batch, most, workers, samples, epochs):
+    tree = {"train": {"global_batch_size": batch, "max_device_batch_size": most, "epochs": epochs}}
+    tree["schedule"] = {"name": "cosine", "warmup_epochs": 0}
+    config = RunConfig.model_validate(tree)
+    try:
+        d = derived(config, workers, samples)
+    except ConfigError as error:
+        assert re.search(r"train\.(global_batch_size|epochs)=", str(error)), error
+        return
+    assert d.device_batch_size * d.accumulation * d.workers == batch
+    assert d.device_batch_size <= most
+    assert d.total_samples == d.total_steps * batch

@@ -13,7 +13,7 @@ from launch.prepare import prepare, read_config
 from launch.resources import Resources
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.train.state import best_checkpoint
+from pipeline.train.checkpoint import best_checkpoint
 from pipeline.train.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -14,7 +14,8 @@ from pipeline.config import Device, Interpolation, Rgb, describe_transform
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, eval_share
-from pipeline.model.weights import load_model, read_card
+from pipeline.model.sources import read_card
+from pipeline.model.weights import load_model
 
 # Test-time augmentations: where the crops lie (0: top or left, 1: bottom or right), each also mirrored.
 CENTRE = (0.5, 0.5)

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.probabilities import model_probabilities
-from pipeline.model.weights import read_card
+from pipeline.model.sources import read_card
 
 _LOOKED_AT = 96
 _SIDE = 128  # pixels

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import TrainingError, UserError
-from pipeline.model.weights import load_model, read_card
+from pipeline.model.sources import read_card
+from pipeline.model.weights import load_model
 
 OPSET = 20
 TOLERANCE = 1e-4  # between the logits of an exported model and torch's

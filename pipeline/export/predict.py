@@ -20,7 +20,7 @@ from pipeline.data.images import NotAnImage, decode
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DamagedSample, DataError, UserError
 from pipeline.evaluation.probabilities import Transform, model_probabilities
-from pipeline.model.weights import read_card
+from pipeline.model.sources import read_card
 
 _CHUNK = 8192  # pictures whose probabilities are held at a time
 _SCHEMA = pa.schema(

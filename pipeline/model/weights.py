@@ -1,6 +1,5 @@
 """Weights of a DenseNet from a file: timm's, torchvision's or this project's; and what fine-tuning leaves alone."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.config import Finetune, Model
 from pipeline.errors import UserError, listed
 from pipeline.model.densenet import create
+from pipeline.model.sources import read_card
 
 _HEAD = ("classifier.weight", "classifier.bias")
 # Names before torchvision 0.3 (`denselayer1.norm.1.weight`), and what wrappers put in front.
@@ -25,27 +25,11 @@ _INSIDE = ("state_dict_ema", "state_dict", "model_ema", "model")
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where a run's weights and its teacher are: files of weights, or folders with a model card."""
-
-    weights: Path | None = None
-    teacher: Path | None = None
-
-
-NO_SOURCES = Sources()
-
-
-@dataclass(frozen=True)
 class Loaded:
     """What became of the weights of a file: `head` is false where the classifier kept its random weights."""
 
     file: Path
     head: bool
-
-
-def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a checkpoint's or a registered model's folder."""
-    return json.loads((folder / "model.json").read_text(encoding="utf-8"))
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:

@@ -28,6 +28,10 @@ def samples_of(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
+def checkpoint_root(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
 def partial(folder: Path) -> Path:
     """Where a checkpoint's files are written before it is complete."""
     return folder.with_name(folder.name + _PARTIAL)
@@ -60,19 +64,29 @@ def entries(folder: Path) -> dict[str, Any]:
     """Size and hash of each file of a checkpoint but the manifest.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the manifest is missing, damaged or of another version.
+        OSError, ValueError: the manifest is missing, damaged or of another version.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
-    return manifest["files"]
+    try:
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+        found = {
+            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in manifest["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is another JSON: {error}") from error
+    outside = [name for name in found if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside or not found:
+        raise ValueError(f"it names no files of this folder: {outside}")
+    return found
 
 
 def fault(folder: Path) -> str | None:
     """Says what is wrong with a checkpoint, or None when every file has its recorded size and hash."""
     try:
         written = entries(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     for name, entry in written.items():
         file = folder / name
@@ -99,6 +113,25 @@ def checkpoints(root: Path) -> list[Path]:
     """The sealed checkpoints below `root`, oldest first."""
     found = [p for p in root.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=samples_of)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint of the best evaluation so far, as the newest one knows it; the newest, if it could not be kept."""
+    root = checkpoint_root(run_dir)
+    newest = checkpoints(root)[-1]
+    folder = root / best_name(newest)
+    return folder if folder.is_dir() else newest
+
+
+def best_name(newest: Path) -> str:
+    """The name of the checkpoint of the best evaluation, as the newest one knows it."""
+    best = read_state(newest)["best_at"]
+    return newest.name if best is None else folder_name(best)
 
 
 def prune(root: Path, keep: Callable[[list[Path]], list[Path]]) -> None:

@@ -1,6 +1,7 @@
 """The DeepSpeed engine: the one place that knows DeepSpeed."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,57 +20,11 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
-from pipeline.errors import ConfigError
 from pipeline.model.weights import freeze, rate_factors
 from pipeline.train import optimizer_state
 from pipeline.train.compile import compile_model
+from pipeline.train.deepspeed_config import HALF, deepspeed_config
 from pipeline.train.optim import create_optimizer, parameter_groups
-
-_HALF = {"fp32": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
-
-
-def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
-    """Everything that DeepSpeed is told, derived from the run's config.
-
-    Half precision is `torch_autocast`, never a cast of the model: batch norm and its running statistics stay in
-    fp32. Clipping is always explicit, because DeepSpeed 0.19 clips to norm 1.0 when it is told nothing.
-
-    Raises:
-        ConfigError: `engine.deepspeed` sets what follows from other keys.
-    """
-    zero: dict[str, Any] = {"stage": derived.zero_stage, "reduce_bucket_size": config.engine.bucket_elements}
-    if config.engine.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": derived.device == "cuda"}
-    told = {
-        "train_batch_size": derived.global_batch_size,
-        "train_micro_batch_size_per_gpu": derived.device_batch_size,
-        "gradient_accumulation_steps": derived.accumulation,
-        "gradient_clipping": config.optim.clip_grad_norm or 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": derived.precision != "fp32", "dtype": _HALF[derived.precision]},
-        "steps_per_print": 2**62,
-    }
-    if config.engine.communication != "auto":
-        told["communication_data_type"] = config.engine.communication
-    return _with_further(told, config.engine.deepspeed, "engine.deepspeed")
-
-
-def _with_further(told: dict[str, Any], further: dict[str, Any], where: str) -> dict[str, Any]:
-    """Both, key by key at all depths; a key of both with another value is an error."""
-    merged = dict(told)
-    for key, value in further.items():
-        if isinstance(value, dict) and isinstance(told.get(key), dict):
-            merged[key] = _with_further(told[key], value, f"{where}.{key}")
-        elif key in told and told[key] != value:
-            raise ConfigError(
-                f"{where}.{key}={value!r} contradicts {told[key]!r}, which follows from the config's other keys: leave "
-                f"it out, and set those."
-            )
-        else:
-            merged[key] = value
-    return merged
 
 
 class Engine:
@@ -89,8 +44,7 @@ class Engine:
         warn: Callable[[str], None] = print,
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", derived.device)
-        import deepspeed  # the accelerator is chosen on import, so the variable comes first
-
+        deepspeed = _import_deepspeed()  # the accelerator is chosen on import, so the variable comes first
         if derived.device == "cpu":
             # Its shared-memory collectives need a compiler at start-up; gloo does without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -257,9 +211,22 @@ class Engine:
             yield
 
 
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without MLflow, which its autotuner would import for nothing, in seconds."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 def autocast(derived: Derived, device: torch.device) -> torch.autocast:
     """The run's precision for code outside the engine."""
-    return torch.autocast(device.type, getattr(torch, _HALF[derived.precision]), enabled=derived.precision != "fp32")
+    return torch.autocast(device.type, getattr(torch, HALF[derived.precision]), enabled=derived.precision != "fp32")
 
 
 def _on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pipeline.config import RunConfig
 from pipeline.derived import Derived, halved
 from pipeline.errors import UserError
-from pipeline.model import create
+from pipeline.model.densenet import create
 from pipeline.train.engine import autocast
 
 _COPIES = 6  # of the weights, besides weights and gradients: fp32 parts, a bucket, two moments, an average, slack

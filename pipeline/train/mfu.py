@@ -3,7 +3,7 @@
 from functools import cache
 
 from pipeline.config import Model, Precision
-from pipeline.model import size
+from pipeline.model.architectures import size
 
 # NVIDIA's data sheets, TFLOP/s of dense matrices: fp16 or bf16, and what fp32 convolutions use by default in PyTorch
 # (TF32 where there is one). The first name that the GPU's name contains counts.

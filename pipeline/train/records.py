@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.train.checkpoint import MANIFEST, checkpoints, samples_of
-from pipeline.train.state import checkpoint_root, read_state
+from pipeline.train.checkpoint import MANIFEST, checkpoint_root, checkpoints, read_state, samples_of
 
 
 def checkpoint_records(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What a run remembers besides the engine, and how a whole checkpoint is written and read."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,8 +12,9 @@ from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
-from pipeline.model.densenet import architecture
+from pipeline.model.architectures import architecture
 from pipeline.train import checkpoint
+from pipeline.train.checkpoint import checkpoint_root, read_state
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult
 from pipeline.train.storage import Storage, StorageError, storage_of
@@ -51,10 +51,6 @@ class RunState:
         if is_best:
             self.best, self.best_at, self.best_of = results[of], self.samples_seen, of
         return is_best
-
-
-def checkpoint_root(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
 
 
 def save(
@@ -170,39 +166,6 @@ def load_into(engine: Engine, folder: Path) -> None:
     scaler = read_state(folder)["loss_scaler"]
     if engine.loss_scaler is not None and scaler is not None:
         engine.loss_scaler.load_state_dict(scaler)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's `state.json`."""
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-
-
-def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of the best evaluation so far, as the newest one knows it; the newest, if it could not be kept."""
-    root = checkpoint_root(run_dir)
-    newest = checkpoint.checkpoints(root)[-1]
-    folder = root / _best(newest)
-    return folder if folder.is_dir() else newest
-
-
-def fetch(config: RunConfig, run_dir: Path) -> None:
-    """Gets a run's newest and best checkpoint from the second place, where there is one and it has them.
-
-    Raises:
-        StorageError: it does not answer.
-    """
-    storage, root = storage_of(config), checkpoint_root(run_dir)
-    there = [] if storage is None else storage.names()
-    if storage is not None and there and storage.get(there[-1], root) is None:
-        best = _best(root / there[-1])
-        if best in there:
-            storage.get(best, root)
-
-
-def _best(newest: Path) -> str:
-    """The name of the checkpoint of the best evaluation, as the newest one knows it."""
-    best = read_state(newest)["best_at"]
-    return newest.name if best is None else checkpoint.folder_name(best)
 
 
 def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Storage:
             try:
                 with self._told():
                     self._files.get_file(f"{self._base}/{name}/{MANIFEST}", str(partial / MANIFEST))
-                    with contextlib.suppress(ValueError, KeyError, TypeError):  # the fault is told below
+                    with contextlib.suppress(ValueError):  # the fault is told below
                         for entry in checkpoint.entries(partial):
                             with contextlib.suppress(FileNotFoundError):
                                 self._files.get_file(f"{self._base}/{name}/{entry}", str(partial / entry))
@@ -95,3 +95,17 @@ def storage_of(config: RunConfig) -> Storage | None:
     """The second place for a run's checkpoints, where its config names one."""
     place = config.checkpoint.storage
     return None if place is None else Storage(place, str(config.run.name))
+
+
+def fetch(config: RunConfig, run_dir: Path) -> None:
+    """Gets a run's newest and best checkpoint from the second place, where there is one and it has them.
+
+    Raises:
+        StorageError: it does not answer.
+    """
+    storage, root = storage_of(config), checkpoint.checkpoint_root(run_dir)
+    there = [] if storage is None else storage.names()
+    if storage is not None and there and storage.get(there[-1], root) is None:
+        best = checkpoint.best_name(root / there[-1])
+        if best in there:
+            storage.get(best, root)

@@ -22,9 +22,10 @@ from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
 from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import CONFUSION, write_confusion
-from pipeline.model import create
-from pipeline.model.weights import NO_SOURCES, Sources, load_teacher, load_weights
-from pipeline.train.checkpoint import samples_of
+from pipeline.model.densenet import create
+from pipeline.model.sources import NO_SOURCES, Sources
+from pipeline.model.weights import load_teacher, load_weights
+from pipeline.train.checkpoint import checkpoint_root, samples_of
 from pipeline.train.diagnosis import diagnose
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import EvalResult, Forward, evaluate
@@ -35,7 +36,7 @@ from pipeline.train.meter import Meter
 from pipeline.train.mfu import peak_flops, utilization
 from pipeline.train.profile import Profile
 from pipeline.train.schedule import learning_rate
-from pipeline.train.state import RunState, Weights, checkpoint_root, load_into, newest_checkpoint, resumed, save
+from pipeline.train.state import RunState, Weights, load_into, newest_checkpoint, resumed, save
 from pipeline.train.storage import storage_of
 from pipeline.train.writer import Writer
 

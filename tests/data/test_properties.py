@@ -20,7 +20,7 @@ from tests.data import made_up
 
 seeds = st.integers(0, 2**32 - 1)
 sides = st.integers(1, 5000)
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 
 
 @QUICK
@@ -135,7 +135,7 @@ def shards(tmp_path_factory) -> Path:
     return root / "set"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=seeds, kind=st.sampled_from(["flip", "cut", "zero"]))
 def test_an_index_with_any_damage_is_refused_or_means_the_same(shards, seed, kind, tmp_path_factory):
     rng = random.Random(seed)
@@ -158,7 +158,7 @@ def test_an_index_with_any_damage_is_refused_or_means_the_same(shards, seed, kin
         assert table.equals(load_table(file)), f"byte {at} of {len(content)} changes what the index says"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=seeds)
 def test_a_byte_that_rots_anywhere_in_a_shard_is_told_with_the_sample(shards, seed, tmp_path_factory):
     rng = random.Random(seed)

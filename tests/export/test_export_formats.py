@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from pipeline.errors import TrainingError
 from pipeline.export.formats import OnnxModel, _compare, to_onnx
 from pipeline.export.package import register
-from pipeline.model import ARCHITECTURES, create
-from pipeline.model.weights import read_card
+from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.densenet import create
+from pipeline.model.sources import read_card
 from tests.models import CLASSES, TRANSFORM, network, start_run, write_model
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(9))

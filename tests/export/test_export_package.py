@@ -26,7 +26,8 @@ from pipeline.data.batch_ops import grey
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
 from pipeline.export.predict import predict_files
-from pipeline.model import ARCHITECTURES, create
+from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.densenet import create
 from pipeline.model.weights import load_model
 from tests.conftest import BIN
 from tests.models import TRANSFORM, network, start_run, write_model

@@ -13,7 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking.run import Tracker
 from pipeline.train import checkpoint
-from pipeline.train.state import checkpoint_root
+from pipeline.train.checkpoint import checkpoint_root
 from pipeline.train.trainer import Trainer
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"

@@ -5,10 +5,13 @@ import math
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import densenet121
 
+from pipeline.config import Model
 from pipeline.errors import ConfigError
-from pipeline.model import create, size
+from pipeline.model.architectures import ARCHITECTURES, Size, size
+from pipeline.model.densenet import create
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,21 @@ def test_parameters_and_multiply_adds_equal_the_published_ones(name, parameters,
 )
 def test_parameters_of_the_papers_nets_for_cifar(name, millions):
     assert round(size(name, 10, 32).parameters / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sizes_by_arithmetic_are_those_that_torch_counts(name):
+    if name in ("densenet_bc_l250_k24", "densenet_bc_l190_k40"):
+        pytest.skip("750 and 570 layers take torch a minute; the table above has the paper's numbers")
+    for side, options in ((32, {}), (75, {"in_chans": 1, "global_pool": "catavgmax"})):
+        model = Model(name=name, **options)
+        with torch.device("meta"):
+            net = create(model, 7).eval()
+            image_1CHW = torch.empty(1, model.in_chans, side, side)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(image_1CHW)
+        counted = Size(sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2)
+        assert size(model, 7, side) == counted
 
 
 def test_additions_are_in_timms_registry():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.config import Model
-from pipeline.model import create
+from pipeline.model.densenet import create
 
 NAME, STEPS = "densenet_bc_l40_k12", 2
 

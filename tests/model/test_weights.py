@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from timm.models import DenseNet
 
 from pipeline.errors import UserError
-from pipeline.model import ARCHITECTURES, create
+from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.densenet import create
 from pipeline.model.weights import load_model, load_teacher, load_weights
 
 

@@ -1,9 +1,12 @@
 """Checkpoint folders: sealed last, verified in full, passed over when damaged."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.train import checkpoint
 
@@ -73,3 +76,43 @@ def test_the_manifest_lists_every_file_but_itself(tmp_path):
     files = json.loads((folder / "manifest.json").read_text())["files"]
     on_disk = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert set(files) == on_disk - {"manifest.json"}
+
+
+@settings(max_examples=200)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(["flip", "cut", "zero", "more"]))
+def test_any_damage_anywhere_is_told_or_leaves_every_file_as_it_was(tmp_path_factory, seed, kind):
+    rng = random.Random(seed)
+    folder = sealed(tmp_path_factory.mktemp("checkpoints"), 100)
+    before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    file = rng.choice(sorted(before))
+    content = bytearray(before[file])
+    at = rng.randrange(len(content))
+    if kind == "flip":
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "zero":
+        content[at : at + 32] = bytes(min(32, len(content) - at))
+    else:
+        content += b"\0"
+    file.write_bytes(content)
+    reason = checkpoint.fault(folder)
+    if reason is None:
+        kept = {f: f.read_bytes() for f in before if f.name != "manifest.json"}
+        assert kept == {f: b for f, b in before.items() if f in kept}
+
+
+MANIFESTS = [
+    "[]",
+    "3",
+    '{"format": 4, "files": []}',
+    '{"format": 4, "files": {"a": 1}}',
+    '{"format": 4, "files": {"../a": {"bytes": 1, "sha256": "0"}}}',
+]
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_a_manifest_that_is_other_json_is_a_damaged_one(tmp_path, manifest):
+    folder = sealed(tmp_path, 100)
+    (folder / "manifest.json").write_text(manifest)
+    assert "manifest.json cannot be read" in str(checkpoint.fault(folder))

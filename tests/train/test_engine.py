@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from pipeline.config import RunConfig
 from pipeline.derived import Derived, derive
 from pipeline.errors import ConfigError
-from pipeline.model import create
-from pipeline.train.engine import Engine, average_batch_norm, deepspeed_config
+from pipeline.model.densenet import create
+from pipeline.train.deepspeed_config import deepspeed_config
+from pipeline.train.engine import Engine, average_batch_norm
 from pipeline.train.optim import create_optimizer, parameter_groups
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._inductor import config as inductor
 
 from pipeline.errors import UserError
-from pipeline.model import create
+from pipeline.model.densenet import create
 from pipeline.train.engine import Engine
 from tests.train.test_engine import CPU, batches, plain_losses, settings
 

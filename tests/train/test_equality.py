@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pipeline.config import RunConfig
 from pipeline.derived import derive
-from pipeline.model import create
+from pipeline.model.densenet import create
 from pipeline.train.engine import Engine
 from pipeline.train.optim import create_optimizer, parameter_groups
 from pipeline.train.schedule import learning_rate

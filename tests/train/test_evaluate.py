@@ -9,7 +9,7 @@ from torchvision.transforms import functional as tv
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan
-from pipeline.model import create
+from pipeline.model.densenet import create
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import Counter, EvalResult, evaluate
 from tests.train.settings import settings

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
-from pipeline.train.state import checkpoint_root, read_state
+from pipeline.train.checkpoint import checkpoint_root, read_state
 from pipeline.train.trainer import Trainer
 from tests.train.settings import settings
 

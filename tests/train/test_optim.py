@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import Finetune, Optim, RunConfig
-from pipeline.model import create
+from pipeline.model.densenet import create
 from pipeline.model.weights import rate_factors
 from pipeline.train.engine import Engine
 from pipeline.train.optim import create_optimizer, parameter_groups

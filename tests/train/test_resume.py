@@ -16,7 +16,7 @@ from torch.multiprocessing import ProcessExitedException
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
-from pipeline.train.state import best_checkpoint, checkpoint_root
+from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.trainer import Trainer
 from pipeline.train.watchdog import Watchdog
 from tests.train.settings import settings

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
-from pipeline.train.state import best_checkpoint, checkpoint_root, fetch, newest_checkpoint
-from pipeline.train.storage import Storage, StorageError
+from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
+from pipeline.train.state import newest_checkpoint
+from pipeline.train.storage import Storage, StorageError, fetch
 from pipeline.train.trainer import Trainer
 from tests.servers import s3_store
 from tests.train.settings import settings

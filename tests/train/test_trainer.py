@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 import pipeline.train.fitting as fitting_module
 from pipeline.errors import UserError
-from pipeline.model import create
-from pipeline.model.weights import Sources, load_model
+from pipeline.model.densenet import create
+from pipeline.model.sources import Sources
+from pipeline.model.weights import load_model
 from pipeline.train import checkpoint
-from pipeline.train.state import best_checkpoint, checkpoint_root
+from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.trainer import Trainer
 from tests.train.settings import settings
 

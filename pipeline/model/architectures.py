@@ -1,0 +1,106 @@
+"""DenseNets by name, and their sizes by arithmetic."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Model
+from pipeline.errors import ConfigError
+
+# Huang et al. 2017 (arXiv 1608.06993), table 1, and the DenseNet-BC of table 2 for pictures of 32 pixels, whose stem is
+# one 3x3 convolution. L=22 is not in the paper, and `densenet_tiny` is neither: they are for two CPU cores.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16)},
+    "densenet169": {"growth_rate": 32, "block_config": (6, 12, 32, 32)},
+    "densenet201": {"growth_rate": 32, "block_config": (6, 12, 48, 32)},
+    "densenet264": {"growth_rate": 32, "block_config": (6, 12, 64, 48)},
+    "densenet_bc_l22_k12": {"growth_rate": 12, "block_config": (3, 3, 3), "stem_type": "cifar"},
+    "densenet_bc_l40_k12": {"growth_rate": 12, "block_config": (6, 6, 6), "stem_type": "cifar"},
+    "densenet_bc_l100_k12": {"growth_rate": 12, "block_config": (16, 16, 16), "stem_type": "cifar"},
+    "densenet_bc_l250_k24": {"growth_rate": 24, "block_config": (41, 41, 41), "stem_type": "cifar"},
+    "densenet_bc_l190_k40": {"growth_rate": 40, "block_config": (31, 31, 31), "stem_type": "cifar"},
+    "densenet_tiny": {"growth_rate": 12, "block_config": (3, 3, 3)},
+}
+
+# The accuracies that the paper reports, in %: top-1 and top-5 on ImageNet's validation images, single crop; top-1 on
+# CIFAR-10 with standard augmentation.
+PAPER: dict[str, str] = {
+    "densenet121": "ImageNet 74.98 / 92.29",
+    "densenet169": "ImageNet 76.20 / 93.15",
+    "densenet201": "ImageNet 77.42 / 93.66",
+    "densenet264": "ImageNet 77.85 / 93.88",
+    "densenet_bc_l100_k12": "CIFAR-10 95.49",
+    "densenet_bc_l250_k24": "CIFAR-10 96.38",
+    "densenet_bc_l190_k40": "CIFAR-10 96.54",
+}
+
+
+def check_name(name: str) -> None:
+    """Raises `ConfigError` with the nearest names when no DenseNet is called `name`."""
+    if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.5)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"model.name='{name}' is not known.{hint} Known: {', '.join(ARCHITECTURES)}.")
+
+
+def architecture(model: Model) -> dict[str, Any]:
+    """What builds the same network anew, for the model's card: numbers of layers, channels, pooling."""
+    return ARCHITECTURES[model.name] | unusual(model)
+
+
+def unusual(model: Model) -> dict[str, Any]:
+    """What timm has to be told besides the table."""
+    options = {"in_chans": (model.in_chans, 3), "global_pool": (model.global_pool, "avg")}
+    return {key: value for key, (value, usual) in options.items() if value != usual}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's trainable parameters, and multiply-adds of its convolutions and linear layers for one picture."""
+
+    parameters: int
+    multiply_adds: int
+
+
+def size(model: Model | str, num_classes: int, side: int) -> Size:
+    """Counts parameters and multiply-adds for a picture of `side` x `side` pixels, layer by layer as in the paper.
+
+    A dense layer is norm, 1x1 convolution to 4 k channels, norm, 3x3 convolution to k; a transition halves channels and
+    sides. Convolutions have no biases, norms two parameters a channel.
+    """
+    model = Model(name=model) if isinstance(model, str) else model
+    table = ARCHITECTURES[model.name]
+    growth, blocks = table["growth_rate"], table["block_config"]
+    parameters = multiply_adds = 0
+
+    def convolution(inputs: int, outputs: int, kernel: int) -> None:
+        nonlocal parameters, multiply_adds
+        parameters += inputs * outputs * kernel**2
+        multiply_adds += inputs * outputs * kernel**2 * side**2
+
+    def norm(channels: int) -> None:
+        nonlocal parameters
+        parameters += 2 * channels
+
+    channels = 2 * growth
+    if table.get("stem_type") == "cifar":
+        convolution(model.in_chans, channels, 3)
+    else:
+        side = (side - 1) // 2 + 1
+        convolution(model.in_chans, channels, 7)
+        norm(channels)
+        side = (side - 1) // 2 + 1
+    for number, layers in enumerate(blocks):
+        if number:
+            norm(channels)
+            convolution(channels, channels // 2, 1)
+            channels, side = channels // 2, side // 2
+        for _ in range(layers):
+            norm(channels)
+            convolution(channels, 4 * growth, 1)
+            norm(4 * growth)
+            convolution(4 * growth, growth, 3)
+            channels += growth
+    norm(channels)
+    pooled = channels * (2 if model.global_pool == "catavgmax" else 1)
+    return Size(parameters + (pooled + 1) * num_classes, multiply_adds + pooled * num_classes)

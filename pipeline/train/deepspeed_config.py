@@ -1,0 +1,53 @@
+"""What DeepSpeed is told."""
+
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.derived import Derived
+from pipeline.errors import ConfigError
+
+HALF = {"fp32": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
+    """Everything that DeepSpeed is told, derived from the run's config.
+
+    Half precision is `torch_autocast`, never a cast of the model: batch norm and its running statistics stay in
+    fp32. Clipping is always explicit, because DeepSpeed 0.19 clips to norm 1.0 when it is told nothing.
+
+    Raises:
+        ConfigError: `engine.deepspeed` sets what follows from other keys.
+    """
+    zero: dict[str, Any] = {"stage": derived.zero_stage, "reduce_bucket_size": config.engine.bucket_elements}
+    if config.engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": derived.device == "cuda"}
+    told = {
+        "train_batch_size": derived.global_batch_size,
+        "train_micro_batch_size_per_gpu": derived.device_batch_size,
+        "gradient_accumulation_steps": derived.accumulation,
+        "gradient_clipping": config.optim.clip_grad_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {"enabled": derived.precision != "fp32", "dtype": HALF[derived.precision]},
+        "steps_per_print": 2**62,
+    }
+    if config.engine.communication != "auto":
+        told["communication_data_type"] = config.engine.communication
+    return _with_further(told, config.engine.deepspeed, "engine.deepspeed")
+
+
+def _with_further(told: dict[str, Any], further: dict[str, Any], where: str) -> dict[str, Any]:
+    """Both, key by key at all depths; a key of both with another value is an error."""
+    merged = dict(told)
+    for key, value in further.items():
+        if isinstance(value, dict) and isinstance(told.get(key), dict):
+            merged[key] = _with_further(told[key], value, f"{where}.{key}")
+        elif key in told and told[key] != value:
+            raise ConfigError(
+                f"{where}.{key}={value!r} contradicts {told[key]!r}, which follows from the config's other keys: leave "
+                f"it out, and set those."
+            )
+        else:
+            merged[key] = value
+    return merged
