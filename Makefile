@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-tools coverage check policy lock clean
+.PHONY: help demo test test-long test-tools coverage check policy bench gpu lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -46,6 +46,13 @@ policy: $(READY) $(POLICY)/.ready  ## check the Kubernetes manifests and the Doc
 	$(BIN)/python k8s/policy/objects.py $(POLICY)/objects
 	@cp k8s/images/Dockerfile $(POLICY)/objects
 	$(POLICY)/bin/checkov --config-file k8s/policy/checkov.yaml --directory $(POLICY)/objects
+
+bench: $(READY)  ## run the benchmarks, or ONLY="NAME..." of them, with made-up JPEGs or those in PICTURES=FOLDER
+	$(BIN)/python -m benchmarks $(ONLY) $(if $(PICTURES),--pictures $(PICTURES))
+
+gpu: $(READY)  ## on a machine with CUDA: the tests and benchmarks that need it
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m benchmarks.gpu
 
 lock: $(READY)  ## write the lock files anew from pyproject.toml
 	$(LOCK) --upgrade pyproject.toml --output-file requirements.lock

@@ -9,12 +9,17 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
 
 RESULTS = Path(__file__).with_name("results.csv")
 _COLUMNS = (
     "date", "commit", "machine", "versions", "benchmark", "case", "value", "unit", "ratio", "ratio_low", "ratio_high",
-    "peer", "rounds",
+    "ours", "rounds",
 )  # fmt: skip
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
 
@@ -69,7 +74,7 @@ def keep(
                 f"{datetime.date.today()}",
                 _commit(),
                 machine(),
-                " ".join(f"{name}={importlib.metadata.version(name)}" for name in _PACKAGES),
+                _versions(),
                 benchmark,
                 case,
                 f"{value:.4g}",
@@ -81,15 +86,47 @@ def keep(
         )
 
 
+def write_pictures(folder: Path, count: int) -> list[Path]:
+    """JPEGs of ImageNet's usual size and weight, 500 x 375 pixels and about 110 kB."""
+    folder.mkdir()
+    rng, files = np.random.default_rng(0), []
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (110, 146, 3), np.uint8))
+        files.append(folder / f"{i:04d}.jpg")
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(files[-1], quality=90)
+    return files
+
+
+def take_pictures(given: Path | None, folder: Path) -> list[Path]:
+    """The JPEGs in the folder `given`, or made-up ones below `folder`."""
+    if given is None:
+        return write_pictures(folder / "made-up", 64)
+    return sorted(file for file in given.iterdir() if file.suffix.lower() in (".jpg", ".jpeg"))
+
+
 def machine() -> str:
-    """The processor and the cores that may be used."""
+    """The GPU, if there is one, the processor and the cores that may be used."""
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{gpu}{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _versions() -> str:
+    """Those packages that are installed: `benchmarks.gpu` runs where only some are."""
+    found = []
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name}={importlib.metadata.version(name)}")
+    return " ".join(found)
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit, marked where the tree has changes besides these results."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":/", ":!results.csv", ":!/docs/benchmarks.*")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")

@@ -197,7 +197,10 @@ def run_with_checkpoints(model: str, batch: int, rounds: int) -> None:
             values.setdefault(name, []).append(value)
     run_of = f"19 steps, {model}, batch {batch} at {SIDE} px"
     report(run_of, {n: values[n] for n in ("nine checkpoints", "no checkpoint")}, "s", "nine checkpoints")
-    report(run_of, {n: values[n] for n in ("held up by nine", "nine checkpoints")}, "s", "held up by nine")
+    shares = [
+        100 * held / whole for held, whole in zip(values["held up by nine"], values["nine checkpoints"], strict=True)
+    ]
+    keep(run_of, "share that nine checkpoints hold up", statistics.median(shares), "%", rounds=len(shares))
     resumed = {n: values[n] for n in ("first step, resumed", "first step, new")}
     report(f"start to first step, {model}", resumed, "s", "first step, resumed")
 

@@ -1,9 +1,10 @@
 """Training pictures per second, 224 pixels: this loader beside torchvision, timm, webdataset and DALI's own reader.
 
-    python -m benchmarks.loader PICTURES [--rounds 5]
+    python -m benchmarks.loader [--pictures FOLDER] [--rounds 5]
 
-PICTURES is a folder of JPEGs; they are copied to some thousand in class folders, prepared as shards, and once more with
-a shorter side of 400 pixels. All loaders decode the same pictures with the same cores, random-resized crop and flip.
+The folder's JPEGs (made-up ones without it) are copied to some thousand in class folders, prepared as shards, and once
+more with a shorter side of 400 pixels. All loaders decode the same pictures with the same cores, random-resized crop
+and flip.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.common import in_turns, report, seconds
+from benchmarks.common import in_turns, report, seconds, take_pictures
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.plan import TrainPlan, micro_batch
@@ -35,13 +36,13 @@ CORES = len(os.sched_getaffinity(0))
 def main() -> None:
     """Measures original pictures, then those with a shorter side of 400."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--pictures", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_class_folders(options.pictures, root / "original")
+        write_class_folders(take_pictures(options.pictures, root), root / "original", PICTURES)
         measure("loader, original JPEGs", root / "original", root / "original-shards", options.rounds)
         with Pool(CORES) as pool:
             small = Options(to="folders", shorter_side=400, quality=90)
@@ -49,11 +50,10 @@ def main() -> None:
         measure("loader, shorter side 400", root / "small", root / "small-shards", options.rounds)
 
 
-def write_class_folders(pictures: Path, root: Path) -> None:
-    """Copies of the pictures in turn, `PICTURES` of them, in eight classes; and a token evaluation split."""
-    files = sorted(file for file in pictures.iterdir() if file.suffix.lower() in (".jpg", ".jpeg"))
-    for split, count in (("train", PICTURES), ("val", 8)):
-        for i in range(count):
+def write_class_folders(files: list[Path], root: Path, count: int) -> None:
+    """Copies of the pictures in turn, `count` of them, in eight classes; and a token evaluation split."""
+    for split, number in (("train", count), ("val", 8)):
+        for i in range(number):
             target = root / split / f"n{i % 8:08d}" / f"{i:05d}.JPEG"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(files[i % len(files)], target)
@@ -67,8 +67,8 @@ def measure(name: str, folders: Path, shards: Path, rounds: int) -> None:
         "this loader, shards": ours(shards),
         "this loader, class folders": ours(folders),
         "DALI's file reader": dali_reader(folders / "train"),
-        "torchvision": torchvision_loader(folders / "train"),
-        "timm": timm_loader(folders / "train"),
+        "torchvision": counted(torchvision_loader(folders / "train", BATCH)),
+        "timm": counted(timm_loader(folders / "train", BATCH)),
         "webdataset": webdataset_loader(shards / "train"),
     }
     timed = {case: timed_case(run) for case, run in cases.items()}
@@ -154,21 +154,24 @@ def torchvision_transform() -> Any:
     )
 
 
-def torchvision_loader(split: Path) -> Callable[[], Iterable[int]]:
-    """The reference training script's loader, with workers that stay."""
-    dataset = ImageFolder(str(split), torchvision_transform())
-    loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=CORES, drop_last=True, persistent_workers=True)
+def counted(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], Iterable[int]]:
     return lambda: (len(labels) for _, labels in loader)
 
 
-def timm_loader(split: Path) -> Callable[[], Iterable[int]]:
+def torchvision_loader(split: Path, batch: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """The reference training script's loader, with workers that stay."""
+    dataset = ImageFolder(str(split), torchvision_transform())
+    return DataLoader(dataset, batch, shuffle=True, num_workers=CORES, drop_last=True, persistent_workers=True)
+
+
+def timm_loader(split: Path, batch: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """timm's loader with the same augmentation, and no others."""
     from timm.data import create_dataset, create_loader
 
-    loader = create_loader(
+    return create_loader(
         create_dataset("", root=str(split)),
         input_size=(3, SIDE, SIDE),
-        batch_size=BATCH,
+        batch_size=batch,
         is_training=True,
         use_prefetcher=False,
         color_jitter=None,
@@ -178,7 +181,6 @@ def timm_loader(split: Path) -> Callable[[], Iterable[int]]:
         num_workers=CORES,
         device=torch.device("cpu"),
     )
-    return lambda: (len(labels) for _, labels in loader)
 
 
 def webdataset_loader(split: Path) -> Callable[[], Iterable[int]]:

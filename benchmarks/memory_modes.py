@@ -9,14 +9,13 @@ Each case runs in a process of its own. On the CPU the memory is the growth of t
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import keep, machine, seconds
+from benchmarks.common import report, seconds
 from pipeline.config import Model
 from pipeline.model.densenet import create
 
@@ -34,26 +33,17 @@ def main() -> None:
     if options.case:
         print(json.dumps(measured(*options.case, options.batch, options.rounds)))
         return
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
     for name in options.models:
-        benchmark = f"memory modes, {name}, batch {options.batch} at 224 px"
-        print(f"\n{benchmark}: {where}, median of {options.rounds} steps")
-        plain: tuple[list[float], float] | None = None
+        found: dict[str, tuple[list[float], float]] = {}
         for mode in MODES:
             arguments = ["--case", name, mode, "--batch", str(options.batch), "--rounds", str(options.rounds)]
             command = [sys.executable, "-m", "benchmarks.memory_modes", *arguments]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            times, peak_mb = json.loads(done.stdout.splitlines()[-1])
-            plain = plain or (times, peak_mb)
-            ratios = [mine / other for mine, other in zip(times, plain[0], strict=True)]
-            spread = (statistics.median(ratios), min(ratios), max(ratios))
-            part = peak_mb / plain[1]
-            print(
-                f"  {mode:12}  {statistics.median(times):7.3f} s a step, {spread[0]:.2f} x none "
-                f"({spread[1]:.2f} - {spread[2]:.2f})   {peak_mb:8,.0f} MB, {part:.2f} x none"
-            )
-            keep(benchmark, f"{mode}, step on {where}", statistics.median(times), "s", spread, mode, options.rounds)
-            keep(benchmark, f"{mode}, peak on {where}", peak_mb, "MB", (part, part, part), mode)
+            found[mode] = tuple(json.loads(done.stdout.splitlines()[-1]))
+        for mode in MODES[1:]:
+            what = f"{name}, model.memory={mode}, batch {options.batch} at 224 px"
+            report(f"step, {what}", {m: found[m][0] for m in (mode, "none")}, "s", mode)
+            report(f"peak memory, {what}", {m: [found[m][1]] for m in (mode, "none")}, "MB", mode)
 
 
 def measured(name: str, mode: str, batch: int, rounds: int) -> tuple[list[float], float]:

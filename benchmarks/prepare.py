@@ -1,9 +1,10 @@
 """Preparation from ImageNet's archives: pictures per second, and the peak of memory.
 
-    python -m benchmarks.prepare PICTURES [--rounds 3]
+    python -m benchmarks.prepare [--pictures FOLDER] [--rounds 3]
 
-PICTURES is a folder of JPEGs; they are copied to some thousand in archives like ILSVRC2012's. Copying is measured
-beside a plain loop over `tarfile`, re-encoding beside Pillow's own decode, resize and encode in as many processes.
+The folder's JPEGs (made-up ones without it) are copied to some thousand in archives like ILSVRC2012's. Copying is
+measured beside a plain loop over `tarfile`, re-encoding beside Pillow's own decode, resize and encode in as many
+processes.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from scipy.io import savemat
 
-from benchmarks.common import in_turns, keep, report, seconds
+from benchmarks.common import in_turns, keep, report, seconds, take_pictures
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import Options, prepare
 
@@ -31,12 +32,12 @@ CORES = len(os.sched_getaffinity(0))
 def main() -> None:
     """Measures copying, then re-encoding to a shorter side of 400 at quality 90."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--pictures", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
-        write_archives(options.pictures, source)
+        write_archives(take_pictures(options.pictures, Path(folder)), source)
         copying = {
             "densenet data prepare": prepared(source, Path(folder), Options(shard_bytes=SHARD)),
             "plain tarfile loop": timed(lambda: tarfile_loop(source, Path(folder, "plain"))),
@@ -54,10 +55,9 @@ def main() -> None:
         keep("prepare, memory", what, peak, "MB")
 
 
-def write_archives(pictures: Path, root: Path) -> None:
+def write_archives(files: list[Path], root: Path) -> None:
     """Archives like ILSVRC2012's, with copies of the pictures in turn."""
     root.mkdir()
-    files = sorted(file for file in pictures.iterdir() if file.suffix.lower() in (".jpg", ".jpeg"))
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
         for label in range(CLASSES):
             buffer = io.BytesIO()

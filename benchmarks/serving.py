@@ -17,10 +17,9 @@ import requests
 import timm
 import torch
 import torchvision.transforms.v2 as transforms
-from PIL import Image
 from torchvision.io import decode_image
 
-from benchmarks.common import in_turns, report, seconds
+from benchmarks.common import in_turns, report, seconds, write_pictures
 from benchmarks.tracking import write_model
 from launch.net import free_port
 from pipeline.config import RunConfig
@@ -47,17 +46,6 @@ def main() -> None:
     served(folder, model, options.model, pictures, options.rounds)
     folders(model, options.model, pictures, max(3, options.rounds // 2))
     forms(folder, model, options.model, options.rounds)
-
-
-def write_pictures(folder: Path, count: int) -> list[Path]:
-    """JPEGs of ImageNet's usual size, with some texture."""
-    folder.mkdir()
-    rng, files = np.random.default_rng(0), []
-    for i in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
-        files.append(folder / f"{i:04d}.jpg")
-        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(files[-1], quality=92)
-    return files
 
 
 class Plain:

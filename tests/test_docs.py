@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import page
 from pipeline.config_file import describe
 from pipeline.data.tools.inspect import KINDS
 from tests.data import made_up
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text()
-DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DOCUMENTS = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 
 
 def commands() -> list[list[str]]:
@@ -86,6 +87,22 @@ def test_data_commands_run(shell, tmp_path):
             assert done.returncode == 0, done.stdout
             ran.append(words[2])
     assert ran == ["prepare", "verify"]
+
+
+def test_the_benchmarks_page_shows_the_newest_results():
+    assert page.PAGE.read_text() == page.text(page.newest()), "run `python -m benchmarks.page`"
+
+
+def test_messages_in_troubleshooting_are_those_of_the_program():
+    sources = "".join(
+        file.read_text() for folder in ("pipeline", "launch") for file in (PROJECT / folder).rglob("*.py")
+    )
+    code = re.sub(r'"\s+f?"', "", sources)  # strings that go on in the next line
+    table = (PROJECT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        assert message in code, message
 
 
 def test_the_models_are_listed_with_their_sizes(shell):

@@ -1,0 +1,144 @@
+"""Files to weights, and files to hits: training and evaluation with their loaders, beside torchvision's and timm's.
+
+    python -m benchmarks.end_to_end [--pictures FOLDER] [--model densenet_tiny] [--rounds 5]
+
+All train the same net on the same JPEGs at 224 pixels with SGD in one process, or count its hits; the small net leaves
+the loaders something to do on a CPU.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from benchmarks.common import in_turns, report, take_pictures
+from benchmarks.engine import CPU, engine_step
+from benchmarks.loader import MEAN, STD, timm_loader, torchvision_loader, write_class_folders
+from pipeline.config import RunConfig
+from pipeline.data.dali import Loader
+from pipeline.data.dataset import open_splits
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch
+from pipeline.derived import derive
+from pipeline.model.densenet import create
+from pipeline.train.engine import Engine
+from pipeline.train.evaluate import evaluate
+from pipeline.train.group import process_group
+from pipeline.train.optim import create_optimizer, parameter_groups
+
+BATCH, PICTURES, SIDE, CLASSES = 32, 512, 224, 8
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    """Measures training, then evaluation."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--model", default="densenet_tiny")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, process_group(Path(folder, "store")):
+        root = Path(folder, "set")
+        write_class_folders(take_pictures(options.pictures, Path(folder)), root, PICTURES)
+        index, _ = open_splits(str(root), "train", "val", Path(folder))
+        name = options.model
+        training = {
+            "this project": ours(index, name),
+            "torchvision's loader, plain loop": plain(torchvision_loader(root / "train", BATCH), name),
+            "timm's loader, plain loop": plain(timm_loader(root / "train", BATCH), name),
+        }
+        report(f"training from files, {name}", in_turns(training, options.rounds), "img/s", "this project")
+        counting = {
+            "this project": our_evaluation(index, name),
+            "torchvision's loader, plain loop": plain_evaluation(root / "train", name),
+        }
+        report(f"evaluation from files, {name}", in_turns(counting, options.rounds), "img/s", "this project")
+
+
+def loader_of(index: DatasetIndex) -> Loader:
+    threads = {"threads": CORES, "readers": 4, "max_batch_size": BATCH}
+    return Loader(index, device="cpu", device_id=None, interpolation="bilinear", mean=MEAN, std=STD, **threads)
+
+
+def ours(index: DatasetIndex, name: str) -> Callable[[], float]:
+    config = RunConfig.model_validate(
+        {"model": {"name": name}, "train": {"epochs": 1, "global_batch_size": BATCH}, "engine": {"zero_stage": 0}}
+    )
+    sizes = {"train_samples": PICTURES, "val_samples": 1, "num_classes": CLASSES}
+    derived = derive(config, workers=1, cpus_per_worker=CORES, device="cpu", **sizes)
+    engine = Engine(config, derived, create(name, CLASSES), CPU)
+    plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    loader = loader_of(index)
+
+    def epoch() -> None:
+        steps = range(PICTURES // BATCH)
+        for batch in loader.run(plan.batch(micro_batch(step, 0, 0, 1, BATCH, 1), SIDE) for step in steps):
+            engine_step(engine, config, batch.images_NCHW, batch.labels_N)
+
+    return speed(epoch)
+
+
+def speed(epoch: Callable[[], None]) -> Callable[[], float]:
+    def measured() -> float:
+        started = time.perf_counter()
+        epoch()
+        return PICTURES / (time.perf_counter() - started)
+
+    return measured
+
+
+def plain(loader: Iterable[tuple[torch.Tensor, torch.Tensor]], name: str) -> Callable[[], float]:
+    """A bare PyTorch loop."""
+    model: nn.Module = create(name, CLASSES).train()
+    config = RunConfig()
+    optimizer = create_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
+
+    def epoch() -> None:
+        for images_NCHW, labels_N in loader:
+            loss = F.cross_entropy(model(images_NCHW), labels_N)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return speed(epoch)
+
+
+def our_evaluation(index: DatasetIndex, name: str) -> Callable[[], float]:
+    model, loader = create(name, CLASSES).eval(), loader_of(index)
+    plan = EvalPlan(index.widths_N, index.heights_N, 256, SIDE)
+
+    def count() -> None:
+        with torch.inference_mode():
+            evaluate(model, loader, plan, BATCH, CLASSES, forward_is_collective=False)
+
+    return speed(count)
+
+
+def plain_evaluation(split: Path, name: str) -> Callable[[], float]:
+    pixels = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    whole = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(SIDE), *pixels])
+    dataset = ImageFolder(str(split), whole)
+    loader = DataLoader(dataset, BATCH, num_workers=CORES, persistent_workers=True)
+    model = create(name, CLASSES).eval()
+
+    def count() -> None:
+        with torch.inference_mode():
+            for images_NCHW, labels_N in loader:
+                model(images_NCHW).topk(5).indices.eq(labels_N[:, None]).sum()
+
+    return speed(count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""What only a GPU can show, with whatever is installed: each case says which package it lacks instead of failing.
+
+    python -m benchmarks.gpu [--batch 128] [--rounds 5] [--pictures FOLDER] [--only NAME...]
+
+Cases: `decode` (DALI on the GPU beside its CPU decoder and beside torchvision), `precision` (fp32, bf16, fp16; timm's
+published RTX 3090 rates stand beside them), `memory` (rate and peak of each mode), `compile`, `stages` (DeepSpeed's
+ZeRO 0 to 3 beside a bare loop), `feed` (the loader alone beside the net that it feeds), `nccl` (two GPUs beside one).
+`--device cpu` tries the script itself: its figures mean nothing and are not kept.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import common
+from benchmarks.common import in_turns, keep, machine, report, seconds, take_pictures
+
+CLASSES = 1000
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+MODELS = ("densenet121", "densenet169", "densenet201", "densenet264")
+# timm's results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv, images per second of training at 224 pixels; its
+# `densenet264` is another net.
+TIMM_RTX3090 = {"densenet121": 913.65, "densenet169": 752.52, "densenet201": 562.52}
+Step = Callable[[], object]
+
+
+def main() -> None:
+    """Runs every case that the machine and its packages allow."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="in a round")
+    parser.add_argument("--side", type=int, default=224, help="pixels")
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    options = parser.parse_args()
+    if options.device == "cpu":
+        common.RESULTS = Path(os.devnull)
+    elif not torch.cuda.is_available():
+        print(f"skipped: torch {torch.__version__} sees no CUDA device here")
+        return
+    print(f"{machine()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices")
+    for name in options.only:
+        case, needed = CASES[name]
+        lacking = [package for package in needed if not has(package)]
+        if lacking:
+            print(f"\n{name}: skipped, not installed: {', '.join(lacking)}")
+        elif name == "nccl" and options.device == "cuda" and torch.cuda.device_count() < 2:
+            print(f"\n{name}: skipped, there is one GPU")
+        else:
+            case(options)
+
+
+def has(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+def wait() -> None:
+    """For the device's work to be done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rate(options: argparse.Namespace, step: Step, images: int = 0) -> Callable[[], float]:
+    """Images per second over some steps of a batch each (or `images`), the device's work being done."""
+
+    def measured() -> float:
+        wait()
+        started = time.perf_counter()
+        for _ in range(options.steps):
+            step()
+        wait()
+        return options.steps * (images or options.batch) / (time.perf_counter() - started)
+
+    return measured
+
+
+def training(
+    options: argparse.Namespace, name: str, half: torch.dtype | None, memory: str = "none", compiled: bool = False
+) -> Step:
+    """A net and its training step, bare: autocast, channels last, SGD, a loss scale for fp16."""
+    from pipeline.config import Model
+    from pipeline.model.densenet import create
+
+    model: nn.Module = create(Model(name=name, memory=memory), CLASSES)  # type: ignore[arg-type]
+    model = model.to(options.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True)
+    images_NCHW, labels_N = pictures(options)
+    images_NCHW = images_NCHW.to(memory_format=torch.channels_last)
+    scaler = torch.amp.GradScaler(options.device, enabled=half == torch.float16)
+
+    def step() -> None:
+        with torch.autocast(options.device, half or torch.float16, enabled=half is not None):
+            loss = F.cross_entropy(forward(images_NCHW), labels_N)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def pictures(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    images_NCHW = torch.randn(options.batch, 3, options.side, options.side, device=options.device)
+    return images_NCHW, torch.randint(0, CLASSES, (options.batch,), device=options.device)
+
+
+def precision(options: argparse.Namespace) -> None:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+    for name in options.models:
+        steps = {kind: rate(options, training(options, name, half)) for kind, half in kinds.items()}
+        values = in_turns(steps, options.rounds)
+        report(f"training step, {name}, batch {options.batch}", values, "img/s", "bf16")
+        if name in TIMM_RTX3090:
+            print(f"  timm's published RTX 3090 rate, AMP, another machine: {TIMM_RTX3090[name]:,.0f} img/s")
+            keep(f"training step, {name}", "timm on an RTX 3090, as published", TIMM_RTX3090[name], "img/s")
+        torch.cuda.empty_cache()
+
+
+def memory(options: argparse.Namespace) -> None:
+    for name in (options.models[0], options.models[-1]):
+        rates: dict[str, Callable[[], float]] = {}
+        peaks: dict[str, float] = {}
+        for mode in ("none", "checkpoint", "shared-stats"):
+            before = torch.cuda.memory_allocated()
+            step = training(options, name, torch.bfloat16, mode)
+            if options.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            step()
+            peaks[mode] = (torch.cuda.max_memory_allocated() - before) / 1e6
+            rates[mode] = rate(options, step)
+        values = in_turns(rates, options.rounds)
+        for mode in ("checkpoint", "shared-stats"):
+            what = f"{name}, model.memory={mode}, batch {options.batch}, bf16"
+            report(f"step, {what}", {m: values[m] for m in (mode, "none")}, "img/s", mode)
+            if options.device == "cuda":
+                report(f"peak memory, {what}", {m: [peaks[m]] for m in (mode, "none")}, "MB", mode)
+
+
+def compiled(options: argparse.Namespace) -> None:
+    name = options.models[0]
+    cases = {
+        "compiled": rate(options, training(options, name, torch.bfloat16, compiled=True)),
+        "eager": rate(options, training(options, name, torch.bfloat16)),
+    }
+    report(f"torch.compile, {name}, bf16", in_turns(cases, options.rounds), "img/s", "compiled")
+
+
+def stages(options: argparse.Namespace) -> None:
+    """One rank: what the engine costs beside a bare loop, stage by stage."""
+    from benchmarks.engine import engine_step
+    from pipeline.train.group import process_group
+
+    name, batch = options.models[0], options.batch
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process_group(Path(folder, "store"), backend=BACKENDS[options.device]),
+    ):
+        values: dict[str, list[float]] = {}
+        for stage in (0, 1, 2, 3):
+            engine, config = engine_of(options, 1, stage)
+            images_NCHW, labels_N = pictures(options)
+
+            def step(engine: Any = engine, config: Any = config, pixels: Any = images_NCHW, of: Any = labels_N) -> None:
+                engine_step(engine, config, pixels, of)
+
+            bare = rate(options, training(options, name, torch.bfloat16))
+            ours = f"engine, stage {stage}"
+            values = in_turns({ours: rate(options, step), "bare loop": bare}, options.rounds)
+            report(f"step, {name}, batch {batch}, ZeRO {stage}, bf16", values, "img/s", ours)
+            del engine
+            torch.cuda.empty_cache()
+
+
+def engine_of(options: argparse.Namespace, workers: int, stage: int) -> tuple[Any, Any]:
+    from pipeline.config import RunConfig
+    from pipeline.derived import derive
+    from pipeline.model.densenet import create
+    from pipeline.train.engine import Engine
+
+    name, batch = options.models[0], options.batch
+    tree = {
+        "model": {"name": name},
+        "train": {"epochs": 1, "global_batch_size": batch * workers, "max_device_batch_size": batch},
+        "engine": {"zero_stage": stage},
+    }
+    config = RunConfig.model_validate(tree)
+    sizes = {"train_samples": 1000 * batch * workers, "val_samples": 1, "num_classes": CLASSES}
+    derived = derive(config, workers=workers, cpus_per_worker=1, device=options.device, **sizes)
+    device = torch.device(options.device, torch.cuda.current_device() if options.device == "cuda" else None)
+    return Engine(config, derived, create(name, CLASSES), device), config
+
+
+def batches_of(options: argparse.Namespace, root: Path, device: str) -> tuple[Any, Callable[[], Iterator[Any]]]:
+    """A loader of some hundred JPEGs, and one pass over them."""
+    from benchmarks.loader import MEAN, STD, write_class_folders
+    from pipeline.data.dali import Loader
+    from pipeline.data.dataset import open_splits
+    from pipeline.data.plan import TrainPlan, micro_batch
+
+    folder = root / "set"
+    if not folder.exists():
+        write_class_folders(take_pictures(options.pictures, root), folder, max(8, options.steps * options.batch))
+    index, _ = open_splits(str(folder), "train", "val", root)
+    plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    cores = len(os.sched_getaffinity(0))
+    loader = Loader(
+        index,
+        device=device,  # type: ignore[arg-type]
+        device_id=0 if device == "cuda" else None,
+        threads=cores,
+        max_batch_size=options.batch,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+    )
+
+    def once() -> Iterator[Any]:
+        steps = range(options.steps)
+        return loader.run(plan.batch(micro_batch(s, 0, 0, 1, options.batch, 1), options.side) for s in steps)
+
+    return loader, once
+
+
+def drained(batches: Callable[[], Iterator[Any]], options: argparse.Namespace) -> Callable[[], float]:
+    def measured() -> float:
+        def run() -> None:
+            for _ in batches():
+                pass
+            wait()
+
+        return options.steps * options.batch / seconds(run)
+
+    return measured
+
+
+def decode(options: argparse.Namespace) -> None:
+    from benchmarks.loader import torchvision_loader
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        on_gpu, gpu = batches_of(options, root, options.device)
+        on_cpu, cpu = batches_of(options, root, "cpu")
+        reference = torchvision_loader(root / "set" / "train", options.batch)
+        cases = {
+            "DALI, decoded on the GPU": drained(gpu, options),
+            "DALI, decoded on the CPU": drained(cpu, options),
+            "torchvision": drained(lambda: iter(reference), options),
+        }
+        report("loader on a GPU machine", in_turns(cases, options.rounds), "img/s", "DALI, decoded on the GPU")
+        on_gpu.close()
+        on_cpu.close()
+
+
+def feed(options: argparse.Namespace) -> None:
+    """Whether the loader is faster than the net that it feeds."""
+    name = options.models[0]
+    with tempfile.TemporaryDirectory() as folder:
+        loader, batches = batches_of(options, Path(folder), options.device)
+        cases = {
+            "loader alone": drained(batches, options),
+            f"{name} alone": rate(options, training(options, name, torch.bfloat16)),
+        }
+        report(f"feeding {name}, bf16", in_turns(cases, options.rounds), "img/s", "loader alone")
+        loader.close()
+
+
+def nccl(options: argparse.Namespace) -> None:
+    """Two ranks with a GPU each beside one, the same batch on each."""
+    import torch.multiprocessing as mp
+
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(2):
+        for workers in speeds:
+            folder = Path(tempfile.mkdtemp())
+            mp.start_processes(_rank, (workers, folder, options), workers, start_method="spawn")
+            speeds[workers].append(float((folder / "speed").read_text()))
+    values = {"two GPUs": speeds[2], "one GPU": speeds[1]}
+    report(f"NCCL, {options.models[0]}, batch {options.batch} a GPU, bf16", values, "img/s", "two GPUs")
+
+
+def _rank(rank: int, workers: int, folder: Path, options: argparse.Namespace) -> None:
+    from benchmarks.engine import engine_step
+    from pipeline.train.group import process_group
+
+    if options.device == "cuda":
+        torch.cuda.set_device(rank)
+    with process_group(folder / "store", rank, workers, backend=BACKENDS[options.device]):
+        engine, config = engine_of(options, workers, 1)
+        images_NCHW, labels_N = pictures(options)
+        measured = rate(options, lambda: engine_step(engine, config, images_NCHW, labels_N), options.batch * workers)
+        measured()
+        speed = measured()
+        if rank == 0:
+            (folder / "speed").write_text(str(speed))
+
+
+CASES: dict[str, tuple[Callable[[argparse.Namespace], None], tuple[str, ...]]] = {
+    "decode": (decode, ("nvidia.dali", "pyarrow", "torchvision")),
+    "precision": (precision, ("timm",)),
+    "memory": (memory, ("timm",)),
+    "compile": (compiled, ("timm", "triton")),
+    "stages": (stages, ("timm", "deepspeed", "nvidia.dali")),
+    "feed": (feed, ("timm", "nvidia.dali", "pyarrow")),
+    "nccl": (nccl, ("timm", "deepspeed", "nvidia.dali")),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
