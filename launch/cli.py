@@ -2,15 +2,37 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from launch import data_cli, jobs_cli, k8s_cli, models_cli, runs_cli
 from pipeline.errors import TrainingError, UserError
 
+GROUPS = {
+    "Data and plan": ("data", "plan"),
+    "Train": ("train", "submit", "jobs", "sweep"),
+    "Runs and models": ("runs", "report", "ui", "models", "eval", "predict", "export"),
+    "Installation": ("doctor", "k8s"),
+}
+
+
+class _Grouped(TyperGroup):
+    """The commands by what they are for."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for title, names in GROUPS.items():
+            limit = formatter.width - 6 - max(map(len, names))
+            commands = {name: self.get_command(ctx, name) for name in names}
+            with formatter.section(title):
+                formatter.write_dl([(n, c.get_short_help_str(limit)) for n, c in commands.items() if c is not None])
+
+
 app = typer.Typer(
+    cls=_Grouped,
+    epilog="Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM after a checkpoint.",
     help="Train DenseNets on ImageNet: on one CPU, one GPU or many GPU nodes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,7 +59,10 @@ Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLF
 def train(
     config: Config, overrides: Overrides = None, address: Address = None, resume: Resume = "auto", wait: Wait = False
 ) -> None:
-    """Train, evaluate, and register the model."""
+    """Train, evaluate, and register the model.
+
+    Example: densenet train configs/densenet121.yaml data.root=/data/imagenet
+    """
     from launch.train import train_command
 
     train_command(console, config, overrides or [], address, resume, wait)
@@ -54,7 +79,12 @@ def submit(
     wait: Wait = False,
     detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
 ) -> None:
-    """Train as a Ray job on a cluster: sends the code and the config, follows the output, exits as the job does."""
+    """Train as a Ray job on a cluster.
+
+    Sends the code and the config, follows the output, exits as the job does.
+
+    Example: densenet submit configs/densenet121.yaml data.root=/data/imagenet --address http://head:8265
+    """
     where = jobs_cli.dashboard(address)
     from launch.submit import Options, submit_command
 
@@ -70,7 +100,10 @@ def sweep(
     trials: Annotated[int, typer.Option(min=1, help="trainings in all; poor ones are ended early")] = 8,
     address: Address = None,
 ) -> None:
-    """Train with several values, and report the best."""
+    """Train with several values, and report the best.
+
+    Example: densenet sweep configs/demo.yaml --space 'optim.lr=log(0.01,1)' --trials 8
+    """
     from launch.sweep import sweep_command
 
     sweep_command(console, config, overrides or [], space or [], trials, address)
@@ -82,11 +115,15 @@ def plan(
     overrides: Overrides = None,
     address: Address = None,
     cluster: Annotated[str | None, typer.Option(help="estimate ImageNet on NODESxGPUSxTYPE, as 8x8xH100")] = None,
+    as_json: runs_cli.AsJson = False,
 ) -> None:
-    """Show the resolved config and all that follows from it."""
+    """Show the config and all that follows from it.
+
+    Example: densenet plan configs/densenet121.yaml data.root=/data/imagenet
+    """
     from launch.plan import plan_command
 
-    plan_command(console, config, overrides or [], address, cluster)
+    plan_command(console, config, overrides or [], address, cluster, as_json)
 
 
 @app.command()
@@ -98,11 +135,15 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Parquet file for --batch")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     uri: Uri = None,
+    as_json: runs_cli.AsJson = False,
 ) -> None:
-    """Classify images with a model."""
+    """Classify images with a model.
+
+    Example: densenet predict models:/densenet121@champion cat.jpg
+    """
     from launch.predict import predict_command
 
-    predict_command(console, model, images or [], top, batch, out, batch_size, uri)
+    predict_command(console, model, images or [], top, batch, out, batch_size, uri, as_json)
 
 
 @app.command()
@@ -117,7 +158,12 @@ def export(
     attach: Annotated[bool, typer.Option("--attach", help="store it with the model version")] = False,
     uri: Uri = None,
 ) -> None:
-    """Write a model for other programs; its logits are compared with torch's."""
+    """Write a model for other programs.
+
+    Its logits are compared with torch's first.
+
+    Example: densenet export models:/densenet121@champion --to onnx --out exported
+    """
     from launch.export import export_command
 
     export_command(console, model, to, out, data, split, calibrate, images, attach, uri)
@@ -137,7 +183,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     uri: Uri = None,
 ) -> None:
-    """Count a model's hits on a split of a data set."""
+    """Count a model's hits on a data set.
+
+    Example: densenet eval models:/densenet121@champion --data /data/imagenet --tta flip
+    """
     from launch.evaluate import Options, eval_command
 
     options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
@@ -151,7 +200,12 @@ def report(
     uri: Uri = None,
     experiment: Annotated[str, typer.Option(help="MLflow experiment")] = "densenet",
 ) -> None:
-    """Write runs as one HTML page: curves, differences, checkpoints, sample predictions."""
+    """Write runs as one HTML page.
+
+    It has curves, differences, checkpoints and sample predictions.
+
+    Example: densenet report first second --out report.html
+    """
     from launch.report import report_command
 
     report_command(console, runs, out, uri, experiment)
@@ -159,7 +213,10 @@ def report(
 
 @app.command()
 def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, uri: Uri = None) -> None:
-    """Open the MLflow UI on this machine."""
+    """Open the MLflow UI on this machine.
+
+    Example: densenet ui --port 5000
+    """
     from launch.ui import ui_command
 
     ui_command(console, port, uri)
@@ -167,7 +224,12 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, uri: Uri = N
 
 @app.command()
 def doctor() -> None:
-    """Test the installation: versions, devices, a second's work of each part."""
+    """Test the installation.
+
+    Versions, devices, and a second's work of each part.
+
+    Example: densenet doctor
+    """
     from launch.doctor import doctor_command
 
     raise typer.Exit(doctor_command(console))

@@ -43,6 +43,7 @@ def prepare(
     """Make a data set from archives, shards, Parquet files or class folders.
 
     An interrupted preparation goes on when the command is repeated.
+
     Example: densenet data prepare /downloads /data/imagenet
     """
     from launch.data import prepare_command
@@ -66,7 +67,12 @@ def prepare(
 
 @app.command()
 def index(root: Root, workers: Workers = CORES, layout: Layout = None) -> None:
-    """Index data where it lies, with checksums: class folders, shards, archives."""
+    """Index data where it lies, with checksums.
+
+    Class folders, shards or archives.
+
+    Example: densenet data index /data/folders
+    """
     from launch.data import index_command
 
     index_command(console, root, workers, layout)
@@ -82,7 +88,10 @@ def verify(
     workers: Workers = CORES,
     layout: Layout = None,
 ) -> None:
-    """Read and decode everything; exit code 1 where there is damage."""
+    """Read and decode everything; exit code 1 where there is damage.
+
+    Example: densenet data verify /data/imagenet
+    """
     from launch.data import verify_command
 
     raise typer.Exit(verify_command(console, root, workers, layout, any_counts, json_file))
@@ -97,7 +106,10 @@ def stats(
     workers: Workers = CORES,
     layout: Layout = None,
 ) -> None:
-    """Count classes, and measure sizes, bytes and channels, with a plot."""
+    """Count classes, and measure sizes, bytes and channels.
+
+    Example: densenet data stats /data/imagenet --plot stats.png
+    """
     from launch.data import stats_command
 
     stats_command(console, root, samples, workers, layout, plot, json_file)

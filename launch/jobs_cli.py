@@ -27,7 +27,10 @@ def dashboard(address: str | None) -> str:
 
 @app.command("list")
 def list_jobs(address: Dashboard = None) -> None:
-    """Show the jobs, newest first."""
+    """Show the jobs, newest first.
+
+    Example: densenet jobs list --address http://head:8265
+    """
     where = dashboard(address)
     from launch.jobs import list_command
 
@@ -38,7 +41,12 @@ def list_jobs(address: Dashboard = None) -> None:
 def logs(
     job: Job, follow: Annotated[bool, typer.Option("--follow", help="to its end")] = False, address: Dashboard = None
 ) -> None:
-    """Show a job's output; with --follow to its end, and exit as it did."""
+    """Show a job's output.
+
+    With --follow to its end, and exit as it did.
+
+    Example: densenet jobs logs first --follow
+    """
     where = dashboard(address)
     from launch.jobs import logs_command
 
@@ -47,7 +55,10 @@ def logs(
 
 @app.command()
 def stop(job: Job, address: Dashboard = None) -> None:
-    """End a job; a training writes a checkpoint first."""
+    """End a job; a training writes a checkpoint first.
+
+    Example: densenet jobs stop first
+    """
     where = dashboard(address)
     from launch.jobs import stop_command
 

@@ -27,13 +27,21 @@ Set = Annotated[
 
 @app.command()
 def render(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
-    """Print the manifests of a training."""
+    """Print the manifests of a training.
+
+    Example: densenet k8s render configs/densenet121.yaml --overlay local-cpu --image REGISTRY/densenet:0.1.0
+    """
     sys.stdout.write(_rendered(config, overlay, image, overrides, settings))
 
 
 @app.command()
 def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
-    """Show what applying them would change in the cluster of kubectl's context; exit code 1 where something would."""
+    """Show what applying them would change in the cluster.
+
+    The cluster is that of kubectl's context. Exit code 1 where something would change, 2 where it cannot be asked.
+
+    Example: densenet k8s diff configs/densenet121.yaml --overlay local-cpu --image REGISTRY/densenet:0.1.0
+    """
     from launch.manifests import kubectl
 
     text = _rendered(config, overlay, image, overrides, settings)
@@ -50,7 +58,12 @@ def validate(
     files: Annotated[list[Path], typer.Argument(help="YAML files")],
     crds: Annotated[Path | None, typer.Option(help="folder with definitions of custom kinds")] = None,
 ) -> None:
-    """Check manifests against the schemas of Kubernetes and of custom kinds; unknown fields are errors."""
+    """Check manifests against the schemas of their kinds.
+
+    Unknown fields are errors.
+
+    Example: densenet k8s validate first.yaml --crds CRDS
+    """
     from launch.schemas import faults_of, read_documents
 
     documents = read_documents(files)

@@ -17,7 +17,10 @@ Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLF
 
 @app.command("list")
 def list_models(uri: Uri = None) -> None:
-    """Show the nets by name, with the paper's accuracy, and the models that are registered."""
+    """Show the nets by name, and the models that are registered.
+
+    Example: densenet models list
+    """
     from launch.models import registered_command
     from pipeline.model.architectures import ARCHITECTURES, PAPER, size
 
@@ -42,7 +45,10 @@ def list_models(uri: Uri = None) -> None:
 
 @app.command()
 def show(model: Version, uri: Uri = None) -> None:
-    """Show what is known of a registered model."""
+    """Show what is known of a registered model.
+
+    Example: densenet models show densenet121@champion
+    """
     from launch.models import show_command
 
     show_command(Console(highlight=False), model, uri)
@@ -50,7 +56,12 @@ def show(model: Version, uri: Uri = None) -> None:
 
 @app.command()
 def diff(first: Version, second: Version, uri: Uri = None) -> None:
-    """Show what two registered models differ in: results, transform, the parameters of their runs."""
+    """Show what two registered models differ in.
+
+    Results, transform, and the parameters of their runs.
+
+    Example: densenet models diff densenet121@champion densenet121@candidate
+    """
     from launch.models import diff_command
 
     diff_command(Console(highlight=False), first, second, uri)
@@ -67,7 +78,12 @@ def promote(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="compare alone")] = False,
     uri: Uri = None,
 ) -> None:
-    """Move an alias to a model that is better on the same pictures; exit code 1 where it is not."""
+    """Move an alias to a model that is better on the same pictures.
+
+    Exit code 1 where it is not.
+
+    Example: densenet models promote densenet121@candidate --data /data/imagenet
+    """
     from launch.promote import promote_command
 
     console = Console(highlight=False)
@@ -78,7 +94,10 @@ def promote(
 def rollback(
     name: Name, alias: Annotated[str, typer.Option(help="the alias that moves")] = "champion", uri: Uri = None
 ) -> None:
-    """Move an alias back to the version that it was before."""
+    """Move an alias back to the version that it was before.
+
+    Example: densenet models rollback densenet121
+    """
     from launch.promote import rollback_command
 
     rollback_command(Console(highlight=False), name, alias, uri)
@@ -86,7 +105,10 @@ def rollback(
 
 @app.command()
 def history(name: Name, uri: Uri = None) -> None:
-    """Show a registered model's versions, aliases and promotions."""
+    """Show a registered model's versions, aliases and promotions.
+
+    Example: densenet models history densenet121
+    """
     from launch.models import history_command
 
     history_command(Console(highlight=False), name, uri)

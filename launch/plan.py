@@ -1,5 +1,6 @@
 """`densenet plan`: everything that a run will do, before it does anything."""
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -9,17 +10,25 @@ from launch.prepare import Prepared, check_writable, prepare, read_config
 from launch.resources import this_machine
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
+from pipeline.errors import UserError
 from pipeline.model.architectures import size
 
 
 def plan_command(
-    console: Console, path: Path, overrides: list[str], address: str | None, cluster: str | None = None
+    console: Console,
+    path: Path,
+    overrides: list[str],
+    address: str | None,
+    cluster: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Prints the resolved config and what follows from it; starts nothing but a look at the cluster.
 
     With `cluster`, estimates the run on such a cluster instead.
     """
     config = read_config(path, overrides)
+    if as_json and cluster is not None:
+        raise UserError("--json is for what a run will do; the estimate of --cluster is for people: leave one out.")
     if cluster is not None:
         from launch.estimate import print_estimate
 
@@ -35,6 +44,10 @@ def plan_command(
         check_writable(output)
         with joined(address, output / "ray.log"):
             prepared = prepare(config, offered_by_cluster(address))
+    if as_json:
+        told = {"config": prepared.config.model_dump(mode="json"), "derived": prepared.derived.model_dump(mode="json")}
+        print(json.dumps(told | {"start": prepared.start, "warnings": prepared.warnings}, indent=2))
+        return
     console.print(prepared.config.to_yaml(), highlight=False, markup=False, end="", soft_wrap=True)
     print_plan(console, prepared)
 

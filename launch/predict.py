@@ -1,5 +1,6 @@
 """`densenet predict`: the classes of images."""
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,7 @@ def predict_command(
     out: Path | None,
     batch_size: int,
     uri: str | None,
+    as_json: bool,
 ) -> None:
     """Prints each image's most probable classes with their probabilities, or writes those of a whole folder.
 
@@ -30,20 +32,24 @@ def predict_command(
         raise UserError("give image files, or a folder with --batch DIR --out FILE.parquet.")
     folder = model_folder(model, uri)
     if batch is None or out is None:
-        for prediction in predict_files(folder, images, top):
+        found = predict_files(folder, images, top)
+        if as_json:
+            print(json.dumps([{"image": str(p.path), "classes": dict(p.classes)} for p in found], indent=2))
+            return
+        for prediction in found:
             console.print(str(prediction.path), markup=False, soft_wrap=True)
             for name, probability in prediction.classes:
                 console.print(f"  {probability:8.2%}  {name}", markup=False, soft_wrap=True)
         return
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("classifying", total=None)
-        found = predict_folder(
+        done = predict_folder(
             folder,
             batch,
             out,
             top=top,
             batch_size=batch_size,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda seen, total: bar.update(task, completed=seen, total=total),
         )
-    damaged = f", {found.damaged} files are no sound pictures (column `error`)" if found.damaged else ""
-    console.print(f"{found.classified:,} pictures in {out}, {speed(found.img_per_s)}{damaged}", soft_wrap=True)
+    damaged = f", {done.damaged} files are no sound pictures (column `error`)" if done.damaged else ""
+    console.print(f"{done.classified:,} pictures in {out}, {speed(done.img_per_s)}{damaged}", soft_wrap=True)

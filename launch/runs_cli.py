@@ -1,6 +1,8 @@
 """`densenet runs`: past runs in the terminal."""
 
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ app = typer.Typer(help="List, show and compare past runs.", no_args_is_help=True
 
 Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 Experiment = Annotated[str, typer.Option(help="MLflow experiment")]
+AsJson = Annotated[bool, typer.Option("--json", help="for scripts: all that is known, as JSON")]
 _LAST = (
     "val/top1",
     "val/top5",
@@ -33,14 +36,22 @@ def list_runs(
     limit: Annotated[int, typer.Option(min=1, help="newest runs to show")] = 20,
     uri: Uri = None,
     experiment: Experiment = "densenet",
+    as_json: AsJson = False,
 ) -> None:
-    """Show the newest runs."""
+    """Show the newest runs.
+
+    Example: densenet runs list --limit 5
+    """
     from pipeline.tracking.look import past_runs
 
+    found = past_runs(_uri(uri), experiment)[:limit]
+    if as_json:
+        print(json.dumps([asdict(run) for run in found], indent=2))
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("run", "status", "started", "minutes", "model", "epochs", "top-1 %", "id"):
         table.add_column(column, overflow="fold")
-    for run in past_runs(_uri(uri), experiment)[:limit]:
+    for run in found:
         table.add_row(
             run.name,
             run.status,
@@ -56,27 +67,27 @@ def list_runs(
 
 @app.command()
 def show(
-    run: Annotated[str, typer.Argument(help="name or id")], uri: Uri = None, experiment: Experiment = "densenet"
+    run: Annotated[str, typer.Argument(help="name or id")],
+    uri: Uri = None,
+    experiment: Experiment = "densenet",
+    as_json: AsJson = False,
 ) -> None:
-    """Show a run: results, what it was trained on, restarts, versions."""
+    """Show a run.
+
+    Results, what it was trained on, restarts, versions.
+
+    Example: densenet runs show first
+    """
     from pipeline.tracking.look import past_run
 
     found = past_run(_uri(uri), experiment, run)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.started))
     rows: list[tuple[str, Any]] = [("run", found.name), ("id", found.id), ("status", found.status), ("started", began)]
     rows += [(key, _number(found.metrics[key])) for key in _LAST if key in found.metrics]
-    prefixes = (
-        "restart.",
-        "checkpoint.",
-        "data.",
-        "eval.",
-        "machine.",
-        "version.",
-        "mlflow.source.git",
-        "git.",
-        "changed.",
-    )
-    rows += [(key, value) for key, value in sorted(found.tags.items()) if key.startswith(prefixes)]
+    rows += [(key, value) for key, value in sorted(found.tags.items()) if key.startswith(_TAGS)]
     console = Console(highlight=False)
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
@@ -89,7 +100,12 @@ def compare(
     uri: Uri = None,
     experiment: Experiment = "densenet",
 ) -> None:
-    """Show what differs between runs: parameters, and the last results."""
+    """Show what differs between runs.
+
+    Parameters, and the last results.
+
+    Example: densenet runs compare first second
+    """
     from pipeline.tracking.look import differences, past_run
 
     found = [past_run(_uri(uri), experiment, run) for run in runs]
@@ -109,7 +125,10 @@ def sync(
     folder: Annotated[Path, typer.Argument(help="a run's folder, as outputs/RUN")],
     patience: Annotated[float, typer.Option(min=0, help="seconds to wait for the store")] = 60,
 ) -> None:
-    """Send a run's records that its tracking store did not take, once it answers again."""
+    """Send a run's records that its tracking store did not take.
+
+    Example: densenet runs sync outputs/first
+    """
     from launch.claim import claimed
     from pipeline.config_file import load_config
     from pipeline.tracking.run import Tracker

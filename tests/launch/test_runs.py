@@ -100,6 +100,8 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert predicted.returncode == 0, predicted.stdout
     label = Path(arguments[2]).parent.name
     assert re.search(rf"\d\d\.\d\d%  {label}$", predicted.stdout.splitlines()[1]), predicted.stdout
+    (answer,) = json.loads(shell(program, *arguments, "--json").stdout)
+    assert (answer["image"], next(iter(answer["classes"]))) == (arguments[2], label)
 
 
 def test_densenet121_on_real_imagenet_pictures(shell, tmp_path, imagenet_samples):

@@ -1,5 +1,6 @@
 """`densenet runs`: what the store knows, in the terminal."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,15 @@ def test_runs_are_listed_shown_and_compared(runs):
     assert re.search(r"^val/top1 +90 +95\.5 *$", compared, re.MULTILINE)
     assert re.search(r"^optim\.lr +0\.1 +0\.2 *$", compared, re.MULTILINE)
     assert "optim.momentum" not in compared
+
+
+def test_runs_as_json_are_whole(runs):
+    listed = json.loads(runs("list", "--json")[1])
+    assert [(run["name"], run["metrics"]["val/top1"], run["params"]["optim.lr"]) for run in listed] == [
+        ("two", 95.5, "0.2"),
+        ("one", 90.0, "0.1"),
+    ]
+    assert json.loads(runs("show", "two", "--json")[1]) == listed[0]
 
 
 def test_what_there_is_not_is_told(runs):
