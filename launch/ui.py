@@ -17,5 +17,6 @@ def ui_command(console: Console, port: int, uri: str | None) -> None:
         return
     check_port(port, "--port")
     console.print(f"MLflow UI at http://{HOST}:{port} for {shown(uri)}; stop it with Ctrl-C", soft_wrap=True)
-    arguments = ["server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+    # One worker: several are ended by their supervisor where a busy machine takes five seconds to start them.
+    arguments = ["server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])
