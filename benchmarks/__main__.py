@@ -21,7 +21,6 @@ NAMES: dict[str, tuple[str, ...]] = {
     "index_scale": (),
     "engine": (),
     "memory_modes": (),
-    "startup": (),
     "tracking": (),
     "serving": (),
 }

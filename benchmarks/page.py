@@ -30,8 +30,6 @@ runs some, `make bench PICTURES=FOLDER` takes your JPEGs in the place of made-up
 
 BEHIND = """## Behind, and why
 
-- **Start-up**: Ray's processes, its controller and its workers' imports are most of it; they are what restarts lost
-  workers and joins many nodes. MLflow's tables are made on the first start.
 - **Re-encoding** decodes and encodes as Pillow does, and then writes and hashes shards on the same cores.
 - **A served picture** pays HTTP, JSON and base64; several in a request share it.
 - **Memory modes** buy memory with time; that is their purpose.
