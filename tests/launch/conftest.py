@@ -18,6 +18,7 @@ from launch.net import answers, free_port
 from tests.conftest import BIN
 
 PATIENCE_S = 120
+_STARTS = 3
 
 
 def wait_until(condition: Callable[[], object], told: Callable[[], str], patience_s: float = PATIENCE_S) -> None:
@@ -55,9 +56,23 @@ class Cluster:
         self.address = f"{ray.util.get_node_ip_address()}:{port}"
 
     def add_node(self, cpus: int) -> None:
-        self._start(cpus, {"address": self.address})
-        log = self.folder / f"{len(self.nodes) - 1}.log"
-        wait_until(lambda: "Ray runtime started" in log.read_text(), self._logs)
+        """Starts a node; one that Ray gives up on, after 30 s on a busy machine, is started again as a pod would be."""
+        number = len(self.nodes)
+        log = self.folder / f"{number}.log"
+        for _ in range(_STARTS):
+            self._start(cpus, {"address": self.address})
+            node = self.nodes[number]
+            wait_until(
+                lambda node=node: node.poll() is not None or "Ray runtime started" in log.read_text(), self._logs
+            )
+            if node.poll() is None:
+                return
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            shutil.rmtree(self.folder / f"{number}", ignore_errors=True)
+            told = self._logs()
+            self.nodes.pop()
+        raise AssertionError(told)
 
     def kill_node(self, number: int) -> None:
         """Ends all of a node's processes at once, as a power cut does."""
