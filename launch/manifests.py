@@ -91,7 +91,7 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
     _check_places(config, container)
     of_job: list[dict[str, Any]] = [{"op": "replace", "path": "/metadata/name", "value": name}]
     of_job += _workers(config, overlay, group, container, settings) + _credentials(config, settings)
-    more, components = _surroundings(config, overlay, documents, settings)
+    more, components = _surroundings(config, overlay, documents, len(group["template"]["spec"]["volumes"]), settings)
     tree: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -197,9 +197,12 @@ def _credentials(config: RunConfig, settings: Settings) -> list[dict[str, Any]]:
 
 
 def _surroundings(
-    config: RunConfig, overlay: str, documents: list[dict[str, Any]], settings: Settings
+    config: RunConfig, overlay: str, documents: list[dict[str, Any]], volumes: int, settings: Settings
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Patches of kustomize, and components, for volumes and for who is reached over the network."""
+    """Patches of kustomize, and components, for volumes and for who is reached over the network.
+
+    `volumes` is how many the pods of workers have already.
+    """
     patches, components = [], []
     claims = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
     shared = [claim["metadata"]["name"] for claim in claims if "ReadWriteMany" in claim["spec"]["accessModes"]]
@@ -221,8 +224,7 @@ def _surroundings(
                 f"of node-local volumes (kubectl get storageclass)."
             )
         components.append("stage")
-        volume = len(_volumes(documents))  # the component's comes after these
-        at = f"{_GROUP}/template/spec/volumes/{volume}/ephemeral/volumeClaimTemplate/spec/storageClassName"
+        at = f"{_GROUP}/template/spec/volumes/{volumes}/ephemeral/volumeClaimTemplate/spec/storageClassName"
         patches.append(_patch("RayJob", [{"op": "replace", "path": at, "value": settings.stage_class}]))
     elif settings.stage_class is not None:
         raise UserError(f"--set stage-class is for data.stage={_STAGE}, which is not set.")
@@ -235,12 +237,6 @@ def _surroundings(
         at = f"/spec/egress/{len(rules)}/ports/0/port"
         patches.append(_patch("NetworkPolicy", [{"op": "replace", "path": at, "value": port}], name="training"))
     return patches, components
-
-
-def _volumes(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    (job,) = (document for document in documents if document["kind"] == "RayJob")
-    volumes: list[dict[str, Any]] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["volumes"]
-    return volumes
 
 
 def _patch(kind: str, operations: list[dict[str, Any]], **target: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def predict_command(
     """
     if (batch is None) != (out is None) or bool(images) == (batch is not None):
         raise UserError("give image files, or a folder with --batch DIR --out FILE.parquet.")
+    if as_json and batch is not None:
+        raise UserError("--json prints the classes of image files; --batch writes a table: leave one out.")
     folder = model_folder(model, uri)
     if batch is None or out is None:
         found = predict_files(folder, images, top)

@@ -1,15 +1,13 @@
 """What the machine or the cluster offers, and what a run takes of it."""
 
+import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.config import Device, Elastic, RunConfig
 from pipeline.derived import split_batch
 from pipeline.errors import ConfigError
-
-_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's, and its way through WSL; without one there is no CUDA device
 
 
 class NoRoom(ConfigError):
@@ -53,7 +51,11 @@ class Share:
 def this_machine() -> Resources:
     """The cores that this process may use, and the CUDA devices that torch sees."""
     devices = 0
-    if any(Path(device).exists() for device in _DRIVERS):
+    try:
+        ctypes.CDLL("libcuda.so.1")  # the driver's library, which torch opens too: without it there is no CUDA device
+    except OSError:
+        pass
+    else:
         import torch  # takes seconds, so only where there may be one
 
         devices = torch.cuda.device_count()

@@ -199,7 +199,8 @@ class Eval(Section):
     @classmethod
     def _preset(cls, given: Any) -> Any:
         """Fills in what the transform's preset says, so that a saved config holds the numbers."""
-        if not isinstance(given, dict) or given.get("transform", "torchvision") not in list(_EVAL_PRESETS):
+        presets = list(_EVAL_PRESETS)  # what is given may be of any type, and have no hash
+        if not isinstance(given, dict) or given.get("transform", "torchvision") not in presets:
             return given
         share, interpolation = _EVAL_PRESETS[given.get("transform", "torchvision")]
         crop = given.get("crop", 224)

@@ -57,6 +57,7 @@ def test_class_folders_are_indexed_in_place(shell, tmp_path):
     [
         (("prepare", "/gone", "/tmp/x"), "error: /gone is not a folder"),
         (("prepare", "/proc", "{tmp}/x", "--to", "zip"), "error: --to=zip is not known: use shards or folders"),
+        (("prepare", "{tmp}", "{tmp}/x", "--share", "8/8"), "error: --share=8/8 is not known: use K/N with K from 0"),
         (("prepare", "{tmp}", "/proc/x", "--layout", "folders"), "error: /proc/x"),
         (("verify", "{tmp}"), "is in no layout that is known; in it: nothing"),
         (("stats", "{tmp}", "--layout", "nope"), "layout 'nope' is not known"),

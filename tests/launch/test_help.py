@@ -3,9 +3,12 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 import typer
 
 from launch.cli import GROUPS, app
@@ -43,6 +46,16 @@ def test_every_command_has_an_example_that_parses(path):
     words = shlex.split(example)[1:]
     assert tuple(words[: len(path)]) == path
     command.make_context(path[-1], words[len(path) :])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch is asked for its CUDA devices")
+def test_a_plan_imports_nothing_that_takes_seconds(tmp_path):
+    program = "import sys; from launch.cli import app\n"
+    program += "app(sys.argv[1:], standalone_mode=False); print(*sys.modules, file=sys.stderr)"
+    words = ["plan", str(DEMO), f"run.output={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "timm", "nvidia.dali", "ray", "mlflow", "deepspeed"} & set(done.stderr.split())
 
 
 def test_a_plan_as_json_is_the_whole_plan(densenet, tmp_path):

@@ -84,7 +84,7 @@ class Job:
         return sorted(self.runs.glob("demo/checkpoints/samples-*/manifest.json"))
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_a_job_over_a_deleted_worker_a_lost_head_and_a_suspension(shell, tmp_path):
     job = Job(tmp_path, shell)
     job.start()
