@@ -69,7 +69,12 @@ def _train_command(
     if wait and address is None:
         raise UserError("--wait waits for room on a cluster: give its --address, or leave --wait out.")
     log_file = Path(config.run.output) / str(config.run.name) / "logs" / "ray.log"
+    ended = (
+        f"training failed: the driver was killed, or Ray's core has ended it. The same command with "
+        f"run.name={config.run.name} goes on from the newest checkpoint."
+    )
     with ExitStack() as stack:
+        stack.enter_context(witness(ended))  # the last to leave: Ray's core may also end the driver while it shuts down
         if address is None:
             dashboard_port = _dashboard_port(config)
             prepared = prepare(config, this_machine(), resume)
@@ -98,13 +103,8 @@ def _train_command(
                 clock.ended("Ray start")
             display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
             recorder = Recorder(tracker, config, run_dir)
-            ended = (
-                f"training failed: the driver was killed, or Ray's core has ended it. The same command with "
-                f"run.name={config.run.name} goes on from the newest checkpoint."
-            )
             try:
-                with witness(ended):
-                    img_per_s = _train(prepared, recorder, display, clock)
+                img_per_s = _train(prepared, recorder, display, clock)
             except Exception:  # of whatever kind, it goes on up; the logs tell what lies behind it
                 for log in sorted((run_dir / "logs").glob("*.log")):
                     tracker.attach(log, "logs")

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.launch.conftest import Cluster, wait_until
+from tests.launch.conftest import PATIENCE_S, Cluster, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
-PATIENCE_S = 300
 
 
 def test_a_run_over_two_nodes_goes_on_while_one_is_lost_and_comes_back(cluster: Cluster, shell, tmp_path: Path):

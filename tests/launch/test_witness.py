@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.conftest import PROJECT
+
 CODE = "import os, signal\nfrom launch.witness import witness\nwith witness('it is gone'):\n    {}\nprint('after')"
 
 
@@ -22,3 +24,35 @@ def test_what_is_said_at_the_end(inside, told):
         [sys.executable, "-c", CODE.format(inside)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.stdout == told
+
+
+ENDS_WHILE_RAY_SHUTS_DOWN = """
+import os, sys
+from contextlib import contextmanager
+from pathlib import Path
+from rich.console import Console
+import launch.cluster
+from launch.train import train_command
+from pipeline.errors import TrainingError
+
+@contextmanager
+def embedded(*arguments):
+    try:
+        yield "http://127.0.0.1"
+    finally:
+        os._exit(1)
+
+def run(*arguments):
+    raise TrainingError("a worker was lost")
+
+launch.cluster.embedded, launch.cluster.run = embedded, run
+train_command(Console(), Path("configs/demo.yaml"), ["run.name=run", f"run.output={sys.argv[1]}"], None)
+"""
+
+
+def test_a_driver_that_ray_ends_while_its_error_is_on_the_way_out_is_told_of(tmp_path):
+    command = [sys.executable, "-c", ENDS_WHILE_RAY_SHUTS_DOWN, str(tmp_path)]
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 1, done.stdout
+    assert "training failed: the driver was killed, or Ray's core has ended it. " in done.stdout
+    assert "run.name=run goes on from the newest checkpoint." in done.stdout
