@@ -1,5 +1,6 @@
 """The `densenet` command. Each command's work is in a module of its own, imported when it is called."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,19 +46,37 @@ app.add_typer(runs_cli.app, name="runs")
 app.add_typer(k8s_cli.app, name="k8s")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+log = logging.getLogger(__name__)
 
 Config = Annotated[Path, typer.Argument(help="YAML config, for example configs/demo.yaml", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.epochs=2")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else a Ray of its own")]
 Resume = Annotated[str, typer.Option(help="auto: the run's own newest checkpoint; or a folder, or an MLflow run id")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and the summary alone")]
 Wait = Annotated[bool, typer.Option("--wait", help="wait until the cluster has room for the workers")]
 MODEL = "checkpoint or run folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME"
 Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 
 
+@app.callback()
+def settings(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="print library logs, and what lies behind an error")
+    ] = False,
+) -> None:
+    """Comes before every command."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+
+
 @app.command()
 def train(
-    config: Config, overrides: Overrides = None, address: Address = None, resume: Resume = "auto", wait: Wait = False
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    resume: Resume = "auto",
+    wait: Wait = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train, evaluate, and register the model.
 
@@ -65,7 +84,7 @@ def train(
     """
     from launch.train import train_command
 
-    train_command(console, config, overrides or [], address, resume, wait)
+    train_command(console, config, overrides or [], address, resume, wait, quiet)
 
 
 @app.command()
@@ -182,6 +201,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="folder for classes, confusion and predictions as CSV")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     uri: Uri = None,
+    as_json: runs_cli.AsJson = False,
 ) -> None:
     """Count a model's hits on a data set.
 
@@ -190,7 +210,7 @@ def evaluate(
     from launch.evaluate import Options, eval_command
 
     options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
-    eval_command(console, model, data, options, uri)
+    eval_command(console, model, data, options, uri, as_json)
 
 
 @app.command()
@@ -241,9 +261,11 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        log.info("where the error comes from:", exc_info=True)
         errors.print(f"error: {error}", style="red")
         sys.exit(2)
     except TrainingError as error:
+        log.info("where the error comes from:", exc_info=True)
         errors.print(f"training failed: {error}", style="red")
         sys.exit(1)
 

@@ -37,7 +37,7 @@ class Options:
     batch_size: int
 
 
-def eval_command(console: Console, model: str, root: Path, options: Options, uri: str | None) -> None:
+def eval_command(console: Console, model: str, root: Path, options: Options, uri: str | None, as_json: bool) -> None:
     """Prints the scores of a checkpoint, a run or a registered model, and writes the tables to `options.out`.
 
     Raises:
@@ -72,11 +72,16 @@ def eval_command(console: Console, model: str, root: Path, options: Options, uri
     if sets is not None:
         correct, total = score_sets(plain_NK, sets)
         found["labels"] = {"file": str(options.labels), "top1_correct": correct, "total": total}
-    _print(console, f"{model} ({folder / card['weights']})", index, transform, found)
-    if options.out is not None:
-        about = {"model": model, "data": str(root), "split": options.split, "fingerprint": index.fingerprint}
-        report = about | {"transform": transform.description, "scores": found}
-        _write(options.out, index, card["classes"], plain_NK, labels_N, report)
+    about = {"model": model, "data": str(root), "split": options.split, "fingerprint": index.fingerprint}
+    report = about | {"transform": transform.description, "scores": found}
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(console, f"{model} ({folder / card['weights']})", index, transform, found)
+    if options.out is None:
+        return
+    _write(options.out, index, card["classes"], plain_NK, labels_N, report)
+    if not as_json:
         console.print(f"tables in {options.out}", markup=False, soft_wrap=True)
 
 

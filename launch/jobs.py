@@ -1,6 +1,7 @@
 """Ray jobs: `densenet jobs list|logs|stop`, and following one to its end."""
 
 import asyncio
+import json
 import logging
 import sys
 import time
@@ -43,15 +44,17 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
-def list_command(console: Console, address: str) -> None:
+def list_command(console: Console, address: str, as_json: bool) -> None:
     """Prints the jobs that the cluster knows, newest first."""
     jobs = sorted(connect(address).list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
+    jobs = [job for job in jobs if job.submission_id is not None]  # without one: a driver that joined by itself
+    if as_json:
+        print(json.dumps([job.model_dump(mode="json") for job in jobs], indent=2))
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("job", "run", "status", "started", "minutes"):
         table.add_column(column, overflow="fold")
     for job in jobs:
-        if job.submission_id is None:
-            continue  # a driver that joined by itself
         began = (job.start_time or 0) / 1000
         ended = (job.end_time or time.time() * 1000) / 1000
         table.add_row(

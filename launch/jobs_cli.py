@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launch.runs_cli import AsJson
+
 app = typer.Typer(help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True)
 console = Console(highlight=False)
 
@@ -26,7 +28,7 @@ def dashboard(address: str | None) -> str:
 
 
 @app.command("list")
-def list_jobs(address: Dashboard = None) -> None:
+def list_jobs(address: Dashboard = None, as_json: AsJson = False) -> None:
     """Show the jobs, newest first.
 
     Example: densenet jobs list --address http://head:8265
@@ -34,7 +36,7 @@ def list_jobs(address: Dashboard = None) -> None:
     where = dashboard(address)
     from launch.jobs import list_command
 
-    list_command(console, where)
+    list_command(console, where, as_json)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """`densenet models list|show|diff|history`: what the registry holds."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +17,7 @@ from pipeline.tracking.store import default_tracking_uri, shown
 def registered_command(console: Console, uri: str | None) -> None:
     """Prints each registered model's versions that have an alias, and its newest one."""
     uri = uri or default_tracking_uri()
-    file = uri.removeprefix("sqlite:///")
-    names = [] if file != uri and not Path(file).exists() else registered_names(uri)
+    names = _names(uri)
     if not names:
         console.print(f"no model is registered in {shown(uri)}", soft_wrap=True)
         return
@@ -32,10 +32,19 @@ def registered_command(console: Console, uri: str | None) -> None:
     console.print(table)
 
 
-def show_command(console: Console, model: str, uri: str | None) -> None:
+def registered_as_json(uri: str | None) -> None:
+    """Prints all versions of all registered models, newest first, by the models' names."""
+    uri = uri or default_tracking_uri()
+    print(json.dumps({name: [asdict(v) for v in versions(name, uri)] for name in _names(uri)}, indent=2))
+
+
+def show_command(console: Console, model: str, uri: str | None, as_json: bool) -> None:
     """Prints what is known of a model version."""
     uri = uri or default_tracking_uri()
     name, v = _find(model, uri)
+    if as_json:
+        print(json.dumps({"name": name} | asdict(v), indent=2))
+        return
     lines = [("model", f"{REGISTRY}{name}/{v.version}"), ("aliases", _aliases(v) or "none"), ("top-1", _hits(v))]
     lines += [(key, value) for key, value in sorted(v.tags.items())]
     lines += [("run", v.run_id)]
@@ -67,6 +76,12 @@ def history_command(console: Console, name: str, uri: str | None) -> None:
         told = [tags.get(key, "") for key in (PROMOTED, BEFORE, "promoted.gain", "promoted.p")]
         table.add_row(v.version, _aliases(v), tags.get("promoted.top1") or _hits(v), tags.get("epoch", ""), *told)
     console.print(table)
+
+
+def _names(uri: str) -> list[str]:
+    """The registered models; none where there is no store yet, which a look does not make."""
+    file = uri.removeprefix("sqlite:///")
+    return [] if file != uri and not Path(file).exists() else registered_names(uri)
 
 
 def _find(model: str, uri: str) -> tuple[str, Version]:

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.runs_cli import AsJson
+
 app = typer.Typer(help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None)
 
 Name = Annotated[str, typer.Argument(help="of a registered model")]
@@ -16,14 +18,19 @@ Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLF
 
 
 @app.command("list")
-def list_models(uri: Uri = None) -> None:
+def list_models(uri: Uri = None, as_json: AsJson = False) -> None:
     """Show the nets by name, and the models that are registered.
+
+    As JSON the registered ones alone, with all their versions.
 
     Example: densenet models list
     """
-    from launch.models import registered_command
+    from launch.models import registered_as_json, registered_command
     from pipeline.model.architectures import ARCHITECTURES, PAPER, size
 
+    if as_json:
+        registered_as_json(uri)
+        return
     table = Table(box=None, pad_edge=False)
     table.add_column("name", no_wrap=True)
     for column in ("classes", "parameters", "G multiply-adds", "at pixels"):
@@ -44,14 +51,14 @@ def list_models(uri: Uri = None) -> None:
 
 
 @app.command()
-def show(model: Version, uri: Uri = None) -> None:
+def show(model: Version, uri: Uri = None, as_json: AsJson = False) -> None:
     """Show what is known of a registered model.
 
     Example: densenet models show densenet121@champion
     """
     from launch.models import show_command
 
-    show_command(Console(highlight=False), model, uri)
+    show_command(Console(highlight=False), model, uri, as_json)
 
 
 @app.command()

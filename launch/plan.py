@@ -50,10 +50,11 @@ def plan_command(
         return
     console.print(prepared.config.to_yaml(), highlight=False, markup=False, end="", soft_wrap=True)
     print_plan(console, prepared)
+    print_warnings(console, prepared)
 
 
 def print_plan(console: Console, prepared: Prepared) -> None:
-    """Prints the derived values, one a line, and the warnings."""
+    """Prints the derived values, one a line."""
     config, d = prepared.config, prepared.derived
     model = size(config.model, d.num_classes, config.data.image_size)
     rows = [
@@ -84,6 +85,10 @@ def print_plan(console: Console, prepared: Prepared) -> None:
         rows.append(("teacher", str(prepared.sources.teacher)))
     for name, text in rows:
         console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
+
+
+def print_warnings(console: Console, prepared: Prepared) -> None:
+    """Prints what the user may not have meant."""
     for warning in prepared.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 

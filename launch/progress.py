@@ -49,10 +49,10 @@ def step_line(event: dict[str, Any], epochs: float, total_steps: int, workers: i
 
 
 class Display:
-    """Shows a run's events; use as a context manager around the run."""
+    """Shows a run's events, or with `quiet` its warnings alone; use as a context manager around the run."""
 
-    def __init__(self, console: Console, epochs: float, total_steps: int, workers: int) -> None:
-        self._console = console
+    def __init__(self, console: Console, epochs: float, total_steps: int, workers: int, quiet: bool = False) -> None:
+        self._console, self._quiet = console, quiet
         self._epochs, self._total_steps, self._workers = epochs, total_steps, workers
         self._starts = 0
         self._lost = False
@@ -68,7 +68,7 @@ class Display:
         )
 
     def __enter__(self) -> "Display":
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             self._live.start()
         return self
 
@@ -83,13 +83,14 @@ class Display:
         else:
             self.line(text)
 
-    def line(self, text: str, style: str = "") -> None:
+    def line(self, text: str) -> None:
         """Something that stays."""
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        if not self._quiet:
+            self._console.print(Text(text), soft_wrap=True)
 
     def warning(self, text: str) -> None:
-        """As `line`, in yellow."""
-        self.line(f"warning: {text}", "yellow")
+        """Something that stays, in yellow, also where all else is quiet."""
+        self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
     def on_event(self, event: dict[str, Any]) -> None:
         match event["kind"]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from launch.claim import claimed
 from launch.net import check_port, cluster_address, free_port
-from launch.plan import print_plan
+from launch.plan import print_plan, print_warnings
 from launch.prepare import Prepared, check_secrets, check_writable, prepare, read_config
 from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
 from launch.record import Recorder
@@ -42,8 +42,11 @@ def train_command(
     address: str | None,
     resume: str | None = None,
     wait: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Trains as `densenet train` does, and prints the summary; with `wait` once the cluster has room.
+
+    With `quiet` only warnings and the summary are printed.
 
     Raises:
         UserError: bad input; nothing is left running.
@@ -51,14 +54,20 @@ def train_command(
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM and the checkpoint that follows it.
     """
     try:
-        _train_command(console, path, overrides, address, resume, wait)
+        _train_command(console, path, overrides, address, resume, wait, quiet)
     except KeyboardInterrupt:
         console.print("interrupted: checkpoints and records so far are kept", style="yellow")
         raise SystemExit(130) from None
 
 
 def _train_command(
-    console: Console, path: Path, overrides: list[str], address: str | None, resume: str | None, wait: bool
+    console: Console,
+    path: Path,
+    overrides: list[str],
+    address: str | None,
+    resume: str | None,
+    wait: bool,
+    quiet: bool,
 ) -> None:
     clock = Clock()
     default_uri = default_tracking_uri()  # asked for now: registering sets the variable that it reads
@@ -86,9 +95,11 @@ def _train_command(
                 wait_for_room(config, address, lambda text: console.print(text, style="yellow", soft_wrap=True))
             prepared = prepare(config, offered_by_cluster(address), resume)
         config, run_dir = prepared.config, prepared.run_dir
-        print_plan(console, prepared)
+        if not quiet:
+            print_plan(console, prepared)
+        print_warnings(console, prepared)
         stack.enter_context(claimed(run_dir, config))
-        display = _display(console, prepared)
+        display = _display(console, prepared, quiet)
         tracker = stack.enter_context(Tracker(config, run_dir, str(config.run.name), display.warning))
         with _told(display):
             begin(tracker, prepared)
@@ -163,9 +174,9 @@ def _dashboard_port(config: RunConfig) -> int:
     return port
 
 
-def _display(console: Console, prepared: Prepared) -> Display:
+def _display(console: Console, prepared: Prepared, quiet: bool) -> Display:
     derived = prepared.derived
-    return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers)
+    return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers, quiet)
 
 
 def _train(prepared: Prepared, recorder: Recorder, display: Display, clock: Clock) -> float | None:

@@ -82,9 +82,11 @@ def test_scores_are_told_apart_and_written_as_tables(densenet, model, data, tmp_
 
 
 def test_another_resolution_keeps_the_ratio_and_is_named(densenet, model, data):
-    code, printed = densenet("eval", model, "--data", data, "--crop", 48, "--interpolation", "bicubic")
+    code, printed = densenet("eval", model, "--data", data, "--crop", 48, "--interpolation", "bicubic", "--json")
     assert code == 0, printed
-    assert "resize 60 bicubic antialias, centre crop 48" in printed
+    report = json.loads(printed)
+    assert report["transform"].startswith("resize 60 bicubic antialias, centre crop 48")
+    assert report["scores"]["plain"]["total"] == 9
 
 
 @pytest.mark.parametrize(

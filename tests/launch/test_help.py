@@ -48,6 +48,14 @@ def test_every_command_has_an_example_that_parses(path):
     command.make_context(path[-1], words[len(path) :])
 
 
+def test_verbose_tells_what_lies_behind_an_error(shell):
+    for more in ([], ["--verbose"]):
+        done = shell("densenet", *more, "plan", "missing.yaml")
+        assert done.returncode == 2
+        assert "error: " in done.stdout
+        assert ("in load_config" in done.stdout) == bool(more)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch is asked for its CUDA devices")
 def test_a_plan_imports_nothing_that_takes_seconds(tmp_path):
     program = "import sys; from launch.cli import app\n"

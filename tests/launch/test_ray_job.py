@@ -1,5 +1,6 @@
 """Jobs on a cluster on loopback: what is sent, what is seen, exit codes, lists, logs and stops."""
 
+import json
 import re
 from pathlib import Path
 
@@ -71,6 +72,10 @@ def test_submit_sends_the_code_alone_and_a_job_is_listed_followed_and_stopped(cl
     wait_until(lambda: list(checkpoints.glob("samples-*/manifest.json")), lambda: f"no checkpoint in {checkpoints}")
     listed = shell("densenet", "jobs", "list", *where, env=cluster.env).stdout
     assert re.search(rf"{job}\s+long\s+RUNNING", listed), listed
+    known = json.loads(shell("densenet", "jobs", "list", "--json", *where, env=cluster.env).stdout)
+    assert [(one["metadata"]["run"], one["status"]) for one in known if one["submission_id"] == job] == [
+        ("long", "RUNNING")
+    ]
     stopped = shell("densenet", "jobs", "stop", job, *where, env=cluster.env)
     assert f"{job} is stopped" in stopped.stdout
     logs = shell("densenet", "jobs", "logs", job, *where, env=cluster.env).stdout

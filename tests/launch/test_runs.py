@@ -92,6 +92,10 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert run_dir.name in (tmp_path / "report.html").read_text()
     listed = shell("densenet", "models", "list", "--uri", uri)
     assert re.search(r"^densenet_tiny +1 +@candidate, @champion +\d+/360 = ", listed.stdout, re.MULTILINE)
+    (known,) = json.loads(shell("densenet", "models", "list", "--json", "--uri", uri).stdout)["densenet_tiny"]
+    shown = json.loads(shell("densenet", "models", "show", "densenet_tiny@champion", "--json", "--uri", uri).stdout)
+    assert shown == {"name": "densenet_tiny"} | known
+    assert (known["version"], known["aliases"]) == ("1", ["candidate", "champion"])
     listed = shell("densenet", "runs", "list", "--uri", uri, env={"COLUMNS": "200"})
     assert re.search(rf"^{run_dir.name} +FINISHED .* densenet_tiny ", listed.stdout, re.MULTILINE), listed.stdout
 
