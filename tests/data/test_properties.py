@@ -14,6 +14,7 @@ from pipeline.data.index import DatasetIndex, load_table, save_table, table_of
 from pipeline.data.plan import EvalPlan, TrainPlan, eval_share, micro_batch, permutation, windowed_permutation
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.tars import Member, members
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DamagedSample, DataError
 from tests.data import made_up
@@ -181,3 +182,31 @@ def test_a_byte_that_rots_anywhere_in_a_shard_is_told_with_the_sample(shards, se
     with Pool(1) as pool:
         report = verify(root, pool)
     assert any(file.name in str(finding) for finding in report.findings), "verify passes over it"
+
+
+def _listed(file: Path, content: bytes) -> list[Member] | None:
+    """The members of an archive with this content, or None where it is refused by name."""
+    file.write_bytes(content)
+    try:
+        return list(members(file))
+    except DataError as error:
+        assert str(file) in str(error)
+        return None
+
+
+@pytest.mark.parametrize("name", ["n01440764/a.JPEG", f"{'long/' * 40}a.JPEG"])
+def test_an_archive_that_is_damaged_at_any_byte_is_refused_or_lists_the_same(name, tmp_path):
+    """Each byte is changed, and each is where it ends: heads, pictures, padding, end marks; long names have more."""
+    file = tmp_path / "x.tar"
+    sound = made_up.tar({name: b"x" * 700, "b.JPEG": b"y" * 10, "c.JPEG": b"z" * 512})
+    end = len(sound.rstrip(b"\0")) + 512  # a first block of the end mark is enough
+    there = _listed(file, sound)
+    assert there is not None and [member.length for member in there] == [700, 10, 512]
+    for at in range(end):
+        damaged = bytearray(sound)
+        damaged[at] ^= 0x10
+        if at >= there[0].offset - 512:  # before it are a long name's own blocks, which have no checksum
+            assert _listed(file, damaged) in (None, there), f"byte {at} changes what is listed"
+        else:
+            _listed(file, damaged)
+        assert _listed(file, sound[:at]) is None, f"an archive of {at} bytes passes for a whole one"
