@@ -21,6 +21,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "index_scale": (),
     "engine": (),
     "memory_modes": (),
+    "startup": (),
     "tracking": (),
     "serving": (),
 }
