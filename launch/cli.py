@@ -21,7 +21,14 @@ GROUPS = {
 
 
 class _Grouped(TyperGroup):
-    """The commands by what they are for."""
+    """The commands by what they are for; Ctrl-C ends them without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            errors.print("interrupted", style="yellow")
+            raise SystemExit(130) from None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for title, names in GROUPS.items():

@@ -155,7 +155,7 @@ def _follow(console: Console, client: JobSubmissionClient, job: str) -> int:
     try:
         return follow_job(client, job)
     except KeyboardInterrupt:
-        if sys.stdin.isatty() and console.input(f"\nstop {job}? [y/N] ").strip().lower() in ("y", "yes"):
+        if sys.stdin.isatty() and console.input(f"\nstop {job}? [y/N] ", markup=False).strip().lower() in ("y", "yes"):
             stop(client, job, console.print)
             return 130
         console.print(

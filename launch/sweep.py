@@ -182,7 +182,9 @@ def _print(console: Console, path: Path, overrides: list[str], results: tune.Res
     console.print(table)
     best = [f"{key}={told[0].config[key]}" for key in keys]
     again = [given for given in overrides if not given.startswith("run.name=")]
-    console.print(f"the best again: densenet train {shlex.join([str(path), *again, *best])}", soft_wrap=True)
+    console.print(
+        f"the best again: densenet train {shlex.join([str(path), *again, *best])}", soft_wrap=True, markup=False
+    )
 
 
 def _top1(result: Any) -> float:

@@ -1,13 +1,16 @@
 """Jobs on a cluster on loopback: what is sent, what is seen, exit codes, lists, logs and stops."""
 
+import io
 import json
+import os
 import re
 from pathlib import Path
 
+import pexpect
 import pytest
 
-from tests.conftest import PROJECT
-from tests.launch.conftest import Cluster, wait_until
+from tests.conftest import BIN, PROJECT
+from tests.launch.conftest import PATIENCE_S, Cluster, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -55,15 +58,33 @@ def test_a_driver_beside_the_cluster_joins_it_and_asks_what_it_has(cluster, shel
     assert "workers      2 on cpu, 1 CPU cores each" in fitting.stdout
 
 
+def left_by_ctrl_c(arguments: list[str], env: dict[str, str], answer: str) -> tuple[int, str]:
+    """Types Ctrl-C at the command's terminal once training has begun, and answers the question that follows."""
+    printed = io.StringIO()
+    environment = os.environ | env | {"COLUMNS": "200"}
+    with pexpect.spawn(
+        str(BIN / "densenet"), arguments, cwd=PROJECT, env=environment, encoding="utf-8", timeout=PATIENCE_S
+    ) as child:
+        child.logfile_read = printed
+        child.expect("loading the model")
+        child.sendintr()
+        child.expect(r"\[y/N\]")
+        child.sendline(answer)
+        child.expect(pexpect.EOF)
+    return child.exitstatus, printed.getvalue()
+
+
 def test_submit_sends_the_code_alone_and_a_job_is_listed_followed_and_stopped(cluster, shell, tmp_path):
     """A long training that is stopped: after a checkpoint, and no worker is left."""
     before = uploaded_files(cluster)
     where = ["--address", cluster.dashboard]
     submit = ["submit", "configs/demo.yaml", f"run.output={tmp_path}", "--no-env", *where]
-    long = [*submit, "run.name=long", "train.epochs=500", "cluster.workers=1", "--detach"]
-    started = shell("densenet", *long, env=cluster.env)
-    assert started.returncode == 0, started.stdout
-    job = re.search(r"job (long-\d+) trains long", started.stdout)[1]
+    long = [*submit, "run.name=long", "train.epochs=500", "cluster.workers=1"]
+    code, printed = left_by_ctrl_c(long, cluster.env, answer="n")
+    assert code == 130, printed
+    job = re.search(r"job (long-\d+) trains long", printed)[1]
+    assert f"stop {job}? [y/N] n" in printed
+    assert f"{job} goes on; `densenet jobs logs {job} --follow` shows it" in " ".join(printed.split())
 
     again = shell("densenet", *long, env=cluster.env)
     assert again.returncode == 2
