@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +125,9 @@ def predict_folder(
         temporary.replace(out)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}.") from error
+    finally:
+        with suppress(OSError):  # it is not there where all went well
+            temporary.unlink()
     return Batch(classified, len(faults), classified / (time.perf_counter() - started))
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.dataset import open_split
+from pipeline.errors import DataError
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.predict import predict_files
 from tests.models import CLASSES, write_model
@@ -77,3 +78,16 @@ def test_bad_input_is_told(densenet, pictures, tmp_path):
         code, printed = densenet("predict", *arguments)
         assert code == 2, printed
         assert message in " ".join(printed.split())
+
+
+def test_what_was_begun_is_not_left_behind(densenet, pictures, tmp_path, monkeypatch):
+    def gone(*arguments: object, **options: object) -> None:
+        raise DataError("the folder has gone")
+
+    monkeypatch.setattr("pipeline.export.predict._given", gone)
+    monkeypatch.setattr("pipeline.export.predict._looked_through", gone)
+    code, printed = densenet(
+        "predict", write_model(tmp_path / "model"), "--batch", pictures, "--out", tmp_path / "out" / "answers.parquet"
+    )
+    assert (code, printed) == (2, "error: the folder has gone\n")
+    assert list((tmp_path / "out").iterdir()) == []
