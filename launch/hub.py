@@ -28,21 +28,26 @@ class Hub:
         self._stop = False
 
     def push(self, event: dict[str, Any]) -> None:
+        """Takes an event from a worker; of errors the first is kept."""
         self._events.append(event | {"time": time.time()})
         if event["kind"] == "error" and self._error is None:
             self._error = event["message"]
 
     def drain(self) -> list[dict[str, Any]]:
+        """The events since the last call."""
         events, self._events = self._events, []
         return events
 
     def error(self) -> str | None:
+        """The first worker's error that the user can mend, if there was one."""
         return self._error
 
     def ask_to_stop(self) -> None:
+        """Makes the workers end after a checkpoint, when they next look."""
         self._stop = True
 
     def stop_asked(self) -> bool:
+        """Whether the workers are to end."""
         return self._stop
 
 
@@ -53,6 +58,7 @@ class Losses(UserCallback):
         self._hub = hub
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Tells the hub which workers were lost, and why; Ray Train calls it before it starts them again."""
         if ray.get(self._hub.error.remote()) is not None:
             return  # the user's to mend, and told as that
         causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}

@@ -44,6 +44,7 @@ class Prepared:
 
     @property
     def run_dir(self) -> Path:
+        """The run's folder, `run.output`/`run.name`."""
         return Path(self.config.run.output) / str(self.config.run.name)
 
 

@@ -93,6 +93,7 @@ class Display:
         self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
     def on_event(self, event: dict[str, Any]) -> None:
+        """Shows one event of a worker; of a kind that is for others, nothing."""
         match event["kind"]:
             case "step":
                 self.status(step_line(event, self._epochs, self._total_steps, self._workers))

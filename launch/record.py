@@ -40,6 +40,7 @@ class Recorder:
             self._causes = "the driver was started again"
 
     def on_event(self, event: dict[str, Any]) -> None:
+        """Tracks one event of a worker; of a kind that is for others, nothing."""
         match event["kind"]:
             case "step" | "eval":
                 self._seen = event["samples_seen"]

@@ -47,12 +47,16 @@ class Section(BaseModel):
 
 
 class Run(Section):
+    """`run.*`: name, place and seed of a run."""
+
     name: Name | None = Field(None, description="run folder under `output`; default: CONFIG-YYYYmmdd-HHMMSS")
     output: str = Field("outputs", description="folder for runs, the data index and the default tracking store")
     seed: int = Field(0, ge=0, lt=2**64, description="fixes the weights, the sample order and every augmentation")
 
 
 class Model(Section):
+    """`model.*`: the net, and what it starts from."""
+
     name: str = Field("densenet121", description="a DenseNet in timm's registry, with this project's additions")
     num_classes: Count | None = Field(None, description="logits; default: the classes of the data")
     in_chans: Literal[1, 3] = Field(3, description="3: RGB, 1: grey (ITU-R BT.601 luma)")
@@ -68,6 +72,8 @@ class Model(Section):
 
 
 class Finetune(Section):
+    """`finetune.*`: which layers learn, and how fast."""
+
     freeze_blocks: int = Field(0, ge=0, le=4, description="1: the stem and the first dense block stay as they are; ...")
     freeze_batch_norm: bool = Field(False, description="all norms use their running statistics and stay as they are")
     layer_decay: float = Field(1, gt=0, le=1, description="rate's factor for each dense block further from the head")
@@ -75,6 +81,8 @@ class Finetune(Section):
 
 
 class Data(Section):
+    """`data.*`: the data set, and how its pictures are read and cut."""
+
     root: Annotated[str, AfterValidator(_no_password)] | None = Field(
         None,
         description="a prepared data set's folder or address (s3://...), or a folder with class folders in each split",
@@ -130,6 +138,8 @@ class Data(Section):
 
 
 class Augment(Section):
+    """`augment.*`: what is done to a training picture besides crop and flip."""
+
     brightness: Fraction = Field(0, description="factor uniform in 1 +- this, on top of crop and flip")
     contrast: Fraction = Field(0, description="factor uniform in 1 +- this")
     saturation: Fraction = Field(0, description="factor uniform in 1 +- this")
@@ -184,6 +194,8 @@ def describe_transform(resize: int, interpolation: Interpolation, crop: int) -> 
 
 
 class Eval(Section):
+    """`eval.*`: when and with which transform accuracy is counted."""
+
     transform: Literal["torchvision", "timm"] = Field(
         "torchvision", description="whose sizes and filter are the defaults of the next keys"
     )
@@ -222,6 +234,8 @@ class Eval(Section):
 
 
 class Train(Section):
+    """`train.*`: length, batch, precision, and what happens where it goes wrong."""
+
     epochs: float = Field(90, gt=0, description="passes over the training split; fractions are allowed")
     global_batch_size: Count = Field(256, description="pictures per optimizer step over all workers")
     max_device_batch_size: Count = Field(64, description="most pictures that one device holds at once")
@@ -251,6 +265,8 @@ LAYERWISE = ("lamb", "lars", "muon")  # optimizers that look at whole weights, w
 
 
 class Optim(Section):
+    """`optim.*`: the optimizer and its peak rate."""
+
     name: OptimizerName = Field("sgd", description="from timm; `lamb`, `lars` and `muon` need ZeRO stage 0")
     lr: float = Field(0.1, gt=0, description="peak learning rate, before `lr_scaling`")
     lr_scaling: Literal["none", "linear", "sqrt"] = Field(
@@ -277,6 +293,8 @@ class Optim(Section):
 
 
 class Loss(Section):
+    """`loss.*`: the loss, and a teacher's share in it."""
+
     name: Literal["cross-entropy", "bce"] = Field("cross-entropy", description="`bce`: binary, mean over the classes")
     smoothing: float = Field(0, ge=0, lt=1, description="share of the target that goes to all classes alike")
     teacher: str | None = Field(
@@ -287,11 +305,15 @@ class Loss(Section):
 
 
 class Ema(Section):
+    """`ema.*`: the moving average of the weights."""
+
     decay: float | None = Field(None, ge=0, lt=1, description="of the average of the weights per step; null: none")
     warmup: bool = Field(True, description="smaller decays at first: 1 - (1 + step) ** (-2 / 3)")
 
 
 class Schedule(Section):
+    """`schedule.*`: the learning rate over the run."""
+
     name: Literal["step", "cosine", "linear", "one-cycle"] = Field("cosine", description="what follows the warm-up")
     warmup_epochs: float = Field(0, ge=0, description="linear rise to the peak rate")
     milestones: tuple[float, ...] = Field((30, 60), description="epochs at which `step` multiplies the rate by gamma")
@@ -307,6 +329,8 @@ class Schedule(Section):
 
 
 class Engine(Section):
+    """`engine.*`: DeepSpeed's ZeRO, and compilation."""
+
     zero_stage: Literal[0, 1, 2, 3] | Auto = Field(
         "auto",
         description="DeepSpeed ZeRO, what is sharded over workers; auto: 1, or 0 where there is one worker or the "
@@ -328,6 +352,8 @@ class Engine(Section):
 
 
 class Checkpoint(Section):
+    """`checkpoint.*`: when checkpoints are written, where, and which are kept."""
+
     every_epochs: Count = Field(1, description="epochs between checkpoints; the end of the run always has one")
     every_samples: Count | None = Field(None, description="samples between further checkpoints")
     every_minutes: float | None = Field(None, gt=0, description="minutes between further ones, looked at when logging")
@@ -368,6 +394,8 @@ def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
 
 
 class Cluster(Section):
+    """`cluster.*`: workers, their resources, and how many failures are borne."""
+
     workers: Count | Auto | Elastic = Field(
         "auto", description="auto: one per GPU, or one on the CPU; {min: M, max: N}: as many as there is room for"
     )
@@ -394,6 +422,8 @@ class Cluster(Section):
 
 
 class Tracking(Section):
+    """`tracking.*`: MLflow's store, the registry, and what happens without them."""
+
     uri: Annotated[str, AfterValidator(_no_password)] | None = Field(
         None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`"
     )

@@ -30,10 +30,12 @@ class Derived(Section):
 
     @property
     def global_batch_size(self) -> int:
+        """Samples in one optimizer step over all workers."""
         return self.device_batch_size * self.accumulation * self.workers
 
     @property
     def steps_per_epoch(self) -> float:
+        """Optimizer steps in which as many samples are seen as the split has; seldom a whole number."""
         return self.train_samples / self.global_batch_size
 
 

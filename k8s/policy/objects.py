@@ -14,6 +14,7 @@ from launch.manifests import K8S, kustomize
 
 
 def main() -> None:
+    """Writes one file for each overlay, and for MLflow and the data Job."""
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
     for folder in [*sorted((K8S / "overlays").iterdir()), K8S / "mlflow", K8S / "data"]:
@@ -22,6 +23,7 @@ def main() -> None:
 
 
 def as_seen(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """An object as it is, or in a RayJob's place a Pod for each of its templates."""
     if document["kind"] != "RayJob":
         yield document
         return

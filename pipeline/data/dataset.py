@@ -73,6 +73,7 @@ def read_manifest(root: Path) -> Manifest | None:
 
 
 def index_file(root: Path, split: str) -> Path:
+    """Where a prepared set keeps a split's index."""
     return root / "index" / f"{split}.parquet"
 
 

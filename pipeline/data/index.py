@@ -81,14 +81,17 @@ class DatasetIndex:
 
     @cached_property
     def labels_N(self) -> NDArray[np.int64]:
+        """Labels, int64, in [0, number of classes)."""
         return self._integers("label")
 
     @cached_property
     def widths_N(self) -> NDArray[np.int64]:
+        """Widths as stored, int64, pixels."""
         return self._integers("width")
 
     @cached_property
     def heights_N(self) -> NDArray[np.int64]:
+        """Heights as stored, int64, pixels."""
         return self._integers("height")
 
     @cached_property
@@ -103,6 +106,7 @@ class DatasetIndex:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all encoded pictures."""
         return int(self._lengths_N.sum())
 
     @cached_property

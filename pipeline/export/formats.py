@@ -42,6 +42,7 @@ class OnnxModel(nn.Module):
         self._session = onnxruntime.InferenceSession(str(file), providers=_CPU)
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Logits (N, classes) float32 of normalized images (N, 3, H, W) float32."""
         return torch.from_numpy(self._session.run([_OUTPUT], {_INPUT: images_NCHW.numpy()})[0])
 
 

@@ -45,6 +45,7 @@ class Registered:
 
     @property
     def uri(self) -> str:
+        """MLflow's address of the alias."""
         return f"models:/{self.name}@{self.alias}"
 
 

@@ -37,6 +37,7 @@ class Classifier(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
+        """Reads the card and the weights; MLflow calls it once, before `predict`."""
         card = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
         self.classes: list[str] = card["classes"]
         self.transform: dict[str, Any] = card["transform"]

@@ -37,6 +37,7 @@ class CheckpointBlock(nn.ModuleDict):
         super().__init__(block.items())
 
     def forward(self, first_NCHW: torch.Tensor) -> torch.Tensor:
+        """As timm\'s `DenseBlock.forward`: all layers\' features of `first_NCHW`, side by side."""
         features = [first_NCHW]
         for layer in self.values():
             features.append(self._layer(layer, features))
@@ -68,6 +69,7 @@ class SharedStatsBlock(nn.ModuleDict):
         super().__init__(block.items())
 
     def forward(self, first_NCHW: torch.Tensor) -> torch.Tensor:
+        """As timm\'s `DenseBlock.forward`: all layers\' features of `first_NCHW`, side by side."""
         features = [first_NCHW]
         means: list[torch.Tensor] = []
         variances: list[torch.Tensor] = []

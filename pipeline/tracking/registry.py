@@ -30,6 +30,7 @@ class ResolvedModel:
 
     @property
     def uri(self) -> str:
+        """MLflow's address of the version."""
         return f"models:/{self.name}/{self.version}"
 
 

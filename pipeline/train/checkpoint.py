@@ -21,14 +21,17 @@ _PARTIAL = ".partial"
 
 
 def folder_name(samples_seen: int) -> str:
+    """The name of the checkpoint after so many samples; names sort as the samples do."""
     return f"{PREFIX}{samples_seen:012d}"
 
 
 def samples_of(folder: Path) -> int:
+    """How many samples had been seen at a checkpoint, by its name."""
     return int(folder.name.removeprefix(PREFIX))
 
 
 def checkpoint_root(run_dir: Path) -> Path:
+    """The folder that holds a run's checkpoints."""
     return run_dir / "checkpoints"
 
 

@@ -84,6 +84,7 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
+        """The net, on this rank; at ZeRO stage 3 its weights are in parts."""
         return self._engine.module
 
     @property
@@ -102,6 +103,7 @@ class Engine:
             return model(images_NCHW.contiguous(memory_format=self._format)).float()
 
     def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode, as `nn.Module.train`; frozen batch norms stay in evaluation mode."""
         self._engine.train(mode)
         for norm in self._frozen_norms:
             norm.eval()
@@ -161,6 +163,7 @@ class Engine:
                 self.ema.update(self.module, steps)
 
     def set_learning_rate(self, rate: float) -> None:
+        """Sets the rate of each parameter group to `rate` times the group's own factor."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
 

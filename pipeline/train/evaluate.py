@@ -48,6 +48,7 @@ class Counter:
             self._matrix_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def add(self, logits_NK: torch.Tensor, labels_N: torch.Tensor) -> None:
+        """Counts one batch: logits (N, classes) and labels (N,) int64."""
         best_NK = logits_NK.topk(self.top5_k).indices
         hits_NK = best_NK == labels_N[:, None]
         n = torch.tensor(len(labels_N), device=labels_N.device)

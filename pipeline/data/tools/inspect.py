@@ -31,6 +31,7 @@ class Finding:
 
     @property
     def is_damage(self) -> bool:
+        """Whether it stops a training; else it is only worth knowing."""
         return KINDS[self.kind][0]
 
 

@@ -17,7 +17,8 @@ _RECORD = 20 * BLOCK
 class Writable(Protocol):
     """What an archive is written to."""
 
-    def write(self, content: bytes, /) -> int: ...
+    def write(self, content: bytes, /) -> int:
+        """Appends the bytes, and returns their number."""
 
 
 @dataclass(frozen=True, slots=True)  # there are a million of them

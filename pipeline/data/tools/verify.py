@@ -47,6 +47,7 @@ class Report:
 
     @property
     def damage(self) -> list[Finding]:
+        """The findings that stop a training."""
         return [finding for finding in self.findings if finding.is_damage]
 
     def counts(self) -> dict[str, int]:
