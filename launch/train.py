@@ -138,23 +138,7 @@ def _train_command(
         uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(shown(tracker.uri))}"
         results, commands = _summary(prepared, uri, best, registered, img_per_s, clock)
         tracker.tags({"mlflow.note.content": "\n".join(f"- **{name}**: {text}" for name, text in results)})
-    console.rule("done")
-    for name, text in results + commands:
-        console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
-    if display.skipped:
-        console.print(
-            f"warning: {len(display.skipped)} damaged training pictures were replaced by others; they are named in "
-            f"{run_dir / 'logs'}",
-            style="yellow",
-            soft_wrap=True,
-        )
-    if tracker.unsent:
-        console.print(
-            f"warning: {tracker.unsent} records did not reach {shown(tracker.uri)}; they are in "
-            f"{tracker.journal.file}, and `densenet runs sync {run_dir}` sends them",
-            style="yellow",
-            soft_wrap=True,
-        )
+    _print_end(console, run_dir, results + commands, tracker, display)
 
 
 @contextmanager
@@ -237,6 +221,29 @@ def _register(prepared: Prepared, tracker: Tracker, best: Path) -> Registered:
     )
     checkpoint.write_json(record, {"checkpoint": best.name, "model": asdict(registered)})
     return registered
+
+
+def _print_end(
+    console: Console, run_dir: Path, lines: list[tuple[str, str]], tracker: Tracker, display: Display
+) -> None:
+    """Prints the summary, and warnings of what the run has borne."""
+    console.rule("done")
+    for name, text in lines:
+        console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
+    if display.skipped:
+        console.print(
+            f"warning: {len(display.skipped)} damaged training pictures were replaced by others; they are named in "
+            f"{run_dir / 'logs'}",
+            style="yellow",
+            soft_wrap=True,
+        )
+    if tracker.unsent:
+        console.print(
+            f"warning: {tracker.unsent} records did not reach {shown(tracker.uri)}; they are in "
+            f"{tracker.journal.file}, and `densenet runs sync {run_dir}` sends them",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def _summary(
