@@ -67,7 +67,7 @@ def memory(source: Path, target: Path) -> dict[str, float]:
         while process.poll() is None:
             with suppress(psutil.NoSuchProcess):
                 peaks["main process"] = max(peaks["main process"], main.memory_info().rss / 1e6)
-                for worker in main.children():
+                for worker in main.children(recursive=True):
                     peaks["largest worker"] = max(peaks["largest worker"], worker.memory_info().rss / 1e6)
             time.sleep(0.02)
     if process.returncode:
