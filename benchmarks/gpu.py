@@ -9,7 +9,6 @@ ZeRO 0 to 3 beside a bare loop), `feed` (the loader alone beside the net that it
 """
 
 import argparse
-import importlib
 import os
 import sys
 import tempfile
@@ -53,22 +52,13 @@ def main() -> None:
         return
     print(f"{machine()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices")
     for name in options.only:
-        case, needed = CASES[name]
-        lacking = [package for package in needed if not has(package)]
-        if lacking:
-            print(f"\n{name}: skipped, not installed: {', '.join(lacking)}")
-        elif name == "nccl" and options.device == "cuda" and torch.cuda.device_count() < 2:
+        if name == "nccl" and options.device == "cuda" and torch.cuda.device_count() < 2:
             print(f"\n{name}: skipped, there is one GPU")
-        else:
-            case(options)
-
-
-def has(package: str) -> bool:
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
+            continue
+        try:
+            CASES[name](options)
+        except ImportError as error:  # each case imports what it needs, before it begins
+            print(f"\n{name}: skipped, not installed or not working here: {error}")
 
 
 def wait() -> None:
@@ -155,6 +145,8 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def compiled(options: argparse.Namespace) -> None:
+    import triton  # noqa: F401  which inductor wants
+
     name = options.models[0]
     cases = {
         "compiled": rate(options, training(options, name, torch.bfloat16, compiled=True)),
@@ -284,7 +276,10 @@ def feed(options: argparse.Namespace) -> None:
 
 def nccl(options: argparse.Namespace) -> None:
     """Two ranks with a GPU each beside one, the same batch on each."""
+    import deepspeed  # noqa: F401  where it is missing, that is found here and not in each rank
     import torch.multiprocessing as mp
+
+    import benchmarks.engine  # noqa: F401
 
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(2):
@@ -312,14 +307,14 @@ def _rank(rank: int, workers: int, folder: Path, options: argparse.Namespace) ->
             (folder / "speed").write_text(str(speed))
 
 
-CASES: dict[str, tuple[Callable[[argparse.Namespace], None], tuple[str, ...]]] = {
-    "decode": (decode, ("nvidia.dali", "pyarrow", "torchvision")),
-    "precision": (precision, ("timm",)),
-    "memory": (memory, ("timm",)),
-    "compile": (compiled, ("timm", "triton")),
-    "stages": (stages, ("timm", "deepspeed", "nvidia.dali")),
-    "feed": (feed, ("timm", "nvidia.dali", "pyarrow")),
-    "nccl": (nccl, ("timm", "deepspeed", "nvidia.dali")),
+CASES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "decode": decode,
+    "precision": precision,
+    "memory": memory,
+    "compile": compiled,
+    "stages": stages,
+    "feed": feed,
+    "nccl": nccl,
 }
 
 

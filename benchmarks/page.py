@@ -132,9 +132,11 @@ def picture(rows: list[Row]) -> Figure:
         axes.barh(place, middle - 1, left=1, color="tab:green" if middle >= 1 else "tab:red", alpha=0.7)
         axes.plot([low, high], [place, place], color="black", linewidth=1)
     axes.set_yticks(range(len(shown)), [f"{row.benchmark} | {row.case}" for row in shown], fontsize=7)
+    axes.set_ylim(-1, len(shown))
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times better than the peer (lines: least and most over the rounds)")
+    axes.set_xlabel("times better than the peer; lines: over the rounds")
     return figure
 
 
