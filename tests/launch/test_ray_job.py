@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import signal
+from functools import partial
 from pathlib import Path
 
 import pexpect
@@ -62,9 +64,9 @@ def left_by_ctrl_c(arguments: list[str], env: dict[str, str], answer: str) -> tu
     """Types Ctrl-C at the command's terminal once training has begun, and answers the question that follows."""
     printed = io.StringIO()
     environment = os.environ | env | {"COLUMNS": "200"}
-    with pexpect.spawn(
-        str(BIN / "densenet"), arguments, cwd=PROJECT, env=environment, encoding="utf-8", timeout=PATIENCE_S
-    ) as child:
+    options = {"cwd": PROJECT, "env": environment, "encoding": "utf-8", "timeout": PATIENCE_S}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # xdist's workers ignore it, and what they start
+    with pexpect.spawn(str(BIN / "densenet"), arguments, preexec_fn=heed, **options) as child:
         child.logfile_read = printed
         child.expect("loading the model")
         child.sendintr()
