@@ -30,9 +30,8 @@ runs some, `make bench PICTURES=FOLDER` takes your JPEGs in the place of made-up
 
 BEHIND = """## Behind, and why
 
-- **The start** takes five times as long as a plain script's: about 5 s are Ray and its dashboard, 3 s MLflow and what
-  is recorded of a run before it trains, 10 s Ray Train's controller and its workers, and 5 s what each worker imports
-  (torch, timm, DALI, DeepSpeed), on one core each. A first start also makes the store's tables: another 3 s.
+- **The start** is, beside what a plain script does: Ray with its dashboard, MLflow's store (whose tables a first start
+  makes), Ray Train's controller, and more to import in each worker. The line `time` at a run's end has the seconds.
 - **Re-encoding** decodes and encodes as Pillow does, and then writes and hashes shards on the same cores.
 - **A served picture** pays HTTP, JSON and base64; several in a request share it.
 - **Memory modes** buy memory with time; that is their purpose.

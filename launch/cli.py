@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from launch import data_cli, jobs_cli, k8s_cli, models_cli, runs_cli
+from launch.runs_cli import AsJson, Uri
 from pipeline.errors import TrainingError, UserError
 
 GROUPS = {
@@ -21,14 +22,7 @@ GROUPS = {
 
 
 class _Grouped(TyperGroup):
-    """The commands by what they are for; Ctrl-C ends them without a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            errors.print("interrupted", style="yellow")
-            raise SystemExit(130) from None
+    """The commands by what they are for."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for title, names in GROUPS.items():
@@ -62,7 +56,6 @@ Resume = Annotated[str, typer.Option(help="auto: the run's own newest checkpoint
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and the summary alone")]
 Wait = Annotated[bool, typer.Option("--wait", help="wait until the cluster has room for the workers")]
 MODEL = "checkpoint or run folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME"
-Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 
 
 @app.callback()
@@ -141,7 +134,7 @@ def plan(
     overrides: Overrides = None,
     address: Address = None,
     cluster: Annotated[str | None, typer.Option(help="estimate ImageNet on NODESxGPUSxTYPE, as 8x8xH100")] = None,
-    as_json: runs_cli.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the config and all that follows from it.
 
@@ -161,7 +154,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Parquet file for --batch")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     uri: Uri = None,
-    as_json: runs_cli.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Classify images with a model.
 
@@ -208,7 +201,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="folder for classes, confusion and predictions as CSV")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     uri: Uri = None,
-    as_json: runs_cli.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Count a model's hits on a data set.
 

@@ -8,13 +8,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch.runs_cli import AsJson
+from launch.runs_cli import AsJson, Uri
 
 app = typer.Typer(help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None)
 
 Name = Annotated[str, typer.Argument(help="of a registered model")]
 Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/VERSION, or NAME for the newest")]
-Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
 
 
 @app.command("list")
