@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from launch import data_cli, jobs_cli, k8s_cli, models_cli, runs_cli
 from launch.runs_cli import AsJson, Uri
+from launch.tmpdir import short_tmpdir
 from pipeline.errors import TrainingError, UserError
 
 GROUPS = {
@@ -19,6 +20,7 @@ GROUPS = {
     "Runs and models": ("runs", "report", "ui", "models", "eval", "predict", "export"),
     "Installation": ("doctor", "k8s"),
 }
+_EXIT_CODES = "0 done, 1 training failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM and 129 SIGHUP after a checkpoint"
 
 
 class _Grouped(TyperGroup):
@@ -34,7 +36,7 @@ class _Grouped(TyperGroup):
 
 app = typer.Typer(
     cls=_Grouped,
-    epilog="Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM after a checkpoint.",
+    epilog=f"Exit codes: {_EXIT_CODES}.",
     help="Train DenseNets on ImageNet: on one CPU, one GPU or many GPU nodes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -256,10 +258,11 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    """Runs the command line; exit codes as its help lists them."""
     console.file = sys.stdout  # held on to: while Ray runs, what it prints to sys.stdout goes to a log file
     try:
-        app()
+        with short_tmpdir():
+            app()
     except UserError as error:
         log.info("where the error comes from:", exc_info=True)
         errors.print(f"error: {error}", style="red")

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,20 @@ from launch.resources import NoRoom, Resources, share
 from launch.worker import code_version, train_worker
 from pipeline.config import Elastic, RunConfig
 from pipeline.errors import TrainingError, UserError
+from pipeline.train.checkpoint import checkpoint_root, newest_valid, samples_of
+from pipeline.train.storage import StorageError, fetch
 
 _CONNECT_S = 5
 _WAIT_S = 2
 _ABORT_S = 5
+# Ray's limits for the answers of its own processes, seconds or ms: a machine so busy, or asleep, is slow and not lost.
+_PATIENCE = {
+    "gcs_rpc_server_reconnect_timeout_s": 1800,
+    "gcs_server_request_timeout_seconds": 600,
+    "worker_register_timeout_seconds": 600,
+    "agent_register_timeout_ms": 600_000,
+    "health_check_timeout_ms": 600_000,
+}
 _NO_CLUSTER = (
     "Start a cluster with `ray start --head`, correct the address, or unset RAY_ADDRESS to run on this machine."
 )
@@ -45,7 +55,8 @@ def joined(address: str, log_file: Path) -> Iterator[str]:
         raise UserError(f"nothing answers at the Ray address {address}. {_NO_CLUSTER}")
     with _ray_logs_to(log_file):
         try:
-            ray.init(address=address, log_to_driver=False)
+            with _surroundings(log_file.parent):
+                ray.init(address=address, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address}: {str(error).splitlines()[0]} {_NO_CLUSTER}") from error
         try:
@@ -62,17 +73,36 @@ def embedded(num_cpus: int, dashboard_port: int, log_file: Path) -> Iterator[str
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with _ray_logs_to(log_file):
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            dashboard_host=HOST,
-            dashboard_port=dashboard_port,
-            log_to_driver=False,
-        )
+        with _surroundings(log_file.parent):
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                dashboard_host=HOST,
+                dashboard_port=dashboard_port,
+                log_to_driver=False,
+                _system_config=_PATIENCE,
+            )
         try:
             yield _dashboard()
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _surroundings(folder: Path) -> Iterator[None]:
+    """What Ray's processes inherit of this one: `folder` to work in, and that they do not heed SIGHUP.
+
+    Ray puts the driver's working folder in front of its workers' import path, where the user may have a `launch` of his
+    own. A terminal that closes sends SIGHUP to all processes in it, and the driver alone is to answer it.
+    """
+    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if main else None
+    try:
+        with chdir(folder):
+            yield
+    finally:
+        if main:
+            signal.signal(signal.SIGHUP, before)
 
 
 def _dashboard() -> str:
@@ -123,7 +153,8 @@ def _bundles(config: RunConfig) -> list[dict[str, float]]:
 def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
     """Trains on the connected cluster until the run is complete; `on_event` gets the events in order, in a thread.
 
-    SIGTERM asks the workers to end after a checkpoint; they tell so by the event `stopped`.
+    SIGTERM and SIGHUP ask the workers to end after a checkpoint; they tell so by the event `stopped`, which gets the
+    signal's number as `signal`.
 
     Raises:
         UserError: a worker met an error that the user can mend, or another driver trains this run.
@@ -175,14 +206,22 @@ def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
             if done.wait(_ABORT_S):
                 return
 
-    arguments = (hub, on_event, done, config.cluster.replacement_timeout_s, give_up)
+    asked: list[int] = []
+
+    def ask_to_stop(number: int, frame: object) -> None:
+        asked.append(number)
+        hub.ask_to_stop.remote()
+
+    def with_signal(event: dict[str, Any]) -> None:
+        on_event(event | {"signal": asked[0]} if event["kind"] == "stopped" and asked else event)
+
+    arguments = (hub, with_signal, done, config.cluster.replacement_timeout_s, give_up)
     thread = threading.Thread(target=pump, args=arguments, daemon=True)
     thread.start()
     failure: Exception | None = None
-    main = threading.current_thread() is threading.main_thread()  # a trial of a sweep is none
-    before = signal.signal(signal.SIGTERM, lambda number, frame: hub.ask_to_stop.remote()) if main else None
     try:
-        trainer.fit()
+        with _answered_by(ask_to_stop):
+            trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
     except (SystemExit, KeyboardInterrupt):  # Ray's own handling of Ctrl-C, after it has ended the workers
@@ -193,8 +232,6 @@ def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
             f"(cluster.replacement_timeout_s)."
         )
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
         done.set()
         thread.join()
     message = _error(hub)
@@ -204,10 +241,36 @@ def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
         what = str(failure)
         if isinstance(failure, ray.exceptions.RayError):  # its text is about actors and objects alone
             what = "Ray lost the node that the driver is on, or its own processes there."
+        if _is_complete(prepared):
+            on_event({"kind": "warning", "message": f"after the last checkpoint Ray failed: {what.splitlines()[-1]}"})
+            return
         raise TrainingError(
             f"{what}\nThe same command with run.name={config.run.name} goes on from the newest checkpoint. The "
-            f"workers' own logs are in {run_dir / 'logs'}, Ray's in {_node()['session_dir']}/logs."
+            f"workers' own logs are in {run_dir / 'logs'}, Ray's in {os.path.realpath(_node()['session_dir'])}/logs."
         ) from failure
+
+
+def _is_complete(prepared: Prepared) -> bool:
+    """Whether the checkpoint at the end of the run is there: what fails afterwards has cost nothing."""
+    with suppress(StorageError):
+        fetch(prepared.config, prepared.run_dir)
+    newest = newest_valid(checkpoint_root(prepared.run_dir), lambda skipped: None)
+    return newest is not None and samples_of(newest) >= prepared.derived.total_samples
+
+
+@contextmanager
+def _answered_by(ask_to_stop: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handles the signals that ask a run to end; SIGHUP not where it is ignored, as under `nohup`."""
+    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep
+        yield
+        return
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask_to_stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _error(hub: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     """Loads a config, makes its paths absolute on this machine and gives the run its name."""
     config = load_config(path, overrides)
     check_name(config.model.name)
-    name = config.run.name or f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    name = config.run.name or new_name(path)
     output = str(_base_folder() / Path(config.run.output).expanduser())
     root = config.data.root
     if root is not None and not is_remote(root):
@@ -74,6 +75,11 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
             "data": config.data.model_copy(update={"root": root, "stage": stage and _absolute(stage)}),
         }
     )
+
+
+def new_name(path: Path) -> str:
+    """A name for a run of the config in `path`, which no other start gets, be it in the same second."""
+    return f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 def prepare(config: RunConfig, offered: Resources, resume: str | None = None) -> Prepared:

@@ -1,5 +1,6 @@
 """What the user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
 
+import signal
 import time
 from typing import Any
 
@@ -58,6 +59,7 @@ class Display:
         self._lost = False
         self.skipped: set[int] = set()
         self.stopped_at: int | None = None
+        self.stopped_by = signal.SIGTERM
         self._live = Live(
             Text(""),
             console=console,
@@ -102,6 +104,7 @@ class Display:
                 self.line(f"epoch {event['epoch']:.2f}: {what} ({speed(event['img_per_s'])})")
             case "stopped":
                 self.stopped_at = event["samples_seen"]
+                self.stopped_by = signal.Signals(event.get("signal", self.stopped_by))
             case "warning":
                 self.warning(event["message"])
             case "skipped":

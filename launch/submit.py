@@ -14,7 +14,7 @@ from ray.job_submission import JobSubmissionClient
 from rich.console import Console
 
 from launch.jobs import connect, follow_job, stop
-from launch.prepare import SECRETS
+from launch.prepare import SECRETS, new_name
 from pipeline.config import DIGITS, Cluster, RunConfig, Tracking
 from pipeline.config_file import load_config
 from pipeline.errors import UserError, listed
@@ -123,7 +123,7 @@ def _for_cluster(config: RunConfig, path: Path) -> RunConfig:
                 f"{key}={place} must be an absolute path, or an address: it is looked for on the nodes, and a job's "
                 f"own folder is thrown away at its end."
             )
-    name = config.run.name or f"{path.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    name = config.run.name or new_name(path)
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 

@@ -1,6 +1,5 @@
 """`densenet sweep`: several trainings with other values, the poor ones ended early, by Ray Tune and ASHA."""
 
-import datetime
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from rich.table import Table
 from launch.claim import claimed
 from launch.cluster import embedded, joined, offered_by_cluster, run
 from launch.net import cluster_address, free_port
+from launch.output import outlive_readers
 from launch.prepare import check_writable, prepare, read_config
 from launch.record import Recorder
 from launch.resources import Resources, this_machine
@@ -39,10 +39,11 @@ def sweep_command(
         UserError: bad input.
         TrainingError: no trial came to an evaluation.
     """
+    outlive_readers(console)
     searched = parse_space(space)
     config = read_config(path, overrides)
     check_writable(Path(config.run.output))
-    name = config.run.name or f"sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    name = str(config.run.name)
     folder, address = Path(config.run.output) / name, cluster_address(address)
     log_file = folder / "logs" / "ray.log"
     with ExitStack() as stack:

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from launch.claim import claimed
 from launch.net import check_port, cluster_address, free_port
+from launch.output import outlive_readers
 from launch.plan import print_plan, print_warnings
 from launch.prepare import Prepared, check_secrets, check_writable, prepare, read_config
 from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
@@ -51,8 +51,9 @@ def train_command(
     Raises:
         UserError: bad input; nothing is left running.
         TrainingError: the workers failed for another reason.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM and the checkpoint that follows it.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM or 129 after SIGHUP, and the checkpoint that follows it.
     """
+    outlive_readers(console)
     try:
         _train_command(console, path, overrides, address, resume, wait, quiet)
     except KeyboardInterrupt:
@@ -129,12 +130,12 @@ def _train_command(
                 clock.ended("registration")
         if display.stopped_at is not None:
             console.print(
-                f"stopped by SIGTERM at {display.stopped_at:,} samples, after a checkpoint; the same command with "
-                f"run.name={config.run.name} goes on",
+                f"stopped by {display.stopped_by.name} at {display.stopped_at:,} samples, after a checkpoint; the same "
+                f"command with run.name={config.run.name} goes on",
                 style="yellow",
                 soft_wrap=True,
             )
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(128 + display.stopped_by)
         uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(shown(tracker.uri))}"
         results, commands = _summary(prepared, uri, best, registered, img_per_s, clock)
         tracker.tags({"mlflow.note.content": "\n".join(f"- **{name}**: {text}" for name, text in results)})

@@ -49,7 +49,7 @@ class Section(BaseModel):
 class Run(Section):
     """`run.*`: name, place and seed of a run."""
 
-    name: Name | None = Field(None, description="run folder under `output`; default: CONFIG-YYYYmmdd-HHMMSS")
+    name: Name | None = Field(None, description="run folder under `output`; default: CONFIG-YYYYmmdd-HHMMSS-XXXXXX")
     output: str = Field("outputs", description="folder for runs, the data index and the default tracking store")
     seed: int = Field(0, ge=0, lt=2**64, description="fixes the weights, the sample order and every augmentation")
 

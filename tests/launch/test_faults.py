@@ -1,11 +1,13 @@
 """What happens to a whole run when parts of it are killed, as a user sees it."""
 
+import fcntl
 import json
 import os
 import random
 import re
 import signal
 import subprocess
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +22,10 @@ from safetensors.torch import load_file
 
 from launch.prepare import prepare, read_config
 from launch.resources import Resources
-from pipeline.train.checkpoint import checkpoints, samples_of
+from pipeline.train.checkpoint import checkpoints, fault, samples_of
 from pipeline.train.trainer import Trainer
 from tests.conftest import BIN, PROJECT
+from tests.launch.conftest import wait_until
 from tests.servers import MlflowServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -155,6 +158,43 @@ def test_a_killed_driver_and_a_lost_ray_change_nothing_about_the_end(tmp_path, o
     same = load_file(tmp_path / "whole" / "run" / "checkpoints" / newest.name / "model.safetensors")
     reached = load_file(newest / "model.safetensors")
     assert all(torch.equal(reached[key], same[key]) for key in same)
+
+
+def test_a_terminal_that_closes_ends_a_run_after_a_checkpoint_and_one_under_nohup_goes_on(tmp_path):
+    """The kernel sends SIGHUP to the driver and to the processes of its Ray, and what is printed then has no place."""
+
+    def started(name: str, *before: object) -> tuple[subprocess.Popen, int]:
+        ours, theirs = os.openpty()
+        options = [*OVERRIDES, f"run.output={tmp_path}", f"run.name={name}", "train.epochs=99"]
+        command = [*before, BIN / "densenet", "train", "configs/demo.yaml", "--quiet", *options]
+        own_terminal = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+        files = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        process = subprocess.Popen(command, cwd=PROJECT, **files, **own_terminal)
+        os.close(theirs)
+        return process, ours
+
+    def has_checkpoints(name: str, count: int) -> Callable[[], bool]:
+        return lambda: len(checkpoints(tmp_path / name / "checkpoints")) >= count
+
+    run, terminal = started("run")
+    wait_until(has_checkpoints("run", 1), lambda: "no checkpoint")
+    worker = process_of(run.pid, "RayTrainWorker")
+    os.close(terminal)
+    assert run.wait(DEADLINE_S) == 128 + signal.SIGHUP
+    worker.wait(DEADLINE_S)
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert fault(newest) is None
+    assert samples_of(newest) % 1437 > 64, "not one of those that come with an epoch's end"
+
+    run, terminal = started("deaf", "nohup")
+    try:
+        wait_until(has_checkpoints("deaf", 1), lambda: "no checkpoint")
+        there = len(checkpoints(tmp_path / "deaf" / "checkpoints"))
+        os.close(terminal)
+        wait_until(has_checkpoints("deaf", there + 2), lambda: "nohup's run has not gone on")
+    finally:
+        run.terminate()
+        assert run.wait(DEADLINE_S) == 128 + signal.SIGTERM
 
 
 def test_a_tracking_server_that_is_away_for_the_middle_of_a_run_has_everything_at_its_end(tmp_path):
