@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from launch import data_cli, jobs_cli, k8s_cli, models_cli, runs_cli
+from launch.output import write_any_text
 from launch.runs_cli import AsJson, Uri
 from launch.tmpdir import short_tmpdir
 from pipeline.errors import TrainingError, UserError
@@ -259,6 +260,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Runs the command line; exit codes as its help lists them."""
+    write_any_text(sys.stdout, sys.stderr)
     console.file = sys.stdout  # held on to: while Ray runs, what it prints to sys.stdout goes to a log file
     try:
         with short_tmpdir():

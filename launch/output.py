@@ -1,9 +1,17 @@
-"""Output of a command that must not end because nobody reads it any longer."""
+"""Output that must not end a command: because nobody reads it any longer, or the terminal cannot show a character."""
 
+import io
 import os
 from typing import IO, Any, cast
 
 from rich.console import Console
+
+
+def write_any_text(*streams: object) -> None:
+    """Lets streams whose encoding lacks a character, as in the C locale, write it as an escape sequence."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def outlive_readers(console: Console) -> None:

@@ -1,6 +1,7 @@
 """The function that every Ray Train worker runs, wherever the cluster is."""
 
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -177,3 +178,6 @@ def _log_to(file: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):  # file names, for one, in whatever locale the node has
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")

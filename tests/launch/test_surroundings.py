@@ -80,6 +80,14 @@ def test_a_run_below_a_long_tmpdir_beside_other_code_of_the_same_names(tmp_path,
     assert "no damage" in densenet("data", "verify", tmp_path / "outputs" / "data" / "digits", "--workers", 2)
 
 
+def test_a_terminal_without_utf_8_gets_escapes(tmp_path):
+    """Names of classes may be in any script; the C locale's terminals know ASCII alone."""
+    folder = tmp_path / "\u00e9\u732b"
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([BIN / "densenet", "data", "verify", folder], env=env, stderr=subprocess.PIPE)
+    assert (done.returncode, b"\\udcab is not a folder" in done.stderr) == (2, True), done.stderr
+
+
 LEFT = """
 import os, sys
 from rich.console import Console
