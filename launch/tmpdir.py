@@ -31,7 +31,8 @@ def short_tmpdir() -> Iterator[None]:
     links = _folder_for_links(long)
     try:
         for name, path in long.items():
-            link = links / name[0]
+            link = links / name
+            _make(name, path)
             link.symlink_to(path)
             os.environ[name] = str(link)
         tempfile.tempdir = None  # Python remembers the folder
@@ -40,6 +41,14 @@ def short_tmpdir() -> Iterator[None]:
         os.environ.update(long)
         tempfile.tempdir = None
         shutil.rmtree(links, ignore_errors=True)
+
+
+def _make(name: str, path: str) -> None:
+    """Makes the folder where it is missing, as Ray would."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{name}={path} cannot be made: {error.strerror}. Set {name} to another folder.") from error
 
 
 def _folder_for_links(long: dict[str, str]) -> Path:

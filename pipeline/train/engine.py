@@ -43,7 +43,7 @@ class Engine:
         device: torch.device,
         warn: Callable[[str], None] = print,
     ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", derived.device)
+        os.environ["DS_ACCELERATOR"] = derived.device
         deepspeed = _import_deepspeed()  # the accelerator is chosen on import, so the variable comes first
         if derived.device == "cpu":
             # Its shared-memory collectives need a compiler at start-up; gloo does without.

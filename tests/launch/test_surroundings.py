@@ -36,6 +36,17 @@ def test_a_long_tmpdir_gets_a_short_name_for_as_long_as_it_is_needed(monkeypatch
     assert not short.parent.exists()
 
 
+def test_a_folder_that_is_missing_is_made_as_ray_would(monkeypatch, long_folder, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(long_folder / "new"))
+    with short_tmpdir():
+        (Path(os.environ["RAY_TMPDIR"]) / "ray").mkdir()
+    assert (long_folder / "new" / "ray").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "file" / long_folder.name))
+    with pytest.raises(UserError, match="cannot be made: Not a directory"), short_tmpdir():
+        pass
+
+
 def test_a_short_tmpdir_is_left_alone(monkeypatch):
     monkeypatch.setenv("TMPDIR", "/tmp")
     with short_tmpdir():
@@ -59,7 +70,7 @@ def test_starts_in_the_same_second_have_names_of_their_own():
 
 
 @pytest.mark.slow
-def test_a_run_below_a_long_tmpdir_beside_other_code_of_the_same_names(tmp_path, long_folder):
+def test_a_run_below_a_long_tmpdir_beside_other_code_and_with_other_programs_variables(tmp_path, long_folder):
     """What is imported, and where sockets are, do not follow from where a command is run."""
     for name in ("launch", "pipeline", "mlflow"):
         (tmp_path / name).mkdir()
@@ -67,7 +78,8 @@ def test_a_run_below_a_long_tmpdir_beside_other_code_of_the_same_names(tmp_path,
 
     def densenet(*arguments: object) -> str:
         command = [BIN / "densenet", *map(str, arguments)]
-        env = os.environ | {"TMPDIR": str(long_folder)}
+        others = {"DS_ACCELERATOR": "cuda", "RAY_TRAIN_V2_ENABLED": "0", "RANK": "3", "WORLD_SIZE": "8"}
+        env = os.environ | others | {"TMPDIR": str(long_folder)}
         done = subprocess.run(
             command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
