@@ -19,7 +19,7 @@ from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.architectures import check_name
 from pipeline.model.sources import NO_SOURCES, Sources, read_card
-from pipeline.train.deepspeed_config import deepspeed_config
+from pipeline.train.deepspeed_schema import check_deepspeed
 from pipeline.train.storage import StorageError, storage_of
 
 SECRETS = "DENSENET_SECRETS"  # names of variables that a submitted job must find on the cluster
@@ -107,7 +107,7 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
             f"data.shuffle=windowed mixes within windows of shards, but data.root={config.data.root} holds class "
             f"folders, each a class of its own: use data.shuffle=full, or prepare shards."
         )
-    deepspeed_config(config, derived)  # for its checks
+    check_deepspeed(config, derived)
     _check_storage(config)
     if config.engine.sync_batch_norm and derived.device == "cpu":
         raise UserError("engine.sync_batch_norm=true needs GPUs: leave it out on the CPU.")

@@ -1,7 +1,5 @@
-"""The DeepSpeed engine: the one place that knows DeepSpeed."""
+"""The DeepSpeed engine: the one place that trains with DeepSpeed."""
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +22,7 @@ from pipeline.model.weights import freeze, rate_factors
 from pipeline.train import optimizer_state
 from pipeline.train.compile import compile_model
 from pipeline.train.deepspeed_config import HALF, deepspeed_config
+from pipeline.train.deepspeed_schema import import_deepspeed
 from pipeline.train.optim import create_optimizer, parameter_groups
 
 
@@ -43,8 +42,7 @@ class Engine:
         device: torch.device,
         warn: Callable[[str], None] = print,
     ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", derived.device)
-        deepspeed = _import_deepspeed()  # the accelerator is chosen on import, so the variable comes first
+        deepspeed = import_deepspeed(derived.device)
         if derived.device == "cpu":
             # Its shared-memory collectives need a compiler at start-up; gloo does without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -212,19 +210,6 @@ class Engine:
             return
         with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
-
-
-def _import_deepspeed() -> Any:
-    """DeepSpeed, without MLflow, which its autotuner would import for nothing, in seconds."""
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
-    try:
-        import deepspeed
-    finally:
-        if hidden:
-            del sys.modules["mlflow"]
-    return deepspeed
 
 
 def autocast(derived: Derived, device: torch.device) -> torch.autocast:
