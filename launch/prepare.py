@@ -10,6 +10,7 @@ from pathlib import Path
 from launch.resources import Resources, Share, share
 from launch.sources import ADDRESSES, find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig
+from pipeline.config_effects import without_effect
 from pipeline.config_file import load_config
 from pipeline.data.dataset import open_splits
 from pipeline.data.digits import write_digits
@@ -119,6 +120,9 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
 
         resumed(config, derived, train_index, found)
         start = f"those of {found}, and all else of its run"
+        if config.model.weights is not None:
+            warnings.append(f"model.weights={config.model.weights} has no effect: --resume={resume} has the weights")
+    warnings += without_effect(config, derived, offered.embedded)
     warnings += _other_normalisation(config, sources)
     return Prepared(config, derived, taken, train_index, val_index, sources, start, found, tuple(warnings))
 

@@ -353,6 +353,19 @@ class Engine(Section):
     )
 
 
+# What must be the same for a checkpoint to be continued, unless it is named in `checkpoint.allow_changed`.
+Identity = Literal[
+    "model.name",
+    "run.seed",
+    "optim.name",
+    "ema",
+    "train.global_batch_size",
+    "classes",
+    "training images",
+    "data",
+]
+
+
 class Checkpoint(Section):
     """`checkpoint.*`: when checkpoints are written, where, and which are kept."""
 
@@ -364,7 +377,9 @@ class Checkpoint(Section):
     )
     keep_last: Count = Field(2, description="newest checkpoints kept; the best one is kept besides")
     keep_every_epochs: Count | None = Field(None, description="the first one in every so many epochs is kept too")
-    allow_changed: tuple[str, ...] = Field((), description="differences from the run's checkpoint that are accepted")
+    allow_changed: tuple[Identity, ...] = Field(
+        (), description="differences from the run's checkpoint that are accepted"
+    )
 
 
 class Elastic(Section):

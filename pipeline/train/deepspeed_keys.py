@@ -118,7 +118,12 @@ def check_keys(further: dict[str, Any]) -> None:
             raise ConfigError(unknown_key(WHERE, key, [*EFFECTIVE, *DECIDED]))
         kinds = EFFECTIVE[key]
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not _SWITCH):
-            words = {_NUMBER: "a number", _SWITCH: "true or false", _TEXT: "a word", _SECTION: "{key: value, ...}"}
+            words: dict[tuple[type, ...], str] = {
+                _NUMBER: "a number",
+                _SWITCH: "true or false",
+                _TEXT: "a word",
+                _SECTION: "{key: value, ...}",
+            }
             raise ConfigError(f"{WHERE}.{key}={value!r} must be {words[kinds]}.")
     for key in further.get("zero_optimization", {}):
         if key in _DECIDED_ZERO:
