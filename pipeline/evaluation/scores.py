@@ -15,8 +15,8 @@ class Scores:
 
     `top5_correct` counts those whose label is among the `top5_k = min(5, classes)` best. `non_finite` counts those with
     NaN among their probabilities: they are misses, and the next two are of the others, None where there are none.
-    `loss` is the mean cross-entropy; `calibration_error` is the expected calibration error over 15 bins of equal width, in
-    [0, 1] (Guo et al. 2017, arXiv 1706.04599).
+    `loss` is the mean cross-entropy; `calibration_error` is the expected calibration error over 15 bins of equal width,
+    in [0, 1] (Guo et al. 2017, arXiv 1706.04599).
     """
 
     total: int
