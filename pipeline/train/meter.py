@@ -29,7 +29,7 @@ class Meter:
         """Starts the interval anew; also called after an evaluation, whose time is not training time."""
         self._loss.zero_()
         self._of_step.zero_()
-        self._micro_batches = 0
+        self._micro_batches = self._applied = 0
         self._waited_s = 0.0
         self._marks: list[tuple[Any, Any]] = []
         self._started = time.perf_counter()
@@ -71,6 +71,7 @@ class Meter:
         """A step ends; without being `applied` where fp16 gradients overflowed."""
         self._loss += self._of_step
         self._of_step.zero_()
+        self._applied += applied
         self._skipped += not applied
 
     def left_out(self) -> None:
@@ -88,8 +89,8 @@ class Meter:
     def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[dict[str, Any], list[bool]]:
         """Closes the interval (a collective): the mean loss over all ranks, images/s, data wait share, seconds left.
 
-        `skipped_steps` counts those that moved no weights, with the ones before an evaluation; the loss of a window
-        without any other is None.
+        `skipped_steps` counts those that moved no weights, also before an evaluation; `all_skipped` says that all since
+        then were such. The loss is None where no step has any.
         `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them. `slow_ranks`
         are those that take `SLOW` times as long as the median rank, or longer, until their losses are known, with
         that ratio. Each of the `wishes` comes back true on all ranks where it was true on any.
@@ -110,7 +111,7 @@ class Meter:
         record = {
             "loss": loss,
             "skipped_steps": self._skipped,
-            "all_skipped": self._skipped >= steps,
+            "all_skipped": self._applied == 0,
             "img_per_s": img_per_s,
             "img_per_s_worker": img_per_s / self._derived.workers,
             "slow_ranks": _slow(own_R.tolist()),

@@ -139,4 +139,4 @@ def test_a_model_that_gives_nan_is_not_promoted(registry, densenet, tmp_path):
     code, printed = densenet("models", "promote", "tiny@candidate", "--data", data, "--uri", tracker.uri)
     assert code == 2
     assert f"tiny version 1 gives NaN or infinities for {PICTURES} of {PICTURES} pictures" in " ".join(printed.split())
-    assert MlflowClient(tracker.uri, tracker.uri).get_registered_model("tiny").aliases == {"candidate": "1"}
+    assert MlflowClient(tracker.uri, tracker.uri).get_registered_model("tiny").aliases.keys() == {"candidate"}

@@ -209,8 +209,7 @@ def test_losses_of_a_step_that_is_left_out_have_no_part_in_the_mean(one_rank):
 
 def two_micro_batches() -> Derived:
     config = RunConfig.model_validate({"train": {"global_batch_size": 8, "max_device_batch_size": 4}})
-    derived = derive(config, workers=1, cpus_per_worker=1, device="cpu", train_samples=40, val_samples=8, num_classes=3)
-    return config, derived
+    return derive(config, workers=1, cpus_per_worker=1, device="cpu", train_samples=40, val_samples=8, num_classes=3)
 
 
 def test_fp16_that_overflows_in_every_step_ends_the_run_and_moves_nothing(one_rank, indexes, tmp_path):
