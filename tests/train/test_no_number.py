@@ -99,6 +99,9 @@ def test_a_step_can_be_left_out_and_changes_nothing(one_rank, indexes, tmp_path)
     assert windows == [(0, False), (1, True), (0, False), (1, True), (0, False)]
     for file in FILES:
         assert equal(weights(tmp_path, 16, file), weights(tmp_path, 8, file))
+        assert equal(
+            weights(tmp_path, 32, file), weights(tmp_path, 24, file)
+        )  # the average lags behind the weights now
         assert not equal(weights(tmp_path, 24, file), weights(tmp_path, 16, file))
     assert read_state(checkpoint_root(tmp_path) / checkpoint.folder_name(24))["mended"] == 1
     rest = tmp_path / "rest"
@@ -221,6 +224,7 @@ def test_fp16_that_overflows_in_every_step_ends_the_run_and_moves_nothing(one_ra
     scaler = trainer.engine.loss_scaler
     scaler.load_state_dict(scaler.state_dict() | {"scale": 4.0})
     trainer.engine.module.classifier.weight.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.engine.ema.module.classifier.weight.data += 1  # so that a move of the average is seen
     before = [trainer.engine.full_state(), trainer.engine.ema_state()]
     with pytest.raises(
         UserError, match="fp16 gradients overflowed in every step up to step 3, although .* fallen to 0.5"
