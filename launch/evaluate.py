@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from launch.progress import accuracy
+from launch.progress import accuracy, number
 from launch.sources import model_folder
 from pipeline.config import Interpolation
 from pipeline.data.dataset import open_split
@@ -18,7 +18,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.evaluation.labels import labels_of, read_label_sets
 from pipeline.evaluation.probabilities import VIEWS, Transform, model_probabilities
-from pipeline.evaluation.scores import confusion, score, score_sets
+from pipeline.evaluation.scores import NO_CLASS, best_class, confusion, score, score_sets
 from pipeline.evaluation.tables import write_confusion, write_csv
 from pipeline.model.sources import read_card
 
@@ -93,7 +93,10 @@ def _print(console: Console, model: str, index: DatasetIndex, transform: Transfo
             share = f"{scores['top1_correct']}/{total} = {100 * scores['top1_correct'] / max(1, total):.2f} %"
             lines.append(("labels", f"top-1 {share} by {scores['file']}, {len(index) - total} images without label"))
         else:
-            text = f"{accuracy(scores)}, loss {scores['loss']:.4f}, calibration error {scores['calibration_error']:.4f}"
+            text = (
+                f"{accuracy(scores)}, loss {number(scores['loss'])}, calibration error "
+                f"{number(scores['calibration_error'])}"
+            )
             lines.append((name, text))
     for name, text in lines:
         console.print(f"{name:10}{text}", markup=False, soft_wrap=True)
@@ -108,18 +111,18 @@ def _write(
     report: dict[str, Any],
 ) -> None:
     """Scores as JSON; accuracy of each class, the confusion matrix and each picture's prediction as CSV."""
-    best_N = plain_NK.argmax(axis=1)
+    best_N = best_class(plain_NK)
     matrix_KK = confusion(best_N, labels_N, len(classes))
-    totals_K, right_K = matrix_KK.sum(axis=1).tolist(), matrix_KK.diagonal().tolist()
+    totals_K, right_K = np.bincount(labels_N, minlength=len(classes)).tolist(), matrix_KK.diagonal().tolist()
     per_class = [
         [name, total, right, f"{right / total:.6f}" if total else ""]
         for name, total, right in zip(classes, totals_K, right_K, strict=True)
     ]
     names = index.names()
-    pictures = [
-        [name, classes[label], classes[best], f"{row[best]:.6f}", f"{row[label]:.6f}"]
-        for name, label, best, row in zip(names, labels_N, best_N, plain_NK, strict=True)
-    ]
+    pictures = []
+    for name, label, best, row in zip(names, labels_N, best_N, plain_NK, strict=True):
+        answer = ["", "", ""] if best == NO_CLASS else [classes[best], f"{row[best]:.6f}", f"{row[label]:.6f}"]
+        pictures.append([name, classes[label], *answer])
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "per_class.csv", ["class", "images", "top1_correct", "top1"], per_class)

@@ -17,6 +17,7 @@ from pipeline.data.plan import EvalPlan, eval_share
 from pipeline.errors import UserError
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.probabilities import Transform, probabilities
+from pipeline.evaluation.scores import best_class
 from pipeline.export.formats import OPSET, TOLERANCE, OnnxModel, to_int8, to_onnx, to_timm, to_torch
 from pipeline.model.sources import read_card
 from pipeline.tracking.registry import attach_to_version
@@ -85,7 +86,7 @@ def _int8(console: Console, folder: Path, out: Path, data: Path, split: str, cal
             threads=1,
             batch_size=_BATCH,
         )
-        hits = int((given_NK.argmax(axis=1) == labels_N).sum())
+        hits = int((best_class(given_NK) == labels_N).sum())
         found[name] = hits, len(index) / (time.perf_counter() - started)
         share = f"{hits}/{len(index)} = {100 * hits / len(index):.2f} %"
         console.print(f"{name}: top-1 {share}, {speed(found[name][1])}, {of.stat().st_size / 1e6:.1f} MB")

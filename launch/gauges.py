@@ -26,5 +26,5 @@ class Gauges:
         """Takes what a `step` event tells."""
         if event["kind"] == "step":
             for name, gauge in self._gauges.items():
-                if name in event:
+                if event.get(name) is not None:
                     gauge.set(event[name])

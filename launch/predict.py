@@ -54,4 +54,6 @@ def predict_command(
             progress=lambda seen, total: bar.update(task, completed=seen, total=total),
         )
     damaged = f", {done.damaged} files are no sound pictures (column `error`)" if done.damaged else ""
+    if done.non_finite:
+        damaged += f", for {done.non_finite} the model gives NaN or infinities (column `error`)"
     console.print(f"{done.classified:,} pictures in {out}, {speed(done.img_per_s)}{damaged}", soft_wrap=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.resources import Resources, Share, share
 from launch.sources import ADDRESSES, find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig
+from pipeline.config_effects import without_effect
 from pipeline.config_file import load_config
 from pipeline.data.dataset import open_splits
 from pipeline.data.digits import write_digits
@@ -20,7 +21,7 @@ from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.architectures import check_name
 from pipeline.model.sources import NO_SOURCES, Sources, read_card
-from pipeline.train.deepspeed_config import deepspeed_config
+from pipeline.train.deepspeed_schema import check_deepspeed
 from pipeline.train.storage import StorageError, storage_of
 
 SECRETS = "DENSENET_SECRETS"  # names of variables that a submitted job must find on the cluster
@@ -113,7 +114,7 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
             f"data.shuffle=windowed mixes within windows of shards, but data.root={config.data.root} holds class "
             f"folders, each a class of its own: use data.shuffle=full, or prepare shards."
         )
-    deepspeed_config(config, derived)  # for its checks
+    check_deepspeed(config, derived)
     _check_storage(config)
     if config.engine.sync_batch_norm and derived.device == "cpu":
         raise UserError("engine.sync_batch_norm=true needs GPUs: leave it out on the CPU.")
@@ -125,6 +126,9 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
 
         resumed(config, derived, train_index, found)
         start = f"those of {found}, and all else of its run"
+        if config.model.weights is not None:
+            warnings.append(f"model.weights={config.model.weights} has no effect: --resume={resume} has the weights")
+    warnings += without_effect(config, derived, offered.embedded)
     warnings += _other_normalisation(config, sources)
     return Prepared(config, derived, taken, train_index, val_index, sources, start, found, tuple(warnings))
 

@@ -1,7 +1,9 @@
 """What the user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
 
+import re
 import signal
 import time
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +12,8 @@ from rich.text import Text
 
 WEIGHTS = {"raw": "", "ema": "averaged weights "}  # what an accuracy is of, where it is not of the weights themselves
 _SKIPPED_SHOWN = 10  # the workers' logs name all of them
+_ALIKE_SHOWN = 3  # warnings that differ in numbers alone
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def duration(seconds: float) -> str:
@@ -33,7 +37,14 @@ def accuracy(event: dict[str, Any]) -> str:
         f"top-{k} {event[key]}/{total} = {100 * event[key] / total:.2f} %"
         for k, key in ((1, "top1_correct"), (event["top5_k"], "top5_correct"))
     ]
-    return ", ".join(parts[:1] if event["top5_k"] == 1 else parts)
+    if event.get("non_finite"):
+        parts.append(f"NaN or infinities for {event['non_finite']} of {total}")
+    return ", ".join([parts[0], *parts[2:]] if event["top5_k"] == 1 else parts)
+
+
+def number(value: float | None) -> str:
+    """Four decimals; `-` where there is none."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def step_line(event: dict[str, Any], epochs: float, total_steps: int, workers: int) -> str:
@@ -41,10 +52,12 @@ def step_line(event: dict[str, Any], epochs: float, total_steps: int, workers: i
     gpu = f"{event['gpu_memory_gb']:.1f} GB  " if "gpu_memory_gb" in event else ""
     if "mfu" in event:
         gpu += f"MFU {event['mfu']:.0%}  "
+    skipped = event.get("skipped_steps", 0)
+    told = f"{skipped} step{'s' * (skipped > 1)} skipped  " if skipped else ""
     per_worker = f" ({speed(event['img_per_s_worker'])} per worker)" if workers > 1 else ""
     return (
-        f"epoch {event['epoch']:.2f}/{epochs:g}  step {event['step']}/{total_steps}  loss {event['loss']:.4f}  "
-        f"lr {event['lr']:.4g}  {speed(event['img_per_s'])}{per_worker}  "
+        f"epoch {event['epoch']:.2f}/{epochs:g}  step {event['step']}/{total_steps}  loss {number(event['loss'])}  "
+        f"{told}lr {event['lr']:.4g}  {speed(event['img_per_s'])}{per_worker}  "
         f"data wait {event['data_wait']:.0%}  {gpu}ETA {duration(event['eta_s'])}"
     )
 
@@ -58,6 +71,8 @@ class Display:
         self._starts = 0
         self._lost = False
         self.skipped: set[int] = set()
+        self._alike: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
         self.stopped_at: int | None = None
         self.stopped_by = signal.SIGTERM
         self._live = Live(
@@ -77,6 +92,10 @@ class Display:
     def __exit__(self, *exc: object) -> None:
         if self._live.is_started:
             self._live.stop()
+        for form, count in self._alike.items():
+            if count > _ALIKE_SHOWN:
+                self._print_warning(f"{count - _ALIKE_SHOWN} more like this, in the workers' logs: {self._first[form]}")
+        self._alike.clear()
 
     def status(self, text: str) -> None:
         """Something that is going on: replaces the live line, or is printed as a line of its own."""
@@ -91,7 +110,17 @@ class Display:
             self._console.print(Text(text), soft_wrap=True)
 
     def warning(self, text: str) -> None:
-        """Something that stays, in yellow, also where all else is quiet."""
+        """Something that stays, in yellow, also where all else is quiet.
+
+        Of those that differ in numbers alone the first few are shown, and at the end how many more there were.
+        """
+        form = _NUMBER.sub("#", text)
+        self._first.setdefault(form, text)
+        self._alike[form] += 1
+        if self._alike[form] <= _ALIKE_SHOWN:
+            self._print_warning(text)
+
+    def _print_warning(self, text: str) -> None:
         self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
     def on_event(self, event: dict[str, Any]) -> None:
@@ -100,7 +129,7 @@ class Display:
             case "step":
                 self.status(step_line(event, self._epochs, self._total_steps, self._workers))
             case "eval":
-                what = f"{WEIGHTS[event['weights']]}{accuracy(event)}, loss {event['loss']:.4f}"
+                what = f"{WEIGHTS[event['weights']]}{accuracy(event)}, loss {number(event['loss'])}"
                 self.line(f"epoch {event['epoch']:.2f}: {what} ({speed(event['img_per_s'])})")
             case "stopped":
                 self.stopped_at = event["samples_seen"]
@@ -110,7 +139,7 @@ class Display:
             case "skipped":
                 self.skipped.add(event["sample"])
                 if len(self.skipped) <= _SKIPPED_SHOWN:
-                    self.warning(f"replaced {event['message']}")
+                    self._print_warning(f"replaced {event['message']}")
             case "resumed":
                 self.line(f"resumed at {event['samples_seen']} samples from {event['checkpoint']}")
             case "lost":

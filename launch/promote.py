@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.paired import Paired, compare
 from pipeline.evaluation.probabilities import Transform, model_probabilities
+from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.model.sources import read_card
 from pipeline.tracking.registry import (
     REGISTRY,
@@ -53,7 +54,12 @@ def promote_command(
     if old == new.version:
         raise UserError(f"{new.name}@{alias} is version {old} already.")
     index = open_split(root, split, outputs / "index")
-    new_N, transform = _hits(new.uri, uri, index, outputs)
+    new_N, transform, non_finite = _hits(new.uri, uri, index, outputs)
+    if non_finite:
+        raise UserError(
+            f"{new.name} version {new.version} gives NaN or infinities for {non_finite} of {len(new_N)} pictures of "
+            f"{root}/{split}: it is not promoted. Choose another version; its training has diverged."
+        )
     evidence = {
         PROMOTED: f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
         "promoted.to": alias,
@@ -65,7 +71,13 @@ def promote_command(
     if old is None:
         console.print(f"{new.name} version {new.version}: {_share(new_N)}; {alias} is no version yet", soft_wrap=True)
     else:
-        old_N, _ = _hits(f"{REGISTRY}{new.name}/{old}", uri, index, outputs)
+        old_N, _, non_finite = _hits(f"{REGISTRY}{new.name}/{old}", uri, index, outputs)
+        if non_finite:
+            console.print(
+                f"warning: version {old} gives NaN or infinities for {non_finite} pictures: they are misses",
+                style="yellow",
+                soft_wrap=True,
+            )
         paired = compare(new_N, old_N)
         holds = paired.gain >= min_gain and paired.p_value <= max_p
         _print(console, new.version, old, alias, new_N, old_N, paired)
@@ -111,13 +123,14 @@ def rollback_command(console: Console, name: str, alias: str, uri: str | None) -
     console.print(f"{name}@{alias} is version {before} again, {version} before")
 
 
-def _hits(model: str, uri: str, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str]:
-    """Which pictures a model hits, by its own transform, and that transform in words."""
+def _hits(model: str, uri: str, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str, int]:
+    """Which pictures a model hits, by its own transform, that transform in words, and for how many it gives NaN."""
     folder = download(model, uri, outputs / "models")
     card = read_card(folder)
     labels_N = labels_of(index, card["classes"])
     given_NK, _ = model_probabilities(folder, index)
-    return given_NK.argmax(axis=1) == labels_N, Transform(**card["transform"]).description
+    best_N = best_class(given_NK)
+    return best_N == labels_N, Transform(**card["transform"]).description, int((best_N == NO_CLASS).sum())
 
 
 def _share(hits_N: NDArray[np.bool_]) -> str:

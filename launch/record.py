@@ -1,5 +1,6 @@
 """A run's events as records of its MLflow run."""
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from pipeline.train.checkpoint import write_json
 from pipeline.train.records import checkpoint_records
 
 _STEP_METRICS = (
-    "loss", "lr", "grad_norm", "img_per_s", "step_s", "data_wait", "epoch", "loss_scale", "gpu_memory_gb", "mfu",
+    "loss", "skipped_steps", "lr", "grad_norm", "img_per_s", "step_s", "data_wait", "epoch", "loss_scale",
+    "gpu_memory_gb", "mfu",
 )  # fmt: skip
 
 
@@ -89,7 +91,12 @@ class Recorder:
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
-    """An event's numbers under their MLflow names."""
+    """An event's numbers under their MLflow names; what is no finite number is left out."""
+    values = _values(event)
+    return {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _values(event: dict[str, Any]) -> dict[str, float | None]:
     if event["kind"] == "step":
         return {f"train/{key}": event[key] for key in _STEP_METRICS if key in event}
     total, prefix = event["total"], {"raw": "val", "ema": "val_ema"}[event["weights"]]
@@ -99,4 +106,5 @@ def _metrics(event: dict[str, Any]) -> dict[str, float]:
         f"{prefix}/loss": event["loss"],
         f"{prefix}/img_per_s": event["img_per_s"],
         f"{prefix}/images": total,
+        f"{prefix}/non_finite": event["non_finite"],
     }

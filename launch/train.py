@@ -26,6 +26,7 @@ from launch.witness import witness
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
+from pipeline.model.sources import read_card
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import default_tracking_uri, shown, wait_for
 from pipeline.train import checkpoint
@@ -184,8 +185,10 @@ def _train(prepared: Prepared, recorder: Recorder, display: Display, clock: Cloc
     return img_per_s
 
 
-def _finish(prepared: Prepared, tracker: Tracker, recorder: Recorder, display: Display) -> tuple[Path, Registered]:
-    """Records what came of the run, and registers its best checkpoint."""
+def _finish(
+    prepared: Prepared, tracker: Tracker, recorder: Recorder, display: Display
+) -> tuple[Path, Registered | None]:
+    """Records what came of the run, and registers its best checkpoint, unless its outputs are not finite."""
     config = prepared.config
     fetch(config, prepared.run_dir)
     recorder.checkpoints()
@@ -196,6 +199,13 @@ def _finish(prepared: Prepared, tracker: Tracker, recorder: Recorder, display: D
         wait_for(tracker.uri, config.tracking.patience_s, display.warning)
         if not tracker.flush(config.tracking.patience_s):
             raise UserError(f"MLflow at {shown(tracker.uri)} does not take this run's records.")
+        metrics = read_card(best)["metrics"]
+        if metrics and metrics.get("non_finite"):
+            display.warning(
+                f"the model is not registered: it gives NaN or infinities for {metrics['non_finite']} of "
+                f"{metrics['total']} evaluation images; lower optim.lr or set optim.clip_grad_norm"
+            )
+            return best, None
         return best, _register(prepared, tracker, best)
     except UserError as error:
         raise UserError(
@@ -251,7 +261,7 @@ def _summary(
     prepared: Prepared,
     uri: str,
     best: Path,
-    registered: Registered,
+    registered: Registered | None,
     img_per_s: float | None,
     clock: Clock,
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -275,10 +285,14 @@ def _summary(
         ("speed", "nothing was left to train" if img_per_s is None else f"{speed(img_per_s)} in training"),
         ("time", str(clock)),
         ("checkpoint", str(best)),
+    ]
+    commands = [("MLflow UI", f"{program} ui{uri}")]
+    if registered is None:
+        return [*results, ("model", "not registered")], commands
+    results += [
         ("model", f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri})"),
     ]
-    commands = [
-        ("MLflow UI", f"{program} ui{uri}"),
+    commands += [
         ("predict", f"{program} predict {registered.uri} {picture}{uri}"),
     ]
     return results, commands

@@ -275,8 +275,8 @@ class Optim(Section):
     lr_base_batch: Count = Field(256, description="the global batch that `lr` is meant for, where it is scaled")
     momentum: float = Field(0.9, ge=0, lt=1, description="of `sgd`, `lars` and `muon`")
     nesterov: bool = Field(True, description="Nesterov's look-ahead in these; without effect at momentum 0")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of `adamw` and `lamb`, each below 1")
-    eps: float = Field(1e-8, gt=0, description="of `adamw` and `lamb`")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of `adamw`, `lamb` and `muon`, each below 1")
+    eps: float = Field(1e-8, gt=0, description="of `adamw`, `lamb` and `muon`")
     weight_decay: float = Field(1e-4, ge=0, description="on convolution and linear weights only")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest global gradient norm; null: no clipping")
 
@@ -344,11 +344,26 @@ class Engine(Section):
     )
     bucket_elements: Count = Field(500_000_000, description="most gradients, by count, in one message of ZeRO 1-3")
     deepspeed: dict[str, Any] = Field(
-        {}, description="further keys of DeepSpeed's own config; those that follow from other keys are refused"
+        {},
+        description="further keys of DeepSpeed's own config; those that follow from other keys, have no effect or are "
+        "unknown to it are refused",
     )
     compile: Literal["off", "on", "try"] = Field(
         "off", description="torch.compile; `try` goes on without it where it fails, with a warning"
     )
+
+
+# What must be the same for a checkpoint to be continued, unless it is named in `checkpoint.allow_changed`.
+Identity = Literal[
+    "model.name",
+    "run.seed",
+    "optim.name",
+    "ema",
+    "train.global_batch_size",
+    "classes",
+    "training images",
+    "data",
+]
 
 
 class Checkpoint(Section):
@@ -362,7 +377,9 @@ class Checkpoint(Section):
     )
     keep_last: Count = Field(2, description="newest checkpoints kept; the best one is kept besides")
     keep_every_epochs: Count | None = Field(None, description="the first one in every so many epochs is kept too")
-    allow_changed: tuple[str, ...] = Field((), description="differences from the run's checkpoint that are accepted")
+    allow_changed: tuple[Identity, ...] = Field(
+        (), description="differences from the run's checkpoint that are accepted"
+    )
 
 
 class Elastic(Section):

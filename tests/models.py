@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import DenseNet
 
 from pipeline.config import RunConfig
@@ -44,6 +44,14 @@ def write_model(folder: Path, classes: Sequence[str] = CLASSES, seed: int = 0, *
         "config_hash": "abc",
     }
     (folder / "model.json").write_text(json.dumps(card | changes))
+    return folder
+
+
+def spoil(folder: Path) -> Path:
+    """Makes one weight of such a model NaN, so that all its outputs are NaN."""
+    weights = load_file(folder / "model.safetensors")
+    weights["features.norm5.bias"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 

@@ -55,6 +55,10 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
         ("run.name=../up", "run.name: must be a plain folder name"),
         ("schedule.warmup_epochs=90", "schedule.warmup_epochs=90 must be shorter than train.epochs=90"),
         ("train.epochs=60", r"schedule.milestones=\[30.0, 60.0\] must lie before train.epochs=60"),
+        (
+            "checkpoint.allow_changed=[optim.lr]",
+            "checkpoint.allow_changed.0: must be 'model.name', 'run.seed', .*'data'",
+        ),
         ("ema.decay=1.5", "ema.decay: must be less than 1; got 1.5"),
         ("model.drop_rate=1", "model.drop_rate: must be less than 1; got 1"),
         ("optim.betas=[0.9, 1.0]", r"optim: betas=\[0.9, 1.0\] must each be below 1"),

@@ -87,6 +87,8 @@ def probabilities(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Class probabilities of every picture in the index's order, [N, K], as they are and averaged over `views`.
 
+    A picture for which the model gives a logit that is not finite has NaN for all of them.
+
     The average is of probabilities, over the crops of `VIEWS` and their mirrored pictures, as Krizhevsky et al. (2012)
     do. Each crop's place decodes the pictures anew; `progress` is told the pictures done, over all of them.
     """
@@ -108,15 +110,20 @@ def probabilities(
         for anchor in anchors:
             plan = EvalPlan(index.widths_N, index.heights_N, transform.resize, transform.crop, anchor)
             for batch in loader.run(plan.batch(ids_B) for ids_B in eval_share(len(index), 0, 1, batch_size)):
-                given_NK = model(batch.images_NCHW).float().softmax(dim=1)
+                given_NK = _softmax(model(batch.images_NCHW))
                 if plain is None:
                     plain = np.zeros((len(index), given_NK.shape[1]), np.float32)
                     total = np.zeros_like(plain) if views else None
                 if anchor == CENTRE:
                     plain[batch.ids_N] = given_NK.cpu().numpy()
                 if total is not None:
-                    mirrored_NK = model(batch.images_NCHW.flip(3)).float().softmax(dim=1)
+                    mirrored_NK = _softmax(model(batch.images_NCHW.flip(3)))
                     total[batch.ids_N] += (given_NK + mirrored_NK).cpu().numpy() / (2 * len(anchors))
                 progress(len(batch.ids_N))
     assert plain is not None
     return plain, total
+
+
+def _softmax(logits_NK: torch.Tensor) -> torch.Tensor:
+    finite_N1 = logits_NK.isfinite().all(dim=1, keepdim=True)
+    return torch.where(finite_N1, logits_NK.float().softmax(dim=1), torch.nan)

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.probabilities import model_probabilities
+from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.model.sources import read_card
 
 _LOOKED_AT = 96
@@ -21,14 +22,16 @@ def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> li
     """Up to `count` pictures that the model misses and as many that it hits, of 96 that are evenly spread.
 
     Each has `image` (JPEG in base64, at most 128 pixels), `label`, and `predicted`: the three most probable classes
-    with their probabilities, best first. Those missed come first, the surest one before the others.
+    with their probabilities, best first. Those missed come first, the surest one before the others. Pictures for which
+    the model gives NaN are left out.
     """
     rows = np.unique(np.linspace(0, len(index) - 1, min(_LOOKED_AT, len(index))).astype(np.int64))
     subset = index.subset(rows)
     classes = read_card(folder)["classes"]
     given_NK, _ = model_probabilities(folder, subset)
-    labels_N, best_N = labels_of(subset, classes), given_NK.argmax(axis=1)
+    labels_N, best_N = labels_of(subset, classes), best_class(given_NK)
     order = np.argsort(-given_NK.max(axis=1), kind="stable")
+    order = order[best_N[order] != NO_CLASS]
     missed, hit = ([i for i in order if (best_N[i] == labels_N[i]) == right][:count] for right in (False, True))
     return [
         {

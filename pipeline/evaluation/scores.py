@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+NO_CLASS = -1  # of a picture for which the model gave NaN or infinities
 _BINS = 15
 
 
@@ -12,34 +13,44 @@ _BINS = 15
 class Scores:
     """Counts over `total` pictures.
 
-    `top5_correct` counts those whose label is among the `top5_k = min(5, classes)` best; `loss` is the mean
-    cross-entropy; `calibration_error` is the expected calibration error over 15 bins of equal width, in [0, 1] (Guo et
-    al. 2017, arXiv 1706.04599).
+    `top5_correct` counts those whose label is among the `top5_k = min(5, classes)` best. `non_finite` counts those with
+    NaN among their probabilities: they are misses, and the next two are of the others, None where there are none.
+    `loss` is the mean cross-entropy; `calibration_error` is the expected calibration error over 15 bins of equal width,
+    in [0, 1] (Guo et al. 2017, arXiv 1706.04599).
     """
 
     total: int
     top1_correct: int
     top5_correct: int
     top5_k: int
-    loss: float
-    calibration_error: float
+    loss: float | None
+    calibration_error: float | None
+    non_finite: int
 
 
 def score(probabilities_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Scores:
     """Counts one label for each picture."""
     k = min(5, probabilities_NK.shape[1])
     best_N5 = np.argpartition(-probabilities_NK, k - 1, axis=1)[:, :k]
-    best_N = probabilities_NK.argmax(axis=1)
+    best_N = best_class(probabilities_NK)
+    finite_N = best_N != NO_CLASS
     correct_N = best_N == labels_N
-    own_N = probabilities_NK[np.arange(len(labels_N)), labels_N].astype(np.float64)
+    own_N = probabilities_NK[np.arange(len(labels_N)), labels_N].astype(np.float64)[finite_N]
+    confidence_N = probabilities_NK[finite_N].max(axis=1)
     return Scores(
         total=len(labels_N),
         top1_correct=int(correct_N.sum()),
-        top5_correct=int((best_N5 == labels_N[:, None]).any(axis=1).sum()),
+        top5_correct=int(((best_N5 == labels_N[:, None]).any(axis=1) & finite_N).sum()),
         top5_k=k,
-        loss=float(-np.log(np.maximum(own_N, np.finfo(np.float32).tiny)).mean()),
-        calibration_error=calibration_error(probabilities_NK.max(axis=1), correct_N),
+        loss=float(-np.log(np.maximum(own_N, np.finfo(np.float32).tiny)).mean()) if len(own_N) else None,
+        calibration_error=calibration_error(confidence_N, correct_N[finite_N]) if len(own_N) else None,
+        non_finite=int((~finite_N).sum()),
     )
+
+
+def best_class(probabilities_NK: NDArray[np.floating]) -> NDArray[np.int64]:
+    """The most probable class of each picture; `NO_CLASS` where a probability is NaN."""
+    return np.where(np.isfinite(probabilities_NK).all(axis=1), probabilities_NK.argmax(axis=1), NO_CLASS)
 
 
 def calibration_error(confidence_N: NDArray[np.float32], correct_N: NDArray[np.bool_]) -> float:
@@ -51,12 +62,12 @@ def calibration_error(confidence_N: NDArray[np.float32], correct_N: NDArray[np.b
 
 def score_sets(probabilities_NK: NDArray[np.float32], accepted: list[set[int]]) -> tuple[int, int]:
     """Pictures whose best class is among those accepted, and pictures that have any (Beyer et al. 2020, "ReaL")."""
-    best_N = probabilities_NK.argmax(axis=1).tolist()
+    best_N = best_class(probabilities_NK).tolist()
     counted = [(best, labels) for best, labels in zip(best_N, accepted, strict=True) if labels]
     return sum(best in labels for best, labels in counted), len(counted)
 
 
 def confusion(predicted_N: NDArray[np.int64], labels_N: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
-    """Pictures by true class (rows) and predicted class (columns), [K, K]."""
-    pairs_N = labels_N * num_classes + predicted_N
+    """Pictures by true class (rows) and predicted class (columns), [K, K]; those of `NO_CLASS` are left out."""
+    pairs_N = (labels_N * num_classes + predicted_N)[predicted_N != NO_CLASS]
     return np.bincount(pairs_N, minlength=num_classes**2).reshape(num_classes, num_classes)

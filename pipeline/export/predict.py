@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,10 @@ from pipeline.data.images import NotAnImage, decode
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DamagedSample, DataError, UserError
 from pipeline.evaluation.probabilities import Transform, model_probabilities
+from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.model.sources import read_card
 
+_NON_FINITE = "NaN or infinities"
 _CHUNK = 8192  # pictures whose probabilities are held at a time
 _SCHEMA = pa.schema(
     [
@@ -47,10 +49,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Batch:
-    """What came of a folder: pictures classified, files that are no sound pictures, images per second in all."""
+    """What came of a folder: pictures classified, files that are no sound pictures, images per second in all.
+
+    `non_finite` counts the pictures for which the model gives NaN or infinities, which have no class.
+    """
 
     classified: int
     damaged: int
+    non_finite: int
     img_per_s: float
 
 
@@ -58,7 +64,7 @@ def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Pr
     """Classifies image files with the model in a folder with a card, by the code that is packaged with models.
 
     Raises:
-        UserError: a file is missing or is not an image.
+        UserError: a file is missing or is not an image, or the model gives NaN or infinities for it.
     """
     for path in images:
         if not path.exists():
@@ -77,6 +83,8 @@ def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Pr
         try:
             (row_K,) = model.predict(None, pd.DataFrame({"image": [path]}))["probabilities"]
         except MlflowException as error:
+            if error.error_code == "INTERNAL_ERROR":
+                raise UserError(f"{path}: the model in {folder} gives {_NON_FINITE}: it cannot be used.") from error
             raise UserError(f"{path} is not an image that can be read.") from error
         found.append(Prediction(path, [(model.classes[k], float(row_K[k])) for k in _best(row_K, top)]))
     return found
@@ -94,7 +102,8 @@ def predict_folder(
     """Classifies all files below `pictures` with the model in `folder`, by the loader that evaluation uses.
 
     Writes a Parquet file with a row for each: `image` (its path below `pictures`), the best class, the `top` best ones,
-    or what is wrong with the file in `error`. `progress` is told how many of how many are done.
+    or what is wrong with the file, or that the model gives NaN for it, in `error`. `progress` is told how many of how
+    many are done.
 
     Raises:
         UserError: there are no files, or `out` cannot be written.
@@ -103,7 +112,7 @@ def predict_folder(
     index, faults = scan_pictures(pictures)
     if not len(index) and not faults:
         raise DataError(f"{pictures} holds no files: give a folder with pictures.")
-    started, classified, total = time.perf_counter(), 0, len(index)
+    started, classified, non_finite, total = time.perf_counter(), 0, 0, len(index)
     temporary = out.with_name(f"{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +127,8 @@ def predict_folder(
                     faults |= unsound
                     part = part.subset(sound)
                     given_NK = _given(folder, card, part, batch_size, _progress_from(progress, start, total))
-                classified += len(part)
+                none = int((best_class(given_NK) == NO_CLASS).sum())
+                classified, non_finite = classified + len(part) - none, non_finite + none
                 writer.write_table(_table(part, given_NK, card["classes"], top))
             rows = [{"image": name, "error": reason} for name, reason in sorted(faults.items())]
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
@@ -128,7 +138,7 @@ def predict_folder(
     finally:
         with suppress(OSError):  # it is not there where all went well
             temporary.unlink()
-    return Batch(classified, len(faults), classified / (time.perf_counter() - started))
+    return Batch(classified, len(faults), non_finite, (classified + non_finite) / (time.perf_counter() - started))
 
 
 def _progress_from(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
@@ -166,16 +176,21 @@ def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, s
 
 def _table(index: DatasetIndex, given_NK: NDArray[np.float32], classes: list[str], top: int) -> pa.Table:
     order_NK = np.argsort(-given_NK, axis=1, kind="stable")[:, :top]
-    best_N = order_NK[:, 0]
     probabilities_NK = np.take_along_axis(given_NK, order_NK, axis=1)
+    best_N = best_class(given_NK).tolist()
+    given = [best != NO_CLASS for best in best_N]
+
+    def known(values: Iterable[Any]) -> list[Any]:
+        return [value if there else None for value, there in zip(values, given, strict=True)]
+
     columns = {
         "image": [_name(index, i) for i in range(len(index))],
-        "class_id": best_N,
-        "class_name": [classes[k] for k in best_N],
-        "probability": probabilities_NK[:, 0],
-        "top_class_ids": list(order_NK),
-        "top_probabilities": list(probabilities_NK),
-        "error": [None] * len(index),
+        "class_id": known(best_N),
+        "class_name": known(classes[k] for k in best_N),
+        "probability": known(probabilities_NK[:, 0]),
+        "top_class_ids": known(order_NK),
+        "top_probabilities": known(probabilities_NK),
+        "error": [None if there else f"the model gives {_NON_FINITE}" for there in given],
     }
     return pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
 

@@ -60,7 +60,8 @@ class Classifier(PythonModel):
             classes in the list's order.
 
         Raises:
-            MlflowException: a row is not a picture; the message gives its number.
+            MlflowException: a row is not a picture (INVALID_PARAMETER_VALUE), or the model gives NaN or infinities for
+                it (INTERNAL_ERROR); the message gives its number.
         """
         if "image" not in model_input:
             raise MlflowException.invalid_parameter_value("the input has no column `image`")
@@ -75,7 +76,11 @@ class Classifier(PythonModel):
             part = range(start, min(start + _BATCH, len(values)))
             images_NCHW = torch.cat([self._picture(row, values[row]) for row in part])
             with torch.inference_mode():
-                found_NK[part.start : part.stop] = self.model(images_NCHW).softmax(dim=1).numpy()
+                logits_NK = self.model(images_NCHW)
+            wrong = (~logits_NK.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            if wrong:
+                raise MlflowException(f"the model gives NaN or infinities for row {part.start + wrong[0]} of `image`")
+            found_NK[part.start : part.stop] = logits_NK.softmax(dim=1).numpy()
         best_N = found_NK.argmax(axis=1) if len(values) else np.zeros(0, np.int64)
         return pd.DataFrame(
             {

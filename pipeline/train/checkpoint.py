@@ -41,9 +41,13 @@ def partial(folder: Path) -> Path:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes JSON to a temporary name and renames it."""
+    """Writes JSON to a temporary name and renames it.
+
+    Raises:
+        ValueError: the content holds NaN or infinities, which JSON does not know.
+    """
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(file)
 
 

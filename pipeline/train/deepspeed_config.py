@@ -5,6 +5,7 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
 from pipeline.errors import ConfigError
+from pipeline.train.deepspeed_keys import WHERE, check_keys
 
 HALF = {"fp32": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -16,8 +17,15 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
     fp32. Clipping is always explicit, because DeepSpeed 0.19 clips to norm 1.0 when it is told nothing.
 
     Raises:
-        ConfigError: `engine.deepspeed` sets what follows from other keys.
+        ConfigError: `engine.deepspeed` sets what follows from other keys, or a key without effect.
     """
+    further = config.engine.deepspeed
+    check_keys(further)
+    if derived.zero_stage and (further.get("prescale_gradients") or further.get("gradient_predivide_factor", 1) != 1):
+        raise ConfigError(
+            f"{WHERE}.prescale_gradients and gradient_predivide_factor need ZeRO stage 0, this run has stage "
+            f"{derived.zero_stage}: set engine.zero_stage=0, or leave them out."
+        )
     zero: dict[str, Any] = {"stage": derived.zero_stage, "reduce_bucket_size": config.engine.bucket_elements}
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": derived.device == "cuda"}
@@ -34,7 +42,7 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
     }
     if config.engine.communication != "auto":
         told["communication_data_type"] = config.engine.communication
-    return _with_further(told, config.engine.deepspeed, "engine.deepspeed")
+    return _with_further(told, further, WHERE)
 
 
 def _with_further(told: dict[str, Any], further: dict[str, Any], where: str) -> dict[str, Any]:

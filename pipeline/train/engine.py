@@ -1,7 +1,5 @@
-"""The DeepSpeed engine: the one place that knows DeepSpeed."""
+"""The DeepSpeed engine: the one place that trains with DeepSpeed."""
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +22,7 @@ from pipeline.model.weights import freeze, rate_factors
 from pipeline.train import optimizer_state
 from pipeline.train.compile import compile_model
 from pipeline.train.deepspeed_config import HALF, deepspeed_config
+from pipeline.train.deepspeed_schema import import_deepspeed
 from pipeline.train.optim import create_optimizer, parameter_groups
 
 
@@ -43,8 +42,7 @@ class Engine:
         device: torch.device,
         warn: Callable[[str], None] = print,
     ) -> None:
-        os.environ["DS_ACCELERATOR"] = derived.device
-        deepspeed = _import_deepspeed()  # the accelerator is chosen on import, so the variable comes first
+        deepspeed = import_deepspeed(derived.device)
         if derived.device == "cpu":
             # Its shared-memory collectives need a compiler at start-up; gloo does without.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -68,7 +66,7 @@ class Engine:
                 compile_model(model, example_NCHW, warn if config.engine.compile == "try" else None)
         groups = parameter_groups(model, config.optim.weight_decay, rate_factors(model, config.finetune))
         optimizer = create_optimizer(groups, config.optim)
-        self._skip = self._measure = False
+        self._skip = self._measure = self._applied = False
         self._norm: torch.Tensor | None = None
         optimizer.step = self._gated(optimizer.step)  # type: ignore[method-assign]
         told = deepspeed_config(config, derived)
@@ -114,14 +112,16 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, skip: bool = False, measure: bool = False) -> None:
+    def step(self, skip: bool = False, measure: bool = False) -> bool:
         """Lets the optimizer step, once the backward pass of a global batch is through; or drops the gradients.
 
-        `measure` asks for `grad_norm` of this step.
+        `measure` asks for `grad_norm` of this step. Returns whether the weights have moved, on all ranks alike: they
+        have not where the step is skipped, or where fp16 gradients overflowed.
         """
-        self._skip, self._measure, self._norm = skip, measure, None
+        self._skip, self._measure, self._norm, self._applied = skip, measure, None, False
         self._engine.step()
         self._skip = False
+        return self._applied
 
     @property
     def grad_norm(self) -> float | None:
@@ -140,6 +140,7 @@ class Engine:
                 return None
             if self._measure and self.stage == 0 and self._norm is None:
                 self._norm = get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            self._applied = True  # the loss scaler and ZeRO call it where nothing overflowed, so no wait is added here
             return step(*args, **options)
 
         return gated
@@ -157,7 +158,7 @@ class Engine:
         self._engine.destroy()
 
     def update_ema(self, steps: int) -> None:
-        """Moves the average towards the weights, once for each optimizer step; `steps` have been made."""
+        """Moves the average towards the weights, once for each step that moved them; `steps` have been made."""
         if self.ema is not None:
             with self._gathered():
                 self.ema.update(self.module, steps)
@@ -212,19 +213,6 @@ class Engine:
             return
         with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
-
-
-def _import_deepspeed() -> Any:
-    """DeepSpeed, without MLflow, which its autotuner would import for nothing, in seconds."""
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
-    try:
-        import deepspeed
-    finally:
-        if hidden:
-            del sys.modules["mlflow"]
-    return deepspeed
 
 
 def autocast(derived: Derived, device: torch.device) -> torch.autocast:

@@ -21,19 +21,26 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 class EvalResult:
     """Counts over the whole evaluation split.
 
-    `top5_correct` counts the images whose label is among the `top5_k` best classes, `top5_k = min(5, classes)`;
-    `loss` is the mean cross-entropy over all images, without label smoothing.
+    `top5_correct` counts the images whose label is among the `top5_k` best classes, `top5_k = min(5, classes)`.
+    `non_finite` counts the images for which the model gave NaN or infinities: they are misses. `loss` is the mean
+    cross-entropy over the others, without label smoothing; None where there are none.
     """
 
     total: int
     top1_correct: int
     top5_correct: int
     top5_k: int
-    loss: float
+    loss: float | None
+    non_finite: int = 0
 
     def better_than(self, other: "EvalResult") -> bool:
-        """More top-1 hits; among equals the lower loss."""
-        return (self.top1_correct, -self.loss) > (other.top1_correct, -other.loss)
+        """Finite outputs for all images; among equals more top-1 hits, then the lower loss."""
+        return self._rank > other._rank
+
+    @property
+    def _rank(self) -> tuple[bool, int, float]:
+        loss = math.inf if self.loss is None else self.loss
+        return self.non_finite == 0, self.top1_correct, -loss
 
 
 class Counter:
@@ -41,7 +48,7 @@ class Counter:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.top5_k = min(5, num_classes)
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._matrix_KK: torch.Tensor | None = None
         if num_classes <= _MOST_CLASSES:
@@ -49,23 +56,26 @@ class Counter:
 
     def add(self, logits_NK: torch.Tensor, labels_N: torch.Tensor) -> None:
         """Counts one batch: logits (N, classes) and labels (N,) int64."""
+        loss_N = F.cross_entropy(logits_NK, labels_N, reduction="none").double()
+        finite_N = logits_NK.isfinite().all(dim=1) & loss_N.isfinite()
         best_NK = logits_NK.topk(self.top5_k).indices
-        hits_NK = best_NK == labels_N[:, None]
+        hits_NK = (best_NK == labels_N[:, None]) & finite_N[:, None]
         n = torch.tensor(len(labels_N), device=labels_N.device)
-        self._counts += torch.stack([n, hits_NK[:, 0].sum(), hits_NK.sum()])
-        self._loss += F.cross_entropy(logits_NK, labels_N, reduction="sum").double()
+        self._counts += torch.stack([n, hits_NK[:, 0].sum(), hits_NK.sum(), finite_N.sum()])
+        self._loss += torch.where(finite_N, loss_N, 0).sum()
         if self._matrix_KK is not None:
-            self._matrix_KK.index_put_((labels_N, best_NK[:, 0]), torch.ones_like(labels_N), accumulate=True)
+            self._matrix_KK.index_put_((labels_N, best_NK[:, 0]), finite_N.long(), accumulate=True)
 
     def result(self) -> tuple[EvalResult, NDArray[np.int64] | None]:
         """Adds up all ranks; every rank returns the same result, and the confusion matrix."""
         dist.all_reduce(self._counts)
         dist.all_reduce(self._loss)
-        total, top1, top5 = self._counts.tolist()
+        total, top1, top5, finite = self._counts.tolist()
         if self._matrix_KK is not None:
             dist.all_reduce(self._matrix_KK)
         matrix_KK = None if self._matrix_KK is None else self._matrix_KK.cpu().numpy()
-        return EvalResult(total, top1, top5, self.top5_k, self._loss.item() / total), matrix_KK
+        loss = self._loss.item() / finite if finite else None
+        return EvalResult(total, top1, top5, self.top5_k, loss, total - finite), matrix_KK
 
 
 @torch.no_grad()
@@ -79,7 +89,8 @@ def evaluate(
 ) -> tuple[EvalResult, NDArray[np.int64] | None]:
     """Counts a model's hits over the whole evaluation split, which is shared out over the ranks.
 
-    With them comes the confusion matrix [K, K], true classes by predicted ones, for up to 2,000 classes.
+    With them comes the confusion matrix [K, K], true classes by predicted ones, for up to 2,000 classes; it leaves out
+    the images with non-finite logits.
 
     `forward` maps images [N, C, H, W] to logits [N, K], in evaluation mode. Ranks may have unequal numbers of batches:
     where a forward pass is itself collective (ZeRO stage 3), the ranks that have run out join it with an empty picture,

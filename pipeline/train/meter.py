@@ -20,13 +20,16 @@ class Meter:
     def __init__(self, derived: Derived, device: torch.device) -> None:
         self._derived = derived
         self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # the sum, and of how many micro-batches
+        self._of_step = torch.zeros_like(self._loss)
+        self._skipped = 0  # steps since the last log line
         self._images, self._seconds = 0, 0.0
         self.restart()
 
     def restart(self) -> None:
         """Starts the interval anew; also called after an evaluation, whose time is not training time."""
         self._loss.zero_()
-        self._micro_batches = 0
+        self._of_step.zero_()
+        self._micro_batches = self._applied = 0
         self._waited_s = 0.0
         self._marks: list[tuple[Any, Any]] = []
         self._started = time.perf_counter()
@@ -60,21 +63,34 @@ class Meter:
         return sum(start.elapsed_time(end) for start, end in self._marks) / 1000
 
     def add(self, loss: torch.Tensor) -> None:
-        """Counts a micro-batch's loss; one that is no number, whose step is left out, has no part in the mean."""
-        finite = torch.isfinite(loss.detach())
-        self._loss += torch.stack([torch.where(finite, loss.detach(), 0), finite])
+        """Takes note of a micro-batch's loss, which `stepped` counts."""
+        self._of_step += torch.stack([loss.detach(), torch.ones_like(loss)])
         self._micro_batches += 1
 
-    def _mean_loss(self) -> float:
-        """The mean loss over all ranks since the interval began (a collective); waits for the device."""
+    def stepped(self, applied: bool) -> None:
+        """A step ends; without being `applied` where fp16 gradients overflowed."""
+        self._loss += self._of_step
+        self._of_step.zero_()
+        self._applied += applied
+        self._skipped += not applied
+
+    def left_out(self) -> None:
+        """A step ends whose loss was not finite on some rank: none of its losses has a part in the mean."""
+        self._of_step.zero_()
+        self._skipped += 1
+
+    def _mean_loss(self) -> float | None:
+        """The mean loss over all ranks since the interval began (a collective), if any; waits for the device."""
         sums = self._loss.clone()
         dist.all_reduce(sums)
         total, count = sums.tolist()
-        return total / max(1, count)
+        return total / count if count else None
 
     def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[dict[str, Any], list[bool]]:
         """Closes the interval (a collective): the mean loss over all ranks, images/s, data wait share, seconds left.
 
+        `skipped_steps` counts those that moved no weights, also before an evaluation; `all_skipped` says that all since
+        then were such. The loss is None where no step has any.
         `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them. `slow_ranks`
         are those that take `SLOW` times as long as the median rank, or longer, until their losses are known, with
         that ratio. Each of the `wishes` comes back true on all ranks where it was true on any.
@@ -94,6 +110,8 @@ class Meter:
         img_per_s = images / elapsed_s
         record = {
             "loss": loss,
+            "skipped_steps": self._skipped,
+            "all_skipped": self._applied == 0,
             "img_per_s": img_per_s,
             "img_per_s_worker": img_per_s / self._derived.workers,
             "slow_ranks": _slow(own_R.tolist()),
@@ -102,6 +120,7 @@ class Meter:
             "eta_s": (self._derived.total_steps - step) * elapsed_s / steps,
         }
         self.restart()
+        self._skipped = 0
         return record, [wish > 0 for wish in agreed]
 
     def mean_img_per_s(self) -> float:

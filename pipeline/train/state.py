@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from pipeline.config import RunConfig
+from pipeline.config import Identity, RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
@@ -168,7 +168,7 @@ def load_into(engine: Engine, folder: Path) -> None:
         engine.loss_scaler.load_state_dict(scaler)
 
 
-def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) -> dict[str, Any]:
+def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) -> dict[Identity, Any]:
     """What must be the same for a checkpoint to be continued."""
     return {
         "model.name": config.model.name,

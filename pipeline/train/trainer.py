@@ -42,6 +42,7 @@ from pipeline.train.writer import Writer
 
 Report = Callable[[dict[str, Any]], None]
 _LOSSES_KEPT = 50  # micro-batches, for the diagnosis of one whose loss is no number
+_LEAST_SCALE = 1.0  # a loss scale below it does not make gradients fit into fp16; DeepSpeed's own ends a run there
 
 
 class Trainer:
@@ -168,9 +169,12 @@ class Trainer:
                     self._losses.append(loss.detach())
                 if wrong := finite.ranks():
                     self._no_number(step, batch, rate, wrong)
+                    meter.left_out()
                 else:
-                    self.engine.step(measure=log_now)
-                self.engine.update_ema(step + 1)
+                    applied = self.engine.step(measure=log_now)
+                    meter.stepped(applied)
+                    if applied:
+                        self.engine.update_ema(step + 1)
                 self.state.samples_seen += batch_size
                 if profile is not None and profile.step(step + 1):
                     self.report({"kind": "profile", "file": str(profile.file)})
@@ -266,8 +270,15 @@ class Trainer:
         norm = self.engine.grad_norm
         if norm is not None:
             record["grad_norm"] = norm
+        all_skipped = record.pop("all_skipped")
         if self.engine.loss_scaler is not None:
-            record["loss_scale"] = self.engine.loss_scaler.get_scale()
+            record["loss_scale"] = scale = self.engine.loss_scaler.get_scale()
+            if all_skipped and scale < _LEAST_SCALE and record["loss"] is not None:
+                raise UserError(
+                    f"fp16 gradients overflowed in every step up to step {step}, although the loss scale has fallen to "
+                    f"{scale:g}: the gradients are not finite. Lower optim.lr (now {self.config.optim.lr:g}), or set "
+                    f"train.precision=bf16. The checkpoints are sound."
+                )
         if self.device.type == "cuda":
             record["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             peak = peak_flops(torch.cuda.get_device_name(self.device), self.derived.precision)
@@ -286,11 +297,14 @@ class Trainer:
         The clock goes on in any case: a step that is left out is left out for ever, and after a return to a checkpoint
         the pictures since then are not seen again, as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
         """
-        train, file = self.config.train, self._diagnosed(step, batch, rate, ranks)
+        train = self.config.train
+        file, spoiled = self._diagnosed(step, batch, rate, ranks)
         on = ", ".join(map(str, ranks))
         what = f"the training loss is no number at step {step + 1} (epoch {self._epoch:.2f}) on rank {on}"
         self.state.mended += 1
-        if train.on_nan != "stop" and self.state.mended <= train.nan_limit:
+        if train.on_nan == "skip" and spoiled:
+            what += f", and leaving out steps cannot help any more: {spoiled[0]} itself is not finite"
+        elif train.on_nan != "stop" and self.state.mended <= train.nan_limit:
             count = f"{self.state.mended} of at most {train.nan_limit}, see {file}"
             if train.on_nan == "skip":
                 self.engine.restore_statistics()
@@ -312,14 +326,15 @@ class Trainer:
             f"gave, and for which pictures, is in {file}."
         )
 
-    def _diagnosed(self, step: int, batch: Batch, rate: float, ranks: list[int]) -> Path:
-        """Writes what is known of such a step (a collective)."""
+    def _diagnosed(self, step: int, batch: Batch, rate: float, ranks: list[int]) -> tuple[Path, list[str]]:
+        """Writes what is known of such a step, and names the weights that are not finite (a collective)."""
         d, file = self.derived, self.run_dir / "diagnosis" / f"step-{step + 1:07d}.json"
         positions = [
             micro_batch(step, micro, self.rank, d.workers, d.device_batch_size, d.accumulation)
             for micro in range(d.accumulation)
         ]
         self._seed_dropout(step, d.accumulation - 1)
+        spoiled = self.engine.spoiled()
         diagnose(
             file,
             {
@@ -328,7 +343,7 @@ class Trainer:
                 "learning_rate": rate,
                 "precision": d.precision,
                 "on_ranks": ranks,
-                "weights_that_are_no_numbers": self.engine.spoiled(),
+                "weights_that_are_no_numbers": spoiled,
             },
             [self.train_index.describe(sample) for sample in self.plan.locate(np.concatenate(positions))[1]],
             list(self._losses),
@@ -336,7 +351,7 @@ class Trainer:
             lambda: self.engine.infer(self.engine.module, batch.images_NCHW),
         )
         self.report({"kind": "diagnosis", "file": str(file)})
-        return file
+        return file, spoiled
 
     def _new_engine(self, weights: Path | None, checkpoint: Path | None) -> Engine:
         """An engine with the weights and all else of a checkpoint, or with weights from elsewhere, or new ones."""

@@ -17,6 +17,15 @@ from pipeline.train import checkpoint
 from pipeline.train.storage import Storage, StorageError
 
 Keep = Callable[[list[Path]], list[Path]]  # of all checkpoints, oldest first
+_ROOM = "Make room or mend the folder, and start again."
+_DIVERGED = (
+    "The training has diverged, and nothing is registered: lower optim.lr, lengthen schedule.warmup_epochs or set "
+    "optim.clip_grad_norm. The checkpoints before it are sound; the same command goes on from the newest."
+)
+
+
+class _NonFinite(ValueError):
+    """A tensor holds NaN or infinities."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Writer:
     ) -> None:
         self._root, self._written, self._warn, self._storage = root, written, warn, storage
         self._keep: Keep = list
+        self._advice = ""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[str | None] | None = None
 
@@ -65,9 +75,9 @@ class Writer:
         fault = self.wait()
         self._thread.shutdown()
         if fault is None and kind is None:
-            fault = self._store()
+            fault, self._advice = self._store(), _ROOM
         if fault is not None and kind is None:
-            raise UserError(f"the run's last checkpoint {fault}. Make room or mend the folder, and start again.")
+            raise UserError(f"the run's last checkpoint {fault}. {self._advice}")
 
     def _write(self, folder: Path, contents: Contents, keep: Keep) -> str | None:
         started = time.perf_counter()
@@ -88,6 +98,7 @@ class Writer:
         except Exception as error:  # safetensors tells of a full disk by an error of its own
             shutil.rmtree(partial, ignore_errors=True)
             fault = f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
+            self._advice = _DIVERGED if isinstance(error, _NonFinite) else _ROOM
             self._warn(f"checkpoint {fault}; training goes on, and the checkpoints before it stay")
             return fault
         unstored = self._store()
@@ -116,8 +127,8 @@ class Writer:
 
 
 def _check_finite(file: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises `ValueError` where a value is no number: a gradient was none, and the next loss will be none."""
+    """Raises `_NonFinite` where a value is no number: a gradient was none, and the next loss will be none."""
     # Not by torch, whose threads in this one would compete with those that train.
     wrong = [name for name, value in tensors.items() if not np.isfinite(value.numpy()).all()]
     if wrong:
-        raise ValueError(f"{wrong[0]} in {file} holds values that are no numbers")
+        raise _NonFinite(f"{wrong[0]} in {file} holds values that are no numbers")

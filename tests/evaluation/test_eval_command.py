@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.data.dataset import open_split
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.model.weights import load_model
-from tests.models import TRANSFORM, write_model
+from tests.models import TRANSFORM, spoil, write_model
 
 
 @pytest.fixture
@@ -114,3 +114,23 @@ def test_what_is_no_model_is_named(densenet, model, data, tmp_path):
         code, printed = densenet("eval", place, "--data", data)
         assert code == 2, printed
         assert re.search(message, printed.replace("\n", " ")), printed
+
+
+def test_a_model_that_gives_nan_has_misses_and_no_class(densenet, model, data, tmp_path):
+    out = tmp_path / "out"
+    code, printed = densenet("eval", spoil(model), "--data", data, "--tta", "flip", "--out", out)
+    assert code == 0, printed
+    for name in ("plain", "flip"):
+        assert re.search(
+            rf"^{name} +top-1 0/9 = 0.00 %, top-3 0/9 = 0.00 %, NaN or infinities for 9 of 9, loss -, cal"
+            r"ibration error -$",
+            printed,
+            re.MULTILINE,
+        ), printed
+    assert "NaN" not in (out / "scores.json").read_text()
+    with (out / "predictions.csv").open() as stream:
+        assert {(row["predicted"], row["probability"], row["of_class"]) for row in csv.DictReader(stream)} == {
+            ("",) * 3
+        }
+    with (out / "per_class.csv").open() as stream:
+        assert [row["images"] for row in csv.DictReader(stream)] == ["0", "5", "4"]

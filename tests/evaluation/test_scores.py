@@ -1,5 +1,6 @@
 """Counts from probabilities, against scikit-learn and by hand; labels by name and from files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError
 from pipeline.evaluation.labels import labels_of, read_label_sets
-from pipeline.evaluation.scores import calibration_error, confusion, score, score_sets
+from pipeline.evaluation.scores import NO_CLASS, best_class, calibration_error, confusion, score, score_sets
 
 RNG = np.random.default_rng(0)
 LABELS_N = RNG.integers(0, 8, 200)
@@ -99,3 +100,17 @@ def test_label_files_that_do_not_fit_are_named(pictures, tmp_path, content, mess
     (tmp_path / "wrong.json").write_text(content)
     with pytest.raises(DataError, match=message):
         read_label_sets(tmp_path / "wrong.json", pictures, 3)
+
+
+def test_pictures_with_nan_are_misses_that_are_counted_and_of_no_class():
+    probabilities_NK, spoiled = PROBABILITIES_NK.copy(), np.arange(0, 200, 4)
+    probabilities_NK[spoiled] = np.nan
+    rest = np.setdiff1d(np.arange(200), spoiled)
+    scores, of_rest = score(probabilities_NK, LABELS_N), score(PROBABILITIES_NK[rest], LABELS_N[rest])
+    assert scores == dataclasses.replace(of_rest, total=200, non_finite=50)
+    best_N = best_class(probabilities_NK)
+    assert (best_N[spoiled] == NO_CLASS).all()
+    assert np.array_equal(confusion(best_N, LABELS_N, 8), confusion(best_N[rest], LABELS_N[rest], 8))
+    assert score_sets(probabilities_NK, [set(range(8))] * 200) == (150, 200)
+    none = score(probabilities_NK[spoiled], LABELS_N[spoiled])
+    assert (none.top1_correct, none.top5_correct, none.loss, none.calibration_error) == (0, 0, None, None)

@@ -1,17 +1,23 @@
 """`densenet predict` over a folder: the probabilities of `eval`, in a table, and damaged files told by name."""
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipeline.data.dataset import open_split
 from pipeline.errors import DataError
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.predict import predict_files
-from tests.models import CLASSES, write_model
+from tests.models import CLASSES, spoil, write_model
 
 
 @pytest.fixture
@@ -91,3 +97,36 @@ def test_what_was_begun_is_not_left_behind(densenet, pictures, tmp_path, monkeyp
     )
     assert (code, printed) == (2, "error: the folder has gone\n")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_model_gives_nan_for_has_no_class(densenet, pictures, tmp_path):
+    model, out = spoil(write_model(tmp_path / "model")), tmp_path / "answers.parquet"
+    code, printed = densenet("predict", model, "--batch", pictures, "--out", out)
+    assert code == 0, printed
+    assert "0 pictures in" in printed
+    assert "for 10 the model gives NaN or infinities (column `error`)" in printed
+    rows = pq.read_table(out).to_pylist()
+    assert len(rows) == 10
+    for row in rows:
+        assert row["error"] == "the model gives NaN or infinities"
+        assert {row[name] for name in row if name not in ("image", "error")} == {None}
+    file = pictures / "cat" / "0.jpg"
+    code, printed = densenet("predict", model, file)
+    assert code == 2, printed
+    assert f"{file}: the model in {model} gives NaN or infinities: it cannot be used." in " ".join(printed.split())
+    with pytest.raises(MlflowException, match="NaN or infinities for row 1 of `image`"):
+        answers_but_once(write_model(tmp_path / "sound")).predict(None, pd.DataFrame({"image": [file, file]}))
+
+
+def answers_but_once(folder: Path) -> Any:
+    """The packaged model, which gives an infinity for the second of two pictures."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's advice on type hints
+        from pipeline.export.pyfunc_model import Classifier
+
+    model = Classifier()
+    artifacts = {"card": str(folder / "model.json"), "weights": str(folder / "model.safetensors")}
+    model.load_context(SimpleNamespace(artifacts=artifacts))
+    sound = model.model
+    model.model = lambda images_NCHW: sound(images_NCHW) * torch.tensor([[1.0], [float("inf")]])
+    return model

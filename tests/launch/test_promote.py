@@ -13,7 +13,7 @@ from pipeline.data.dataset import open_split
 from pipeline.evaluation.paired import compare
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.package import register
-from tests.models import CLASSES, start_run, write_model
+from tests.models import CLASSES, spoil, start_run, write_model
 
 PICTURES = 24
 
@@ -129,3 +129,14 @@ def test_what_there_is_not_is_told(models, registry):
         code, printed = models(*arguments)
         assert code == 2
         assert message in printed, printed
+
+
+def test_a_model_that_gives_nan_is_not_promoted(registry, densenet, tmp_path):
+    _, data = registry
+    with start_run(tmp_path) as tracker:
+        names = {"run_id": tracker.run_id, "name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
+        register(spoil(write_model(tmp_path / "checkpoint", metrics=None)), uri=tracker.uri, **names)
+    code, printed = densenet("models", "promote", "tiny@candidate", "--data", data, "--uri", tracker.uri)
+    assert code == 2
+    assert f"tiny version 1 gives NaN or infinities for {PICTURES} of {PICTURES} pictures" in " ".join(printed.split())
+    assert MlflowClient(tracker.uri, tracker.uri).get_registered_model("tiny").aliases.keys() == {"candidate"}

@@ -49,3 +49,14 @@ def test_the_first_start_is_no_restart(tmp_path):
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
     assert not [key for key in run.data.tags if key.startswith("restart.")]
     assert "restarts" not in run.data.metrics
+
+
+def test_what_is_no_number_is_no_metric(tmp_path):
+    config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
+    skipped = step(8) | {"loss": None, "skipped_steps": 2, "grad_norm": float("inf")}
+    counts = {"total": 4, "top1_correct": 0, "top5_correct": 0, "loss": None, "non_finite": 4, "img_per_s": 9.0}
+    tracker = drive(config, tmp_path / "one", [skipped, {"kind": "eval", "weights": "raw", "samples_seen": 8} | counts])
+    metrics = MlflowClient(tracker.uri).get_run(tracker.run_id).data.metrics
+    assert (metrics["train/skipped_steps"], metrics["val/non_finite"], metrics["val/top1"]) == (2, 4, 0)
+    assert not {"train/loss", "train/grad_norm", "val/loss"} & metrics.keys()
+    assert "NaN" not in tracker.journal.file.read_text()

@@ -143,8 +143,9 @@ def test_fp16_skips_steps_that_overflow_and_goes_on(one_rank):
     for _ in range(12):
         before = engine.full_state()["classifier.weight"]
         engine.backward(1000 * F.cross_entropy(engine.forward(images_NCHW), labels_N))
-        engine.step()
+        applied = engine.step()
         moved.append(not torch.equal(before, engine.full_state()["classifier.weight"]))
+        assert applied == moved[-1]
         scales.append(engine.loss_scaler.get_scale())
     assert not moved[0]
     assert scales[0] == 2**15

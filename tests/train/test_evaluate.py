@@ -101,3 +101,29 @@ def test_top5_with_fewer_than_five_classes_counts_all(one_rank):
     result, matrix_KK = counter.result()
     assert (result.total, result.top1_correct, result.top5_correct, result.top5_k) == (2, 1, 2, 3)
     assert matrix_KK.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_images_with_non_finite_logits_are_misses_and_counted(one_rank):
+    """NaN counts as the largest for `topk`, and class 0 comes first: it would be a hit."""
+    counter = Counter(3, torch.device("cpu"))
+    logits_NK = torch.tensor([[NAN, NAN, NAN], [INF, 0.0, 0.0], [0.0, -INF, 0.0], [3.0, 2.0, 1.0]])
+    counter.add(logits_NK, torch.tensor([0, 0, 0, 0]))
+    result, matrix_KK = counter.result()
+    assert (result.total, result.top1_correct, result.top5_correct, result.non_finite) == (4, 1, 1, 3)
+    assert result.loss == pytest.approx(F.cross_entropy(logits_NK[3:], torch.tensor([0])).item())
+    assert matrix_KK.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    counter = Counter(3, torch.device("cpu"))
+    counter.add(logits_NK[:2], torch.tensor([0, 0]))
+    assert counter.result()[0] == EvalResult(2, 0, 0, 3, None, 2)
+
+
+def test_a_result_with_non_finite_outputs_is_never_the_better_one():
+    good, worse = EvalResult(10, 5, 9, 5, 1.0), EvalResult(10, 5, 9, 5, 2.0)
+    partly, none = EvalResult(10, 9, 9, 5, 0.1, 1), EvalResult(10, 0, 0, 5, None, 10)
+    order = [good, worse, partly, none]
+    for place, result in enumerate(order):
+        assert not result.better_than(result)
+        assert all(result.better_than(other) and not other.better_than(result) for other in order[place + 1 :])

@@ -9,14 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
+from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
+from pipeline.train.meter import Meter
 from pipeline.train.trainer import Trainer
 from tests.train.settings import settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
+FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
 OFTEN = {"log_every_steps": 1, "max_device_batch_size": 4, "epochs": 1}  # two micro-batches in a step, five steps
 
 
@@ -91,8 +95,13 @@ def test_a_step_can_be_left_out_and_changes_nothing(one_rank, indexes, tmp_path)
         "the training loss is no number at step 2 (epoch 0.20) on rank 0: the step is left out (1 of at most 2",
         "the training loss is no number at step 4 (epoch 0.60) on rank 0: the step is left out (2 of at most 2",
     ]
-    for file in ("model.safetensors", "optimizer.safetensors"):
+    windows = [(e["skipped_steps"], e["loss"] is None) for e in events if e["kind"] == "step"]
+    assert windows == [(0, False), (1, True), (0, False), (1, True), (0, False)]
+    for file in FILES:
         assert equal(weights(tmp_path, 16, file), weights(tmp_path, 8, file))
+        assert equal(
+            weights(tmp_path, 32, file), weights(tmp_path, 24, file)
+        )  # the average lags behind the weights now
         assert not equal(weights(tmp_path, 24, file), weights(tmp_path, 16, file))
     assert read_state(checkpoint_root(tmp_path) / checkpoint.folder_name(24))["mended"] == 1
     rest = tmp_path / "rest"
@@ -109,17 +118,11 @@ def every_stage(indexes: Indexes, folder: Path) -> list[bool]:
     for stage in range(4):
         run_dir, sections = folder / f"skip{stage}", {"engine": {"zero_stage": stage}, "optim": {"name": "adamw"}}
         run(indexes, run_dir, (3,), 1, train=OFTEN | {"on_nan": "skip"}, **sections)
-        held += [
-            equal(weights(run_dir, 24, f), weights(run_dir, 16, f))
-            for f in ("model.safetensors", "optimizer.safetensors")
-        ]
+        held += [equal(weights(run_dir, 24, f), weights(run_dir, 16, f)) for f in FILES]
         run_dir = folder / f"rewind{stage}"
         rare = {"every_samples": 16, "keep_last": 99}
         run(indexes, run_dir, (4,), 1, train=OFTEN | {"on_nan": "rewind"}, checkpoint=rare, **sections)
-        held += [
-            equal(weights(run_dir, 32, f), weights(run_dir, 16, f))
-            for f in ("model.safetensors", "optimizer.safetensors")
-        ]
+        held += [equal(weights(run_dir, 32, f), weights(run_dir, 16, f)) for f in FILES]
         held.append(not equal(weights(run_dir, 40), weights(run_dir, 32)))
     return held
 
@@ -128,7 +131,7 @@ def every_stage(indexes: Indexes, folder: Path) -> list[bool]:
 def test_all_ranks_agree_at_every_stage(run_ranks, indexes, tmp_path):
     data = indexes()
     for held in run_ranks(2, every_stage, data, tmp_path):
-        assert held == [True] * 20
+        assert held == [True] * 28
 
 
 def test_a_return_needs_a_checkpoint(one_rank, indexes, tmp_path):
@@ -136,22 +139,99 @@ def test_a_return_needs_a_checkpoint(one_rank, indexes, tmp_path):
         run(indexes(), tmp_path, (1,), train=OFTEN | {"on_nan": "rewind"})
 
 
-def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(one_rank, indexes, tmp_path):
-    events: list[dict[str, Any]] = []
-    config, derived = settings(*indexes(), train=OFTEN, checkpoint={"every_samples": 8, "keep_last": 99})
-    trainer = Trainer(config, derived, *indexes(), tmp_path, torch.device("cpu"), events.append)
+def spoiling_trainer(
+    indexes: Indexes, run_dir: Path, events: list[dict[str, Any]], after: int, on_nan: str = "stop"
+) -> Trainer:
+    """A trainer one of whose weights is NaN from the step after so many samples on."""
+    train = OFTEN | {"on_nan": on_nan}
+    config, derived = settings(*indexes, train=train, checkpoint={"every_samples": 8, "keep_last": 99})
+    trainer = Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append)
     step = trainer.engine.step
 
-    def spoiling(**options: bool) -> None:
-        step(**options)
-        if trainer.state.samples_seen == 8:
+    def spoiling(**options: bool) -> bool:
+        applied = step(**options)
+        if trainer.state.samples_seen == after:
             trainer.engine.module.classifier.weight.data[0, 0] = float("nan")
+        return applied
 
     trainer.engine.step = spoiling  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="the training loss is no number at step 3"):
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("on_nan", "reason"),
+    [("stop", ""), ("skip", ", and leaving out steps cannot help any more: classifier.weight itself is not finite")],
+)
+def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(one_rank, indexes, tmp_path, on_nan, reason):
+    events: list[dict[str, Any]] = []
+    trainer = spoiling_trainer(indexes(), tmp_path, events, after=8, on_nan=on_nan)
+    with pytest.raises(UserError, match=f"the training loss is no number at step 3 .* on rank 0{reason}: lower"):
         trainer.fit()
     (text,) = warnings(events)
     assert "classifier.weight in model.safetensors holds values that are no numbers" in text
     assert [checkpoint.samples_of(f) for f in checkpoint.checkpoints(checkpoint_root(tmp_path))] == [8]
     told = json.loads((tmp_path / "diagnosis" / "step-0000003.json").read_text())
     assert told["weights_that_are_no_numbers"] == ["classifier.weight"]
+
+
+def test_a_run_whose_last_weights_are_not_finite_has_no_result(one_rank, indexes, tmp_path):
+    events: list[dict[str, Any]] = []
+    trainer = spoiling_trainer(indexes(), tmp_path, events, after=32)
+    with pytest.raises(
+        UserError,
+        match=r"the run's last checkpoint .* could not be written: classifier.weight in model"
+        r".safetensors holds values that are no numbers. The training has diverged, and nothing is reg",
+    ):
+        trainer.fit()
+    (evaluation,) = [event for event in events if event["kind"] == "eval"]
+    assert (evaluation["non_finite"], evaluation["top1_correct"], evaluation["loss"]) == (13, 0, None)
+    assert [checkpoint.samples_of(f) for f in checkpoint.checkpoints(checkpoint_root(tmp_path))] == [8, 16, 24, 32]
+
+
+def test_losses_of_a_step_that_is_left_out_have_no_part_in_the_mean(one_rank):
+    meter = Meter(two_micro_batches(), torch.device("cpu"))
+    for losses, end in (((1.0, 3.0), "stepped"), ((100.0, float("nan")), "left_out"), ((5.0, 7.0), "overflowed")):
+        meter.begin()
+        for loss in losses:
+            meter.add(torch.tensor(loss))
+        meter.forwarded()
+        if end == "left_out":
+            meter.left_out()
+            meter.restart()  # an evaluation: the steps before it are not forgotten
+        else:
+            meter.stepped(applied=end == "stepped")
+    record, _ = meter.read(3)
+    assert (record["loss"], record["skipped_steps"]) == (6.0, 2)
+    meter.begin()
+    meter.add(torch.tensor(1.0))
+    meter.add(torch.tensor(1.0))
+    meter.forwarded()
+    meter.stepped(applied=True)
+    assert meter.read(4)[0]["skipped_steps"] == 0
+
+
+def two_micro_batches() -> Derived:
+    config = RunConfig.model_validate({"train": {"global_batch_size": 8, "max_device_batch_size": 4}})
+    return derive(config, workers=1, cpus_per_worker=1, device="cpu", train_samples=40, val_samples=8, num_classes=3)
+
+
+def test_fp16_that_overflows_in_every_step_ends_the_run_and_moves_nothing(one_rank, indexes, tmp_path):
+    """The losses are finite, the gradients never are: no smaller loss scale helps."""
+    data, events = indexes(), []
+    config, derived = settings(*data, train=OFTEN | {"epochs": 2}, ema={"decay": 0.5})
+    half = derived.model_copy(update={"precision": "fp16"})
+    trainer = Trainer(config, half, *data, tmp_path, torch.device("cpu"), events.append)
+    scaler = trainer.engine.loss_scaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 4.0})
+    trainer.engine.module.classifier.weight.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.engine.ema.module.classifier.weight.data += 1  # so that a move of the average is seen
+    before = [trainer.engine.full_state(), trainer.engine.ema_state()]
+    with pytest.raises(
+        UserError, match="fp16 gradients overflowed in every step up to step 3, although .* fallen to 0.5"
+    ):
+        trainer.fit()
+    steps = [event for event in events if event["kind"] == "step"]
+    assert [event["skipped_steps"] for event in steps] == [1, 1]
+    assert all(event["loss"] is not None for event in steps)
+    for then, now in zip(before, (trainer.engine.full_state(), trainer.engine.ema_state()), strict=True):
+        assert all(torch.equal(then[name], now[name]) for name in then if "running" not in name and "num_" not in name)
