@@ -55,7 +55,7 @@ gpu: $(READY)  ## on a machine with CUDA: the tests and benchmarks that need it
 	$(BIN)/python -m benchmarks.gpu
 
 lock: $(READY)  ## write the lock files anew from pyproject.toml
-	$(LOCK) --upgrade pyproject.toml --output-file requirements.lock
+	$(LOCK) --upgrade --all-extras pyproject.toml --output-file requirements.lock
 	$(LOCK) --upgrade --group dev --constraint requirements.lock --output-file requirements-dev.lock
 	$(LOCK) --upgrade --group policy --output-file requirements-policy.lock
 

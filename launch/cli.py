@@ -9,14 +9,15 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from launch import data_cli, jobs_cli, k8s_cli, models_cli, runs_cli
+from launch import configs_cli, data_cli, jobs_cli, k8s_cli, models_cli, runs_cli
 from launch.output import write_any_text
 from launch.runs_cli import AsJson, Uri
 from launch.tmpdir import short_tmpdir
 from pipeline.errors import TrainingError, UserError
+from pipeline.extras import extra
 
 GROUPS = {
-    "Data and plan": ("data", "plan"),
+    "Data and plan": ("data", "configs", "plan"),
     "Train": ("train", "submit", "jobs", "sweep"),
     "Runs and models": ("runs", "report", "ui", "models", "eval", "predict", "export"),
     "Installation": ("doctor", "k8s"),
@@ -44,6 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_cli.app, name="data")
+app.add_typer(configs_cli.app, name="configs")
 app.add_typer(models_cli.app, name="models")
 app.add_typer(jobs_cli.app, name="jobs")
 app.add_typer(runs_cli.app, name="runs")
@@ -52,7 +54,9 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 log = logging.getLogger(__name__)
 
-Config = Annotated[Path, typer.Argument(help="YAML config, for example configs/demo.yaml", show_default=False)]
+Config = Annotated[
+    Path, typer.Argument(help="YAML file, or a built-in config's name, for example demo", show_default=False)
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.epochs=2")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else a Ray of its own")]
 Resume = Annotated[str, typer.Option(help="auto: the run's own newest checkpoint; or a folder, or an MLflow run id")]
@@ -83,7 +87,7 @@ def train(
 ) -> None:
     """Train, evaluate, and register the model.
 
-    Example: densenet train configs/densenet121.yaml data.root=/data/imagenet
+    Example: densenet train densenet121 data.root=/data/imagenet
     """
     from launch.train import train_command
 
@@ -105,7 +109,7 @@ def submit(
 
     Sends the code and the config, follows the output, exits as the job does.
 
-    Example: densenet submit configs/densenet121.yaml data.root=/data/imagenet --address http://head:8265
+    Example: densenet submit densenet121 data.root=/data/imagenet --address http://head:8265
     """
     where = jobs_cli.dashboard(address)
     from launch.submit import Options, submit_command
@@ -124,7 +128,7 @@ def sweep(
 ) -> None:
     """Train with several values, and report the best.
 
-    Example: densenet sweep configs/demo.yaml --space 'optim.lr=log(0.01,1)' --trials 8
+    Example: densenet sweep demo --space 'optim.lr=log(0.01,1)' --trials 8
     """
     from launch.sweep import sweep_command
 
@@ -141,7 +145,7 @@ def plan(
 ) -> None:
     """Show the config and all that follows from it.
 
-    Example: densenet plan configs/densenet121.yaml data.root=/data/imagenet
+    Example: densenet plan densenet121 data.root=/data/imagenet
     """
     from launch.plan import plan_command
 
@@ -186,7 +190,8 @@ def export(
 
     Example: densenet export models:/densenet121@champion --to onnx --out exported
     """
-    from launch.export import export_command
+    with extra("export"):
+        from launch.export import export_command
 
     export_command(console, model, to, out, data, split, calibrate, images, attach, uri)
 

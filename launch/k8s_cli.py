@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import UserError
+from pipeline.extras import extra
 
 app = typer.Typer(help="Render, check and compare Kubernetes manifests.", no_args_is_help=True, rich_markup_mode=None)
 
-Config = Annotated[Path, typer.Argument(help="YAML config", show_default=False)]
+Config = Annotated[Path, typer.Argument(help="YAML file, or a built-in config's name", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example cluster.workers=32")]
 Overlay = Annotated[str, typer.Option(help="a folder of k8s/overlays, as multi-node")]
 Image = Annotated[str, typer.Option(help="REPOSITORY:TAG or a digest")]
@@ -29,7 +30,7 @@ Set = Annotated[
 def render(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
     """Print the manifests of a training.
 
-    Example: densenet k8s render configs/densenet121.yaml --overlay local-cpu --image REGISTRY/densenet:0.1.0
+    Example: densenet k8s render densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
     """
     sys.stdout.write(_rendered(config, overlay, image, overrides, settings))
 
@@ -40,7 +41,7 @@ def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = 
 
     The cluster is that of kubectl's context. Exit code 1 where something would change, 2 where it cannot be asked.
 
-    Example: densenet k8s diff configs/densenet121.yaml --overlay local-cpu --image REGISTRY/densenet:0.1.0
+    Example: densenet k8s diff densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
     """
     from launch.manifests import kubectl
 
@@ -64,7 +65,8 @@ def validate(
 
     Example: densenet k8s validate first.yaml --crds CRDS
     """
-    from launch.schemas import faults_of, read_documents
+    with extra("kubernetes"):
+        from launch.schemas import faults_of, read_documents
 
     documents = read_documents(files)
     faults = faults_of(documents, crds)

@@ -19,9 +19,10 @@ from pipeline.config_file import load_config
 from pipeline.data.staging import is_remote
 from pipeline.derived import split_batch
 from pipeline.errors import UserError
+from pipeline.extras import advice
 from pipeline.model.architectures import check_name
 
-K8S = Path(__file__).parents[1] / "k8s"
+K8S = (Path(__file__).parent / "k8s").resolve()
 _GROUP = "/spec/rayClusterSpec/workerGroupSpecs/0"
 _GPU = "nvidia.com/gpu"
 _PRIVATE = ("/tmp", "/dev/shm", "/etc/densenet")  # mounts that pods do not share
@@ -52,15 +53,7 @@ class Settings:
 
 
 def overlays() -> list[str]:
-    """The names of the overlays that there are.
-
-    Raises:
-        UserError: this installation has no manifests.
-    """
-    if not K8S.is_dir():
-        raise UserError(
-            f"the manifests are not installed with the package: run this in a checkout, where {K8S.name}/ is."
-        )
+    """The names of the overlays that there are."""
     return sorted(folder.name for folder in (K8S / "overlays").iterdir() if (folder / "kustomization.yaml").is_file())
 
 
@@ -138,7 +131,7 @@ def kubectl() -> str:
     """
     found = shutil.which("kubectl") or shutil.which("kubectl", path=str(Path(sys.executable).parent))
     if found is None:
-        raise UserError("there is no kubectl on this machine: install it, or this project's lock file.")
+        raise UserError(f"there is no kubectl on this machine: install it, or {advice('kubernetes')}")
     return found
 
 

@@ -102,7 +102,7 @@ def package(folder: Path, config: RunConfig) -> None:
 
 def locked() -> list[str]:
     """The lock file's packages with their versions."""
-    text = (PROJECT / "requirements.lock").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("requirements.lock").read_text(encoding="utf-8")
     return [match.strip() for match in re.findall(r"^[A-Za-z0-9][^\\\n]*", text, re.MULTILINE)]
 
 

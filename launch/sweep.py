@@ -20,6 +20,7 @@ from launch.output import outlive_readers
 from launch.prepare import check_writable, prepare, read_config
 from launch.record import Recorder
 from launch.resources import Resources, this_machine
+from pipeline.config_file import find_config
 from pipeline.errors import TrainingError, UserError
 from pipeline.tracking.look import end_children
 from pipeline.tracking.run import Tracker
@@ -69,7 +70,7 @@ def sweep_command(
                 soft_wrap=True,
             )
             task = {
-                "path": str(path.absolute()),
+                "path": str(find_config(path).absolute()),
                 "overrides": [*overrides, f"run.output={folder}", f"tracking.uri={parent.uri}"],
                 "offered": offered,
                 "parent": parent.run_id,

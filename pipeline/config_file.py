@@ -18,15 +18,53 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import RunConfig, Section
 from pipeline.errors import ConfigError
 
+BUILT_IN = Path(__file__).parent / "configs"
+
+
+def built_in() -> dict[str, Path]:
+    """The configs that come with the package, by name: the experiments, then the recipes that they include."""
+    files = [*sorted(BUILT_IN.glob("*.yaml")), *sorted(BUILT_IN.glob("recipes/*.yaml"))]
+    return {file.relative_to(BUILT_IN).with_suffix("").as_posix(): file for file in files}
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that a user means: a path, or the name of a built-in config such as `densenet121`.
+
+    Raises:
+        ConfigError: it is no file, and there is no built-in config of that name.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    known = built_in()
+    if path.as_posix() not in known:
+        near = difflib.get_close_matches(path.as_posix(), known, n=1, cutoff=0.5)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"config '{name}' is neither a file nor built in.{hint} Built in: {', '.join(known)}.")
+    return known[path.as_posix()]
+
+
+def included(path: Path) -> list[Path]:
+    """A config file and all that it includes, each once, resolved.
+
+    Raises:
+        ConfigError: one of them is missing or is not YAML.
+    """
+    files: list[Path] = []
+    _read(path, seen=(), files=files)
+    return list(dict.fromkeys(files))
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file with its includes, applies `key=value` overrides and validates the result.
+
+    `path` may be the name of a built-in config, see `find_config`.
 
     Raises:
         ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of range or left to the
             user (`???`); all the faults found are in the message.
     """
-    merged = _read(Path(path), seen=())
+    merged = _read(find_config(path), seen=(), files=[])
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
@@ -46,7 +84,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_faults(error))) from error
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+def _read(path: Path, seen: tuple[Path, ...], files: list[Path]) -> DictConfig:
+    """A file's content over that of its includes; the files are added to `files`."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"config files include each other: {' -> '.join(p.name for p in (*seen, path))}.")
@@ -60,10 +99,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path} must hold `key: value` lines at its top level.")
+    files.append(path)
     includes = content.pop("include", [])
     if isinstance(includes, str):
         includes = [includes]
-    parts = [_read(path.parent / include, (*seen, path)) for include in includes]
+    parts = [_read(path.parent / include, (*seen, path), files) for include in includes]
     return cast(DictConfig, OmegaConf.merge(*parts, content))
 
 

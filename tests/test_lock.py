@@ -17,10 +17,17 @@ def versions(lock: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", lock, re.MULTILINE))
 
 
+def extras(project: dict) -> list[str]:
+    """What the extras bring, of which `all` names the others."""
+    found = project["project"]["optional-dependencies"]
+    assert found.pop("all") == [f"densenet-pipeline[{','.join(sorted(found))}]"]
+    return [requirement for wanted in found.values() for requirement in wanted]
+
+
 @pytest.mark.parametrize(("lock", "group"), [(LOCK, "runtime"), (DEV_LOCK, "dev")])
 def test_every_requirement_is_locked_and_installed_at_a_version_that_it_allows(lock, group):
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-    wanted = project["project"]["dependencies"] if group == "runtime" else project["dependency-groups"][group]
+    wanted = project["dependency-groups"].get(group) or project["project"]["dependencies"] + extras(project)
     locked = versions(lock)
     for requirement in map(Requirement, wanted):
         name = requirement.name.lower().replace("_", "-")

@@ -14,6 +14,7 @@ from pipeline.data.dataset import MANIFEST, open_index, parse_manifest
 from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
+from pipeline.extras import advice
 
 _COPIES = 8  # shards at once: object stores give a single stream only a part of what they can
 _BLOCK = 8 << 20
@@ -102,7 +103,7 @@ def _told(address: str) -> Iterator[None]:
     except DataError:
         raise
     except ImportError as error:
-        raise DataError(f"{address} needs a package that is not installed: {error}.") from error
+        raise DataError(f"{address} needs a package that is not installed ({error}); for S3: {advice('s3')}") from error
     except FileNotFoundError as error:
         raise DataError(f"{address}: {error} is not there. Give a data set made by `densenet data prepare`.") from error
     except Exception as error:  # each kind of storage raises errors of its own

@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
+from pipeline.extras import advice
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import MANIFEST
 
@@ -86,6 +87,11 @@ class Storage:
             yield
         except StorageError:
             raise
+        except ImportError as error:
+            raise StorageError(
+                f"checkpoint.storage={self._address} needs a package that is not installed ({error}); for S3: "
+                f"{advice('s3')}"
+            ) from error
         except Exception as error:  # each kind of storage raises errors of its own
             reason = (str(error).splitlines() or [""])[0]
             raise StorageError(f"checkpoint.storage={self._address}: {type(error).__name__}: {reason}") from error
