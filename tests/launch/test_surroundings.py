@@ -55,7 +55,7 @@ def test_a_short_tmpdir_is_left_alone(monkeypatch):
 
 def test_where_no_short_name_can_be_made_the_variable_is_named(monkeypatch, long_folder):
     monkeypatch.setenv("RAY_TMPDIR", str(long_folder))
-    monkeypatch.setattr("launch.tmpdir._SHORT", ("/nowhere",))
+    monkeypatch.setattr("launch.tmpdir._SHORT", (str(long_folder / "missing"),))
     with (
         pytest.raises(UserError, match=rf"^RAY_TMPDIR={long_folder} has \d+ bytes, .* shorter path\.$"),
         short_tmpdir(),
