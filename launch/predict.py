@@ -55,3 +55,5 @@ def predict_command(
         )
     damaged = f", {done.damaged} files are no sound pictures (column `error`)" if done.damaged else ""
     console.print(f"{done.classified:,} pictures in {out}, {speed(done.img_per_s)}{damaged}", soft_wrap=True)
+    for line in done.left_out:
+        console.print(f"left out: {line}", markup=False, soft_wrap=True)

@@ -47,11 +47,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Batch:
-    """What came of a folder: pictures classified, files that are no sound pictures, images per second in all."""
+    """What came of a folder: pictures classified, files that are no sound pictures, images per second in all, and lines
+    on the hidden files that are left out."""
 
     classified: int
     damaged: int
     img_per_s: float
+    left_out: list[str]
 
 
 def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Prediction]:
@@ -100,7 +102,7 @@ def predict_folder(
         UserError: there are no files, or `out` cannot be written.
     """
     card = read_card(folder)
-    index, faults = scan_pictures(pictures)
+    index, faults, left_out = scan_pictures(pictures)
     if not len(index) and not faults:
         raise DataError(f"{pictures} holds no files: give a folder with pictures.")
     started, classified, total = time.perf_counter(), 0, len(index)
@@ -128,7 +130,7 @@ def predict_folder(
     finally:
         with suppress(OSError):  # it is not there where all went well
             temporary.unlink()
-    return Batch(classified, len(faults), classified / (time.perf_counter() - started))
+    return Batch(classified, len(faults), classified / (time.perf_counter() - started), left_out.lines())
 
 
 def _progress_from(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
