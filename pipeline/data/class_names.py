@@ -71,7 +71,7 @@ def doubts(classes: Sequence[str]) -> list[str]:
     if all(name.isdecimal() for name in classes):
         moved = [f"{name!r} has label {label}" for label, name in enumerate(classes) if int(name) != label]
         if moved:
-            found.append(f"class names are numbers, and labels are their places in the order of text: {listed(moved)}")
+            found.append(f"class names are numbers, and labels are their places in the list: {listed(moved)}")
     return found
 
 

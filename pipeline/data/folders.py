@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,11 +12,12 @@ import pyarrow as pa
 from pipeline.data.class_names import folders_by_class, refuse_one_class, unknown_classes
 from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, header, quiet
 from pipeline.data.index import DatasetIndex, load_table, table_of
+from pipeline.data.label_lists import list_files_of, names_images_and_labels
 from pipeline.data.left_out import LeftOut
 from pipeline.data.listing import SYSTEM, entries, printable, tree
+from pipeline.data.names import SPLIT_WORDS, is_list, is_packed, words_of
 from pipeline.errors import DataError, listed
 
-SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation", "dev"}}
 _TOGETHER = 256  # files that a thread looks at in one go: a task for each of a million files would cost gigabytes
 
 
@@ -168,6 +168,9 @@ def scan_splits(
             _refuse(train_folder, faults, count)
         val_index, faults = _index(folder, val, classes, val_listing, cache)
         _refuse(val_folder, faults, len(val_listing.images) + len(val_listing.faults))
+        for file in list_files_of([train_folder.parent, train_folder, val_folder]):
+            if names_images_and_labels(file):
+                warn(f"{file} is not read, labels are the class folders' names: `densenet data prepare` reads it")
         if train != val and train_folder.samefile(val_folder):
             warn(f"{train_folder} and {val_folder} are the same folder: the training images are evaluated")
     except OSError as error:
@@ -220,21 +223,6 @@ def scan_pictures(folder: Path) -> tuple[DatasetIndex, dict[str, str], LeftOut]:
     sound = [(f, (h.width, h.height)) for f, h in zip(files, headers, strict=True) if isinstance(h, Header)]
     faults = {file.path: reason for file, reason in zip(files, headers, strict=True) if isinstance(reason, str)}
     return DatasetIndex(folder, ("",), _table(sound)), found.faults | faults, found.left_out
-
-
-def is_list(name: str) -> bool:
-    """Whether a file may be a list of labels, by its name."""
-    return name.lower().endswith((".csv", ".tsv"))
-
-
-def words_of(name: str) -> set[str]:
-    """The words in a file's or folder's name, in lower case."""
-    return set(re.split(r"[^a-z]+", name.lower())) - {""}
-
-
-def is_packed(name: str) -> bool:
-    """Whether a name is that of a compressed archive, which cannot be read where it lies."""
-    return name.lower().endswith((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 
 
 def _holds_folders(folder: Path) -> bool:

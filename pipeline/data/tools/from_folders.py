@@ -6,20 +6,18 @@ import pyarrow as pa
 
 from pipeline.data.dataset import MANIFEST, open_index, read_manifest
 from pipeline.data.folders import (
-    SPLIT_WORDS,
     ImageFile,
     Listing,
-    find_splits,
     list_classes,
     list_files,
     list_images,
 )
 from pipeline.data.index import SCHEMA
+from pipeline.data.label_lists import Row, list_files_of, names_images_and_labels, read_list
 from pipeline.data.left_out import LeftOut
-from pipeline.data.listing import entries
 from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.scan import Found, Scan, beside, by_file_name, labelled
+from pipeline.data.tools.scan import Found, Scan, beside, by_file_name, is_flat, labelled, split_folders
 from pipeline.errors import DataError, listed
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
@@ -35,7 +33,8 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
     for split in manifest.splits:
         table = open_index(root, manifest, split).table
         if manifest.layout == "folders":
-            names = [path.partition("/")[2] for path in table["path"].to_pylist()]
+            rows = zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True)
+            names = [f"{manifest.classes[label]}/{path.rpartition('/')[2]}" for path, label in rows]
             table = table.set_column(SCHEMA.get_field_index("name"), "name", pa.array(names, pa.string()))
         tables[split] = table
     return Scan("prepared", root, manifest.classes, tables)
@@ -43,7 +42,10 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
 
 def scan_folders(root: Path, work: Path | None, pool: Pool) -> Scan:
     """`train/CLASS/*`, and `val/CLASS/*` or flat `val/*` beside a list of what its pictures are."""
-    train, val = find_splits(str(root), "train", val_name(root))
+    train, val = split_folders(root)
+    if train is None or val is None:
+        lacking = "train" if train is None else "val"
+        raise DataError(f"{root} has no folder {lacking}: it must hold train/CLASS/* and val/CLASS/*.")
     left_out = LeftOut()
     beside(root, {train.name, val.name, *_LABEL_FILES}, left_out)
     folders = list_classes(train, left_out)
@@ -111,32 +113,27 @@ def _found(image: ImageFile, below: Path) -> Found:
     return Found(image.path, str(below / image.path), 0, image.length)
 
 
-def val_name(root: Path) -> str:
-    """The validation split's folder: val, or the one that is called valid, validation or dev.
-
-    Raises:
-        DataError: there are several of these.
-    """
-    if (root / "val").is_dir():
-        return "val"
-    found = sorted(name for name in SPLIT_WORDS["val"] if (root / name).is_dir())
-    if len(found) > 1:
-        raise DataError(f"{root} has several validation splits, {listed(found)}: rename the one that is meant to val.")
-    return found[0] if found else "val"
-
-
-def is_flat(folder: Path) -> bool:
-    """Whether a split's folder holds files and no folders."""
-    kinds = {entry.is_folder for entry in entries(folder, "", LeftOut()) if not isinstance(entry, tuple)}
-    return kinds == {False}
-
-
 def _val_labels(root: Path, val: str) -> dict[str, str]:
     if (root / KAGGLE_VAL).is_file():
         return kaggle_labels(root / KAGGLE_VAL)
     if (root / DEVKIT).is_file():
         return devkit_labels(root / DEVKIT)
+    lists = [file for file in list_files_of([root, root / val]) if names_images_and_labels(file)]
+    if lists:
+        return _by_stem([row for file in lists for row in read_list(file)])
     raise DataError(
         f"{root / val} is flat: its pictures are in no class folders, and read as they are they would be one class. "
-        f"Put {DEVKIT} or {KAGGLE_VAL} into {root}: they say what each picture is."
+        f"Put {DEVKIT} or {KAGGLE_VAL} into {root}, or a CSV file with the columns file and label: they say what each "
+        f"picture is."
     )
+
+
+def _by_stem(rows: list[Row]) -> dict[str, str]:
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.split in (None, "val"):
+            base = row.file.rpartition("/")[2]
+            other = found.setdefault(base.rpartition(".")[0] or base, row)
+            if other.label != row.label:
+                raise DataError(f"{row.file}: {row.where} says {row.label}, {other.where} says {other.label}.")
+    return {stem: row.label for stem, row in found.items()}

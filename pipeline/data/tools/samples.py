@@ -103,7 +103,8 @@ def _cut(name: str) -> tuple[str, str]:
 
 
 def _stems(name: str) -> Iterable[str]:
-    """What a member's path may share with its label's, longest first: cut at each dot of the base name."""
+    """What a member's path may share with its label's, longest first: all, then cut at each dot of the base name."""
+    yield name
     folder, slash, base = name.rpartition("/")
     while "." in base:
         base = base.rpartition(".")[0]

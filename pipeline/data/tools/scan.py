@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.data.class_names import absent, doubts, unknown_classes
-from pipeline.data.folders import SPLIT_WORDS, is_packed, words_of
 from pipeline.data.index import table_of
 from pipeline.data.left_out import LeftOut
 from pipeline.data.listing import Entry, entries, joined, tree
+from pipeline.data.names import SPLIT_WORDS, is_packed, words_of
 from pipeline.errors import DataError, listed
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -140,6 +140,37 @@ def beside(folder: Path, taken: Collection[str], left_out: LeftOut, prefix: str 
         if name not in taken:
             what = "folders" if isinstance(entry, Entry) and entry.is_folder else "files"
             left_out.add(f"{what} beside the data", joined(prefix, name))
+
+
+def split_folders(root: Path) -> tuple[Path | None, Path | None]:
+    """The folders of train and val in a source, whichever of `SPLIT_WORDS` they are called; None where there is none.
+
+    Raises:
+        DataError: several could be one.
+    """
+    found: list[Path | None] = []
+    for split, names in SPLIT_WORDS.items():
+        there = [split] if (root / split).is_dir() else sorted(name for name in names if (root / name).is_dir())
+        if len(there) > 1:
+            raise DataError(
+                f"{root} has several folders for {split}, {listed(there)}: rename the one that is meant {split}."
+            )
+        found.append(root / there[0] if there else None)
+    return found[0], found[1]
+
+
+def has_class_folders(train: Path | None, least: int = 2) -> bool:
+    """Whether there is a training split and folders in it, `least` or more; hidden ones do not count."""
+    if train is None:
+        return False
+    return sum(isinstance(e, Entry) and e.is_folder for e in entries(train, "", LeftOut())) >= least
+
+
+def is_flat(split: Path | None) -> bool:
+    """Whether there is a split's folder that holds files and no folders."""
+    if split is None:
+        return False
+    return {e.is_folder for e in entries(split, "", LeftOut()) if isinstance(e, Entry)} == {False}
 
 
 def split_files(root: Path, ending: str, left_out: LeftOut) -> dict[str, list[Path]]:

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 
 from pipeline.data.class_names import absent, doubts, refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, read_manifest
-from pipeline.data.folders import SPLIT_WORDS
 from pipeline.data.index import Shard, rows_of
 from pipeline.data.listing import Tree, tree
+from pipeline.data.names import SPLIT_WORDS
 from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Scan
