@@ -116,7 +116,6 @@ def list_images(split: Path, classes: dict[str, str], train_classes: Sequence[st
         list_files(split / folder, f"{split.name}/{folder}", labels[name], listing)
         if images == len(listing.images) and faults == len(listing.faults):
             empty.append(name)
-        listing.images[images:] = sorted(listing.images[images:], key=lambda image: image.path)
     if empty:
         raise DataError(f"{split} has class folders without files: {listed(empty)}. Fill or remove them.")
     return listing

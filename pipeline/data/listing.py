@@ -55,7 +55,7 @@ def member_reason(path: str) -> str | None:
 
 
 def entries(folder: str | Path, prefix: str, left_out: LeftOut) -> Iterator[Entry | tuple[str, str]]:
-    """A folder's entries; for what is neither a file nor a folder its name, as it can be printed, and what is wrong.
+    """A folder's entries by name; for what is neither file nor folder its name, as it can be printed, and what is wrong.
 
     `prefix`, the folder's path below the root, is what comes before names that are counted in `left_out`.
 
@@ -63,7 +63,7 @@ def entries(folder: str | Path, prefix: str, left_out: LeftOut) -> Iterator[Entr
         OSError: the folder cannot be listed.
     """
     with os.scandir(folder) as found:
-        for entry in found:
+        for entry in sorted(found, key=lambda entry: entry.name):
             reason = system_reason(entry.name)
             if reason is not None:
                 left_out.add(reason, printable(joined(prefix, entry.name)))

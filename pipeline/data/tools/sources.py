@@ -14,7 +14,7 @@ from pipeline.data.tools.from_lists import is_list_source, scan_lists
 from pipeline.data.tools.from_parquet import scan_parquet
 from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan, split_folders
+from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan, has_class_folders, split_folders
 from pipeline.errors import DataError, listed
 
 
