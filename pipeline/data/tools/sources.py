@@ -17,6 +17,8 @@ from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan, has_class_folders, split_folders
 from pipeline.errors import DataError, listed
 
+_ILSVRC = "ILSVRC2012_"  # begins the names of all its archives
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -72,7 +74,7 @@ def _hints(root: Path) -> Iterator[str]:
 
 def _holds(ending: str, root: Path) -> bool:
     folders = [root, root / "data", *filter(None, split_folders(root))]
-    return any(f.name not in (TRAIN_TAR, VAL_TAR) for folder in folders for f in folder.glob(f"*.{ending}"))
+    return any(not f.name.startswith(_ILSVRC) for folder in folders for f in folder.glob(f"*.{ending}"))
 
 
 def _has_class_folders(root: Path) -> bool:
