@@ -81,6 +81,15 @@ def test_classes_without_validation_images_are_named(tmp_path):
     assert told(root) == [line]
 
 
+def test_a_list_of_labels_that_is_not_read_is_told(tmp_path):
+    root = write(tmp_path / "set", ["part1", "part2"], ["part1", "part2"])
+    (root / "notes.csv").write_text("a,b\n")
+    assert told(root) == []
+    (root / "labels.csv").write_text("file,label\n0.jpg,cat\n")
+    line = f"{root}/labels.csv is not read, labels are the class folders' names: `densenet data prepare` reads it"
+    assert told(root) == [line]
+
+
 def test_one_split_twice_is_told(tmp_path):
     root = write(tmp_path / "set", ["a", "b"], ["a", "b"])
     assert told(root, "train", "train") == [

@@ -1,5 +1,6 @@
 """Images whose labels are in a CSV file: what a list may look like, and what is refused."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,9 +102,13 @@ def test_labels_that_are_numbers_keep_their_order(images):
 
 def test_it_is_indexed_where_it_lies_and_prepared_from_there_as_class_folders(images):
     (images / "labels.csv").write_text(lines("{split}{i}.jpg,{kind}", "file", "label"))
+    (images / "train" / "metadata.csv").write_text("a,b\n")
     with Pool(1) as pool:
         assert verify(images, pool).damage == []
         index_in_place(images, pool)
+        assert verify(images, pool).damage == []
+        shutil.copy(images / "val" / "images" / "val0.jpg", images / "val" / "new.jpg")
+        assert [(f.kind, f.where) for f in verify(images, pool).damage] == [("unlisted", "val/new.jpg")]
         train, _ = open_splits(str(images), "train", "val", images.parent)
         assert train.labels_N.tolist() == [0, 0, 0, 1, 1, 1]
         prepare(images, images.parent / "set", Options(to="folders"), pool)

@@ -18,6 +18,7 @@ from pipeline.data.listing import Tree, tree
 from pipeline.data.names import SPLIT_WORDS
 from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
 from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.samples import PICTURES
 from pipeline.data.tools.scan import Scan
 from pipeline.data.tools.sources import recognise
 from pipeline.data.tools.tars import members
@@ -116,13 +117,14 @@ def _split_report(table: pa.Table, parts: list[Looked], num_classes: int) -> Spl
 
 
 def _unlisted(root: Path, manifest: Manifest, splits: dict[str, pa.Table]) -> Iterator[Finding]:
-    """Files in the split folders that the index does not know."""
+    """Files in the split folders that the index does not know; beside lists of labels, only pictures count."""
+    endings = PICTURES if manifest.made.get("from") == "list" and manifest.made.get("to") == "index" else None
     for split, table in splits.items():
         known = set(pc.unique(table["path"]).to_pylist())
         for name in SPLIT_WORDS.get(split, {split}):
             found = tree(root / name) if (root / name).is_dir() else Tree()
             for path in (f"{name}/{path}" for path in (*found.files, *found.faults)):
-                if path not in known:
+                if path not in known and (endings is None or path.lower().rpartition(".")[2] in endings):
                     yield Finding("unlisted", split, path, f"not in {MANIFEST}'s index")
 
 
