@@ -1,4 +1,4 @@
-"""What sources of each layout hold beside their pictures: counted and told, or refused."""
+"""What sources of each layout hold beside their images: counted and told, or refused."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_hidden_members_of_imagenets_archives_and_labels_without_a_picture_are_c
         "n01440764.tar, __MACOSX/n.JPEG",
         "left out: 1 files beside the data: ILSVRC2012_img_test.tar",
         "left out: 1 folders beside the data: bounding boxes",
-        "left out: 1 labels of validation pictures that are not there: ILSVRC2012_val_00000001",
+        "left out: 1 labels of validation images that are not there: ILSVRC2012_val_00000001",
     ]
 
 

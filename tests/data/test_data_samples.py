@@ -1,4 +1,4 @@
-"""Members of shards: each is a picture, a label, or counted; nothing vanishes."""
+"""Members of shards: each is an image, a label, or counted; nothing vanishes."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ GIF = made_up.encoded(made_up.picture(3, (40, 40), "P"), "GIF")
 
 
 def read_samples(files: dict[str, bytes]) -> tuple[dict[str, int], dict[str, int]]:
-    """Labels by picture, and counts of what is left out, of a shard that holds these files one after another."""
+    """Labels by image, and counts of what is left out, of a shard that holds these files one after another."""
     content, members, left_out = b"", [], LeftOut()
     for name, part in files.items():
         members.append(Member(name, len(content), len(part)))
@@ -52,7 +52,7 @@ def read_samples(files: dict[str, bytes]) -> tuple[dict[str, int], dict[str, int
         ({"a.jpg": JPEG, "a.json": b'{"label": 2.0, "w": 40}'}, {"a.jpg": 2}),
     ],
 )
-def test_each_picture_gets_the_label_of_its_longest_name(files, labels):
+def test_each_image_gets_the_label_of_its_longest_name(files, labels):
     found, left_out = read_samples(files)
     assert found == labels
     assert len(found) == len(files) // 2
@@ -75,23 +75,23 @@ def test_what_is_not_taken_is_counted_by_reason():
     assert labels == {"a.jpg": 1}
     assert left_out == {
         SYSTEM: 2,
-        "members with the ending ., which are neither pictures nor labels": 1,
-        "members with the ending .json, which are neither pictures nor labels": 1,
-        "members with the ending .txt, which are neither pictures nor labels": 1,
-        "second pictures of samples, .seg.png": 1,
+        "members with the ending ., which are neither images nor labels": 1,
+        "members with the ending .json, which are neither images nor labels": 1,
+        "members with the ending .txt, which are neither images nor labels": 1,
+        "second images of samples, .seg.png": 1,
     }
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.jpg": JPEG}, "x.tar: 1 pictures have no label in a .cls or .json: a.jpg"),
-        ({"a.5.jpg": JPEG, "a.6.jpg": JPEG, "a.6.cls": b"1"}, "1 pictures have no label in a .cls or .json: a.5.jpg"),
-        ({"a.jpg": JPEG, "a.cls": b"1", "b.cls": b"1"}, "x.tar: 1 labels have no picture: b.cls"),
-        ({"a.jpg": JPEG, "a.cls": b"1", "b.json": b'{"label": 1}'}, "1 labels have no picture: b.json"),
-        ({"a.jpg": JPEG, "a.5.jpg": JPEG, "a.cls": b"1"}, "a sample has two pictures, a.jpg and a.5.jpg"),
-        ({"a.x.jpg": JPEG, "a.y.jpg": JPEG, "a.cls": b"1"}, "a sample has two pictures, a.x.jpg and a.y.jpg"),
-        ({"a.jpg": JPEG, "a.img": PNG, "a.cls": b"1"}, "a sample has two pictures, a.jpg and a.img"),
+        ({"a.jpg": JPEG}, "x.tar: 1 images have no label in a .cls or .json: a.jpg"),
+        ({"a.5.jpg": JPEG, "a.6.jpg": JPEG, "a.6.cls": b"1"}, "1 images have no label in a .cls or .json: a.5.jpg"),
+        ({"a.jpg": JPEG, "a.cls": b"1", "b.cls": b"1"}, "x.tar: 1 labels have no image: b.cls"),
+        ({"a.jpg": JPEG, "a.cls": b"1", "b.json": b'{"label": 1}'}, "1 labels have no image: b.json"),
+        ({"a.jpg": JPEG, "a.5.jpg": JPEG, "a.cls": b"1"}, "a sample has two images, a.jpg and a.5.jpg"),
+        ({"a.x.jpg": JPEG, "a.y.jpg": JPEG, "a.cls": b"1"}, "a sample has two images, a.x.jpg and a.y.jpg"),
+        ({"a.jpg": JPEG, "a.img": PNG, "a.cls": b"1"}, "a sample has two images, a.jpg and a.img"),
         ({"a.jpg": JPEG, "a.cls": b"1.5"}, "x.tar, a.cls: the label must be a whole number"),
         ({"a.jpg": JPEG, "a.json": b'{"label": 1.5}'}, "x.tar, a.json: the label must be a whole number"),
         ({"a.jpg": JPEG, "a.json": b'{"label": true}'}, "x.tar, a.json: the label must be a whole number"),
@@ -110,7 +110,7 @@ def test_two_members_of_one_name_are_refused():
 
 
 def write_shards(root: Path, names: list[str]) -> Path:
-    """Training and validation shards of a picture each name, with labels 0 and 1 in turn."""
+    """Training and validation shards of an image each name, with labels 0 and 1 in turn."""
     root.mkdir()
     for split in ("train", "val"):
         files = {}

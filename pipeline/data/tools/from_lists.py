@@ -10,7 +10,7 @@ from pipeline.data.left_out import LeftOut
 from pipeline.data.listing import Entry, Tree, joined, tree
 from pipeline.data.names import SPLIT_WORDS, is_list, words_of
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.samples import PICTURES
+from pipeline.data.tools.samples import IMAGE_ENDINGS
 from pipeline.data.tools.scan import Found, Scan, has_class_folders, is_flat, labelled, split_folders
 from pipeline.errors import DataError, listed
 
@@ -172,7 +172,7 @@ def _refuse_unlabelled(root: Path, pools: Iterable[_Images], taken: set[str], le
 
 
 def _is_image(path: str, entry: Entry) -> bool:
-    if path.rpartition(".")[2].lower() in PICTURES:
+    if path.rpartition(".")[2].lower() in IMAGE_ENDINGS:
         return True
     try:
         return format_of(File(Path(entry.path)).read(0, START), entry.length) is not None

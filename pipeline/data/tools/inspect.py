@@ -44,7 +44,7 @@ KINDS = {  # whether it is damage, and what it means
     "unlisted": (True, "a file is there that the index does not know"),
     "count": (True, "the numbers of pictures or classes are not ImageNet's"),
     "classes": (True, "there is only one class: nothing can be learned"),
-    "absent": (False, "classes of which a split has no picture"),
+    "absent": (False, "classes of which a split has no image"),
     "doubtful": (False, "class names that are allowed and probably not meant"),
     "across": (False, "the same bytes are in training and evaluation"),
     "duplicate": (False, "the same bytes are there twice in a split"),

@@ -1,4 +1,4 @@
-"""Which members of a WebDataset shard are one sample: a picture and its label, by their names and first bytes."""
+"""Which members of a WebDataset shard are one sample: an image and its label, by their names and first bytes."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -10,14 +10,14 @@ from pipeline.data.listing import member_reason
 from pipeline.data.tools.tars import Member
 from pipeline.errors import DataError, listed
 
-PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif")
+IMAGE_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif")
 _LABELS = ("cls", "json")
 Read = Callable[[int, int], bytes]
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A picture's member and its sample's name; `field` is what follows that: `jpg`, or `seg.png` of a second one."""
+class _Image:
+    """An image's member and its sample's name; `field` is what follows that: `jpg`, or `seg.png` of a second one."""
 
     member: Member
     key: str
@@ -25,17 +25,17 @@ class _Picture:
 
 
 def samples(members: Iterable[Member], read: Read, where: str, left_out: LeftOut) -> list[tuple[int, Member]]:
-    """The labels and pictures of a shard, in its order; `read` gives bytes at an offset, `where` names the shard.
+    """The labels and images of a shard, in its order; `read` gives bytes at an offset, `where` names the shard.
 
-    A label `NAME.cls` or `NAME.json` is that of the picture `NAME.ENDING`, dots in NAME or not; so a key is not cut at
-    its first dot, as WebDataset does, unless there is no longer NAME in common. A picture is told by its first bytes or
-    by its ending. Second pictures of a sample, `NAME.FIELD.ENDING` beside `NAME.ENDING`, and members of other kinds are
+    A label `NAME.cls` or `NAME.json` is that of the image `NAME.ENDING`, dots in NAME or not; so a key is not cut at
+    its first dot, as WebDataset does, unless there is no longer NAME in common. An image is told by its first bytes or
+    by its ending. Second images of a sample, `NAME.FIELD.ENDING` beside `NAME.ENDING`, and members of other kinds are
     counted in `left_out`.
 
     Raises:
-        DataError: a picture has no label, a label has no picture, or it is not clear which belong together.
+        DataError: an image has no label, a label has no image, or it is not clear which belong together.
     """
-    pictures: list[Member] = []
+    images: list[Member] = []
     labels: dict[str, tuple[int, str]] = {}
     names: set[str] = set()
     for member in members:
@@ -50,48 +50,48 @@ def samples(members: Iterable[Member], read: Read, where: str, left_out: LeftOut
         label = None
         if ending in _LABELS:
             label = label_in(ending, read(member.offset, member.length), f"{where}, {member.name}")
-        elif ending in PICTURES or format_of(read(member.offset, min(START, member.length)), member.length):
-            pictures.append(member)
+        elif ending in IMAGE_ENDINGS or format_of(read(member.offset, min(START, member.length)), member.length):
+            images.append(member)
             continue
         if label is None:
-            left_out.add(f"members with the ending .{ending}, which are neither pictures nor labels", member.name)
+            left_out.add(f"members with the ending .{ending}, which are neither images nor labels", member.name)
         elif labels.setdefault(stem, (label, member.name))[0] != label:
             other, name = labels[stem]
             raise DataError(f"{where}: {member.name} gives label {label}, {name} gave {other}.")
-    of_key: dict[str, list[_Picture]] = {}
+    of_key: dict[str, list[_Image]] = {}
     without = []
-    for member in pictures:
+    for member in images:
         key = next((stem for stem in _stems(member.name) if stem in labels), None)
         if key is None:
             without.append(member.name)
         else:
-            of_key.setdefault(key, []).append(_Picture(member, key, member.name[len(key) + 1 :]))
+            of_key.setdefault(key, []).append(_Image(member, key, member.name[len(key) + 1 :]))
     if without:
-        raise DataError(f"{where}: {len(without)} pictures have no label in a .cls or .json: {listed(without)}.")
+        raise DataError(f"{where}: {len(without)} images have no label in a .cls or .json: {listed(without)}.")
     lonely = [name for stem, (_, name) in labels.items() if stem not in of_key]
     if lonely:
         raise DataError(
-            f"{where}: {len(lonely)} labels have no picture: {listed(lonely)}. A label's picture has the same name but "
-            f"for the ending, and ends in {', '.join(f'.{ending}' for ending in PICTURES)} or begins as one."
+            f"{where}: {len(lonely)} labels have no image: {listed(lonely)}. A label's image has the same name but "
+            f"for the ending, and ends in {', '.join(f'.{ending}' for ending in IMAGE_ENDINGS)} or begins as one."
         )
     return [(labels[key][0], _first(found, where, left_out).member) for key, found in of_key.items()]
 
 
-def _first(found: list[_Picture], where: str, left_out: LeftOut) -> _Picture:
-    """The picture of a sample, of which others are fields: `x.jpg` beside `x.seg.png`."""
-    plain = [picture for picture in found if "." not in picture.field]
-    others = [picture for picture in found if "." in picture.field]
-    odd = [picture for picture in others if not picture.field[0].isalpha()]  # x.5.png: of a sample named x.5?
+def _first(found: list[_Image], where: str, left_out: LeftOut) -> _Image:
+    """The image of a sample, of which others are fields: `x.jpg` beside `x.seg.png`."""
+    plain = [image for image in found if "." not in image.field]
+    others = [image for image in found if "." in image.field]
+    odd = [image for image in others if not image.field[0].isalpha()]  # x.5.png: of a sample named x.5?
     if len(found) == 1:
         return found[0]
     if len(plain) != 1 or odd:
-        names = [picture.member.name for picture in found]
+        names = [image.member.name for image in found]
         raise DataError(
-            f"{where}: a sample has two pictures, {' and '.join(names[:2])}: keep one, or name the others "
+            f"{where}: a sample has two images, {' and '.join(names[:2])}: keep one, or name the others "
             f"NAME.FIELD.ENDING. If they are two samples, each needs a label of its own name."
         )
-    for picture in others:
-        left_out.add(f"second pictures of samples, .{picture.field}", picture.member.name)
+    for image in others:
+        left_out.add(f"second images of samples, .{image.field}", image.member.name)
     return plain[0]
 
 

@@ -33,7 +33,7 @@ class Scan:
     """A source's pictures: `splits` maps train and val to tables in the index's schema.
 
     Names are `CLASS/FILE`; widths, heights and checksums are null unless the source is a prepared data set, whose order
-    is kept; else rows are sorted by label and name. `faults` tells by split what should be a picture and cannot be
+    is kept; else rows are sorted by label and name. `faults` tells by split what should be an image and cannot be
     read, by path and reason; `left_out` counts all else that the source holds and that is not taken.
     """
 
@@ -71,7 +71,7 @@ def by_file_name(
 ) -> pa.Table:
     """A flat validation split's table; `wnids` maps file names without their ending to classes.
 
-    Labels without a picture are counted in `left_out`.
+    Labels without an image are counted in `left_out`.
 
     Raises:
         DataError: a picture has no label, or one of a class that the training split lacks.
@@ -83,7 +83,7 @@ def by_file_name(
         raise DataError(f"{len(unlabelled)} validation pictures have no label: {listed(unlabelled)}.")
     unknown_classes("the validation split", sorted({wnids[stem] for stem, _ in stems}), classes)
     for stem in sorted(wnids.keys() - {stem for stem, _ in stems}):
-        left_out.add("labels of validation pictures that are not there", stem)
+        left_out.add("labels of validation images that are not there", stem)
     return labelled([(ranks[wnids[stem]], found) for stem, found in stems], classes)
 
 

@@ -18,7 +18,7 @@ from pipeline.data.listing import Tree, tree
 from pipeline.data.names import SPLIT_WORDS
 from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.samples import PICTURES
+from pipeline.data.tools.samples import IMAGE_ENDINGS
 from pipeline.data.tools.scan import Scan
 from pipeline.data.tools.sources import recognise
 from pipeline.data.tools.tars import members
@@ -117,8 +117,8 @@ def _split_report(table: pa.Table, parts: list[Looked], num_classes: int) -> Spl
 
 
 def _unlisted(root: Path, manifest: Manifest, splits: dict[str, pa.Table]) -> Iterator[Finding]:
-    """Files in the split folders that the index does not know; beside lists of labels, only pictures count."""
-    endings = PICTURES if manifest.made.get("from") == "list" and manifest.made.get("to") == "index" else None
+    """Files in the split folders that the index does not know; beside lists of labels, only images count."""
+    endings = IMAGE_ENDINGS if manifest.made.get("from") == "list" and manifest.made.get("to") == "index" else None
     for split, table in splits.items():
         known = set(pc.unique(table["path"]).to_pylist())
         for name in SPLIT_WORDS.get(split, {split}):
