@@ -40,6 +40,7 @@ def prepare_command(
     with pool(console, workers) as processes:
         done = prepare(source, target, options, processes, layout, skip_damaged, share)
     seconds = time.perf_counter() - started
+    _print_notes(console, done.notes)
     if done.manifest is None:
         console.print(
             f"{target}: share {share[0]}/{share[1]} is written, {done.parts} parts in {duration(seconds)}; "
@@ -68,7 +69,8 @@ def prepare_command(
 def index_command(console: Console, root: Path, workers: int, layout: str | None) -> None:
     """Indexes data where it is."""
     with pool(console, workers) as processes:
-        manifest = index_in_place(root, processes, layout)
+        manifest, notes = index_in_place(root, processes, layout)
+    _print_notes(console, notes)
     for name, split in manifest.splits.items():
         console.print(f"{name:6}{split.samples:,} pictures, {gigabytes(split.bytes)}")
     console.print(f"{root} can be trained on: data.root={root}", soft_wrap=True)
@@ -178,14 +180,21 @@ def _print_report(console: Console, report: Report) -> None:
             console.print(f"  {finding.where}: {finding.detail}", markup=False, soft_wrap=True)
         if count > _SHOWN:
             console.print(f"  and {count - _SHOWN:,} more; --json FILE has them all")
+    _print_notes(console, [f"left out: {line}" for line in report.left_out])
     if report.damage:
         console.print(f"damaged: {len(report.damage):,} findings", style="red")
     else:
         console.print("no damage", style="green")
 
 
+def _print_notes(console: Console, notes: list[str]) -> None:
+    for line in notes:
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+
 def _print_stats(console: Console, result: Stats) -> None:
     console.print(f"{result.root} ({result.layout}), {len(result.classes):,} classes", soft_wrap=True)
+    _print_notes(console, result.notes)
     tree = result.to_json()
     for name, split in result.splits.items():
         unreadable = f", {split.unreadable} unreadable" if split.unreadable else ""

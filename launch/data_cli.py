@@ -14,7 +14,7 @@ Root = Annotated[Path, typer.Argument(help="a data set's folder, or a source of 
 Workers = Annotated[int, typer.Option(min=1, help="processes", show_default="one per CPU core")]
 Layout = Annotated[
     str | None,
-    typer.Option(help="prepared, ilsvrc, kaggle, parquet, webdataset or folders; told by looking if not given"),
+    typer.Option(help="prepared, ilsvrc, kaggle, parquet, webdataset, folders or list; told by looking if not given"),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the whole report")]
 CORES = len(os.sched_getaffinity(0))

@@ -57,3 +57,5 @@ def predict_command(
     if done.non_finite:
         damaged += f", for {done.non_finite} the model gives NaN or infinities (column `error`)"
     console.print(f"{done.classified:,} pictures in {out}, {speed(done.img_per_s)}{damaged}", soft_wrap=True)
+    for line in done.left_out:
+        console.print(f"left out: {line}", markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from launch.sources import ADDRESSES, find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig
 from pipeline.config_effects import without_effect
 from pipeline.config_file import load_config
-from pipeline.data.dataset import open_splits
+from pipeline.data.dataset import check_classes, open_splits
 from pipeline.data.digits import write_digits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import fetch_indexes, is_remote
@@ -175,6 +175,7 @@ def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> t
     data = config.data
     if data.root is not None and is_remote(data.root):
         train_index, val_index = fetch_indexes(data.root, (data.train, data.val), cache)
+        check_classes(train_index, val_index, (data.train, data.val), data.root, warn)
         return train_index, val_index
     return open_splits(data.root, data.train, data.val, cache, data.on_corrupt == "skip", warn)
 

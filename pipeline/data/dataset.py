@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.data.class_names import absent, doubts, refuse_one_class
 from pipeline.data.folders import scan_split, scan_splits
 from pipeline.data.index import DatasetIndex, Shard, load_table
 from pipeline.errors import DataError, listed
@@ -143,16 +144,36 @@ def open_splits(
     """Indexes of the training and the evaluation split of a data set's folder, or of class folders without an index.
 
     The latter are looked at file by file, and remembered in the folder `cache`. With `skip_damaged`, damaged training
-    files found there are left out and told to `warn`.
+    files found there are left out and told to `warn`, as is what is allowed and probably not meant.
 
     Raises:
         DataError: something is missing, damaged, or not laid out as it must be.
     """
     manifest = read_manifest(Path(root)) if root is not None else None
     if root is None or manifest is None:
-        return scan_splits(root, train, val, cache, skip_damaged, warn)
-    folder = Path(root)
-    indexes = open_index(folder, manifest, train), open_index(folder, manifest, val)
-    for name in (train, val):
-        check_shards(folder, manifest.splits[name])
+        indexes = scan_splits(root, train, val, cache, skip_damaged, warn)
+    else:
+        folder = Path(root)
+        indexes = open_index(folder, manifest, train), open_index(folder, manifest, val)
+        for name in (train, val):
+            check_shards(folder, manifest.splits[name])
+    check_classes(*indexes, (train, val), str(root), warn)
     return indexes
+
+
+def check_classes(
+    train_index: DatasetIndex, val_index: DatasetIndex, names: tuple[str, str], root: str, warn: Callable[[str], None]
+) -> None:
+    """Looks at the classes of two splits that are trained on and evaluated; what is doubtful is told to `warn`.
+
+    Raises:
+        DataError: there is only one class.
+    """
+    refuse_one_class(train_index.classes, root)
+    if names[0] == names[1]:
+        warn(f"data.train and data.val are both '{names[0]}': the training images are evaluated")
+    lines = [
+        absent(index.classes, index.labels_N, name) for index, name in zip((train_index, val_index), names, strict=True)
+    ]
+    for line in [*doubts(train_index.classes), *filter(None, lines)]:
+        warn(line)

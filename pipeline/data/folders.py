@@ -2,18 +2,22 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.data.class_names import folders_by_class, refuse_one_class, unknown_classes
 from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, header, quiet
 from pipeline.data.index import DatasetIndex, load_table, table_of
+from pipeline.data.label_lists import list_files_of, names_images_and_labels
+from pipeline.data.left_out import LeftOut
+from pipeline.data.listing import SYSTEM, entries, printable, tree
+from pipeline.data.names import SPLIT_WORDS, is_list, is_packed, words_of
 from pipeline.errors import DataError, listed
 
-_CLUTTER = {"thumbs.db", "desktop.ini"}
 _TOGETHER = 256  # files that a thread looks at in one go: a task for each of a million files would cost gigabytes
 
 
@@ -25,6 +29,15 @@ class ImageFile:
     label: int
     length: int
     mtime_ns: int
+
+
+@dataclass
+class Listing:
+    """A split's files in sorted order; what is wrong with the rest, by path below the root; what is left out."""
+
+    images: list[ImageFile] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def find_splits(root: str | None, train: str, val: str) -> tuple[Path, Path]:
@@ -42,70 +55,88 @@ def find_splits(root: str | None, train: str, val: str) -> tuple[Path, Path]:
         if not (folder / name).is_dir():
             there = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
             found = f"in it: {listed(there)}" if there else "it is empty"
+            others = [n for n in there if n not in (train, val) and (folder / n).is_dir()]
+            meant = [f"data.{key}={n}" for n in others if words_of(n) & SPLIT_WORDS[key]]
+            meant += [f"data.{key}={n}" for n in others if key == "val" and not meant and "test" in words_of(n)]
+            packed = [n for n in there if is_packed(n)]
+            advice = f"correct data.root or data.{key}"
+            if meant:
+                advice = f"set {' or '.join(meant)}"
+            elif packed:
+                advice = f"unpack {listed(packed)} first"
+            elif len(others) > 1 and not (folder / train).is_dir() and not (folder / val).is_dir():
+                advice = f"if these are the classes, move them into {train} and a share of each one's images into {val}"
             raise DataError(
-                f"data.root={root} has no folder '{name}' ({found}): correct data.root or data.{key}, or make a data "
-                f"set from archives with `densenet data prepare`."
+                f"data.root={root} has no folder '{name}' ({found}): {advice}, or make a data set from archives with "
+                f"`densenet data prepare`."
             )
     return folder / train, folder / val
 
 
-def list_classes(split: Path) -> tuple[str, ...]:
-    """Names of a split's class folders in sorted order; a class's label is its rank.
+def list_classes(split: Path, left_out: LeftOut | None = None) -> dict[str, str]:
+    """The folder of each class of a split, by class name in sorted order; a class's label is its rank.
 
     Raises:
-        DataError: there are no class folders, or pictures lie beside them.
+        DataError: there are no class folders, files lie beside them, or two are the same class or the same folder.
     """
-    entries = [e for e in os.scandir(split) if not _is_clutter(e.name)]
-    loose = sorted(e.name for e in entries if not e.is_dir())
+    folders: dict[tuple[int, int], str] = {}
+    loose = []
+    for entry in entries(split, split.name, left_out or LeftOut()):
+        if isinstance(entry, tuple):
+            raise DataError(f"{split / entry[0]} {entry[1]}. Mend or remove it: only class folders may be in {split}.")
+        if not entry.is_folder:
+            loose.append(entry.name)
+        elif (other := folders.setdefault(entry.identity, entry.name)) != entry.name:
+            raise DataError(f"{split / other} and {split / entry.name} are the same folder, and would be two classes.")
     if loose:
+        lists = [name for name in loose if is_list(name)]
+        with_list = f" With labels in a file ({listed(lists)}), so does it." if lists else ""
         raise DataError(
-            f"{split} holds files outside class folders: {listed(loose)}. Each class needs a folder of its own, "
-            f"{split.name}/CLASS/*; ImageNet's validation pictures are flat: `densenet data prepare` sorts them."
+            f"{split} holds files outside class folders: {listed(sorted(loose))}. Each class needs a folder of its "
+            f"own, {split.name}/CLASS/*; ImageNet's validation pictures are flat: `densenet data prepare` sorts them."
+            + with_list
         )
-    classes = tuple(sorted(e.name for e in entries))
-    if not classes:
+    if not folders:
         raise DataError(f"{split} has no class folders: it must hold {split.name}/CLASS/*.")
-    return classes
+    return folders_by_class(folders.values(), split)
 
 
-def list_images(split: Path, classes: Sequence[str], train_classes: Sequence[str]) -> list[ImageFile]:
-    """All files of a split's class folders in sorted order, labelled by rank in `train_classes`.
+def list_images(split: Path, classes: dict[str, str], train_classes: Sequence[str]) -> Listing:
+    """All files of a split's class folders, labelled by rank in `train_classes`; `classes` are from `list_classes`.
 
     Raises:
-        DataError: a class is not among the training classes, is empty, or has folders in it, or a name is not UTF-8.
+        DataError: a class is not among the training classes, is empty, or has folders in it.
     """
     labels = {name: label for label, name in enumerate(train_classes)}
-    unknown = [name for name in classes if name not in labels]
-    if unknown:
-        raise DataError(f"{split} has classes that the training split lacks: {listed(unknown)}. Add or remove them.")
-    images: list[ImageFile] = []
+    unknown_classes(split, classes, train_classes)
+    listing = Listing()
     empty: list[str] = []
-    for name in classes:
-        found = list(list_files(split / name, f"{split.name}/{name}", labels[name]))
-        if not found:
+    for name, folder in classes.items():
+        images, faults = len(listing.images), len(listing.faults)
+        list_files(split / folder, f"{split.name}/{folder}", labels[name], listing)
+        if images == len(listing.images) and faults == len(listing.faults):
             empty.append(name)
-        images += sorted(found, key=lambda image: image.path)
     if empty:
         raise DataError(f"{split} has class folders without files: {listed(empty)}. Fill or remove them.")
-    return images
+    return listing
 
 
-def list_files(folder: Path, prefix: str, label: int) -> Iterable[ImageFile]:
-    """The files of one folder, without what file managers leave behind; `prefix` is the folder's path below the root.
+def list_files(folder: Path, prefix: str, label: int, listing: Listing) -> None:
+    """Adds the files of one folder; `prefix` is the folder's path below the root.
 
     Raises:
-        DataError: there is a folder in it, or a name is not UTF-8.
+        DataError: there is a folder in it.
     """
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _is_clutter(entry.name):
-                continue
-            if entry.is_dir():
-                raise DataError(f"{entry.path} is a folder inside a class folder: only image files may be there.")
-            if not is_utf8(entry.path):
-                raise DataError(f"{os.fsencode(entry.path)!r} has a name that is not UTF-8: rename the file or folder.")
-            stat = entry.stat()
-            yield ImageFile(f"{prefix}/{entry.name}", label, stat.st_size, stat.st_mtime_ns)
+    for entry in entries(folder, prefix, listing.left_out):
+        if isinstance(entry, tuple):
+            listing.faults[f"{prefix}/{entry[0]}"] = entry[1]
+        elif entry.is_folder:
+            raise DataError(
+                f"{printable(entry.path)} is a folder inside a class folder: only image files may be there. If it is "
+                f"the class, and {folder.name} a group of classes, move or link it to {folder.parent}."
+            )
+        else:
+            listing.images.append(ImageFile(f"{prefix}/{entry.name}", label, entry.length, entry.mtime_ns))
 
 
 def scan_splits(
@@ -121,20 +152,33 @@ def scan_splits(
     """
     train_folder, val_folder = find_splits(root, train, val)
     try:
-        classes = list_classes(train_folder)
-        train_images = list_images(train_folder, classes, classes)
-        val_images = list_images(val_folder, list_classes(val_folder), classes)
+        left_out = LeftOut()
+        folders = list_classes(train_folder, left_out)
+        classes = tuple(folders)
+        refuse_one_class(classes, train_folder, [n for n in sorted(os.listdir(train_folder.parent)) if is_list(n)])
+        train_listing = list_images(train_folder, folders, classes)
+        val_listing = list_images(val_folder, list_classes(val_folder, left_out), classes)
         folder = train_folder.parent.absolute()
-        train_index, faults = _index(folder, train, classes, train_images, cache)
+        train_index, faults = _index(folder, train, classes, train_listing, cache)
+        count = len(train_listing.images) + len(train_listing.faults)
         if skip_damaged and faults:
-            warn(f"{len(faults)} of {len(train_images)} training files are left out:\n  " + listed(faults, "\n  "))
+            warn(f"{len(faults)} of {count} training files are left out:\n  " + listed(faults, "\n  "))
         else:
-            _refuse(train_folder, faults, len(train_images))
-        val_index, faults = _index(folder, val, classes, val_images, cache)
-        _refuse(val_folder, faults, len(val_images))
-        return train_index, val_index
+            _refuse(train_folder, faults, count)
+        val_index, faults = _index(folder, val, classes, val_listing, cache)
+        _refuse(val_folder, faults, len(val_listing.images) + len(val_listing.faults))
+        for file in list_files_of([train_folder.parent, train_folder, val_folder]):
+            if names_images_and_labels(file):
+                warn(f"{file} is not read, labels are the class folders' names: `densenet data prepare` reads it")
+        if train != val and train_folder.samefile(val_folder):
+            warn(f"{train_folder} and {val_folder} are the same folder: the training images are evaluated")
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
+    left_out.merge(train_listing.left_out)
+    left_out.merge(val_listing.left_out)
+    for line in left_out.lines(without=SYSTEM):
+        warn(f"left out: {line}")
+    return train_index, val_index
 
 
 def scan_split(root: Path, split: str, cache: Path) -> DatasetIndex:
@@ -148,42 +192,36 @@ def scan_split(root: Path, split: str, cache: Path) -> DatasetIndex:
     folder = root / split if (root / split).is_dir() else root
     try:
         if any(entry.is_dir() and _holds_folders(entry) for entry in folder.iterdir()):
-            raise DataError(f"{root} has no split '{split}', it has {listed(list_classes(root))}: correct the name.")
+            raise DataError(
+                f"{root} has no split '{split}', it has {listed(list(list_classes(root)))}: correct the name."
+            )
         classes = list_classes(folder)
-        images = list_images(folder, classes, classes)
-        index, faults = _index(folder.parent.absolute(), folder.name, classes, images, cache)
+        listing = list_images(folder, classes, tuple(classes))
+        index, faults = _index(folder.parent.absolute(), folder.name, tuple(classes), listing, cache)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
-    _refuse(folder, faults, len(images))
+    _refuse(folder, faults, len(listing.images) + len(listing.faults))
     return index
 
 
-def scan_pictures(folder: Path) -> tuple[DatasetIndex, dict[str, str]]:
-    """All files below a folder, at any depth, in sorted order: an index of the pictures, all of one class without a
-    name, and what is wrong with the other files, by path below the folder.
+def scan_pictures(folder: Path) -> tuple[DatasetIndex, dict[str, str], LeftOut]:
+    """All files below a folder, at any depth, in sorted order, linked folders too: an index of the pictures, all of one
+    class without a name; what is wrong with the rest, by path below the folder; and what is left out.
 
     Raises:
-        DataError: it is not a folder, or a name is not UTF-8.
+        DataError: it is not a folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give one with pictures.")
     try:
-        files = []
-        for place, _, names in sorted(os.walk(folder)):
-            if not is_utf8(place):
-                raise DataError(f"{os.fsencode(place)!r} has a name that is not UTF-8: rename it.")
-            prefix = Path(place).relative_to(folder).as_posix()
-            there = sorted(name for name in names if not _is_clutter(name))
-            for name in there:
-                stat = (Path(place) / name).stat()
-                path = name if prefix == "." else f"{prefix}/{name}"
-                files.append(ImageFile(path, 0, stat.st_size, stat.st_mtime_ns))
+        found = tree(folder)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
-    found = probe_all([folder / file.path for file in files])
-    sound = [(f, (h.width, h.height)) for f, h in zip(files, found, strict=True) if isinstance(h, Header)]
-    faults = {file.path: reason for file, reason in zip(files, found, strict=True) if isinstance(reason, str)}
-    return DatasetIndex(folder, ("",), _table(sound)), faults
+    files = [ImageFile(path, 0, entry.length, entry.mtime_ns) for path, entry in found.files.items()]
+    headers = probe_all([folder / file.path for file in files])
+    sound = [(f, (h.width, h.height)) for f, h in zip(files, headers, strict=True) if isinstance(h, Header)]
+    faults = {file.path: reason for file, reason in zip(files, headers, strict=True) if isinstance(reason, str)}
+    return DatasetIndex(folder, ("",), _table(sound)), found.faults | faults, found.left_out
 
 
 def _holds_folders(folder: Path) -> bool:
@@ -201,17 +239,18 @@ def _refuse(split: Path, faults: list[str], count: int) -> None:
 
 
 def _index(
-    root: Path, split: str, classes: tuple[str, ...], images: list[ImageFile], cache: Path
+    root: Path, split: str, classes: tuple[str, ...], listing: Listing, cache: Path
 ) -> tuple[DatasetIndex, list[str]]:
     """The index of the sound files, and a line on each of the others."""
     cached = cache / f"{split}-{hashlib.sha256(os.fsencode(root / split)).hexdigest()[:16]}.parquet"
-    known = _known_sizes(cached)
+    known, images = _known_sizes(cached), listing.images
     sizes: list[tuple[int, int] | str | None] = [known.get((i.path, i.length, i.mtime_ns)) for i in images]
     new = [i for i, size in enumerate(sizes) if size is None]
     for i, found in zip(new, probe_all([root / images[i].path for i in new]), strict=True):
         sizes[i] = (found.width, found.height) if isinstance(found, Header) else found
     sound = [(image, size) for image, size in zip(images, sizes, strict=True) if isinstance(size, tuple)]
-    faults = [f"{image.path}: {size}" for image, size in zip(images, sizes, strict=True) if isinstance(size, str)]
+    faults = [f"{path}: {reason}" for path, reason in listing.faults.items()]
+    faults += [f"{image.path}: {size}" for image, size in zip(images, sizes, strict=True) if isinstance(size, str)]
     index = DatasetIndex(root, classes, _table(sound))
     if new:
         _save(index, cached)  # before the faults are told, so that the next start looks at the mended files alone
@@ -280,13 +319,3 @@ def probe(path: Path) -> Header | str:
         return str(error)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a name from the file system is text: Python carries other bytes in it as lone surrogates."""
-    return name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name)
-
-
-def _is_clutter(name: str) -> bool:
-    """What file managers leave behind, and hidden files."""
-    return name.startswith(".") or name.lower() in _CLUTTER

@@ -11,6 +11,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
+from pipeline.data.formats import not_decoded
+
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # all of these DALI decodes
 HEAD = 1 << 16  # bytes that nearly always reach a picture's size
 TAIL = 4096  # bytes that may follow a JPEG's end mark
@@ -54,6 +56,10 @@ def quiet() -> Iterator[None]:
 def cut_short(start: bytes, end: bytes) -> str | None:
     """Says whether a picture lacks its beginning or its end mark, from its first 16 and its last `TAIL` bytes."""
     if not start.startswith(_MAGIC):
+        other = not_decoded(start)
+        if other is not None:
+            known = ", ".join(FORMATS)
+            return f"is a {other} file, which is not an image of a known format ({known}): convert it to JPEG or PNG"
         seen = f"it begins with {start[:16].decode('latin-1')!r}" if start else "it is empty"
         return f"is not an image of a known format ({', '.join(FORMATS)}); {seen}"
     if start.startswith(_MAGIC[0]) and b"\xff\xd9" not in end[-TAIL:]:

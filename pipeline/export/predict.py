@@ -51,13 +51,15 @@ class Prediction:
 class Batch:
     """What came of a folder: pictures classified, files that are no sound pictures, images per second in all.
 
-    `non_finite` counts the pictures for which the model gives NaN or infinities, which have no class.
+    `non_finite` counts the pictures for which the model gives NaN or infinities, which have no class; `left_out` are
+    lines on the hidden files.
     """
 
     classified: int
     damaged: int
     non_finite: int
     img_per_s: float
+    left_out: list[str]
 
 
 def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Prediction]:
@@ -109,7 +111,7 @@ def predict_folder(
         UserError: there are no files, or `out` cannot be written.
     """
     card = read_card(folder)
-    index, faults = scan_pictures(pictures)
+    index, faults, left_out = scan_pictures(pictures)
     if not len(index) and not faults:
         raise DataError(f"{pictures} holds no files: give a folder with pictures.")
     started, classified, non_finite, total = time.perf_counter(), 0, 0, len(index)
@@ -138,7 +140,8 @@ def predict_folder(
     finally:
         with suppress(OSError):  # it is not there where all went well
             temporary.unlink()
-    return Batch(classified, len(faults), non_finite, (classified + non_finite) / (time.perf_counter() - started))
+    img_per_s = (classified + non_finite) / (time.perf_counter() - started)
+    return Batch(classified, len(faults), non_finite, img_per_s, left_out.lines())
 
 
 def _progress_from(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:

@@ -18,7 +18,7 @@ from pipeline.config import Augment
 from pipeline.data.augment import Augmentations, Auto
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Batch, Loader
-from pipeline.data.dataset import open_splits
+from pipeline.data.dataset import open_split, open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
 from pipeline.errors import DataError
@@ -250,10 +250,9 @@ def test_stored_orientation_is_not_applied_to_tiff_either(folders):
 
 @pytest.fixture
 def samples_index(imagenet_samples: Path, tmp_path: Path) -> DatasetIndex:
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        (tmp_path / split / "any").symlink_to(imagenet_samples)
-    return open_splits(str(tmp_path), "train", "val", tmp_path / "cache")[1]
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "any").symlink_to(imagenet_samples)
+    return open_split(tmp_path, "val", tmp_path / "cache")
 
 
 def assert_close(images_NCHW: torch.Tensor, expected: list[Image.Image], mean: float, most: float) -> None:

@@ -338,11 +338,11 @@ def shard(files: dict[str, bytes]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (shard({"a.jpg": b"x"}), "x-train-0.tar: 1 pictures have no label in a .cls or .json: a.jpg"),
+        (shard({"a.jpg": b"x"}), "x-train-0.tar: 1 images have no label in a .cls or .json: a.jpg"),
         (shard({"a.jpg": b"x", "a.cls": b"-1"}), "1 pictures have negative labels, as test sets do"),
         (shard({"a.jpg": b"x", "a.cls": b"cat"}), "x-train-0.tar, a.cls: the label must be a whole number"),
-        (shard({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}), "a sample has two pictures, a.jpg and a.png"),
-        (shard({"a.jpg": b"x", "a.cls": b"1", "a.json": b'{"label": 2}'}), "gives label 2, another member gave 1"),
+        (shard({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}), "a sample has two images, a.jpg and a.png"),
+        (shard({"a.jpg": b"x", "a.cls": b"1", "a.json": b'{"label": 2}'}), "a.json gives label 2, a.cls gave 1"),
         (lambda r: (r / "odd.tar").write_bytes(made_up.tar({})), "not told: odd.tar"),
     ],
 )

@@ -190,7 +190,7 @@ def test_data_is_indexed_where_it_lies(write, tmp_path):
     tree = made_up.pictures()
     write(tmp_path / "set", tree)
     with Pool(1) as pool:
-        manifest = index_in_place(tmp_path / "set", pool)
+        manifest, _ = index_in_place(tmp_path / "set", pool)
         with pytest.raises(DataError, match="has an index already"):
             index_in_place(tmp_path / "set", pool)
     assert manifest.classes == made_up.CLASSES

@@ -73,7 +73,7 @@ def read_all(root: Path) -> Iterator[str]:
     """Every file's outcome, a line each: `NAME decoded`, or `NAME` and what is wrong with it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        index, faults = scan_pictures(root)
+        index, faults, _ = scan_pictures(root)
     for name, fault in faults.items():
         yield f"{Path(name).name} {fault}"
     plan, batch = train_plan(index), 16

@@ -1,5 +1,6 @@
 """`densenet predict` over a folder: the probabilities of `eval`, in a table, and damaged files told by name."""
 
+import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,25 @@ def test_damaged_files_are_rows_with_what_is_wrong(densenet, pictures, tmp_path)
     assert set(faults) == {"notes.txt", "cat/cut.jpg", "dog/1.png"}
     assert "is a JPEG that is cut short" in faults["cat/cut.jpg"]
     assert len(rows) == 12
+
+
+def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, pictures, tmp_path):
+    (pictures / "cat").rename(tmp_path / "elsewhere")
+    (pictures / "cat").symlink_to(tmp_path / "elsewhere")
+    (pictures / "dog" / "broken.jpg").symlink_to("gone.jpg")
+    (pictures / "dog" / "up").symlink_to("..")
+    (pictures / ".hidden.jpg").write_bytes(b"x")
+    os.mkfifo(pictures / "dog" / "fifo.jpg")
+    out = tmp_path / "answers.parquet"
+    code, printed = densenet("predict", write_model(tmp_path / "model"), "--batch", pictures, "--out", out)
+    assert code == 0, printed
+    assert "10 pictures in" in printed
+    assert "left out: 1 hidden files and folders: .hidden.jpg" in printed
+    assert {row["image"]: row["error"] for row in pq.read_table(out).to_pylist() if row["error"]} == {
+        "dog/broken.jpg": "is a link that leads nowhere, to gone.jpg",
+        "dog/fifo.jpg": "is a FIFO, not a file",
+        "dog/up": "is a link to a folder that is listed already, as .",
+    }
 
 
 def test_bad_input_is_told(densenet, pictures, tmp_path):

@@ -1,5 +1,7 @@
 """Bad input at the command line: one short message that says what to do, exit code 2, and nothing started."""
 
+import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +58,24 @@ def test_a_missing_folder(refused, pictures):
 def test_an_empty_class_folder(refused, pictures):
     (pictures / "train" / "eel").mkdir()
     assert "class folders without files: eel" in refused(*train(pictures))
+
+
+def test_one_class_and_images_with_their_labels_in_a_file(refused, pictures):
+    for split in ("train", "val"):
+        (pictures / split / "cat").rename(pictures / split / "images")
+        shutil.rmtree(pictures / split / "dog")
+    (pictures / "labels.csv").write_text("file,label\n0.jpg,cat\n1.jpg,dog\n")
+    message = refused(*train(pictures))
+    assert "train has only one class, images" in message
+    assert "labels.csv may hold them" in message
+
+
+def test_a_fifo_and_a_link_that_leads_nowhere_in_a_class_folder(refused, pictures):
+    os.mkfifo(pictures / "train" / "cat" / "fifo.jpg")
+    (pictures / "train" / "cat" / "lost.jpg").symlink_to("gone.jpg")
+    message = refused(*train(pictures))
+    assert "train/cat/fifo.jpg: is a FIFO, not a file" in message
+    assert "train/cat/lost.jpg: is a link that leads nowhere, to gone.jpg" in message
 
 
 def test_a_val_class_that_train_lacks(refused, pictures):

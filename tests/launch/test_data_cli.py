@@ -44,10 +44,18 @@ def test_from_archives_to_a_verified_and_described_set(shell, tmp_path):
     assert json.loads(report.read_text())["damaged"] is True
 
 
+@pytest.mark.slow
 def test_class_folders_are_indexed_in_place(shell, tmp_path):
     made_up.write_folders(tmp_path / "set", made_up.pictures())
+    (tmp_path / "set" / "test").mkdir()
+    told = "left out: 1 folders beside the data: test"
+    assert told in shell("densenet", "data", "verify", str(tmp_path / "set")).stdout
+    assert told in shell("densenet", "data", "prepare", str(tmp_path / "set"), str(tmp_path / "made")).stdout
+    plot = str(tmp_path / "plot.png")
+    assert told in shell("densenet", "data", "stats", str(tmp_path / "set"), "--plot", plot).stdout
     done = shell("densenet", "data", "index", str(tmp_path / "set"))
     assert done.returncode == 0, done.stdout
+    assert told in done.stdout
     assert f"can be trained on: data.root={tmp_path / 'set'}" in done.stdout
     assert (tmp_path / "set" / "dataset.json").is_file()
 

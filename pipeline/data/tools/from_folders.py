@@ -1,19 +1,27 @@
 """Sources that are files: class folders, Kaggle's ImageNet, and data sets of this project."""
 
-import os
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.data.dataset import MANIFEST, open_index, read_manifest
-from pipeline.data.folders import ImageFile, find_splits, list_classes, list_files, list_images
+from pipeline.data.folders import (
+    ImageFile,
+    Listing,
+    list_classes,
+    list_files,
+    list_images,
+)
 from pipeline.data.index import SCHEMA
+from pipeline.data.label_lists import Row, list_files_of, names_images_and_labels, read_list
+from pipeline.data.left_out import LeftOut
 from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.scan import Found, Scan, by_file_name, labelled
+from pipeline.data.tools.scan import Found, Scan, beside, by_file_name, is_flat, labelled, split_folders
 from pipeline.errors import DataError, listed
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
+_LABEL_FILES = (DEVKIT, KAGGLE_VAL, KAGGLE_CLASSES)
 
 
 def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
@@ -25,7 +33,8 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
     for split in manifest.splits:
         table = open_index(root, manifest, split).table
         if manifest.layout == "folders":
-            names = [path.partition("/")[2] for path in table["path"].to_pylist()]
+            rows = zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True)
+            names = [f"{manifest.classes[label]}/{path.rpartition('/')[2]}" for path, label in rows]
             table = table.set_column(SCHEMA.get_field_index("name"), "name", pa.array(names, pa.string()))
         tables[split] = table
     return Scan("prepared", root, manifest.classes, tables)
@@ -33,14 +42,39 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
 
 def scan_folders(root: Path, work: Path | None, pool: Pool) -> Scan:
     """`train/CLASS/*`, and `val/CLASS/*` or flat `val/*` beside a list of what its pictures are."""
-    train, val = find_splits(str(root), "train", "val")
-    classes = list_classes(train)
-    if _is_flat(val):
-        pictures = [_found(image, Path()) for image in list_files(val, "val", 0)]
-        val_table = by_file_name(pictures, _val_labels(root), classes)
+    train, val = split_folders(root)
+    if train is None or val is None:
+        lacking = "train" if train is None else "val"
+        raise DataError(f"{root} has no folder {lacking}: it must hold train/CLASS/* and val/CLASS/*.")
+    left_out = LeftOut()
+    beside(root, {train.name, val.name, *_LABEL_FILES}, left_out)
+    folders = list_classes(train, left_out)
+    classes = tuple(folders)
+    train_listing = list_images(train, folders, classes)
+    if is_flat(val):
+        val_listing = Listing()
+        list_files(val, val.name, 0, val_listing)
+        pictures = [_found(image, Path()) for image in val_listing.images]
+        val_table = by_file_name(pictures, _val_labels(root, val.name), classes, left_out)
     else:
-        val_table = _class_folders(val, list_classes(val), classes)
-    return Scan("folders", root, classes, {"train": _class_folders(train, classes, classes), "val": val_table})
+        val_listing = list_images(val, list_classes(val, left_out), classes)
+        val_table = _table(val_listing, classes)
+    train_table = _table(train_listing, classes)
+    return _scan("folders", root, classes, (train_listing, train_table), (val_listing, val_table), left_out)
+
+
+def _scan(
+    layout: str,
+    root: Path,
+    classes: tuple[str, ...],
+    train: tuple[Listing, pa.Table],
+    val: tuple[Listing, pa.Table],
+    left_out: LeftOut,
+) -> Scan:
+    for listing, _ in (train, val):
+        left_out.merge(listing.left_out)
+    faults = {"train": train[0].faults, "val": val[0].faults}
+    return Scan(layout, root, classes, {"train": train[1], "val": val[1]}, faults, left_out)
 
 
 def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
@@ -53,44 +87,53 @@ def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
         raise DataError(f"{root / KAGGLE} lacks train or val: unpack Kaggle's archive again.")
     lines = (root / KAGGLE_CLASSES).read_text(encoding="utf-8").splitlines()
     classes = tuple(sorted(line.split(maxsplit=1)[0] for line in lines if line.strip()))
-    differ = sorted(set(list_classes(train)) ^ set(classes))
+    left_out = LeftOut()
+    beside(root, {KAGGLE.parts[0], KAGGLE_VAL, KAGGLE_CLASSES}, left_out)
+    beside(root / KAGGLE, {train.name, val.name}, left_out, str(KAGGLE))
+    folders = list_classes(train, left_out)
+    differ = sorted(set(folders) ^ set(classes))
     if differ:
         raise DataError(
             f"{train} and {KAGGLE_CLASSES} do not name the same classes, they differ in {listed(differ)}: "
             f"was the archive unpacked to the end?"
         )
-    pictures = [_found(image, KAGGLE) for image in list_files(val, "val", 0)]
-    tables = {
-        "train": _class_folders(train, classes, classes, KAGGLE),
-        "val": by_file_name(pictures, kaggle_labels(root / KAGGLE_VAL), classes),
-    }
-    return Scan("kaggle", root, classes, tables)
+    train_listing, val_listing = list_images(train, folders, classes), Listing()
+    list_files(val, "val", 0, val_listing)
+    pictures = [_found(image, KAGGLE) for image in val_listing.images]
+    val_table = by_file_name(pictures, kaggle_labels(root / KAGGLE_VAL), classes, left_out)
+    train_table = _table(train_listing, classes, KAGGLE)
+    return _scan("kaggle", root, classes, (train_listing, train_table), (val_listing, val_table), left_out)
 
 
-def _class_folders(
-    split: Path, classes: tuple[str, ...], train_classes: tuple[str, ...], below: Path = Path()
-) -> pa.Table:
-    images = list_images(split, classes, train_classes)
-    return labelled([(image.label, _found(image, below)) for image in images], train_classes)
+def _table(listing: Listing, classes: tuple[str, ...], below: Path = Path()) -> pa.Table:
+    return labelled([(image.label, _found(image, below)) for image in listing.images], classes)
 
 
 def _found(image: ImageFile, below: Path) -> Found:
     return Found(image.path, str(below / image.path), 0, image.length)
 
 
-def _is_flat(folder: Path) -> bool:
-    """Whether a split's folder holds files and no folders."""
-    with os.scandir(folder) as entries:
-        kinds = {entry.is_dir() for entry in entries if not entry.name.startswith(".")}
-    return kinds == {False}
-
-
-def _val_labels(root: Path) -> dict[str, str]:
+def _val_labels(root: Path, val: str) -> dict[str, str]:
     if (root / KAGGLE_VAL).is_file():
         return kaggle_labels(root / KAGGLE_VAL)
     if (root / DEVKIT).is_file():
         return devkit_labels(root / DEVKIT)
+    lists = [file for file in list_files_of([root, root / val]) if names_images_and_labels(file)]
+    if lists:
+        return _by_stem([row for file in lists for row in read_list(file)])
     raise DataError(
-        f"{root / 'val'} is flat: its pictures are in no class folders, and read as they are they would be one class. "
-        f"Put {DEVKIT} or {KAGGLE_VAL} into {root}: they say what each picture is."
+        f"{root / val} is flat: its pictures are in no class folders, and read as they are they would be one class. "
+        f"Put {DEVKIT} or {KAGGLE_VAL} into {root}, or a CSV file with the columns file and label: they say what each "
+        f"picture is."
     )
+
+
+def _by_stem(rows: list[Row]) -> dict[str, str]:
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.split in (None, "val"):
+            base = row.file.rpartition("/")[2]
+            other = found.setdefault(base.rpartition(".")[0] or base, row)
+            if other.label != row.label:
+                raise DataError(f"{row.file}: {row.where} says {row.label}, {other.where} says {other.label}.")
+    return {stem: row.label for stem, row in found.items()}

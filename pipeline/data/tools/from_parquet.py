@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.class_names import normal
+from pipeline.data.left_out import LeftOut
 from pipeline.data.space import check_space
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Found, Scan, by_number, split_files
@@ -29,15 +31,25 @@ class _Columns:
     picture: str
     label: str
     class_names: tuple[str, ...] | None
+    unused: tuple[str, ...]
 
 
 def scan_parquet(root: Path, work: Path | None, pool: Pool) -> Scan:
     """Files with a struct column that holds the picture's `bytes`, and a label column."""
     if work is None:
         raise DataError(f"{root} holds Parquet files: make a data set of them first, with `densenet data prepare`.")
-    files = split_files(root, "parquet")
+    left_out = LeftOut()
+    files = split_files(root, "parquet", left_out)
     columns = {file: _columns(file) for of_split in files.values() for file in of_split}
-    first = next(iter(columns.values()))
+    first_file, first = next(iter(columns.items()))
+    for file, of_file in columns.items():
+        if (of_file.label, of_file.class_names) != (first.label, first.class_names):
+            raise DataError(
+                f"{first_file} and {file} differ in their label column ({first.label}, {of_file.label}) or in its "
+                f"class names: equal labels would mean different classes."
+            )
+        for name in of_file.unused:
+            left_out.add(f"columns named {name}", str(file.relative_to(root)))
     spool = work / "spool"
     spool.mkdir(parents=True, exist_ok=True)
     todo = [file for file in columns if not _spooled(spool, root, file).is_file()]
@@ -45,7 +57,7 @@ def scan_parquet(root: Path, work: Path | None, pool: Pool) -> Scan:
     pool.map(_spool, [(root, file, spool, columns[file]) for file in todo], "spooling")
     pictures = {split: [row for file in f for row in _rows(spool, root, file)] for split, f in files.items()}
     classes, tables = by_number(pictures, first.class_names, root)
-    return Scan("parquet", spool, classes, tables)
+    return Scan("parquet", spool, classes, tables, left_out=left_out)
 
 
 def _columns(file: Path) -> _Columns:
@@ -55,12 +67,13 @@ def _columns(file: Path) -> _Columns:
         raise DataError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}): copy it again.") from error
     pictures = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
     labels = [name for name in _LABELS if name in schema.names and pa.types.is_integer(schema.field(name).type)]
-    if len(pictures) != 1 or not labels:
+    if len(pictures) != 1 or len(labels) != 1:
         raise DataError(
-            f"{file} must have one struct column with the field `bytes`, and an integer column `label`; its columns "
-            f"are {', '.join(f'{field.name}: {field.type}' for field in schema)}."
+            f"{file} must have one struct column with the field `bytes`, and one integer column with the label, named "
+            f"{' or '.join(_LABELS)}; its columns are {', '.join(f'{field.name}: {field.type}' for field in schema)}."
         )
-    return _Columns(pictures[0], labels[0], _class_names(schema.metadata or {}, labels[0]))
+    unused = tuple(name for name in schema.names if name not in (pictures[0], labels[0]))
+    return _Columns(pictures[0], labels[0], _class_names(schema.metadata or {}, labels[0]), unused)
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
@@ -68,7 +81,7 @@ def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | 
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):
         return None
-    return tuple(names) if names else None
+    return tuple(normal(name) for name in names) if names else None
 
 
 def _spooled(spool: Path, root: Path, file: Path) -> Path:
@@ -96,6 +109,8 @@ def _spool(task: tuple[Path, Path, Path, _Columns]) -> None:
                 name = picture.get("path") or f"{record.stem.partition('.')[0]}-{len(rows):06d}.jpg"
                 rows.append((label, name, out.tell(), len(picture["bytes"])))
                 out.write(picture["bytes"])
+        if len(rows) != (told := pq.read_metadata(file).num_rows):
+            raise DataError(f"{file} says that it has {told} rows, {len(rows)} are there: copy it again.")
         out.flush()
         os.fsync(out.fileno())
     temporary = record.with_suffix(".tmp")

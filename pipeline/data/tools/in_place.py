@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.data.class_names import refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table
 from pipeline.data.tools.inspect import chunks, look
@@ -15,8 +16,10 @@ from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError, listed
 
 
-def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> Manifest:
+def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> tuple[Manifest, list[str]]:
     """Reads all pictures' bytes, and writes `dataset.json` and the indexes with sizes and checksums into `root`.
+
+    Returns the manifest, and lines on what is not taken or is doubtful.
 
     Raises:
         DataError: the layout is not understood, pictures are damaged, or nothing can be written in `root`.
@@ -26,6 +29,7 @@ def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> Manifes
     if found.name == "prepared":
         raise DataError(f"{root} has an index already: remove {MANIFEST} to make it anew.")
     scan = found.scan(root, None, pool)
+    refuse_one_class(scan.classes, root)
     splits, in_shards = {}, found.name in ("ilsvrc", "webdataset")
     for split, table in scan.splits.items():
         if in_shards:
@@ -33,7 +37,8 @@ def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> Manifes
             table = table.take(order)
         tasks = list(chunks(root, split, table, decoded=False))
         parts = pool.map(look, tasks, f"indexing {split}", [pc.sum(task.table["length"]).as_py() for task in tasks])
-        damaged = [f"{f.where}: {f.detail}" for part in parts for f in part.findings if f.is_damage]
+        damaged = [f"{path}: {fault}" for path, fault in scan.faults.get(split, {}).items()]
+        damaged += [f"{f.where}: {f.detail}" for part in parts for f in part.findings if f.is_damage]
         if damaged:
             raise DataError(
                 f"{len(damaged)} damaged pictures in {split}:\n  "
@@ -52,9 +57,10 @@ def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> Manifes
         paths = pc.unique(table["path"]).to_pylist() if in_shards else []
         hashes = pool.map(_hash, [root / path for path in paths], f"hashing {split}")
         splits[split] = Split(len(table), pc.sum(table["length"]).as_py(), dict(zip(paths, hashes, strict=True)))
-    manifest = Manifest("shards" if in_shards else "folders", scan.classes, splits, {"from": found.name, "to": "index"})
+    made = {"from": found.name, "to": "index", "not_taken": scan.left_out.lines()}
+    manifest = Manifest("shards" if in_shards else "folders", scan.classes, splits, made)
     manifest.save(root)
-    return manifest
+    return manifest, scan.notes()
 
 
 def _save(table: pa.Table, file: Path) -> None:

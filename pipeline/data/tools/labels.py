@@ -54,14 +54,18 @@ def kaggle_labels(file: Path) -> dict[str, str]:
     Raises:
         DataError: the file is not laid out so.
     """
-    labels = {}
-    with file.open(encoding="utf-8", newline="") as stream:
-        rows = csv.DictReader(stream)
-        if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
-            raise DataError(f"{file} must have the columns ImageId and PredictionString; it has {rows.fieldnames}.")
-        for row in rows:
-            words = (row["PredictionString"] or "").split()
-            if not words:
-                raise DataError(f"{file}, line {rows.line_num}: {row['ImageId']} has no class.")
-            labels[row["ImageId"]] = words[0]
+    labels: dict[str, str] = {}
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            rows = csv.DictReader(stream)
+            if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
+                raise DataError(f"{file} must have the columns ImageId and PredictionString; it has {rows.fieldnames}.")
+            for row in rows:
+                words = (row["PredictionString"] or "").split()
+                if not words:
+                    raise DataError(f"{file}, line {rows.line_num}: {row['ImageId']} has no class.")
+                if labels.setdefault(row["ImageId"], words[0]) != words[0]:
+                    raise DataError(f"{file}, line {rows.line_num}: {row['ImageId']} has another class before.")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} cannot be read ({error}): download it again.") from error
     return labels

@@ -12,7 +12,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from pipeline.data.class_names import refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, encode, header, quiet, shrink, to_rgb
@@ -58,7 +59,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was done: the manifest, the parts of this share, those that an earlier start had written, what is left out.
+    """What was done: the manifest, the parts of this share, those that an earlier start had written, what is left out
+    for damage, and lines on what else is not taken or is doubtful.
 
     `manifest` is None, and `waiting` the number of parts, where other shares have not written theirs yet.
     """
@@ -68,6 +70,7 @@ class Prepared:
     parts_found: int
     left_out: list[str]
     waiting: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,14 @@ def prepare(
     with _working(target, share) as work:
         with FileLock(work / "scan"):  # of one share at a time: it may spool pictures to the working folder
             scan = recognise(source, layout).scan(source.absolute(), work, pool)
+        refuse_one_class(scan.classes, source)
+        notes = scan.notes()
         job = _job(scan, options)
         finished = read_manifest(target)
         if finished is not None:
             if finished.made.get("job") != job:
                 raise DataError(f"{target} holds another data set (or the same with other options): choose another.")
-            return Prepared(finished, 0, 0, finished.made["left_out"])
+            return Prepared(finished, 0, 0, finished.made["left_out"], notes=notes)
         with FileLock(work / "turn"):
             _claim(work, f"{job} {shares}", target)
         parts = [part for split in scan.splits for part in _parts(scan, split, target, options, skip_damaged)]
@@ -149,7 +154,7 @@ def prepare(
             (target / split).mkdir(exist_ok=True)
         sizes = [pc.sum(part.table["length"]).as_py() for part in todo]
         written = pool.map(_write, todo, "preparing", sizes)
-        damaged = [line for part in written for line in part.damaged]
+        damaged = _unread(scan) + [line for part in written for line in part.damaged]
         if damaged and not skip_damaged:
             raise DataError(
                 f"{len(damaged)} damaged pictures in {source}:\n  " + listed(damaged, "\n  ") + "\nAll others are "
@@ -161,7 +166,12 @@ def prepare(
             if not manifest and not waiting:
                 manifest = _assemble(scan, parts, target, options, job)
         left_out = manifest.made["left_out"] if manifest else damaged
-        return Prepared(manifest, len(mine), len(mine) - len(todo), left_out, len(waiting))
+        return Prepared(manifest, len(mine), len(mine) - len(todo), left_out, len(waiting), notes)
+
+
+def _unread(scan: Scan) -> list[str]:
+    """What the scan could not take, a line each."""
+    return [f"{path} in {scan.root}: {fault}" for faults in scan.faults.values() for path, fault in faults.items()]
 
 
 def _check_places(source: Path, target: Path) -> None:
@@ -432,7 +442,8 @@ def _assemble(scan: Scan, parts: list[_Part], target: Path, options: Options, jo
         "job": job,
         **asdict(options),
         "converted": sum(part.converted for part in written),
-        "left_out": [line for part in written for line in part.damaged],
+        "left_out": _unread(scan) + [line for part in written for line in part.damaged],
+        "not_taken": scan.left_out.lines(),
     }
     manifest = Manifest(options.to, scan.classes, splits, made)
     manifest.save(target)

@@ -1,18 +1,23 @@
 """Sources of pictures, recognised by looking at what lies there."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.dataset import MANIFEST
+from pipeline.data.label_lists import list_files_of
+from pipeline.data.names import is_packed
 from pipeline.data.tools.from_archives import scan_ilsvrc, scan_webdataset
 from pipeline.data.tools.from_folders import KAGGLE, scan_folders, scan_kaggle, scan_prepared
+from pipeline.data.tools.from_lists import is_list_source, scan_lists
 from pipeline.data.tools.from_parquet import scan_parquet
 from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan
+from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan, has_class_folders, split_folders
 from pipeline.errors import DataError, listed
+
+_ILSVRC = "ILSVRC2012_"  # begins the names of all its archives
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,33 @@ def recognise(root: Path, override: str | None = None) -> Layout:
     if found:
         names = " and like ".join(layout.name for layout in found)
         raise DataError(f"{root} looks like {names}: choose one with --layout.")
+    hints = "".join(f" {hint}" for hint in _hints(root))
     known = "\n".join(f"  {layout.name:11} {layout.looks_like}" for layout in LAYOUTS)
     there = listed(sorted(os.listdir(root))) or "nothing"
-    raise DataError(f"{root} is in no layout that is known; in it: {there}. Known are:\n{known}")
+    raise DataError(f"{root} is in no layout that is known; in it: {there}.{hints} Known are:\n{known}")
+
+
+def _hints(root: Path) -> Iterator[str]:
+    """What may be meant by a folder that is in no layout."""
+    packed = [name for name in sorted(os.listdir(root)) if is_packed(name)]
+    if packed:
+        yield f"Unpack {listed(packed)} first."
+    train, val = split_folders(root)
+    if train is not None and val is None:
+        yield "There is no validation split: move a share of each class's images from train to val."
+    lists = [file.name for file in list_files_of([root])]
+    if lists:
+        yield f"{listed(lists)}: a list needs a column of images, called `file`, and one of labels, called `label`."
 
 
 def _holds(ending: str, root: Path) -> bool:
-    folders = (root, root / "data", root / "train", root / "val")
-    return any(f.name not in (TRAIN_TAR, VAL_TAR) for folder in folders for f in folder.glob(f"*.{ending}"))
+    folders = [root, root / "data", *filter(None, split_folders(root))]
+    return any(not f.name.startswith(_ILSVRC) for folder in folders for f in folder.glob(f"*.{ending}"))
 
 
 def _has_class_folders(root: Path) -> bool:
-    train = root / "train"
-    return train.is_dir() and (root / "val").is_dir() and any(p.is_dir() for p in train.iterdir())
+    train, val = split_folders(root)
+    return val is not None and has_class_folders(train, least=2 if is_list_source(root) else 1)
 
 
 LAYOUTS = (
@@ -99,5 +118,11 @@ LAYOUTS = (
         f"train/CLASS/*, and val/CLASS/* or flat val/* beside {DEVKIT} or {KAGGLE_VAL}",
         _has_class_folders,
         scan_folders,
+    ),
+    Layout(
+        "list",
+        "train/* and val/* at any depth, with *.csv that name each image and its label, and perhaps its split",
+        is_list_source,
+        scan_lists,
     ),
 )

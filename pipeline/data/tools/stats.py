@@ -1,6 +1,6 @@
 """`densenet data stats`: a data set in numbers and one picture."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,13 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """The splits of a data set or a source."""
+    """The splits of a data set or a source, and lines on what is not taken or is doubtful."""
 
     root: str
     layout: str
     classes: tuple[str, ...]
     splits: dict[str, SplitStats]
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers for machines, without the lists of each picture's size."""
@@ -79,14 +80,14 @@ def stats(root: Path, samples: int, pool: Pool, layout: str | None = None) -> St
             bytes=pc.sum(table["length"]).as_py(),
             per_class=np.bincount(table["label"].to_numpy(), minlength=len(scan.classes)).tolist(),
             decoded=len(sizes),
-            unreadable=len(chosen) - len(sizes),
+            unreadable=len(chosen) - len(sizes) + len(scan.faults.get(split, {})),
             mean=mean[:3].tolist(),
             std=np.sqrt(mean[3:] - mean[:3] ** 2).tolist(),
             widths=sizes[:, 0].tolist(),
             heights=sizes[:, 1].tolist(),
             lengths=sizes[:, 2].tolist(),
         )
-    return Stats(str(root), found.name, scan.classes, splits)
+    return Stats(str(root), found.name, scan.classes, splits, scan.notes())
 
 
 def _measure(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

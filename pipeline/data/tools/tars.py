@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from pipeline.data.folders import is_utf8
+from pipeline.data.listing import is_utf8
 from pipeline.errors import DataError
 
 BLOCK = 512

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.data.class_names import absent, doubts, refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, read_manifest
 from pipeline.data.index import Shard, rows_of
+from pipeline.data.listing import Tree, tree
+from pipeline.data.names import SPLIT_WORDS
 from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
 from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.samples import IMAGE_ENDINGS
+from pipeline.data.tools.scan import Scan
 from pipeline.data.tools.sources import recognise
 from pipeline.data.tools.tars import members
 from pipeline.errors import DataError
@@ -38,12 +43,13 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found; `findings` are those of `pipeline.data.tools.inspect.KINDS`."""
+    """What was found: `findings` of `pipeline.data.tools.inspect.KINDS`, and in `left_out` what was not looked at."""
 
     root: str
     layout: str
     splits: dict[str, SplitReport]
     findings: list[Finding]
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def damage(self) -> list[Finding]:
@@ -81,16 +87,18 @@ def verify(root: Path, pool: Pool, layout: str | None = None, any_counts: bool =
         tasks = list(chunks(scan.root, split, table, decoded=True))
         weights = [pc.sum(task.table["length"]).as_py() for task in tasks]
         parts = pool.map(look, tasks, f"verifying {split}", weights)
+        findings += [Finding("unreadable", split, path, fault) for path, fault in scan.faults.get(split, {}).items()]
         findings += [finding for part in parts for finding in part.findings]
         splits[split] = _split_report(table, parts, len(scan.classes))
         digests[split] = np.concatenate([part.digests_N for part in parts])
     findings += _duplicates(scan.splits, digests)
+    findings += _classes(scan)
     if not any_counts:
         findings += _counts(scan.classes, splits)
     findings = list(dict.fromkeys(findings))  # a shard that is gone is missed more than once
     order = list(KINDS)
     findings.sort(key=lambda f: (order.index(f.kind), f.split, f.where))
-    return Report(str(root), found.name, splits, findings)
+    return Report(str(root), found.name, splits, findings, scan.left_out.lines())
 
 
 def _split_report(table: pa.Table, parts: list[Looked], num_classes: int) -> SplitReport:
@@ -109,13 +117,15 @@ def _split_report(table: pa.Table, parts: list[Looked], num_classes: int) -> Spl
 
 
 def _unlisted(root: Path, manifest: Manifest, splits: dict[str, pa.Table]) -> Iterator[Finding]:
-    """Files in the split folders that the index does not know."""
+    """Files in the split folders that the index does not know; beside lists of labels, only images count."""
+    endings = IMAGE_ENDINGS if manifest.made.get("from") == "list" and manifest.made.get("to") == "index" else None
     for split, table in splits.items():
         known = set(pc.unique(table["path"]).to_pylist())
-        for file in sorted((root / split).rglob("*")):
-            path = str(file.relative_to(root))
-            if file.is_file() and not file.name.startswith(".") and path not in known:
-                yield Finding("unlisted", split, path, f"not in {MANIFEST}'s index")
+        for name in SPLIT_WORDS.get(split, {split}):
+            found = tree(root / name) if (root / name).is_dir() else Tree()
+            for path in (f"{name}/{path}" for path in (*found.files, *found.faults)):
+                if path not in known and (endings is None or path.lower().rpartition(".")[2] in endings):
+                    yield Finding("unlisted", split, path, f"not in {MANIFEST}'s index")
 
 
 def _shards(root: Path, manifest: Manifest, splits: dict[str, pa.Table], pool: Pool) -> list[Finding]:
@@ -203,6 +213,19 @@ def _label(table: pa.Table, row: int) -> int:
 
 def _where(table: pa.Table, row: int) -> str:
     return where(*(table[name][int(row)].as_py() for name in ("path", "name", "offset")))
+
+
+def _classes(scan: Scan) -> Iterator[Finding]:
+    try:
+        refuse_one_class(scan.classes, scan.root)
+    except DataError as error:
+        yield Finding("classes", "", "train", str(error))
+    for line in doubts(scan.classes):
+        yield Finding("doubtful", "", "classes", line)
+    for split, table in scan.splits.items():
+        lacking = absent(scan.classes, table["label"].to_numpy(), split)
+        if lacking is not None:
+            yield Finding("absent", split, split, lacking)
 
 
 def _counts(classes: tuple[str, ...], splits: dict[str, SplitReport]) -> Iterator[Finding]:

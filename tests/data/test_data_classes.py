@@ -1,0 +1,229 @@
+"""Sets of classes that cannot be meant: refused, or told before anything is trained."""
+
+import shutil
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.class_names import doubts
+from pipeline.data.dataset import open_split, open_splits
+from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.sources import recognise
+from pipeline.data.tools.verify import verify
+from pipeline.errors import DataError
+from tests.data import made_up
+
+NFC = "\u00e9lan"
+NFD = unicodedata.normalize("NFD", NFC)
+
+
+def told(root: Path, train: str = "train", val: str = "val") -> list[str]:
+    """What the start of a training warns of."""
+    lines: list[str] = []
+    open_splits(str(root), train, val, root.parent / "cache", warn=lines.append)
+    return lines
+
+
+def write(root: Path, train: list[str], val: list[str]) -> Path:
+    """Two images for each class folder."""
+    for split, classes in (("train", train), ("val", val)):
+        for i, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for j in range(2):
+                content = made_up.encoded(made_up.picture(10 * i + j + 1000 * (split == "val"), (40, 40)))
+                (root / split / name / f"{j}.jpg").write_bytes(content)
+    return root
+
+
+def test_one_class_is_refused_wherever_it_would_be_learned_from(tmp_path):
+    root = write(tmp_path / "set", ["images"], ["images"])
+    (root / "labels.txt").write_text("x")
+    with pytest.raises(DataError, match="has only one class, images: whatever a model answers would be right"):
+        told(root)
+    (root / "labels.csv").write_text("image,what\n")
+    with pytest.raises(DataError, match=r"CSV file \(labels.csv may hold them\), `densenet data prepare` makes"):
+        told(root)
+    with Pool(1) as pool:
+        assert [f.kind for f in verify(root, pool).damage] == ["classes"]
+        for make in (
+            lambda: index_in_place(root, pool),
+            lambda: prepare(root, tmp_path / "made", Options(), pool),
+        ):
+            with pytest.raises(DataError, match="has only one class"):
+                make()
+    assert len(open_split(root, "val", tmp_path / "cache")) == 2  # a model that knows the class can be evaluated
+
+
+def test_a_set_of_one_class_that_was_indexed_before_is_refused(tmp_path):
+    root = write(tmp_path / "set", ["a", "b"], ["a"])
+    with Pool(1) as pool:
+        index_in_place(root, pool)
+    text = (root / "dataset.json").read_text()
+    (root / "dataset.json").write_text(text.replace('"a",\n  "b"', '"a"'))
+    with pytest.raises(DataError, match="has only one class, a"):
+        told(root)
+
+
+def test_classes_without_validation_images_are_named(tmp_path):
+    root = write(tmp_path / "set", ["a", "b", "c"], ["b"])
+    line = "val has no image of 2 of the 3 classes: a, c"
+    assert told(root) == [line]
+    with Pool(1) as pool:
+        report = verify(root, pool)
+        assert [(f.kind, f.detail) for f in report.findings if f.kind == "absent"] == [("absent", line)]
+        assert report.damage == []
+        assert prepare(root, tmp_path / "made", Options(), pool).notes == [line]
+        assert index_in_place(root, pool)[1] == [line]
+    assert told(root) == [line]
+
+
+def test_a_list_of_labels_that_is_not_read_is_told(tmp_path):
+    root = write(tmp_path / "set", ["part1", "part2"], ["part1", "part2"])
+    (root / "notes.csv").write_text("a,b\n")
+    assert told(root) == []
+    (root / "labels.csv").write_text("file,label\n0.jpg,cat\n")
+    line = f"{root}/labels.csv is not read, labels are the class folders' names: `densenet data prepare` reads it"
+    assert told(root) == [line]
+
+
+def test_one_split_twice_is_told(tmp_path):
+    root = write(tmp_path / "set", ["a", "b"], ["a", "b"])
+    assert told(root, "train", "train") == [
+        "data.train and data.val are both 'train': the training images are evaluated"
+    ]
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to("train")
+    assert told(root) == [f"{root}/train and {root}/val are the same folder: the training images are evaluated"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "line"),
+    [
+        (
+            ("Cat", "cat", "dog"),
+            "classes whose names differ only in case or spaces are different classes: 'Cat' and 'cat'",
+        ),
+        (("a  b", "a b"), "classes whose names differ only in case or spaces are different classes: 'a  b' and 'a b'"),
+        (("cat ", "dog"), "class names begin or end with spaces: 'cat '"),
+        (
+            ("0", "1", "10", "2"),
+            "class names are numbers, and labels are their places in the list: '10' has label 2, '2' has label 3",
+        ),
+    ],
+)
+def test_doubtful_names_are_told(classes, line, tmp_path):
+    assert doubts(classes) == [line]
+    assert told(write(tmp_path / "set", list(classes), list(classes))) == [line]
+
+
+def test_names_that_are_fine_are_not():
+    assert doubts(("0", "1", "2")) == doubts(("n01440764", "cat", NFC)) == []
+
+
+@pytest.mark.parametrize(("train", "val"), [(NFC, NFD), (NFD, NFC), (NFD, NFD)])
+def test_a_class_is_the_same_in_every_unicode_normal_form(train, val, tmp_path):
+    root = write(tmp_path / "set", ["a", train], ["a", val])
+    indexes = open_splits(str(root), "train", "val", tmp_path / "cache")
+    for index in indexes:
+        assert index.classes == ("a", NFC)
+        assert index.labels_N.tolist() == [0, 0, 1, 1]
+        assert len(index.read(3))
+    with Pool(1) as pool:
+        assert prepare(root, tmp_path / "made", Options(to="folders"), pool).manifest.classes == ("a", NFC)
+    assert {path.name for path in (tmp_path / "made" / "val").iterdir()} == {"a", NFC}
+
+
+def test_two_folders_of_one_class_and_nearly_the_same_names_are_named(tmp_path):
+    root = write(tmp_path / "set", ["a", NFC, NFD], ["a"])
+    with pytest.raises(DataError) as error:
+        told(root)
+    assert "two folders that are both the class '\u00e9lan', 'e\\u0301lan' and '\\xe9lan'" in str(error.value)
+    root = write(tmp_path / "other", ["Cat", "dog "], ["cat", "dog"])
+    with pytest.raises(DataError, match=r"lacks: 'cat' \(there is 'Cat'\), 'dog' \(there is 'dog '\)"):
+        told(root)
+
+
+def renamed(**names: str) -> Callable[[Path], None]:
+    def rename(root: Path) -> None:
+        for old, new in names.items():
+            (root / old).rename(root / new)
+
+    return rename
+
+
+def as_classes(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    for folder in (root / "train").iterdir():
+        folder.rename(root / folder.name)
+    (root / "train").rmdir()
+
+
+def packed(root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+    (root / "train.zip").write_bytes(b"x")
+
+
+def nested(root: Path) -> None:
+    (root / "train" / "a").rename(root / "train" / "aa")
+    (root / "train" / "a").mkdir()
+    (root / "train" / "aa").rename(root / "train" / "a" / "aa")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (renamed(val="valid"), "has no folder 'val' (in it: train, valid): set data.val=valid, or"),
+        (renamed(val="validation"), "set data.val=validation"),
+        (renamed(val="test"), "set data.val=test"),
+        (renamed(train="Training"), "has no folder 'train' (in it: Training, val): set data.train=Training"),
+        (as_classes, "if these are the classes, move them into train and a share of each one's images into val"),
+        (packed, "(in it: train.zip): unpack train.zip first"),
+        (nested, "is a folder inside a class folder: only image files may be there. If it is the class, and a a group"),
+    ],
+)
+def test_other_layouts_are_told_with_what_to_do(spoil, message, tmp_path):
+    root = write(tmp_path / "set", ["a", "b"], ["a", "b"])
+    spoil(root)
+    with pytest.raises(DataError) as error:
+        told(root)
+    assert message in str(error.value)
+
+
+def test_other_names_of_the_validation_split_are_found_by_the_tools(tmp_path):
+    root = write(tmp_path / "set", ["a", "b"], ["a", "b"])
+    (root / "val").rename(root / "valid")
+    (root / "extra").mkdir()
+    assert recognise(root).name == "folders"
+    with Pool(1) as pool:
+        done = prepare(root, tmp_path / "made", Options(), pool)
+        assert done.notes == ["left out: 1 folders beside the data: extra"]
+        assert list(done.manifest.splits) == ["train", "val"]
+        index_in_place(root, pool)
+        assert verify(root, pool).damage == []
+        (root / "valid" / "a" / "new.jpg").write_bytes(b"x")
+        assert [f.where for f in verify(root, pool).damage] == ["valid/a/new.jpg"]
+    assert told(root) == []
+    (root / "dataset.json").unlink()
+    (root / "dev").mkdir()
+    with pytest.raises(DataError, match="has several folders for val, dev, valid"), Pool(1) as pool:
+        verify(root, pool)
+
+
+@pytest.mark.parametrize(
+    ("write_more", "message"),
+    [
+        (lambda r: (r / "images.zip").write_bytes(b"x"), "Unpack images.zip first. Known are:"),
+        (lambda r: (r / "train" / "a").mkdir(parents=True), "There is no validation split: move a share of each"),
+        (lambda r: (r / "x.csv").write_text("a,b\n"), "x.csv: a list needs a column of images, called `file`"),
+    ],
+)
+def test_a_source_that_is_not_recognised_comes_with_a_hint(write_more, message, tmp_path):
+    write_more(tmp_path)
+    with pytest.raises(DataError) as error:
+        recognise(tmp_path)
+    assert message in str(error.value)

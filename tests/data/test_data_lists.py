@@ -1,0 +1,187 @@
+"""Images whose labels are in a CSV file: what a list may look like, and what is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.dataset import open_splits
+from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, Prepared, prepare
+from pipeline.data.tools.sources import recognise
+from pipeline.data.tools.verify import verify
+from pipeline.errors import DataError
+from tests.data import made_up
+
+CLASSES = ("cat", "dog")
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Six training and four validation images in train/images and val/images, the even ones being cats."""
+    for split, count in (("train", 6), ("val", 4)):
+        (tmp_path / "source" / split / "images").mkdir(parents=True)
+        for i in range(count):
+            content = made_up.encoded(made_up.picture(i + 10 * (split == "val"), (40, 40)))
+            (tmp_path / "source" / split / "images" / f"{split}{i}.jpg").write_bytes(content)
+    return tmp_path / "source"
+
+
+def lines(name: str, *columns: str, separator: str = ",") -> str:
+    """A list of all images; `name` has the fields split, i and kind."""
+    rows = [(split, i, CLASSES[i % 2]) for split, count in (("train", 6), ("val", 4)) for i in range(count)]
+    head = separator.join(columns)
+    return "\n".join([head, *(name.format(split=split, i=i, kind=kind) for split, i, kind in rows)]) + "\n"
+
+
+def made(source: Path) -> Prepared:
+    with Pool(1) as pool:
+        return prepare(source, source.parent / "set", Options(), pool)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lines("{split}{i}.jpg,{kind}", "file", "label"),
+        lines("{split}/images/{split}{i}.jpg,{kind}", "path", "class"),
+        lines("images/{split}{i}.jpg,{kind}", "file_name", "Class Name"),
+        lines("images\\{split}{i}.jpg;{kind}", "filename", "label", separator=";"),
+        lines('"{split}{i}","{kind}"', "image_id", "category"),
+        "\ufeff" + lines("7,{split}{i},{kind}", "row", "id", "label"),
+        lines("{split}{i},{i},{kind},{split}", "id", "n", "label", "split"),
+    ],
+)
+def test_a_list_labels_the_images_beside_it(content, images):
+    (images / "labels.csv").write_text(content, encoding="utf-8")
+    assert recognise(images).name == "list"
+    assert made(images).notes == []
+    for index in open_splits(str(images.parent / "set"), "train", "val", images.parent):
+        assert index.classes == CLASSES
+        names = index.table["name"].to_pylist()
+        assert len(names) == {"train": 6, "val": 4}[names[0].split("/")[1][:-5]]
+        assert all(int(name[-5]) % 2 == label for name, label in zip(names, index.labels_N, strict=True))
+
+
+def test_a_list_of_each_split_and_other_names_of_splits(images):
+    (images / "val").rename(images / "validation")
+    text = lines("{split}{i}.jpg,{kind}", "file", "label").splitlines()
+    (images / "train.csv").write_text("\n".join(text[:7]))
+    (images / "validation" / "metadata.csv").write_text("\n".join([text[0], *text[7:]]))
+    assert {name: split.samples for name, split in made(images).manifest.splits.items()} == {"train": 6, "val": 4}
+
+
+def test_images_of_a_test_split_notes_and_labels_without_an_image_are_counted(images):
+    content = lines("{split}/images/{split}{i}.jpg,{kind},{split}", "file", "label", "split")
+    (images / "labels.csv").write_text(content + "gone.jpg,cat,train\ntest/9.jpg,cat,test\n")
+    (images / "test").mkdir()
+    for name in ("8.jpg", "9.jpg"):
+        (images / "test" / name).write_bytes(made_up.encoded(made_up.picture(9)))
+    (images / "notes.txt").write_text("x")
+    (images / "sizes.csv").write_text("a,b\n")
+    assert made(images).notes == [
+        "left out: 1 files that are no images: notes.txt",
+        "left out: 2 images of a test split: test/8.jpg, test/9.jpg",
+        "left out: 1 labels of images that are not there: gone.jpg (labels.csv, line 12)",
+        "left out: 1 lines of a test split: labels.csv, line 13",
+        "left out: 1 lists without a column of images and one of labels: sizes.csv",
+    ]
+
+
+def test_labels_that_are_numbers_keep_their_order(images):
+    (images / "labels.csv").write_text(lines("{split}{i}.jpg,{i}", "file", "label").replace(".jpg,5", ".jpg,10"))
+    for i in range(4, 6):
+        (images / "val" / "images" / f"val{i}.jpg").write_bytes(made_up.encoded(made_up.picture(i)))
+    with (images / "labels.csv").open("a") as file:
+        file.write("val4.jpg,4\nval5.jpg,10\n")
+    done = made(images)
+    assert done.manifest.classes == ("0", "1", "2", "3", "4", "10")
+    assert done.notes == ["class names are numbers, and labels are their places in the list: '10' has label 5"]
+
+
+def test_it_is_indexed_where_it_lies_and_prepared_from_there_as_class_folders(images):
+    (images / "labels.csv").write_text(lines("{split}{i}.jpg,{kind}", "file", "label"))
+    (images / "train" / "metadata.csv").write_text("a,b\n")
+    with Pool(1) as pool:
+        assert verify(images, pool).damage == []
+        index_in_place(images, pool)
+        assert verify(images, pool).damage == []
+        shutil.copy(images / "val" / "images" / "val0.jpg", images / "val" / "new.jpg")
+        assert [(f.kind, f.where) for f in verify(images, pool).damage] == [("unlisted", "val/new.jpg")]
+        train, _ = open_splits(str(images), "train", "val", images.parent)
+        assert train.labels_N.tolist() == [0, 0, 0, 1, 1, 1]
+        prepare(images, images.parent / "set", Options(to="folders"), pool)
+    found = sorted(path.name for path in (images.parent / "set" / "train" / "cat").iterdir())
+    assert found == ["train0.jpg", "train2.jpg", "train4.jpg"]
+
+
+def test_a_flat_validation_folder_beside_class_folders_takes_a_list(tmp_path):
+    tree = made_up.pictures()
+    made_up.write_folders(tmp_path / "source", tree, flat_val=True)
+    rows = [f"{name},{wnid}" for wnid, files in tree["val"].items() for name in files]
+    (tmp_path / "source" / "val.csv").write_text("\n".join(["file,label", *rows]))
+    assert recognise(tmp_path / "source").name == "folders"
+    made(tmp_path / "source")
+    val = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)[1]
+    names = val.table["name"].to_pylist()
+    assert sorted(names) == sorted(f"{wnid}/{name}" for wnid, files in tree["val"].items() for name in files)
+
+
+def appended(line: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        with (root / "labels.csv").open("a") as file:
+            file.write(line + "\n")
+
+    return write
+
+
+def two_columns(root: Path) -> None:
+    (root / "labels.csv").write_text(lines("{split}{i}.jpg,{kind},{i}", "file", "label", "class"))
+
+
+def only_train(root: Path) -> None:
+    (root / "labels.csv").write_text(lines("{split}{i}.jpg,{kind}", "file", "label").split("val0")[0])
+
+
+def same_names(root: Path) -> None:
+    (root / "train" / "images" / "more").mkdir()
+    (root / "train" / "images" / "train5.jpg").rename(root / "train" / "images" / "more" / "train0.jpg")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            appended("train1.jpg,cat"),
+            "train/images/train1.jpg: labels.csv, line 12 says cat, labels.csv, line 3 says dog",
+        ),
+        (appended("train1.jpg"), "labels.csv, line 12: a value is missing or one too many is there"),
+        (appended("train1.jpg,dog,1"), "labels.csv, line 12: a value is missing or one too many is there"),
+        (appended("val0.jpg,eel"), "labels.csv, line 12 says eel, labels.csv, line 8 says cat"),
+        (two_columns, "has several columns of labels that differ, label, class: remove all but one"),
+        (only_train, "labels.csv names no image of val that is there"),
+        (same_names, "labels.csv, line 2: several images are called train0.jpg"),
+        (lambda r: (r / "val").rename(r / "rest"), "must hold folders train and val, or labels.csv a column `split`"),
+        (lambda r: (r / "val" / "images" / "new.jpg").write_bytes(b"x"), "1 images have no label: val/images/new.jpg"),
+        (lambda r: (r / "labels.csv").write_bytes(b"file,label\n" + b"\xff\xfe,cat\n"), "save it as CSV in UTF-8"),
+        (lambda r: (r / "train" / "more").mkdir(), "looks like folders and like list: choose one with --layout"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_told(spoil, message, images):
+    (images / "labels.csv").write_text(lines("{split}{i}.jpg,{kind}", "file", "label"))
+    spoil(images)
+    with pytest.raises(DataError) as error, Pool(1) as pool:
+        prepare(images, images.parent / "set", Options(), pool)
+    assert message in str(error.value)
+
+
+def test_a_validation_class_without_a_training_image_and_a_list_of_one_class_are_refused(images):
+    (images / "labels.csv").write_text(
+        lines("{split}{i}.jpg,{kind}", "file", "label").replace("val0.jpg,cat", "val0.jpg,eel")
+    )
+    with pytest.raises(DataError, match="no training image is of the classes eel"):
+        made(images)
+    (images / "labels.csv").write_text(lines("{split}{i}.jpg,cat", "file", "label"))
+    with pytest.raises(DataError, match="has only one class, cat"):
+        made(images)

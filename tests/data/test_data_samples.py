@@ -1,0 +1,164 @@
+"""Members of shards: each is an image, a label, or counted; nothing vanishes."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.dataset import open_splits
+from pipeline.data.left_out import LeftOut
+from pipeline.data.listing import SYSTEM
+from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.samples import samples
+from pipeline.data.tools.tars import Member
+from pipeline.data.tools.verify import verify
+from pipeline.errors import DataError
+from tests.data import made_up
+
+JPEG = made_up.encoded(made_up.picture(1, (40, 40)))
+PNG = made_up.encoded(made_up.picture(2, (40, 40)), "PNG")
+GIF = made_up.encoded(made_up.picture(3, (40, 40), "P"), "GIF")
+
+
+def read_samples(files: dict[str, bytes]) -> tuple[dict[str, int], dict[str, int]]:
+    """Labels by image, and counts of what is left out, of a shard that holds these files one after another."""
+    content, members, left_out = b"", [], LeftOut()
+    for name, part in files.items():
+        members.append(Member(name, len(content), len(part)))
+        content += part
+    found = samples(members, lambda offset, length: content[offset : offset + length], "x.tar", left_out)
+    return {member.name: label for label, member in found}, left_out.counts()
+
+
+@pytest.mark.parametrize(
+    ("files", "labels"),
+    [
+        ({"a.jpg": JPEG, "a.cls": b"3"}, {"a.jpg": 3}),
+        ({"a.5.jpg": JPEG, "a.5.cls": b"1", "a.6.jpg": JPEG, "a.6.cls": b"2"}, {"a.5.jpg": 1, "a.6.jpg": 2}),
+        ({"a.jpg": JPEG, "a.cls": b"0", "a.b.jpg": JPEG, "a.b.cls": b"1"}, {"a.jpg": 0, "a.b.jpg": 1}),
+        ({"a.image.jpg": JPEG, "a.cls": b"4"}, {"a.image.jpg": 4}),  # as WebDataset cuts it
+        (
+            {"x.y/a.jpg": JPEG, "x.y/a.cls": b"1", "x.z/a.jpg": JPEG, "x.z/a.cls": b"2"},
+            {"x.y/a.jpg": 1, "x.z/a.jpg": 2},
+        ),
+        ({"a.JPG": JPEG, "a.CLS": b"1", "b.jfif": JPEG, "b.cls": b"0"}, {"a.JPG": 1, "b.jfif": 0}),
+        ({"c.jpe": JPEG, "c.cls": b"1", "d.jpg": JPEG, "d.jpg.cls": b"0"}, {"c.jpe": 1, "d.jpg": 0}),
+        ({"a.img": JPEG, "a.cls": b"1", "b.bin": PNG, "b.cls": b"0"}, {"a.img": 1, "b.bin": 0}),
+        ({"c": PNG, "c.cls": b"1", "d.5": PNG, "d.5.cls": b"0"}, {"c": 1, "d.5": 0}),
+        ({"a.gif": GIF, "a.cls": b"1"}, {"a.gif": 1}),  # which is refused by name where it is looked at
+        ({"a.jpg": b"<html>", "a.cls": b"1"}, {"a.jpg": 1}),
+        ({"a.cls": b"1\n", "a.jpg": JPEG}, {"a.jpg": 1}),
+        ({"a.jpg": JPEG, "a.json": b'{"label": 2.0, "w": 40}'}, {"a.jpg": 2}),
+    ],
+)
+def test_each_image_gets_the_label_of_its_longest_name(files, labels):
+    found, left_out = read_samples(files)
+    assert found == labels
+    assert len(found) == len(files) // 2
+    assert left_out == {}
+
+
+def test_what_is_not_taken_is_counted_by_reason():
+    labels, left_out = read_samples(
+        {
+            "a.jpg": JPEG,
+            "a.seg.png": PNG,
+            "a.cls": b"1",
+            "a.txt": b"BM is how some bitmaps begin",
+            "a.json": b'{"width": 40}',
+            "._a.jpg": b"x",
+            "__MACOSX/a.jpg": b"x",
+            "README": b"x",
+        }
+    )
+    assert labels == {"a.jpg": 1}
+    assert left_out == {
+        SYSTEM: 2,
+        "members with the ending ., which are neither images nor labels": 1,
+        "members with the ending .json, which are neither images nor labels": 1,
+        "members with the ending .txt, which are neither images nor labels": 1,
+        "second images of samples, .seg.png": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jpg": JPEG}, "x.tar: 1 images have no label in a .cls or .json: a.jpg"),
+        ({"a.5.jpg": JPEG, "a.6.jpg": JPEG, "a.6.cls": b"1"}, "1 images have no label in a .cls or .json: a.5.jpg"),
+        ({"a.jpg": JPEG, "a.cls": b"1", "b.cls": b"1"}, "x.tar: 1 labels have no image: b.cls"),
+        ({"a.jpg": JPEG, "a.cls": b"1", "b.json": b'{"label": 1}'}, "1 labels have no image: b.json"),
+        ({"a.jpg": JPEG, "a.5.jpg": JPEG, "a.cls": b"1"}, "a sample has two images, a.jpg and a.5.jpg"),
+        ({"a.x.jpg": JPEG, "a.y.jpg": JPEG, "a.cls": b"1"}, "a sample has two images, a.x.jpg and a.y.jpg"),
+        ({"a.jpg": JPEG, "a.img": PNG, "a.cls": b"1"}, "a sample has two images, a.jpg and a.img"),
+        ({"a.jpg": JPEG, "a.cls": b"1.5"}, "x.tar, a.cls: the label must be a whole number"),
+        ({"a.jpg": JPEG, "a.json": b'{"label": 1.5}'}, "x.tar, a.json: the label must be a whole number"),
+        ({"a.jpg": JPEG, "a.json": b'{"label": true}'}, "x.tar, a.json: the label must be a whole number"),
+    ],
+)
+def test_what_is_not_clear_is_refused_by_name(files, message):
+    with pytest.raises(DataError) as error:
+        read_samples(files)
+    assert message in str(error.value)
+
+
+def test_two_members_of_one_name_are_refused():
+    twice = [Member("a.jpg", 0, 4), Member("a.cls", 4, 1), Member("a.jpg", 0, 4)]
+    with pytest.raises(DataError, match="x.tar has two members named a.jpg"):
+        samples(twice, lambda offset, length: b"abcd1"[offset : offset + length], "x.tar", LeftOut())
+
+
+def write_shards(root: Path, names: list[str]) -> Path:
+    """Training and validation shards of an image each name, with labels 0 and 1 in turn."""
+    root.mkdir()
+    for split in ("train", "val"):
+        files = {}
+        for i, name in enumerate(names):
+            picture = made_up.picture(i, (40, 40))
+            files[name] = made_up.encoded(picture, "GIF" if name.endswith("gif") else "JPEG")
+            files[f"{name.rpartition('.')[0]}.cls"] = str(i % 2).encode()
+        (root / f"x-{split}-0.tar").write_bytes(made_up.tar(files))
+    return root
+
+
+def test_jfif_jpe_and_keys_with_dots_are_taken_and_a_gif_is_named(tmp_path):
+    names = ["a0.jpg", "a1.jpg", "a2.jfif", "a3.jpe", "a.5.jpg", "a.6.jpg"]
+    with Pool(1) as pool:
+        done = prepare(write_shards(tmp_path / "sound", names), tmp_path / "set", Options(), pool)
+        assert {name: split.samples for name, split in done.manifest.splits.items()} == {"train": 6, "val": 6}
+        index_in_place(tmp_path / "sound", pool)
+        assert [len(index) for index in open_splits(str(tmp_path / "sound"), "train", "val", tmp_path)] == [6, 6]
+        source = write_shards(tmp_path / "gif", [*names, "a4.gif"])
+        message = r"x-train-0.tar: is a GIF file, which is not .*: convert it to JPEG or PNG"
+        with pytest.raises(DataError, match=rf"2 damaged pictures .*\n.*a4.gif in .*{message}"):
+            prepare(source, tmp_path / "refused", Options(), pool)
+        with pytest.raises(DataError, match="a4.gif.*is a GIF file"):
+            index_in_place(source, pool)
+        report = verify(source, pool)
+    assert report.splits["train"].samples == 7
+    assert [(finding.kind, "a4.gif" in finding.where) for finding in report.damage] == [("unreadable", True)] * 2
+
+
+def test_files_beside_the_shards_are_counted_and_packed_ones_are_told(tmp_path):
+    source = write_shards(tmp_path / "source", ["a.jpg", "b.jpg"])
+    (source / "x-test-0.tar").write_bytes(made_up.tar({"a.jpg": JPEG}))
+    (source / "README.md").write_text("x")
+    (source / ".DS_Store").write_bytes(b"x")
+    (source / "more").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (source / "x-train-0.tar").rename(tmp_path / "elsewhere" / "x-train-1.tar")
+    (source / "more" / "linked").symlink_to(tmp_path / "elsewhere")
+    with Pool(1) as pool:
+        done = prepare(source, tmp_path / "set", Options(), pool)
+        assert done.manifest.splits["train"].samples == 2
+        assert done.notes == [
+            "left out: 1 files and folders of file managers and tools: .DS_Store",
+            "left out: 1 files of a test split: x-test-0.tar",
+            "left out: 1 files that are no .tar files: README.md",
+        ]
+        assert done.manifest.made["not_taken"] == [note.removeprefix("left out: ") for note in done.notes]
+        (source / "more" / "linked").unlink()
+        (source / "x-train-2.tar.gz").write_bytes(b"x")
+        with pytest.raises(DataError, match=r"0 of train, 1 of val. Rename them. Unpack x-train-2.tar.gz first"):
+            prepare(source, tmp_path / "other", Options(), pool)
