@@ -77,7 +77,7 @@ def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Pr
         try:
             (row_K,) = model.predict(None, pd.DataFrame({"image": [path]}))["probabilities"]
         except MlflowException as error:
-            raise UserError(f"{path} is not an image that can be read.") from error
+            raise UserError(f"{path} {error.__cause__}.") from error
         found.append(Prediction(path, [(model.classes[k], float(row_K[k])) for k in _best(row_K, top)]))
     return found
 
