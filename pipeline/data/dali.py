@@ -49,8 +49,9 @@ class Loader:
     """Turns planned batches into pixels; use as a context manager, or close it.
 
     Reading runs ahead in threads of its own (`readers` of them; with 0 the planning thread reads) and DALI decodes
-    ahead in others, so the caller waits only when both are slower than it is. There is no state from one `run` to the
-    next but which samples are damaged, and which DALI refuses and PIL decodes in its place. With `skip_by`, the plan of the batches, damaged samples are replaced by others
+    ahead in others, so the caller waits only when both are slower than it is. What DALI may decode to other pixels than
+    PIL is decoded by PIL in the reading threads. There is no state from one `run` to the next but which samples are
+    damaged, and which DALI has refused. With `skip_by`, the plan of the batches, damaged samples are replaced by others
     that follow from the seed, the epoch and the sample alone, and are listed in `skipped`; without it they are errors.
     `num_classes` is the number of classes in the targets, the index's by default.
     """
@@ -180,7 +181,7 @@ class Loader:
             raise RuntimeError("this run has ended: its loader was closed or has begun a newer run")
 
     def _recover(self, run: "_Run", error: RuntimeError) -> None:
-        """After DALI met something that it cannot decode: goes on without it or with PIL's pixels, or says what it is."""
+        """After DALI met something that it cannot decode: goes on without it, or with PIL's pixels, or names it."""
         damaged, refused = self._damaged(run), set()
         if not damaged and "fn.decoders" in str(error):
             refused = self._refused(run)
@@ -271,7 +272,7 @@ class Loader:
         return np.frombuffer(netpbm(content.tobytes(), *size), np.uint8)
 
     def _encoded_or_odd(self, sample: int) -> NDArray[np.uint8]:
-        """`_encoded`, or what DALI refuses too: so the fault is told when the batch is asked for, with all of its kind."""
+        """`_encoded`, or what DALI refuses too, so that the fault is told when the batch is asked for."""
         try:
             return self._encoded(sample)
         except NotAnImage:
@@ -457,7 +458,7 @@ def _windows_pipeline(source: Any) -> Any:
 def _pixels_pipeline(
     source: Any, decoder: str, interpolation: Any, mean: list[float], std: list[float], auto: str, stages: int
 ) -> Any:
-    """On the GPU, or where it augments, DALI does all: decode a window, resize what is cut, augment, mirror, normalise."""
+    """On the GPU, or where it augments, DALI does all: decode a window, resize a region, augment, mirror, normalise."""
     inputs = _inputs(source, _WINDOWS + _PIXELS + (_AUTO if stages else []))
     encoded, start, shape, region_start, region_end, side, flip = inputs[:7]
     images = _decoded(encoded, start, shape, decoder)

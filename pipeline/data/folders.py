@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, header, quiet
+from pipeline.config import MAX_PIXELS
+from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, TooLarge, check_size, header, quiet
 from pipeline.data.index import DatasetIndex, load_table, table_of
 from pipeline.errors import DataError, listed
 
 _CLUTTER = {"thumbs.db", "desktop.ini"}
+_CACHE = 2  # a cached index tells which files are used, so this changes when other files become so
 _TOGETHER = 256  # files that a thread looks at in one go: a task for each of a million files would cost gigabytes
 
 
@@ -109,12 +111,19 @@ def list_files(folder: Path, prefix: str, label: int) -> Iterable[ImageFile]:
 
 
 def scan_splits(
-    root: str | None, train: str, val: str, cache: Path, skip_damaged: bool, warn: Callable[[str], None]
+    root: str | None,
+    train: str,
+    val: str,
+    cache: Path,
+    skip_damaged: bool,
+    warn: Callable[[str], None],
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[DatasetIndex, DatasetIndex]:
     """Indexes of class folders.
 
     Files already known to the index in the folder `cache` (same path, length and time) are not opened again. Damaged
-    training files are left out and told to `warn` with `skip_damaged`; in the evaluation split they never are.
+    training files, and those of more than `max_pixels`, are left out and told to `warn` with `skip_damaged`; in the
+    evaluation split they never are.
 
     Raises:
         DataError: a folder is missing or is not laid out in class folders, or files are damaged or are no images.
@@ -125,19 +134,19 @@ def scan_splits(
         train_images = list_images(train_folder, classes, classes)
         val_images = list_images(val_folder, list_classes(val_folder), classes)
         folder = train_folder.parent.absolute()
-        train_index, faults = _index(folder, train, classes, train_images, cache)
+        train_index, faults = _index(folder, train, classes, train_images, cache, max_pixels)
         if skip_damaged and faults:
             warn(f"{len(faults)} of {len(train_images)} training files are left out:\n  " + listed(faults, "\n  "))
         else:
             _refuse(train_folder, faults, len(train_images))
-        val_index, faults = _index(folder, val, classes, val_images, cache)
+        val_index, faults = _index(folder, val, classes, val_images, cache, max_pixels)
         _refuse(val_folder, faults, len(val_images))
         return train_index, val_index
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
 
 
-def scan_split(root: Path, split: str, cache: Path) -> DatasetIndex:
+def scan_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS) -> DatasetIndex:
     """The index of one split's class folders, or of class folders in the root itself, where there is no such split.
 
     Raises:
@@ -151,14 +160,14 @@ def scan_split(root: Path, split: str, cache: Path) -> DatasetIndex:
             raise DataError(f"{root} has no split '{split}', it has {listed(list_classes(root))}: correct the name.")
         classes = list_classes(folder)
         images = list_images(folder, classes, classes)
-        index, faults = _index(folder.parent.absolute(), folder.name, classes, images, cache)
+        index, faults = _index(folder.parent.absolute(), folder.name, classes, images, cache, max_pixels)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
     _refuse(folder, faults, len(images))
     return index
 
 
-def scan_pictures(folder: Path) -> tuple[DatasetIndex, dict[str, str]]:
+def scan_pictures(folder: Path, max_pixels: int = MAX_PIXELS) -> tuple[DatasetIndex, dict[str, str]]:
     """All files below a folder, at any depth, in sorted order: an index of the pictures, all of one class without a
     name, and what is wrong with the other files, by path below the folder.
 
@@ -180,8 +189,8 @@ def scan_pictures(folder: Path) -> tuple[DatasetIndex, dict[str, str]]:
                 files.append(ImageFile(path, 0, stat.st_size, stat.st_mtime_ns))
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
-    found = probe_all([folder / file.path for file in files])
-    sound = [(f, (h.width, h.height)) for f, h in zip(files, found, strict=True) if isinstance(h, Header)]
+    found = [_size(header, max_pixels) for header in probe_all([folder / file.path for file in files])]
+    sound = [(file, size) for file, size in zip(files, found, strict=True) if isinstance(size, tuple)]
     faults = {file.path: reason for file, reason in zip(files, found, strict=True) if isinstance(reason, str)}
     return DatasetIndex(folder, ("",), _table(sound)), faults
 
@@ -201,15 +210,16 @@ def _refuse(split: Path, faults: list[str], count: int) -> None:
 
 
 def _index(
-    root: Path, split: str, classes: tuple[str, ...], images: list[ImageFile], cache: Path
+    root: Path, split: str, classes: tuple[str, ...], images: list[ImageFile], cache: Path, max_pixels: int
 ) -> tuple[DatasetIndex, list[str]]:
     """The index of the sound files, and a line on each of the others."""
-    cached = cache / f"{split}-{hashlib.sha256(os.fsencode(root / split)).hexdigest()[:16]}.parquet"
+    cached = cache / f"{split}-{hashlib.sha256(os.fsencode(root / split)).hexdigest()[:16]}-{_CACHE}.parquet"
     known = _known_sizes(cached)
-    sizes: list[tuple[int, int] | str | None] = [known.get((i.path, i.length, i.mtime_ns)) for i in images]
-    new = [i for i, size in enumerate(sizes) if size is None]
-    for i, found in zip(new, probe_all([root / images[i].path for i in new]), strict=True):
-        sizes[i] = (found.width, found.height) if isinstance(found, Header) else found
+    found: list[tuple[int, int] | Header | str | None] = [known.get((i.path, i.length, i.mtime_ns)) for i in images]
+    new = [i for i, known_size in enumerate(found) if known_size is None]
+    for i, probed in zip(new, probe_all([root / images[i].path for i in new]), strict=True):
+        found[i] = probed
+    sizes = [_size(one, max_pixels) for one in found]
     sound = [(image, size) for image, size in zip(images, sizes, strict=True) if isinstance(size, tuple)]
     faults = [f"{image.path}: {size}" for image, size in zip(images, sizes, strict=True) if isinstance(size, str)]
     index = DatasetIndex(root, classes, _table(sound))
@@ -240,6 +250,18 @@ def _table(images: Sequence[tuple[ImageFile, tuple[int, int]]]) -> pa.Table:
             "mtime_ns": [image.mtime_ns for image, _ in images],
         }
     )
+
+
+def _size(found: Header | tuple[int, int] | str | None, max_pixels: int) -> tuple[int, int] | str:
+    """Width and height of a file that is used, or what is wrong with it."""
+    if found is None or isinstance(found, str):
+        return found or "was not looked at"
+    width, height = (found.width, found.height) if isinstance(found, Header) else found
+    try:
+        check_size(width, height, max_pixels)
+    except TooLarge as error:
+        return str(error)
+    return width, height
 
 
 def _known_sizes(file: Path) -> dict[tuple[str, int, int], tuple[int, int]]:

@@ -39,7 +39,12 @@ _JPEG_MODES = {"Gray": "L", "GRAY": "L", "YCbCr": "RGB", "RGB": "RGB", "CMYK": "
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _CONVERTED = ("P", "PA", "LA", "La", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # to RGB by PIL
 _USED = ("L", "RGB", "1", *_SIXTEEN_BIT, *_CONVERTED)
-_UNSUPPORTED = {"I": "32-bit integers", "F": "floating-point numbers", "LAB": "CIE L*a*b* colours", "HSV": "HSV colours"}
+_UNSUPPORTED = {
+    "I": "32-bit integers",
+    "F": "floating-point numbers",
+    "LAB": "CIE L*a*b* colours",
+    "HSV": "HSV colours",
+}
 _CURE = "convert it to an 8-bit JPEG or PNG"
 _ORIENTATION = 0x0112
 _UNTURNED = {  # what undoes an EXIF orientation
@@ -220,8 +225,8 @@ def orientation(content: bytes) -> int | None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture in 8 bits, gray where it is gray, else RGB.
 
-    CMYK and YCCK, which Adobe stores inverted, are read as PIL reads them. Transparency is dropped. Of 16 bits the upper
-    8 are kept: PIL does the same to 16-bit RGB as it reads it, and cuts 16-bit gray off at 255 if it is left to.
+    CMYK and YCCK, which Adobe stores inverted, are read as PIL reads them. Transparency is dropped. Of 16 bits the
+    upper 8 are kept: PIL does the same to 16-bit RGB as it reads it, and cuts 16-bit gray off at 255 if left to.
 
     Raises:
         Unsupported: its pixels have no one meaning in 8 bits.
@@ -240,7 +245,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def in_common(content: memoryview) -> bool:
     """Whether DALI's decoders give the pixels of `decode` and `to_rgb`, by all that was tried.
 
-    These are JPEGs in gray, YCbCr or RGB with Huffman coding, PNGs of up to 8 bits per channel, and WebP without frames.
+    These are JPEGs in gray, YCbCr or RGB with Huffman coding, PNGs of up to 8 bits per channel, WebP without frames.
     """
     start = bytes(content[:32])
     if start.startswith(_JPEG):

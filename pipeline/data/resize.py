@@ -69,7 +69,9 @@ class Resizer:
             np.multiply(cut_CHW, self._scale_C11, out=out_NCHW[i])
             out_NCHW[i] += self._shift_C11
 
-    def _resized(self, window_HWC: NDArray[np.uint8], size: list[int], origin: list[int], side: int) -> NDArray[np.uint8]:
+    def _resized(
+        self, window_HWC: NDArray[np.uint8], size: list[int], origin: list[int], side: int
+    ) -> NDArray[np.uint8]:
         """The square [3, side, side] of the whole window at its new size; the fast way, for all but very long ones."""
         window_1CHW = torch.from_numpy(window_HWC).permute(2, 0, 1)[None]
         resized_1CHW = F.interpolate(window_1CHW, size, mode=self._interpolation, antialias=True)

@@ -100,7 +100,7 @@ def predict_folder(
         UserError: there are no files, or `out` cannot be written.
     """
     card = read_card(folder)
-    index, faults = scan_pictures(pictures)
+    index, faults = scan_pictures(pictures, card["max_pixels"])
     if not len(index) and not faults:
         raise DataError(f"{pictures} holds no files: give a folder with pictures.")
     started, classified, total = time.perf_counter(), 0, len(index)

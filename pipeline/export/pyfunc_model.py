@@ -92,8 +92,8 @@ class Classifier(PythonModel):
         """Classifies the column `image`; each row is one picture in any of these forms.
 
         - bytes of a JPEG, PNG, BMP, TIFF or WebP file, or text: the same in base64
-        - an array of uint8, [H, W, 3] (RGB), [H, W] or [H, W, 1] (grey) or [H, W, 4] (RGBA, without the transparency), or
-          nested lists of such numbers
+        - an array of uint8, [H, W, 3] (RGB), [H, W] or [H, W, 1] (grey) or [H, W, 4] (RGBA, whose transparency is
+          dropped), or nested lists of such numbers
         - a `pathlib.Path` of a file. Plain text is never a path, so that a server opens no file that a client names.
 
         Returns:
@@ -208,7 +208,9 @@ def _from_array(value: Any, max_pixels: int) -> Image.Image:
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
         raise BadImage(f"is not a picture: an array of the shape {list(pixels.shape)}; {_MEANT}")
     if pixels.min() < 0 or pixels.max() > 255:
-        raise BadImage(f"is not a picture: numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels; {_MEANT}")
+        raise BadImage(
+            f"is not a picture: numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels; {_MEANT}"
+        )
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table
 from pipeline.data.tools.inspect import chunks, look
@@ -15,7 +16,7 @@ from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError, listed
 
 
-def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> Manifest:
+def index_in_place(root: Path, pool: Pool, layout: str | None = None, max_pixels: int = MAX_PIXELS) -> Manifest:
     """Reads all pictures' bytes, and writes `dataset.json` and the indexes with sizes and checksums into `root`.
 
     Raises:
@@ -31,7 +32,7 @@ def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> Manifes
         if in_shards:
             order = np.lexsort((table["offset"].to_numpy(), table["path"].cast(pa.string()).to_numpy()))
             table = table.take(order)
-        tasks = list(chunks(root, split, table, decoded=False))
+        tasks = list(chunks(root, split, table, decoded=False, max_pixels=max_pixels))
         parts = pool.map(look, tasks, f"indexing {split}", [pc.sum(task.table["length"]).as_py() for task in tasks])
         damaged = [f"{f.where}: {f.detail}" for part in parts for f in part.findings if f.is_damage]
         if damaged:
