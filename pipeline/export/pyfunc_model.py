@@ -54,6 +54,7 @@ _UNTURNED = {  # what undoes an EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+_CURE = "convert it to an 8-bit JPEG or PNG"
 _MEANT = (
     "give the bytes of a JPEG, PNG, BMP, TIFF or WebP file, their base64 text, an array of uint8 [H, W, 3], or a "
     "pathlib.Path"
@@ -167,6 +168,8 @@ def decoded(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage(f"is larger than PIL takes in this format: {error}") from error
     except (*_DAMAGE, binascii.Error) as error:
+        if "-bit layers" in str(error) or "pixel mode" in str(error):  # PIL's, of JPEG and TIFF
+            raise BadImage(f"has pixels of a kind that is not used ({error}): {_CURE}") from error
         raise BadImage(f"is not a picture: {_MEANT}") from error
 
 
@@ -194,7 +197,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in (*_GRAY, *_CONVERTED):
-        raise BadImage(f"has pixels of PIL's mode {image.mode}: convert it to an 8-bit JPEG or PNG")
+        raise BadImage(f"has pixels of PIL's mode {image.mode}: {_CURE}")
     image.info.pop("transparency", None)  # PIL warns of it where it is dropped
     return image.convert("RGB")
 
