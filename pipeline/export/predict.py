@@ -77,7 +77,8 @@ def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Pr
         try:
             (row_K,) = model.predict(None, pd.DataFrame({"image": [path]}))["probabilities"]
         except MlflowException as error:
-            raise UserError(f"{path} {error.__cause__}.") from error
+            reason = str(error.__cause__).replace("is not a picture", "is not an image that can be read")
+            raise UserError(f"{path} {reason}.") from error
         found.append(Prediction(path, [(model.classes[k], float(row_K[k])) for k in _best(row_K, top)]))
     return found
 

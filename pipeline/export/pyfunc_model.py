@@ -55,6 +55,7 @@ _UNTURNED = {  # what undoes an EXIF orientation
     8: Image.Transpose.ROTATE_270,
 }
 _CURE = "convert it to an 8-bit JPEG or PNG"
+_NO_PICTURE = "is not a picture"
 _MEANT = (
     "give the bytes of a JPEG, PNG, BMP, TIFF or WebP file, their base64 text, an array of uint8 [H, W, 3], or a "
     "pathlib.Path"
@@ -134,7 +135,8 @@ class Classifier(PythonModel):
         try:
             rgb = decoded(value, self.max_pixels)
         except BadImage as error:
-            raise MlflowException.invalid_parameter_value(f"row {row} of `image` {error}") from error
+            meant = f": {_MEANT}" if str(error).startswith(_NO_PICTURE) else ""
+            raise MlflowException.invalid_parameter_value(f"row {row} of `image` {error}{meant}") from error
         return evaluation_transform(rgb, **self.transform, channels=self.channels)
 
 
@@ -170,7 +172,7 @@ def decoded(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
     except (*_DAMAGE, binascii.Error) as error:
         if "-bit layers" in str(error) or "pixel mode" in str(error):  # PIL's, of JPEG and TIFF
             raise BadImage(f"has pixels of a kind that is not used ({error}): {_CURE}") from error
-        raise BadImage(f"is not a picture: {_MEANT}") from error
+        raise BadImage(_NO_PICTURE) from error
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -184,7 +186,7 @@ def _from_file(content: bytes, max_pixels: int) -> Image.Image:
     """Decodes a file as stored: EXIF orientation, which PIL applies to TIFF alone, is undone; of several, the first."""
     reader = next((reader for magic, reader in _READERS.items() if content.startswith(magic)), None)
     if reader is None:
-        raise BadImage(f"is not a picture: {_MEANT}")
+        raise BadImage(_NO_PICTURE)
     with reader(io.BytesIO(content)) as image:
         _check_size(*image.size, max_pixels)
         turned = image.getexif().get(0x0112) if isinstance(image, TiffImageFile) else None
@@ -205,15 +207,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _from_array(value: Any, max_pixels: int) -> Image.Image:
     pixels = np.asarray(value)
     if pixels.dtype not in (np.uint8, np.int64):  # int64: what lists become
-        raise BadImage(f"is not a picture: numbers of type {pixels.dtype}, which must be uint8; {_MEANT}")
+        raise BadImage(f"{_NO_PICTURE} (numbers of type {pixels.dtype}, which must be uint8)")
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise BadImage(f"is not a picture: an array of the shape {list(pixels.shape)}; {_MEANT}")
+        raise BadImage(f"{_NO_PICTURE} (an array of the shape {list(pixels.shape)})")
     if pixels.min() < 0 or pixels.max() > 255:
-        raise BadImage(
-            f"is not a picture: numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels; {_MEANT}"
-        )
+        raise BadImage(f"{_NO_PICTURE} (numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels)")
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 

@@ -198,7 +198,7 @@ def test_other_formats_are_refused_everywhere(kind, tmp_path):
     (tmp_path / "0.jpg").write_bytes(UNKNOWN[kind])
     _, faults = scan_pictures(tmp_path)
     assert "is not an image of a known format (JPEG, PNG, BMP, TIFF, WEBP)" in faults["0.jpg"]
-    with pytest.raises(BadImage, match="is not a picture: give the bytes of a JPEG, PNG, BMP, TIFF or WebP file"):
+    with pytest.raises(BadImage, match="^is not a picture$"):
         decoded(UNKNOWN[kind])
 
 
@@ -268,5 +268,5 @@ def test_arrays_are_taken(given, same):
     ],
 )
 def test_arrays_that_are_no_pictures_are_refused_with_their_row(given, message, tmp_path):
-    with pytest.raises(MlflowException, match=f"row 1 of `image` is not a picture.*{message}|row 1 .*{message}"):
+    with pytest.raises(MlflowException, match=f"row 1 of `image` .*{message}.*: give the bytes of a JPEG"):
         packaged_model(tmp_path / "model").predict(None, pd.DataFrame({"image": [ARRAY, given]}))
