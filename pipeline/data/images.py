@@ -19,8 +19,10 @@ from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TILELENGTH, TILEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+from pipeline.config import MAX_PIXELS
 
 # By their first bytes. Not `Image.open`: it refuses large images before their size is known, by a limit of its own.
 _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
@@ -57,6 +59,8 @@ _UNTURNED = {  # what undoes an EXIF orientation
     8: Image.Transpose.ROTATE_270,
 }
 _HUFFMAN = (0xC0, 0xC1, 0xC2)  # JPEG's baseline, extended and progressive frames; others are arithmetic or lossless
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # a PNG's texts and colour profiles
+_TILE = 1 << 24  # pixels of a TIFF's tile that are always allowed: tiles may be larger than the image
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # tables among the codes of frames
 # What PIL raises at damage.
 _DAMAGE = (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error)
@@ -90,12 +94,12 @@ class TooLarge(NotAnImage):
     """It has more pixels than are allowed."""
 
 
-def check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int, what: str = "") -> None:
     """Raises `TooLarge` where an image has more pixels than `max_pixels`."""
     if width * height > max_pixels:
         raise TooLarge(
-            f"has {width:,} x {height:,} pixels, more than the limit of {max_pixels:,} (data.max_pixels in training, "
-            f"--max-pixels of `densenet data`, max_pixels in a model's card)"
+            f"has {what}{width:,} x {height:,} pixels, more than the limit of {max_pixels:,} (data.max_pixels in "
+            f"training, --max-pixels of `densenet data`, max_pixels in a model's card)"
         )
 
 
@@ -160,7 +164,20 @@ def header(content: bytes, end: bytes) -> Header:
 def _opened(content: bytes) -> ImageFile.ImageFile:
     """PIL's image of a known format, with its head read."""
     reader = next(reader for magic, reader in _READERS.items() if content.startswith(magic))
-    return reader(io.BytesIO(content))
+    return reader(io.BytesIO(_without_texts(content) if reader is PngImageFile else content))
+
+
+def _without_texts(content: bytes) -> bytes:
+    """A PNG without texts and colour profiles: no pixel depends on them, and PIL refuses an image for long ones."""
+    if not any(name in content for name in _TEXTS):
+        return content
+    kept, place = [content[:8]], 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] not in _TEXTS:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
@@ -170,12 +187,19 @@ def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
     return image.size
 
 
+def _check_sizes(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Compares an image and its tiles, of which at least one is decoded whole, with the limit."""
+    check_size(*_stored_size(image), max_pixels)
+    if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2 and TILELENGTH in image.tag_v2:
+        check_size(image.tag_v2[TILEWIDTH], image.tag_v2[TILELENGTH], max(max_pixels, _TILE), "tiles of ")
+
+
 def _check_mode(mode: str) -> None:
     if mode not in _USED:
         raise Unsupported(f"has pixels of PIL's mode {mode} ({_UNSUPPORTED.get(mode, 'not known here')}): {_CURE}")
 
 
-def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
+def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a whole picture as stored, the first one of several.
 
     Raises:
@@ -187,8 +211,7 @@ def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
         raise NotAnImage(fault)
     try:
         image = _opened(content)
-        if max_pixels is not None:
-            check_size(*_stored_size(image), max_pixels)
+        _check_sizes(image, max_pixels)
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
             try:
                 return Image.fromarray(_decode_strictly(content, image.mode))

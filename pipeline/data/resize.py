@@ -96,6 +96,6 @@ def resized_region(
     last_2 = np.minimum(np.ceil(end_2 + reach_2).astype(int), window_HWC.shape[:2])
     near = Image.fromarray(np.ascontiguousarray(window_HWC[first_2[0] : last_2[0], first_2[1] : last_2[1]]))
     (top, left), (bottom, right) = (start_2 - first_2).tolist(), (end_2 - first_2).tolist()
-    # Rows first, then columns, as torch does and PIL where the window is not higher than wide.
+    # Rows first, then columns, as torch does; PIL by itself begins with the columns of some high pictures.
     rows = near.resize((side, near.height), _FILTERS[interpolation], box=(left, 0, right, near.height))
     return np.asarray(rows.resize((side, side), _FILTERS[interpolation], box=(0, top, side, bottom)))

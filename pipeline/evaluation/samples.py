@@ -41,7 +41,8 @@ def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> li
 
 
 def _thumbnail(index: DatasetIndex, sample: int) -> str:
-    small = to_rgb(decode(index.read(sample).tobytes())).convert("RGB")
+    pixels = int(index.widths_N[sample] * index.heights_N[sample])  # within the limit: the index was opened by it
+    small = to_rgb(decode(index.read(sample).tobytes(), pixels)).convert("RGB")
     small.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)

@@ -158,7 +158,7 @@ def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, s
     sound, faults = [], {}
     for i in range(len(index)):
         try:
-            decode(index.read(i).tobytes())
+            decode(index.read(i).tobytes(), int(index.widths_N[i] * index.heights_N[i]))
             sound.append(i)
         except (NotAnImage, DamagedSample) as error:
             faults[_name(index, i)] = str(error)

@@ -26,7 +26,7 @@ from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from safetensors.torch import load_file
 from timm.models.densenet import DenseNet
@@ -60,6 +60,8 @@ _MEANT = (
     "give the bytes of a JPEG, PNG, BMP, TIFF or WebP file, their base64 text, an array of uint8 [H, W, 3], or a "
     "pathlib.Path"
 )
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # a PNG's texts and colour profiles
+_TILE = 1 << 24  # pixels of a TIFF's tile that are always allowed: tiles may be larger than the image
 _DAMAGE = (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error)
 _LONG = 8  # crops: of a resized picture that is longer only the crop is computed
 _REACH = 4  # pixels beside the crop that the filters look at, at most, where a picture is not made smaller
@@ -175,10 +177,24 @@ def decoded(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
         raise BadImage(_NO_PICTURE) from error
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def _without_texts(content: bytes) -> bytes:
+    """A PNG without texts and colour profiles: no pixel depends on them, and PIL refuses an image for long ones."""
+    if not any(name in content for name in _TEXTS):
+        return content
+    kept, place = [content[:8]], 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] not in _TEXTS:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _check_size(width: int, height: int, max_pixels: int, what: str = "") -> None:
     if width * height > max_pixels:
         raise BadImage(
-            f"has {width:,} x {height:,} pixels, more than the limit of {max_pixels:,} (max_pixels in the model's card)"
+            f"has {what}{width:,} x {height:,} pixels, more than the limit of {max_pixels:,} (max_pixels in the model's "
+            f"card)"
         )
 
 
@@ -187,8 +203,11 @@ def _from_file(content: bytes, max_pixels: int) -> Image.Image:
     reader = next((reader for magic, reader in _READERS.items() if content.startswith(magic)), None)
     if reader is None:
         raise BadImage(_NO_PICTURE)
-    with reader(io.BytesIO(content)) as image:
+    with reader(io.BytesIO(_without_texts(content) if reader is PngImageFile else content)) as image:
         _check_size(*image.size, max_pixels)
+        if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2 and TILELENGTH in image.tag_v2:
+            tile = image.tag_v2[TILEWIDTH], image.tag_v2[TILELENGTH]
+            _check_size(*tile, max(max_pixels, _TILE), "tiles of ")
         turned = image.getexif().get(0x0112) if isinstance(image, TiffImageFile) else None
         image.load()
         return _to_rgb(image.transpose(_UNTURNED[turned]) if turned in _UNTURNED else image)

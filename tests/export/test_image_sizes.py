@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.config import Interpolation
 from pipeline.data.dataset import open_split, open_splits
-from pipeline.data.images import TooLarge
+from pipeline.data.images import NotAnImage, TooLarge, decode
 from pipeline.data.plan import EvalPlan
 from pipeline.data.resize import Resizer, resized_region
 from pipeline.data.tools.in_place import index_in_place
@@ -33,7 +33,7 @@ from tests.models import write_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's of its own type hints
-    from pipeline.export.pyfunc_model import Classifier, evaluation_transform
+    from pipeline.export.pyfunc_model import BadImage, Classifier, decoded, evaluation_transform
 
 LONG = [(10, 200), (200, 10), (3, 500), (500, 3), (2000, 100), (1, 3000), (3000, 1)]
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -46,13 +46,14 @@ def test_the_crop_of_a_long_picture_is_that_of_all_of_it(shape, interpolation: I
     image = Image.fromarray(pixels_HWC)
     planned = EvalPlan(np.array([shape[1]]), np.array([shape[0]]), 64, 56).batch(np.array([0]))
     (height, width), (top, left) = planned.sizes_B2[0], planned.origins_B2[0]
-    whole = image.resize((width, height), FILTERS[interpolation])
+    rows = image.resize((width, shape[0]), FILTERS[interpolation])  # PIL may begin with columns, torch does not
+    whole = rows.resize((width, height), FILTERS[interpolation])
     expected = np.asarray(whole.crop((left, top, left + 56, top + 56)), np.int16)
     (start_2,), (end_2,) = planned.regions()
     found = resized_region(pixels_HWC, start_2, end_2, 56, interpolation)
     assert np.abs(found - expected).max() <= (0 if min(shape) < 64 else 1)  # rounding, where it is made smaller
     packaged = evaluation_transform(image, 64, 56, interpolation, [0, 0, 0], [1 / 255] * 3)
-    assert (packaged[0].permute(1, 2, 0) - torch.from_numpy(found)).abs().max() < 0.01
+    assert (packaged[0].permute(1, 2, 0) - torch.tensor(found)).abs().max() < 0.01
     resizer = Resizer(1, interpolation, (0, 0, 0), (1 / 255,) * 3)
     trained = resizer.submit([pixels_HWC], planned).result()
     resizer.close()
@@ -180,3 +181,21 @@ def test_a_limit_above_pils_own_is_heeded(tmp_path):
         convert(wide.read_bytes(), Options())
     _, width, height = convert(wide.read_bytes(), Options(shorter_side=16), max_pixels=200_000_000)
     assert (width, height) == (320, 16)
+
+
+def tiled(side: int) -> bytes:
+    """A TIFF of 61 x 50 pixels in one tile of `side` x `side`, deflated, of which little is there."""
+    data = zlib.compress(bytes(100))
+    tags = {256: 61, 257: 50, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_tile_of_gigabytes_is_not_decoded():
+    said = "has tiles of 32,768 x 32,768 pixels, more than the limit of 178,956,970"
+    with pytest.raises(TooLarge, match=said):
+        decode(tiled(1 << 15))
+    with pytest.raises(BadImage, match=said):
+        decoded(tiled(1 << 15))
+    with pytest.raises(NotAnImage, match="cannot be decoded"):
+        decode(tiled(256), 61 * 50)  # a tile may be larger than the image

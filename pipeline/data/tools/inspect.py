@@ -138,7 +138,7 @@ def look(chunk: Chunk) -> Looked:
             try:
                 head = header(content, content)
                 check_size(head.width, head.height, chunk.max_pixels)
-                notes = list(_notes(content, head, path, chunk.decoded))
+                notes = list(_notes(content, head, path, chunk))
             except NotAnImage as error:
                 found({TooLarge: "large", Unsupported: "unsupported"}.get(type(error), "unreadable"), str(error))
                 continue
@@ -152,9 +152,9 @@ def look(chunk: Chunk) -> Looked:
     return looked
 
 
-def _notes(content: bytes, head: Header, path: str, decoded: bool) -> Iterator[tuple[str, str]]:
-    if decoded:
-        decode(content)
+def _notes(content: bytes, head: Header, path: str, chunk: Chunk) -> Iterator[tuple[str, str]]:
+    if chunk.decoded:
+        decode(content, chunk.max_pixels)
         turned = orientation(content)
         if turned not in (None, 1):
             yield "exif", f"orientation {turned}"

@@ -307,7 +307,7 @@ def convert(content: bytes, options: Options, max_pixels: int = MAX_PIXELS) -> t
     check_size(head.width, head.height, max_pixels)
     if head.plain_jpeg and options.shorter_side is None:
         return content, head.width, head.height
-    image = to_rgb(decode(content))
+    image = to_rgb(decode(content, max_pixels))
     if options.shorter_side is not None:
         image = shrink(image, options.shorter_side)
     encoded = encode(image, options.quality)
