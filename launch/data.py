@@ -34,11 +34,12 @@ def prepare_command(
     layout: str | None,
     skip_damaged: bool,
     share: tuple[int, int],
+    max_pixels: int,
 ) -> None:
     """Makes a data set, or a share of it, and says what was done."""
     started = time.perf_counter()
     with pool(console, workers) as processes:
-        done = prepare(source, target, options, processes, layout, skip_damaged, share)
+        done = prepare(source, target, options, processes, layout, skip_damaged, share, max_pixels)
     seconds = time.perf_counter() - started
     _print_notes(console, done.notes)
     if done.manifest is None:
@@ -66,10 +67,10 @@ def prepare_command(
         )
 
 
-def index_command(console: Console, root: Path, workers: int, layout: str | None) -> None:
+def index_command(console: Console, root: Path, workers: int, layout: str | None, max_pixels: int) -> None:
     """Indexes data where it is."""
     with pool(console, workers) as processes:
-        manifest, notes = index_in_place(root, processes, layout)
+        manifest, notes = index_in_place(root, processes, layout, max_pixels)
     _print_notes(console, notes)
     for name, split in manifest.splits.items():
         console.print(f"{name:6}{split.samples:,} pictures, {gigabytes(split.bytes)}")
@@ -77,11 +78,17 @@ def index_command(console: Console, root: Path, workers: int, layout: str | None
 
 
 def verify_command(
-    console: Console, root: Path, workers: int, layout: str | None, any_counts: bool, json_file: Path | None
+    console: Console,
+    root: Path,
+    workers: int,
+    layout: str | None,
+    any_counts: bool,
+    json_file: Path | None,
+    max_pixels: int,
 ) -> int:
     """Prints the report, and returns 1 where there is damage, else 0."""
     with pool(console, workers) as processes:
-        report = verify(root, processes, layout, any_counts)
+        report = verify(root, processes, layout, any_counts, max_pixels)
     if json_file is not None:
         write_json(json_file, report.to_json())
     _print_report(console, report)
@@ -96,10 +103,11 @@ def stats_command(
     layout: str | None,
     plot_file: Path,
     json_file: Path | None,
+    max_pixels: int,
 ) -> None:
     """Prints the numbers and saves the plot."""
     with pool(console, workers) as processes:
-        result = stats(root, samples, processes, layout)
+        result = stats(root, samples, processes, layout, max_pixels)
     _print_stats(console, result)
     try:
         plot(result, plot_file)

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pipeline.config import MAX_PIXELS
+
 app = typer.Typer(help="Make, check, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None)
 console = Console(highlight=False)
 
@@ -17,6 +19,9 @@ Layout = Annotated[
     typer.Option(help="prepared, ilsvrc, kaggle, parquet, webdataset, folders or list; told by looking if not given"),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the whole report")]
+MaxPixels = Annotated[
+    int, typer.Option(min=1, help="images of more pixels are refused", show_default="178,956,970, PIL's limit")
+]
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -39,6 +44,7 @@ def prepare(
     ] = "0/1",
     workers: Workers = CORES,
     layout: Layout = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Make a data set from archives, shards, Parquet files or class folders.
 
@@ -62,11 +68,12 @@ def prepare(
     index, _, shares = share.partition("/")
     if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
         raise UserError(f"--share={share} is not known: use K/N with K from 0 to N - 1, as 0/8.")
-    prepare_command(console, source, target, options, workers, layout, skip_damaged, (int(index), int(shares)))
+    of = int(index), int(shares)
+    prepare_command(console, source, target, options, workers, layout, skip_damaged, of, max_pixels)
 
 
 @app.command()
-def index(root: Root, workers: Workers = CORES, layout: Layout = None) -> None:
+def index(root: Root, workers: Workers = CORES, layout: Layout = None, max_pixels: MaxPixels = MAX_PIXELS) -> None:
     """Index data where it lies, with checksums.
 
     Class folders, shards or archives.
@@ -75,7 +82,7 @@ def index(root: Root, workers: Workers = CORES, layout: Layout = None) -> None:
     """
     from launch.data import index_command
 
-    index_command(console, root, workers, layout)
+    index_command(console, root, workers, layout, max_pixels)
 
 
 @app.command()
@@ -87,6 +94,7 @@ def verify(
     ] = False,
     workers: Workers = CORES,
     layout: Layout = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Read and decode everything; exit code 1 where there is damage.
 
@@ -94,7 +102,7 @@ def verify(
     """
     from launch.data import verify_command
 
-    raise typer.Exit(verify_command(console, root, workers, layout, any_counts, json_file))
+    raise typer.Exit(verify_command(console, root, workers, layout, any_counts, json_file, max_pixels))
 
 
 @app.command()
@@ -105,6 +113,7 @@ def stats(
     json_file: Json = None,
     workers: Workers = CORES,
     layout: Layout = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Count classes, and measure sizes, bytes and channels.
 
@@ -112,4 +121,4 @@ def stats(
     """
     from launch.data import stats_command
 
-    stats_command(console, root, samples, workers, layout, plot, json_file)
+    stats_command(console, root, samples, workers, layout, plot, json_file, max_pixels)

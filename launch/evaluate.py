@@ -52,7 +52,7 @@ def eval_command(console: Console, model: str, root: Path, options: Options, uri
     transform = Transform(**card["transform"]).at(options.crop, options.resize, options.interpolation)
     if transform.crop > transform.resize:
         raise UserError(f"--crop={transform.crop} must not exceed --resize={transform.resize}.")
-    index = open_split(root, options.split, Path("outputs").absolute() / "index")
+    index = open_split(root, options.split, Path("outputs").absolute() / "index", card["max_pixels"])
     labels_N = labels_of(index, card["classes"])
     sets = None if options.labels is None else read_label_sets(options.labels, index, card["num_classes"])
     passes = len(VIEWS[options.views]) if options.views else 1

@@ -69,7 +69,7 @@ def export_command(
 
 def _int8(console: Console, folder: Path, out: Path, data: Path, split: str, calibrate: str, images: int) -> Path:
     card, cache = read_card(folder), Path("outputs").absolute() / "index"
-    calibration, index = open_split(data, calibrate, cache), open_split(data, split, cache)
+    calibration, index = (open_split(data, name, cache, card["max_pixels"]) for name in (calibrate, split))
     labels_N = labels_of(index, card["classes"])
     plain = to_onnx(folder, out)
     file = to_int8(plain, out, _calibration(calibration, card, images))

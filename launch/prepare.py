@@ -13,7 +13,7 @@ from launch.sources import ADDRESSES, find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig
 from pipeline.config_effects import without_effect
 from pipeline.config_file import load_config
-from pipeline.data.dataset import check_classes, open_splits
+from pipeline.data.dataset import check_classes, check_sizes, open_splits
 from pipeline.data.digits import write_digits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import fetch_indexes, is_remote
@@ -176,8 +176,11 @@ def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> t
     if data.root is not None and is_remote(data.root):
         train_index, val_index = fetch_indexes(data.root, (data.train, data.val), cache)
         check_classes(train_index, val_index, (data.train, data.val), data.root, warn)
+        for index in (train_index, val_index):
+            check_sizes(index, data.max_pixels)
         return train_index, val_index
-    return open_splits(data.root, data.train, data.val, cache, data.on_corrupt == "skip", warn)
+    skip_damaged = data.on_corrupt == "skip"
+    return open_splits(data.root, data.train, data.val, cache, skip_damaged, warn, data.max_pixels)
 
 
 def _absolute(path: str) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+MAX_PIXELS = 178_956_970  # of an image where nothing else is said: PIL's own limit
 DIGITS = "digits://"  # the data root that stands for the demonstration's pictures
 
 Auto = Literal["auto"]
@@ -92,6 +93,7 @@ class Data(Section):
     license: str | None = Field(None, description="licence of the data, told with the registered model")
     stage: str | None = Field(None, description="folder on each node's own disk, to which shards are copied first")
     on_corrupt: Literal["error", "skip"] = Field("error", description="damaged training pictures: end, or replace them")
+    max_pixels: Count = Field(MAX_PIXELS, description="pictures of more pixels are refused; the model's card keeps it")
     shuffle: Literal["full", "windowed"] = Field("full", description="`windowed`: within windows of shards")
     window: Count = Field(16, description="shards in a window of the windowed shuffle")
     image_size: int = Field(224, ge=8, le=1024, description="training picture side, pixels")

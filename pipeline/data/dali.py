@@ -18,7 +18,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from pipeline.config import Augment, Device, Interpolation, Rgb
 from pipeline.data import batch_ops
 from pipeline.data.auto_augment import augmented
-from pipeline.data.images import NotAnImage, decode, quiet
+from pipeline.data.images import NotAnImage, in_common, netpbm, quiet
 from pipeline.data.index import DatasetIndex
 from pipeline.data.philox import Ints
 from pipeline.data.plan import PlannedBatch, TrainPlan
@@ -27,6 +27,7 @@ from pipeline.errors import DamagedSample, DataError, listed
 
 _AHEAD = 2  # batches read ahead of DALI, which holds as many more
 _NOTHING = np.empty(0, np.uint8)
+_ODD = np.zeros(1, np.uint8)  # no image
 _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -48,8 +49,9 @@ class Loader:
     """Turns planned batches into pixels; use as a context manager, or close it.
 
     Reading runs ahead in threads of its own (`readers` of them; with 0 the planning thread reads) and DALI decodes
-    ahead in others, so the caller waits only when both are slower than it is. There is no state from one `run` to the
-    next but which samples are damaged. With `skip_by`, the plan of the batches, damaged samples are replaced by others
+    ahead in others, so the caller waits only when both are slower than it is. What DALI may decode to other pixels than
+    PIL is decoded by PIL in the reading threads. There is no state from one `run` to the next but which samples are
+    damaged, and which DALI has refused. With `skip_by`, the plan of the batches, damaged samples are replaced by others
     that follow from the seed, the epoch and the sample alone, and are listed in `skipped`; without it they are errors.
     `num_classes` is the number of classes in the targets, the index's by default.
     """
@@ -77,6 +79,7 @@ class Loader:
         self.skipped: dict[int, str] = {}
         self.channels = channels
         self._skip_by = skip_by
+        self._by_pil: set[int] = set()
         self._labels_N = torch.from_numpy(index.labels_N)
         self._planner = ThreadPoolExecutor(1, "plan")
         self._num_readers = max(1, readers)
@@ -178,20 +181,21 @@ class Loader:
             raise RuntimeError("this run has ended: its loader was closed or has begun a newer run")
 
     def _recover(self, run: "_Run", error: RuntimeError) -> None:
-        """After DALI met something that it cannot decode: goes on without it, or says what it is."""
-        damaged = self._damaged(run)
+        """After DALI met something that it cannot decode: goes on without it, or with PIL's pixels, or names it."""
+        damaged, refused = self._damaged(run), set()
         if not damaged and "fn.decoders" in str(error):
-            damaged = self._refused(run)
-        if damaged and self._skip_by is not None:
+            refused = self._refused(run)
+        if damaged and self._skip_by is None:
+            raise DataError(
+                "damaged image files:\n  " + listed(list(damaged.values()), "\n  ") + "\nReplace or remove them."
+            ) from error
+        if damaged or refused:
             self.skipped |= damaged
+            self._by_pil |= refused
             run.again.extendleft(loaded.wanted for loaded in reversed(run.in_dali))
             run.in_dali.clear()
             self._pipeline = self._new_pipeline()
             return
-        if damaged:
-            raise DataError(
-                "damaged image files:\n  " + listed(list(damaged.values()), "\n  ") + "\nReplace or remove them."
-            ) from error
         if "fn.decoders" not in str(error):
             raise error
         places = [self.index.describe(sample) for sample in run.samples()]
@@ -200,20 +204,19 @@ class Loader:
             + listed(places, "\n  ")
         ) from error
 
-    def _refused(self, run: "_Run") -> dict[int, str]:
+    def _refused(self, run: "_Run") -> set[int]:
         """Those of the samples in DALI that it cannot decode by themselves, although PIL can."""
-        found = {}
+        found = set()
         for sample in run.samples():
+            if sample in self._by_pil:
+                continue
             alone = _whole_pipeline(
                 self.index.read(sample), self._decoder, batch_size=1, num_threads=1, device_id=self._device_id
             )
             try:
                 alone.run()
-            except RuntimeError as error:
-                found[sample] = (
-                    f"{self.index.describe(sample)}: DALI cannot decode it, although PIL can ({_reason(error)}): "
-                    f"convert it to an 8-bit JPEG or PNG"
-                )
+            except RuntimeError:
+                found.add(sample)
         return found
 
     def _damaged(self, run: "_Run") -> dict[int, str]:
@@ -221,8 +224,9 @@ class Loader:
         found = {}
         with quiet():
             for sample in run.samples():
+                size = int(self.index.widths_N[sample]), int(self.index.heights_N[sample])
                 try:
-                    decode(self.index.read(sample).tobytes()).convert("RGB")
+                    netpbm(self.index.read(sample).tobytes(), *size)
                 except NotAnImage as error:
                     found[sample] = f"{self.index.describe(sample)}: {error}"
         return found
@@ -248,11 +252,31 @@ class Loader:
         return _Input(taken, planned, encoded)
 
     def _read_share(self, planned: PlannedBatch, share: slice) -> list[tuple[int, NDArray[np.uint8]]]:
-        """One thread's share of a batch: the samples read, and their bytes."""
+        """One thread's share of a batch: the samples read, and what DALI is to decode."""
         if self._skip_by is None:
-            return [(sample, self.index.read(sample)) for sample in planned.ids_B[share].tolist()]
+            return [(sample, self._encoded_or_odd(sample)) for sample in planned.ids_B[share].tolist()]
         samples = zip(planned.epochs_B[share].tolist(), planned.ids_B[share].tolist(), strict=True)
         return [self._read_or_replace(self._skip_by, epoch, sample) for epoch, sample in samples]
+
+    def _encoded(self, sample: int) -> NDArray[np.uint8]:
+        """A sample's bytes, or its pixels as PIL decodes them where DALI's might be others.
+
+        Raises:
+            DamagedSample: as the index's `read`.
+            NotAnImage: PIL cannot decode it.
+        """
+        content = self.index.read(sample)
+        if sample not in self._by_pil and in_common(content.data):
+            return content
+        size = int(self.index.widths_N[sample]), int(self.index.heights_N[sample])
+        return np.frombuffer(netpbm(content.tobytes(), *size), np.uint8)
+
+    def _encoded_or_odd(self, sample: int) -> NDArray[np.uint8]:
+        """`_encoded`, or what DALI refuses too, so that the fault is told when the batch is asked for."""
+        try:
+            return self._encoded(sample)
+        except NotAnImage:
+            return _ODD
 
     def _read_or_replace(self, plan: TrainPlan, epoch: int, sample: int) -> tuple[int, NDArray[np.uint8]]:
         """The sample, or the first sound one of those that take its place."""
@@ -260,9 +284,11 @@ class Loader:
             if candidate in self.skipped:
                 continue
             try:
-                return candidate, self.index.read(candidate)
+                return candidate, self._encoded(candidate)
             except DamagedSample as error:
                 self.skipped[candidate] = str(error)
+            except NotAnImage as error:
+                self.skipped[candidate] = f"{self.index.describe(candidate)}: {error}"
         raise DataError(f"{self.skipped[sample]} All that were to take its place are damaged too.")
 
     def _next_input(self) -> tuple[Any, ...]:
@@ -317,7 +343,7 @@ class Loader:
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
-        except RuntimeError:  # a damaged file beyond where the run was left: it is named by a run that asks for it
+        except (RuntimeError, DataError):  # damage beyond where the run was left: it is named by a run that asks for it
             self._pipeline = self._new_pipeline()
         self._current = None
 
@@ -374,7 +400,9 @@ class _Input:
     def pixels(self) -> tuple[Any, ...]:
         """What comes after it."""
         p = self.planned
-        return p.sizes_B2.astype(np.float32), p.origins_B2, np.full((len(p), 2), p.side, np.int32), p.flips_B
+        starts_B2, ends_B2 = p.regions()
+        side_B2 = np.full((len(p), 2), p.side, np.int32)
+        return starts_B2.astype(np.float32), ends_B2.astype(np.float32), side_B2, p.flips_B
 
     def auto(self) -> tuple[Any, ...]:
         """Which augmentations DALI is to apply, where it is to."""
@@ -383,7 +411,7 @@ class _Input:
 
 
 _WINDOWS = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1)]  # types and dimensions of `_Input.windows`
-_PIXELS = [(types.FLOAT, 1), (types.INT32, 1), (types.INT32, 1), (types.INT32, 0)]
+_PIXELS = [(types.FLOAT, 1), (types.FLOAT, 1), (types.INT32, 1), (types.INT32, 0)]
 _AUTO = [(types.INT32, 1)] * 3
 
 
@@ -430,12 +458,18 @@ def _windows_pipeline(source: Any) -> Any:
 def _pixels_pipeline(
     source: Any, decoder: str, interpolation: Any, mean: list[float], std: list[float], auto: str, stages: int
 ) -> Any:
-    """On the GPU, or where it augments, DALI does all: decode a window, resize, cut, augment, mirror, normalise."""
+    """On the GPU, or where it augments, DALI does all: decode a window, resize a region, augment, mirror, normalise."""
     inputs = _inputs(source, _WINDOWS + _PIXELS + (_AUTO if stages else []))
-    encoded, start, shape, size, origin, side, flip = inputs[:7]
+    encoded, start, shape, region_start, region_end, side, flip = inputs[:7]
     images = _decoded(encoded, start, shape, decoder)
-    images = fn.resize(images, size=size, interp_type=interpolation, antialias=True)
-    images = fn.slice(images, start=origin, shape=side, axis_names="HW")
+    images = fn.resize(
+        images,
+        size=fn.cast(side, dtype=types.FLOAT),
+        roi_start=region_start,
+        roi_end=region_end,
+        interp_type=interpolation,
+        antialias=True,
+    )
     if stages:
         ops, bins, signs = inputs[7:]
         images = augmented(images, ops, bins, signs, side, auto, stages)

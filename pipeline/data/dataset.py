@@ -10,8 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from pipeline.config import MAX_PIXELS
 from pipeline.data.class_names import absent, doubts, refuse_one_class
 from pipeline.data.folders import scan_split, scan_splits
+from pipeline.data.images import TooLarge, check_size
 from pipeline.data.index import DatasetIndex, Shard, load_table
 from pipeline.errors import DataError, listed
 
@@ -119,7 +123,27 @@ def check_shards(root: Path, split: Split) -> None:
         )
 
 
-def open_split(root: Path, split: str, cache: Path) -> DatasetIndex:
+def check_sizes(index: DatasetIndex, max_pixels: int) -> None:
+    """Compares all pictures' sizes in an index with the limit.
+
+    Raises:
+        DataError: some have more pixels; they are named.
+    """
+    large = []
+    for sample in np.flatnonzero(index.widths_N * index.heights_N > max_pixels).tolist():
+        try:
+            check_size(int(index.widths_N[sample]), int(index.heights_N[sample]), max_pixels)
+        except TooLarge as error:
+            large.append(f"{index.describe(sample)} {error}")
+    if large:
+        raise DataError(
+            f"{len(large)} of {len(index)} pictures in {index.root} are too large:\n  "
+            + listed(large, "\n  ")
+            + "\nRaise the limit, which costs memory, or leave them out."
+        )
+
+
+def open_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS) -> DatasetIndex:
     """The index of one split of a data set's folder, or of class folders without an index, remembered in `cache`.
 
     Raises:
@@ -127,8 +151,9 @@ def open_split(root: Path, split: str, cache: Path) -> DatasetIndex:
     """
     manifest = read_manifest(root)
     if manifest is None:
-        return scan_split(root, split, cache)
+        return scan_split(root, split, cache, max_pixels)
     index = open_index(root, manifest, split)
+    check_sizes(index, max_pixels)
     check_shards(root, manifest.splits[split])
     return index
 
@@ -140,22 +165,25 @@ def open_splits(
     cache: Path,
     skip_damaged: bool = False,
     warn: Callable[[str], None] = print,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[DatasetIndex, DatasetIndex]:
     """Indexes of the training and the evaluation split of a data set's folder, or of class folders without an index.
 
     The latter are looked at file by file, and remembered in the folder `cache`. With `skip_damaged`, damaged training
-    files found there are left out and told to `warn`, as is what is allowed and probably not meant.
+    files found there, and those of more than `max_pixels`, are left out and told to `warn`, as is what is allowed and
+    probably not meant.
 
     Raises:
         DataError: something is missing, damaged, or not laid out as it must be.
     """
     manifest = read_manifest(Path(root)) if root is not None else None
     if root is None or manifest is None:
-        indexes = scan_splits(root, train, val, cache, skip_damaged, warn)
+        indexes = scan_splits(root, train, val, cache, skip_damaged, warn, max_pixels)
     else:
         folder = Path(root)
         indexes = open_index(folder, manifest, train), open_index(folder, manifest, val)
-        for name in (train, val):
+        for name, index in zip((train, val), indexes, strict=True):
+            check_sizes(index, max_pixels)
             check_shards(folder, manifest.splits[name])
     check_classes(*indexes, (train, val), str(root), warn)
     return indexes

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.class_names import folders_by_class, refuse_one_class, unknown_classes
-from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, header, quiet
+from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, TooLarge, check_size, header, quiet
 from pipeline.data.index import DatasetIndex, load_table, table_of
 from pipeline.data.label_lists import list_files_of, names_images_and_labels
 from pipeline.data.left_out import LeftOut
@@ -18,6 +19,7 @@ from pipeline.data.listing import SYSTEM, entries, printable, tree
 from pipeline.data.names import SPLIT_WORDS, is_list, is_packed, words_of
 from pipeline.errors import DataError, listed
 
+_CACHE = 2  # a cached index tells which files are used, so this changes when other files become so
 _TOGETHER = 256  # files that a thread looks at in one go: a task for each of a million files would cost gigabytes
 
 
@@ -140,12 +142,19 @@ def list_files(folder: Path, prefix: str, label: int, listing: Listing) -> None:
 
 
 def scan_splits(
-    root: str | None, train: str, val: str, cache: Path, skip_damaged: bool, warn: Callable[[str], None]
+    root: str | None,
+    train: str,
+    val: str,
+    cache: Path,
+    skip_damaged: bool,
+    warn: Callable[[str], None],
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[DatasetIndex, DatasetIndex]:
     """Indexes of class folders.
 
     Files already known to the index in the folder `cache` (same path, length and time) are not opened again. Damaged
-    training files are left out and told to `warn` with `skip_damaged`; in the evaluation split they never are.
+    training files, and those of more than `max_pixels`, are left out and told to `warn` with `skip_damaged`; in the
+    evaluation split they never are.
 
     Raises:
         DataError: a folder is missing or is not laid out in class folders, or files are damaged or are no images.
@@ -159,13 +168,13 @@ def scan_splits(
         train_listing = list_images(train_folder, folders, classes)
         val_listing = list_images(val_folder, list_classes(val_folder, left_out), classes)
         folder = train_folder.parent.absolute()
-        train_index, faults = _index(folder, train, classes, train_listing, cache)
+        train_index, faults = _index(folder, train, classes, train_listing, cache, max_pixels)
         count = len(train_listing.images) + len(train_listing.faults)
         if skip_damaged and faults:
             warn(f"{len(faults)} of {count} training files are left out:\n  " + listed(faults, "\n  "))
         else:
             _refuse(train_folder, faults, count)
-        val_index, faults = _index(folder, val, classes, val_listing, cache)
+        val_index, faults = _index(folder, val, classes, val_listing, cache, max_pixels)
         _refuse(val_folder, faults, len(val_listing.images) + len(val_listing.faults))
         for file in list_files_of([train_folder.parent, train_folder, val_folder]):
             if names_images_and_labels(file):
@@ -181,7 +190,7 @@ def scan_splits(
     return train_index, val_index
 
 
-def scan_split(root: Path, split: str, cache: Path) -> DatasetIndex:
+def scan_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS) -> DatasetIndex:
     """The index of one split's class folders, or of class folders in the root itself, where there is no such split.
 
     Raises:
@@ -197,14 +206,14 @@ def scan_split(root: Path, split: str, cache: Path) -> DatasetIndex:
             )
         classes = list_classes(folder)
         listing = list_images(folder, classes, tuple(classes))
-        index, faults = _index(folder.parent.absolute(), folder.name, tuple(classes), listing, cache)
+        index, faults = _index(folder.parent.absolute(), folder.name, tuple(classes), listing, cache, max_pixels)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
     _refuse(folder, faults, len(listing.images) + len(listing.faults))
     return index
 
 
-def scan_pictures(folder: Path) -> tuple[DatasetIndex, dict[str, str], LeftOut]:
+def scan_pictures(folder: Path, max_pixels: int = MAX_PIXELS) -> tuple[DatasetIndex, dict[str, str], LeftOut]:
     """All files below a folder, at any depth, in sorted order, linked folders too: an index of the pictures, all of one
     class without a name; what is wrong with the rest, by path below the folder; and what is left out.
 
@@ -218,9 +227,9 @@ def scan_pictures(folder: Path) -> tuple[DatasetIndex, dict[str, str], LeftOut]:
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
     files = [ImageFile(path, 0, entry.length, entry.mtime_ns) for path, entry in found.files.items()]
-    headers = probe_all([folder / file.path for file in files])
-    sound = [(f, (h.width, h.height)) for f, h in zip(files, headers, strict=True) if isinstance(h, Header)]
-    faults = {file.path: reason for file, reason in zip(files, headers, strict=True) if isinstance(reason, str)}
+    sizes = [_size(header, max_pixels) for header in probe_all([folder / file.path for file in files])]
+    sound = [(file, size) for file, size in zip(files, sizes, strict=True) if isinstance(size, tuple)]
+    faults = {file.path: reason for file, reason in zip(files, sizes, strict=True) if isinstance(reason, str)}
     return DatasetIndex(folder, ("",), _table(sound)), found.faults | faults, found.left_out
 
 
@@ -239,15 +248,16 @@ def _refuse(split: Path, faults: list[str], count: int) -> None:
 
 
 def _index(
-    root: Path, split: str, classes: tuple[str, ...], listing: Listing, cache: Path
+    root: Path, split: str, classes: tuple[str, ...], listing: Listing, cache: Path, max_pixels: int
 ) -> tuple[DatasetIndex, list[str]]:
     """The index of the sound files, and a line on each of the others."""
-    cached = cache / f"{split}-{hashlib.sha256(os.fsencode(root / split)).hexdigest()[:16]}.parquet"
+    cached = cache / f"{split}-{hashlib.sha256(os.fsencode(root / split)).hexdigest()[:16]}-{_CACHE}.parquet"
     known, images = _known_sizes(cached), listing.images
-    sizes: list[tuple[int, int] | str | None] = [known.get((i.path, i.length, i.mtime_ns)) for i in images]
-    new = [i for i, size in enumerate(sizes) if size is None]
-    for i, found in zip(new, probe_all([root / images[i].path for i in new]), strict=True):
-        sizes[i] = (found.width, found.height) if isinstance(found, Header) else found
+    found: list[tuple[int, int] | Header | str | None] = [known.get((i.path, i.length, i.mtime_ns)) for i in images]
+    new = [i for i, known_size in enumerate(found) if known_size is None]
+    for i, probed in zip(new, probe_all([root / images[i].path for i in new]), strict=True):
+        found[i] = probed
+    sizes = [_size(one, max_pixels) for one in found]
     sound = [(image, size) for image, size in zip(images, sizes, strict=True) if isinstance(size, tuple)]
     faults = [f"{path}: {reason}" for path, reason in listing.faults.items()]
     faults += [f"{image.path}: {size}" for image, size in zip(images, sizes, strict=True) if isinstance(size, str)]
@@ -279,6 +289,18 @@ def _table(images: Sequence[tuple[ImageFile, tuple[int, int]]]) -> pa.Table:
             "mtime_ns": [image.mtime_ns for image, _ in images],
         }
     )
+
+
+def _size(found: Header | tuple[int, int] | str | None, max_pixels: int) -> tuple[int, int] | str:
+    """Width and height of a file that is used, or what is wrong with it."""
+    if found is None or isinstance(found, str):
+        return found or "was not looked at"
+    width, height = (found.width, found.height) if isinstance(found, Header) else found
+    try:
+        check_size(width, height, max_pixels)
+    except TooLarge as error:
+        return str(error)
+    return width, height
 
 
 def _known_sizes(file: Path) -> dict[tuple[str, int, int], tuple[int, int]]:

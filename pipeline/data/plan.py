@@ -74,6 +74,11 @@ class PlannedBatch:
     def __len__(self) -> int:
         return len(self.ids_B)
 
+    def regions(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Where the squares begin and end in the windows: [B, 2] each, in pixels of the windows before the resize."""
+        scales_B2 = self.window_shapes_B2 / self.sizes_B2
+        return self.origins_B2 * scales_B2, (self.origins_B2 + self.side) * scales_B2
+
 
 @dataclass(frozen=True, eq=False)
 class TrainPlan:

@@ -87,7 +87,8 @@ def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Pr
         except MlflowException as error:
             if error.error_code == "INTERNAL_ERROR":
                 raise UserError(f"{path}: the model in {folder} gives {_NON_FINITE}: it cannot be used.") from error
-            raise UserError(f"{path} is not an image that can be read.") from error
+            reason = str(error.__cause__).replace("is not a picture", "is not an image that can be read")
+            raise UserError(f"{path} {reason}.") from error
         found.append(Prediction(path, [(model.classes[k], float(row_K[k])) for k in _best(row_K, top)]))
     return found
 
@@ -111,7 +112,7 @@ def predict_folder(
         UserError: there are no files, or `out` cannot be written.
     """
     card = read_card(folder)
-    index, faults, left_out = scan_pictures(pictures)
+    index, faults, left_out = scan_pictures(pictures, card["max_pixels"])
     if not len(index) and not faults:
         raise DataError(f"{pictures} holds no files: give a folder with pictures.")
     started, classified, non_finite, total = time.perf_counter(), 0, 0, len(index)
@@ -170,7 +171,7 @@ def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, s
     sound, faults = [], {}
     for i in range(len(index)):
         try:
-            decode(index.read(i).tobytes())
+            decode(index.read(i).tobytes(), int(index.widths_N[i] * index.heights_N[i]))
             sound.append(i)
         except (NotAnImage, DamagedSample) as error:
             faults[_name(index, i)] = str(error)

@@ -7,6 +7,8 @@ import base64
 import binascii
 import io
 import json
+import math
+import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +22,54 @@ import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from PIL import Image
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from safetensors.torch import load_file
 from timm.models.densenet import DenseNet
 
 _BATCH = 32
 _LUMA = (0.299, 0.587, 0.114)
+_MAX_PIXELS = 178_956_970  # where the card does not say; PIL's own limit
+_READERS: dict[bytes, type[ImageFile.ImageFile]] = {  # by a file's first bytes
+    b"\xff\xd8": JpegImageFile,
+    b"\x89PNG": PngImageFile,
+    b"BM": BmpImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+    b"RIFF": WebPImageFile,
+}
+_GRAY = ("1", "L")
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_CONVERTED = ("RGB", "P", "PA", "LA", "La", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+_UNTURNED = {  # what undoes an EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+_CURE = "convert it to an 8-bit JPEG or PNG"
+_NO_PICTURE = "is not a picture"
+_MEANT = (
+    "give the bytes of a JPEG, PNG, BMP, TIFF or WebP file, their base64 text, an array of uint8 [H, W, 3], or a "
+    "pathlib.Path"
+)
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # a PNG's texts and colour profiles
+_TILE = 1 << 24  # pixels of a TIFF's tile that are always allowed: tiles may be larger than the image
+_DAMAGE = (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error)
+_LONG = 8  # crops: of a resized picture that is longer only the crop is computed
+_REACH = 4  # pixels beside the crop that the filters look at, at most, where a picture is not made smaller
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class BadImage(ValueError):
+    """What is wrong with a picture, in words that follow its name."""
 
 
 class Classifier(PythonModel):
@@ -42,6 +85,7 @@ class Classifier(PythonModel):
         self.classes: list[str] = card["classes"]
         self.transform: dict[str, Any] = card["transform"]
         self.channels: int = card["architecture"].get("in_chans", 3)
+        self.max_pixels: int = card.get("max_pixels", _MAX_PIXELS)
         with _one_thread():
             self.model = network(card["architecture"], card["num_classes"])
             self.model.load_state_dict(load_file(context.artifacts["weights"]))
@@ -51,8 +95,9 @@ class Classifier(PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Classifies the column `image`; each row is one picture in any of these forms.
 
-        - bytes of a JPEG or PNG file, or text: the same in base64
-        - an array of uint8, [H, W, 3] (RGB) or [H, W] (grey), or nested lists of such numbers
+        - bytes of a JPEG, PNG, BMP, TIFF or WebP file, or text: the same in base64
+        - an array of uint8, [H, W, 3] (RGB), [H, W] or [H, W, 1] (grey) or [H, W, 4] (RGBA, whose transparency is
+          dropped), or nested lists of such numbers
         - a `pathlib.Path` of a file. Plain text is never a path, so that a server opens no file that a client names.
 
         Returns:
@@ -60,8 +105,9 @@ class Classifier(PythonModel):
             classes in the list's order.
 
         Raises:
-            MlflowException: a row is not a picture (INVALID_PARAMETER_VALUE), or the model gives NaN or infinities for
-                it (INTERNAL_ERROR); the message gives its number.
+            MlflowException: a row is not a picture, is of a kind that is not used, or has more pixels than the card's
+                `max_pixels` (INVALID_PARAMETER_VALUE), or the model gives NaN or infinities for it (INTERNAL_ERROR);
+                the message gives its number.
         """
         if "image" not in model_input:
             raise MlflowException.invalid_parameter_value("the input has no column `image`")
@@ -94,13 +140,10 @@ class Classifier(PythonModel):
     def _picture(self, row: int, value: Any) -> torch.Tensor:
         """Decodes and transforms one picture to [1, channels, crop, crop]."""
         try:
-            with _opened(value) as image:
-                rgb = image.convert("RGB")
-        except (OSError, ValueError, TypeError, binascii.Error, Image.DecompressionBombError) as error:
-            raise MlflowException.invalid_parameter_value(
-                f"row {row} of `image` is not a picture: give the bytes of a JPEG or PNG file, their base64 text, an "
-                f"array of uint8 [H, W, 3], or a pathlib.Path"
-            ) from error
+            rgb = decoded(value, self.max_pixels)
+        except BadImage as error:
+            meant = f": {_MEANT}" if str(error).startswith(_NO_PICTURE) else ""
+            raise MlflowException.invalid_parameter_value(f"row {row} of `image` {error}{meant}") from error
         return evaluation_transform(rgb, **self.transform, channels=self.channels)
 
 
@@ -115,17 +158,88 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _opened(value: Any) -> Image.Image:
-    if isinstance(value, Path):
-        return Image.open(value)
-    if isinstance(value, str):
-        return Image.open(io.BytesIO(base64.b64decode(value, validate=True)))
-    if isinstance(value, bytes):
-        return Image.open(io.BytesIO(value))
+def decoded(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
+    """The RGB pixels of one picture in any of the forms of `Classifier.predict`, as the training side decodes them.
+
+    Raises:
+        BadImage: what is wrong with it.
+    """
+    try:
+        if isinstance(value, Path):
+            return _from_file(value.read_bytes(), max_pixels)
+        if isinstance(value, str):
+            return _from_file(base64.b64decode(value, validate=True), max_pixels)
+        if isinstance(value, bytes):
+            return _from_file(value, max_pixels)
+        return _from_array(value, max_pixels)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"is larger than PIL takes in this format: {error}") from error
+    except (*_DAMAGE, binascii.Error) as error:
+        if "-bit layers" in str(error) or "pixel mode" in str(error):  # PIL's, of JPEG and TIFF
+            raise BadImage(f"has pixels of a kind that is not used ({error}): {_CURE}") from error
+        raise BadImage(_NO_PICTURE) from error
+
+
+def _without_texts(content: bytes) -> bytes:
+    """A PNG without texts and colour profiles: no pixel depends on them, and PIL refuses an image for long ones."""
+    if not any(name in content for name in _TEXTS):
+        return content
+    kept, place = [content[:8]], 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] not in _TEXTS:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _check_size(width: int, height: int, max_pixels: int, what: str = "") -> None:
+    if width * height > max_pixels:
+        raise BadImage(
+            f"has {what}{width:,} x {height:,} pixels, more than the limit of {max_pixels:,} (max_pixels in the model's "
+            f"card)"
+        )
+
+
+def _from_file(content: bytes, max_pixels: int) -> Image.Image:
+    """Decodes a file as stored: EXIF orientation, which PIL applies to TIFF alone, is undone; of several, the first."""
+    reader = next((reader for magic, reader in _READERS.items() if content.startswith(magic)), None)
+    if reader is None:
+        raise BadImage(_NO_PICTURE)
+    with reader(io.BytesIO(_without_texts(content) if reader is PngImageFile else content)) as image:
+        _check_size(*image.size, max_pixels)
+        if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2 and TILELENGTH in image.tag_v2:
+            tile = image.tag_v2[TILEWIDTH], image.tag_v2[TILELENGTH]
+            _check_size(*tile, max(max_pixels, _TILE), "tiles of ")
+        turned = image.getexif().get(0x0112) if isinstance(image, TiffImageFile) else None
+        image.load()
+        return _to_rgb(image.transpose(_UNTURNED[turned]) if turned in _UNTURNED else image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits per channel: of 16 the upper 8 are kept, as PIL keeps those of 16-bit RGB; transparency is dropped."""
+    if image.mode in _SIXTEEN_BIT:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode not in (*_GRAY, *_CONVERTED):
+        raise BadImage(f"has pixels of PIL's mode {image.mode}: {_CURE}")
+    image.info.pop("transparency", None)  # PIL warns of it where it is dropped
+    return image.convert("RGB")
+
+
+def _from_array(value: Any, max_pixels: int) -> Image.Image:
     pixels = np.asarray(value)
-    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
-        raise ValueError("pixels are whole numbers from 0 to 255")
-    return Image.fromarray(pixels.astype(np.uint8))
+    if pixels.dtype not in (np.uint8, np.int64):  # int64: what lists become
+        raise BadImage(f"{_NO_PICTURE} (numbers of type {pixels.dtype}, which must be uint8)")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise BadImage(f"{_NO_PICTURE} (an array of the shape {list(pixels.shape)})")
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise BadImage(f"{_NO_PICTURE} (numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels)")
+    _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
+    return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 
 
 def network(architecture: dict[str, Any], num_classes: int) -> DenseNet:
@@ -160,13 +274,34 @@ def evaluation_transform(
     short = min(rgb.size)
     size = (int(resize * rgb.width / short), int(resize * rgb.height / short))
     left, top = (round((side - crop) / 2) for side in size)
-    cut = rgb.resize(size, _FILTERS[interpolation]).crop((left, top, left + crop, top + crop))
+    if max(size) > _LONG * crop:
+        cut = _resized_crop(rgb, size, (left, top), crop, _FILTERS[interpolation])
+    else:
+        cut = rgb.resize(size, _FILTERS[interpolation]).crop((left, top, left + crop, top + crop))
     image_HWC = torch.from_numpy(np.array(cut, np.float32)) / 255
     image_HWC = (image_HWC - torch.tensor(mean)) / torch.tensor(std)
     if channels == 1:
         weights_C = torch.tensor(_LUMA) * torch.tensor(std)
         image_HWC = (image_HWC @ (weights_C / weights_C.sum()))[..., None]
     return image_HWC.permute(2, 0, 1)[None]
+
+
+def _resized_crop(
+    rgb: Image.Image, size: tuple[int, int], origin: tuple[int, int], crop: int, kernel: Image.Resampling
+) -> Image.Image:
+    """The crop of a very long picture at its new size, without the rest, which might take gigabytes.
+
+    PIL's `box` is in single precision, so what the filter does not reach is cut off first.
+    """
+    places = []
+    for stored, resized, start in zip(rgb.size, size, origin, strict=True):
+        scale = stored / resized
+        begin, end, reach = start * scale, (start + crop) * scale, _REACH * max(1.0, scale)
+        first, last = max(0, math.floor(begin - reach)), min(stored, math.ceil(end + reach))
+        places.append((first, last, begin - first, end - first))
+    (x0, x1, left, right), (y0, y1, top, bottom) = places
+    rows = rgb.crop((x0, y0, x1, y1)).resize((crop, y1 - y0), kernel, box=(left, 0, right, y1 - y0))
+    return rows.resize((crop, crop), kernel, box=(0, top, crop, bottom))
 
 
 mlflow.models.set_model(Classifier())

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import MAX_PIXELS
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -19,4 +21,5 @@ NO_SOURCES = Sources()
 
 def read_card(folder: Path) -> dict[str, Any]:
     """The card of a checkpoint's or a registered model's folder."""
-    return json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    return {"max_pixels": MAX_PIXELS} | card  # of models that were made before the limit could be set

@@ -201,6 +201,7 @@ def _model_card(
             "mean": config.data.mean,
             "std": config.data.std,
         },
+        "max_pixels": config.data.max_pixels,
         "metrics": asdict(evaluated) if evaluated else None,
         "samples_seen": state.samples_seen,
         "epoch": state.samples_seen / derived.train_samples,

@@ -218,23 +218,6 @@ def test_a_damaged_file_is_not_told_before_it_is_asked_for(train_index):
     assert str(file) in str(error.value)
 
 
-def test_a_file_that_only_pil_decodes_is_named_and_can_be_skipped(folders):
-    root = folders()
-    odd = root / "train" / "a" / "0.tif"
-    Image.new("I", (40, 40)).save(odd)  # 32-bit integers
-    index, _ = open_splits(str(root), "train", "val", root.parent / "cache")
-    with pytest.raises(DataError, match="DALI cannot decode it, although PIL can") as error:
-        run_over(index)
-    assert str(odd) in str(error.value)
-    assert len(str(error.value).splitlines()) == 3, "it alone is named"
-    (sample,) = [i for i in range(len(index)) if index.path(i) == odd]
-    plan = train_plan(index)
-    with loader(index, len(index), skip_by=plan) as reader:
-        seen = [int(i) for batch in reader.run([plan.batch(np.arange(len(index)), SIDE)]) for i in batch.ids_N]
-        assert list(reader.skipped) == [sample]
-    assert len(seen) == len(index) and sample not in seen
-
-
 def test_stored_orientation_is_not_applied_to_tiff_either(folders):
     root = folders()
     stored = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)

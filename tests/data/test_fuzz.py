@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.folders import scan_pictures
-from pipeline.data.images import NotAnImage, header
+from pipeline.data.images import TooLarge, check_size, decode, header
 from tests.conftest import PROJECT
 from tests.data import made_up
 from tests.data.test_data_loading import loader, run, train_plan
@@ -86,12 +87,15 @@ def read_all(root: Path) -> Iterator[str]:
         yield f"{index.path(sample).name} {reason}"
 
 
-def test_a_head_that_tells_of_gigabytes_is_damage():
+def test_a_head_that_tells_of_gigabytes_is_refused():
     content = bytearray(sound()[0])
     at = content.index(b"\xff\xc0") + 5
     content[at : at + 4] = b"\xff\xdc\xff\xdc"
-    with pytest.raises(NotAnImage, match="has 65500 x 65500 pixels by its head, more than 178,956,970"):
-        header(bytes(content), bytes(content))
+    head = header(bytes(content), bytes(content))
+    with pytest.raises(TooLarge, match="has 65,500 x 65,500 pixels, more than the limit of 178,956,970"):
+        check_size(head.width, head.height, MAX_PIXELS)
+    with pytest.raises(TooLarge, match="has 65,500 x 65,500 pixels"):
+        decode(bytes(content), MAX_PIXELS)
 
 
 @pytest.mark.long

@@ -30,6 +30,8 @@ from pipeline.model.architectures import ARCHITECTURES
 from pipeline.model.densenet import create
 from pipeline.model.weights import load_model
 from tests.conftest import BIN
+from tests.export.test_image_sizes import large
+from tests.kinds import KINDS, REFUSED
 from tests.models import TRANSFORM, network, start_run, write_model
 from tests.servers import PATIENCE_S
 
@@ -151,6 +153,23 @@ def test_mlflow_serves_it_over_http(registered):
             f"{address}/invocations", json={"dataframe_split": {"columns": ["x"], "data": [[1]]}}, timeout=60
         )
         assert wrong.status_code == 400
+        sixteen = base64.b64encode(KINDS["PNG gray 16 bits"].content).decode()
+        lists = KINDS["PNG gray 16 bits"].pixels_HWC.tolist()
+        asked = {"dataframe_split": {"columns": ["image"], "data": [[sixteen], [lists]]}}
+        first, second = requests.post(f"{address}/invocations", json=asked, timeout=60).json()["predictions"]
+        assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-6)
+        for data, message in (
+            (
+                base64.b64encode(REFUSED["TIFF floats"][0]).decode(),
+                "has pixels of PIL's mode F: convert it to an 8-bit",
+            ),
+            (base64.b64encode(large()).decode(), "has 20,000 x 20,000 pixels, more than the limit of 178,956,970"),
+            (json.loads("[" * 200 + "]" * 200), "is not a picture"),
+        ):
+            body = {"dataframe_split": {"columns": ["image"], "data": [[picture], [data]]}}
+            wrong = requests.post(f"{address}/invocations", json=body, timeout=60)
+            assert wrong.status_code == 400
+            assert f"row 1 of `image` {message}" in wrong.json()["message"]
         for data in ("bm8gcGljdHVyZQ==", str(folder / "picture.jpg"), "/etc/passwd"):  # no picture; paths
             body = {"dataframe_split": {"columns": ["image"], "data": [[data]]}}
             wrong = requests.post(f"{address}/invocations", json=body, timeout=60)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.class_names import refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table
@@ -16,7 +17,9 @@ from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError, listed
 
 
-def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> tuple[Manifest, list[str]]:
+def index_in_place(
+    root: Path, pool: Pool, layout: str | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[Manifest, list[str]]:
     """Reads all pictures' bytes, and writes `dataset.json` and the indexes with sizes and checksums into `root`.
 
     Returns the manifest, and lines on what is not taken or is doubtful.
@@ -35,7 +38,7 @@ def index_in_place(root: Path, pool: Pool, layout: str | None = None) -> tuple[M
         if in_shards:
             order = np.lexsort((table["offset"].to_numpy(), table["path"].cast(pa.string()).to_numpy()))
             table = table.take(order)
-        tasks = list(chunks(root, split, table, decoded=False))
+        tasks = list(chunks(root, split, table, decoded=False, max_pixels=max_pixels))
         parts = pool.map(look, tasks, f"indexing {split}", [pc.sum(task.table["length"]).as_py() for task in tasks])
         damaged = [f"{path}: {fault}" for path, fault in scan.faults.get(split, {}).items()]
         damaged += [f"{f.where}: {f.detail}" for part in parts for f in part.findings if f.is_damage]

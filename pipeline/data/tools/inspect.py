@@ -12,7 +12,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.files import Files
-from pipeline.data.images import Header, NotAnImage, decode, header, orientation, quiet
+from pipeline.data.images import (
+    Header,
+    NotAnImage,
+    TooLarge,
+    Unsupported,
+    check_size,
+    decode,
+    header,
+    orientation,
+    quiet,
+)
 from pipeline.data.index import rows_of
 
 CHUNK = 256  # pictures in a task
@@ -37,6 +47,8 @@ class Finding:
 
 KINDS = {  # whether it is damage, and what it means
     "unreadable": (True, "a file is missing, or cannot be read or decoded to the end"),
+    "unsupported": (True, "its pixels have no one meaning in 8 bits"),
+    "large": (True, "it has more pixels than --max-pixels"),
     "checksum": (True, "the bytes are not those that were indexed"),
     "size": (True, "width or height are not those that were indexed"),
     "shard": (True, "a shard is not the one that was written"),
@@ -57,12 +69,16 @@ KINDS = {  # whether it is damage, and what it means
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a split, in the index's schema; `decoded`: whether pictures are decoded to the end."""
+    """Some rows of a split, in the index's schema; `decoded`: whether pictures are decoded to the end.
+
+    Pictures of more than `max_pixels` are findings, and are not decoded.
+    """
 
     root: Path
     split: str
     table: pa.Table
     decoded: bool
+    max_pixels: int
 
 
 @dataclass
@@ -78,10 +94,10 @@ class Looked:
     findings: list[Finding] = field(default_factory=list)
 
 
-def chunks(root: Path, split: str, table: pa.Table, decoded: bool) -> Iterator[Chunk]:
+def chunks(root: Path, split: str, table: pa.Table, decoded: bool, max_pixels: int) -> Iterator[Chunk]:
     """Cuts a split's table into tasks for `look`."""
     for start in range(0, len(table), CHUNK):
-        yield Chunk(root, split, rows_of(table, start, CHUNK), decoded)
+        yield Chunk(root, split, rows_of(table, start, CHUNK), decoded, max_pixels)
 
 
 def where(path: str, name: str | None, offset: int) -> str:
@@ -124,9 +140,10 @@ def look(chunk: Chunk) -> Looked:
                 found("checksum", f"CRC-32 is {looked.crc32_N[i]:08x}, indexed as {crc32:08x}")
             try:
                 head = header(content, content)
-                notes = list(_notes(content, head, path, chunk.decoded))
+                check_size(head.width, head.height, chunk.max_pixels)
+                notes = list(_notes(content, head, path, chunk))
             except NotAnImage as error:
-                found("unreadable", str(error))
+                found({TooLarge: "large", Unsupported: "unsupported"}.get(type(error), "unreadable"), str(error))
                 continue
             looked.widths_N[i], looked.heights_N[i] = head.width, head.height
             looked.formats[head.format] += 1
@@ -138,9 +155,9 @@ def look(chunk: Chunk) -> Looked:
     return looked
 
 
-def _notes(content: bytes, head: Header, path: str, decoded: bool) -> Iterator[tuple[str, str]]:
-    if decoded:
-        decode(content)
+def _notes(content: bytes, head: Header, path: str, chunk: Chunk) -> Iterator[tuple[str, str]]:
+    if chunk.decoded:
+        decode(content, chunk.max_pixels)
         turned = orientation(content)
         if turned not in (None, 1):
             yield "exif", f"orientation {turned}"

@@ -23,10 +23,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.class_names import refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
 from pipeline.data.files import Files
-from pipeline.data.images import NotAnImage, decode, encode, header, quiet, shrink, to_rgb
+from pipeline.data.images import NotAnImage, check_size, decode, encode, header, quiet, shrink, to_rgb
 from pipeline.data.index import Shard, load_table, rows_of, save_table, table_of
 from pipeline.data.plan import permutation
 from pipeline.data.space import check_space
@@ -84,6 +85,7 @@ class _Part:
     table: pa.Table
     options: Options
     skip_damaged: bool
+    max_pixels: int
 
     @property
     def label(self) -> str:
@@ -117,11 +119,13 @@ def prepare(
     layout: str | None = None,
     skip_damaged: bool = False,
     share: tuple[int, int] = (0, 1),
+    max_pixels: int = MAX_PIXELS,
 ) -> Prepared:
     """Makes a data set in `target` from the pictures in `source`.
 
-    An interrupted preparation goes on where it was. Damaged pictures are an error, told when all else is written, or
-    are left out with `skip_damaged`. `share` is (K, N) where N processes, on any machines that see both folders, write
+    An interrupted preparation goes on where it was. Damaged pictures, those of kinds that are not used and those of
+    more than `max_pixels` are an error, told when all else is written, or are left out with `skip_damaged`. `share` is
+    (K, N) where N processes, on any machines that see both folders, write
     every N-th part each; the one that is done last completes the data set.
 
     Raises:
@@ -143,7 +147,9 @@ def prepare(
             return Prepared(finished, 0, 0, finished.made["left_out"], notes=notes)
         with FileLock(work / "turn"):
             _claim(work, f"{job} {shares}", target)
-        parts = [part for split in scan.splits for part in _parts(scan, split, target, options, skip_damaged)]
+        parts = [
+            part for split in scan.splits for part in _parts(scan, split, target, options, skip_damaged, max_pixels)
+        ]
         mine = parts[index::shares]
         todo = [part for part in mine if not _is_finished(part)]
         for part in todo:
@@ -226,7 +232,7 @@ def _claim(work: Path, job: str, target: Path) -> None:
         )
 
 
-def _parts(scan: Scan, split: str, target: Path, options: Options, skip_damaged: bool) -> list[_Part]:
+def _parts(scan: Scan, split: str, target: Path, options: Options, skip_damaged: bool, max_pixels: int) -> list[_Part]:
     table = scan.splits[split]
     count = len(table)
     if options.to == "shards":
@@ -237,7 +243,7 @@ def _parts(scan: Scan, split: str, target: Path, options: Options, skip_damaged:
         number = -(-count // _FOLDER_PART)
     bounds = [i * count // number for i in range(number + 1)]
     return [
-        _Part(scan.root, target, split, i, rows_of(table, start, stop - start), options, skip_damaged)
+        _Part(scan.root, target, split, i, rows_of(table, start, stop - start), options, skip_damaged, max_pixels)
         for i, (start, stop) in enumerate(pairwise(bounds))
     ]
 
@@ -293,23 +299,25 @@ def _shrinkage(todo: list[_Part], options: Options) -> float:
         ):
             content = Files().open(todo[0].source / path).read(offset, length)
             try:
-                after += len(convert(content, options)[0])
+                after += len(convert(content, options, todo[0].max_pixels)[0])
                 before += length
             except NotAnImage:
                 continue
     return 1.1 * after / before if before else 1.0
 
 
-def convert(content: bytes, options: Options) -> tuple[bytes, int, int]:
+def convert(content: bytes, options: Options, max_pixels: int = MAX_PIXELS) -> tuple[bytes, int, int]:
     """A picture as it is stored, a gray or RGB JPEG, with its width and height in pixels.
 
     Raises:
-        NotAnImage: it is damaged. Without re-encoding, only its head and its end mark are looked at.
+        NotAnImage: it is damaged, of a kind that is not used, or too large. Of a plain JPEG that is not encoded
+            anew, only the head and the end mark are looked at.
     """
     head = header(content, content)
+    check_size(head.width, head.height, max_pixels)
     if head.plain_jpeg and options.shorter_side is None:
         return content, head.width, head.height
-    image = to_rgb(decode(content))
+    image = to_rgb(decode(content, max_pixels))
     if options.shorter_side is not None:
         image = shrink(image, options.shorter_side)
     encoded = encode(image, options.quality)
@@ -338,7 +346,7 @@ def _pictures(part: _Part, damaged: list[str]) -> Iterator[tuple[dict[str, Any],
         try:
             if len(content) < length:
                 raise NotAnImage("is cut short: the file has become shorter")
-            stored, width, height = convert(content, part.options)
+            stored, width, height = convert(content, part.options, part.max_pixels)
         except NotAnImage as error:
             damaged.append(f"{name} in {part.source / path}: {error}")
             continue

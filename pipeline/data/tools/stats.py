@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, quiet, to_rgb
 from pipeline.data.plan import permutation
@@ -56,7 +57,7 @@ class Stats:
         return tree
 
 
-def stats(root: Path, samples: int, pool: Pool, layout: str | None = None) -> Stats:
+def stats(root: Path, samples: int, pool: Pool, layout: str | None = None, max_pixels: int = MAX_PIXELS) -> Stats:
     """Counts all pictures, and decodes `samples` of each split (0: all), chosen evenly at random.
 
     Raises:
@@ -68,7 +69,7 @@ def stats(root: Path, samples: int, pool: Pool, layout: str | None = None) -> St
     splits = {}
     for split, table in scan.splits.items():
         chosen = np.sort(permutation(0, 0, len(table))[: samples or None])
-        tasks = list(chunks(scan.root, split, table.take(chosen), decoded=True))
+        tasks = list(chunks(scan.root, split, table.take(chosen), decoded=True, max_pixels=max_pixels))
         parts = pool.map(_measure, tasks, f"decoding {split}", [len(task.table) for task in tasks])
         sizes = np.concatenate([part[0] for part in parts])
         moments = np.concatenate([part[1] for part in parts])
@@ -98,10 +99,10 @@ def _measure(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     with quiet():
         for path, offset, length in zip(*columns, strict=True):
             try:
-                image = decode(files.open(chunk.root / path).read(offset, length))
+                image = to_rgb(decode(files.open(chunk.root / path).read(offset, length), chunk.max_pixels))
             except (NotAnImage, OSError):
                 continue
-            x = np.asarray(to_rgb(image).convert("RGB"), np.float64).reshape(-1, 3) / 255
+            x = np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) / 255
             sizes.append((image.width, image.height, length))
             moments.append(np.concatenate([x.mean(axis=0), (x * x).mean(axis=0)]))
     return np.array(sizes, np.int64).reshape(-1, 3), np.array(moments).reshape(-1, 6)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.class_names import absent, doubts, refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, read_manifest
 from pipeline.data.index import Shard, rows_of
@@ -66,7 +67,9 @@ class Report:
         return {"damaged": bool(self.damage), "counts": self.counts()} | asdict(self)
 
 
-def verify(root: Path, pool: Pool, layout: str | None = None, any_counts: bool = False) -> Report:
+def verify(
+    root: Path, pool: Pool, layout: str | None = None, any_counts: bool = False, max_pixels: int = MAX_PIXELS
+) -> Report:
     """Reads and decodes every picture of a data set or a source, and compares with the index where there is one.
 
     A set of 1,000 WordNet ids is taken for ImageNet and must have its numbers of pictures, unless `any_counts`.
@@ -84,7 +87,7 @@ def verify(root: Path, pool: Pool, layout: str | None = None, any_counts: bool =
         findings += _shards(root, manifest, scan.splits, pool)
     splits, digests = {}, {}
     for split, table in scan.splits.items():
-        tasks = list(chunks(scan.root, split, table, decoded=True))
+        tasks = list(chunks(scan.root, split, table, decoded=True, max_pixels=max_pixels))
         weights = [pc.sum(task.table["length"]).as_py() for task in tasks]
         parts = pool.map(look, tasks, f"verifying {split}", weights)
         findings += [Finding("unreadable", split, path, fault) for path, fault in scan.faults.get(split, {}).items()]

@@ -1,0 +1,201 @@
+"""Very long images cost no memory, and images of too many pixels are refused by a limit that can be set."""
+
+import json
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from pipeline.config import Interpolation
+from pipeline.data.dataset import open_split, open_splits
+from pipeline.data.images import NotAnImage, TooLarge, decode
+from pipeline.data.plan import EvalPlan
+from pipeline.data.resize import Resizer, resized_region
+from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import Options, convert, prepare
+from pipeline.data.tools.verify import verify
+from pipeline.errors import DataError, UserError
+from pipeline.export.predict import predict_files, predict_folder
+from tests.conftest import PROJECT
+from tests.kinds import chunk
+from tests.models import write_model
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # MLflow's of its own type hints
+    from pipeline.export.pyfunc_model import BadImage, Classifier, decoded, evaluation_transform
+
+LONG = [(10, 200), (200, 10), (3, 500), (500, 3), (2000, 100), (1, 3000), (3000, 1)]
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("shape", LONG)
+def test_the_crop_of_a_long_picture_is_that_of_all_of_it(shape, interpolation: Interpolation):
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    image = Image.fromarray(pixels_HWC)
+    planned = EvalPlan(np.array([shape[1]]), np.array([shape[0]]), 64, 56).batch(np.array([0]))
+    (height, width), (top, left) = planned.sizes_B2[0], planned.origins_B2[0]
+    rows = image.resize((width, shape[0]), FILTERS[interpolation])  # PIL may begin with columns, torch does not
+    whole = rows.resize((width, height), FILTERS[interpolation])
+    expected = np.asarray(whole.crop((left, top, left + 56, top + 56)), np.int16)
+    (start_2,), (end_2,) = planned.regions()
+    found = resized_region(pixels_HWC, start_2, end_2, 56, interpolation)
+    assert np.abs(found - expected).max() <= (0 if min(shape) < 64 else 1)  # rounding, where it is made smaller
+    packaged = evaluation_transform(image, 64, 56, interpolation, [0, 0, 0], [1 / 255] * 3)
+    assert (packaged[0].permute(1, 2, 0) - torch.tensor(found)).abs().max() < 0.01
+    resizer = Resizer(1, interpolation, (0, 0, 0), (1 / 255,) * 3)
+    trained = resizer.submit([pixels_HWC], planned).result()
+    resizer.close()
+    assert torch.allclose(trained, packaged, atol=0.01)
+
+
+MEASURED = """
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from pipeline.export.predict import predict_files, predict_folder
+model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+def run(name):
+    predict_folder(model, folder / name, folder / "out.parquet", batch_size=4)
+    predict_files(model, sorted((folder / name).iterdir()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(run("small"), run("long"))
+"""
+
+
+@pytest.mark.slow
+def test_long_pictures_take_no_memory(tmp_path):
+    """By the loader of evaluation and by the packaged code; resizing all of 65,500 x 1 pixels takes 20 GB."""
+    transform = {"resize": 256, "crop": 224, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.2] * 3}
+    model = write_model(tmp_path / "model", transform=transform)
+    for folder, sizes in (("small", [(300, 300)]), ("long", [(65500, 1), (1, 65500), (20000, 1)])):
+        (tmp_path / folder).mkdir()
+        for i, size in enumerate(sizes):
+            Image.new("L", size, 99).save(tmp_path / folder / f"{i}.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(model), str(tmp_path)], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after - before < 200_000  # KB
+
+
+def large(width: int = 20_000, height: int = 20_000) -> bytes:
+    """A PNG whose head tells of many pixels, of which it holds none."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = zlib.compress(bytes(100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Class folders of two pictures of 40 x 30 pixels each, and one of 60 x 50 among the training ones."""
+    root = tmp_path / "set"
+    for split in ("train", "val"):
+        for i, label in enumerate("ab"):
+            (root / split / label).mkdir(parents=True)
+            Image.new("L", (40, 30), 10 * i + len(split)).save(root / split / label / "0.png")
+    Image.new("L", (60, 50), 9).save(root / "train" / "a" / "1.png")
+    return root
+
+
+SAID = (
+    r"has 60 x 50 pixels, more than the limit of 2,000 \(data.max_pixels in training, --max-pixels of `densenet data`"
+)
+
+
+def test_training_refuses_larger_pictures_or_leaves_them_out(classes, tmp_path):
+    cache = tmp_path / "cache"
+    assert len(open_splits(str(classes), "train", "val", cache)[0]) == 3
+    with pytest.raises(DataError, match=f"train/a/1.png: {SAID}"):  # the cached index does not hide it
+        open_splits(str(classes), "train", "val", cache, max_pixels=2000)
+    told: list[str] = []
+    train, _ = open_splits(str(classes), "train", "val", cache, True, told.append, max_pixels=2000)
+    assert len(train) == 2
+    assert "1 of 3 training files are left out" in told[0]
+    assert len(open_splits(str(classes), "train", "val", cache)[0]) == 3
+
+
+def test_a_prepared_set_is_compared_with_the_limit_too(classes, tmp_path):
+    with Pool(1, lambda what, done, total: None) as pool:
+        with pytest.raises(DataError, match=f"a/1.png: {SAID}"):
+            index_in_place(classes, pool, max_pixels=2000)
+        with pytest.raises(DataError, match=f"a/1.png in .*: {SAID}"):
+            prepare(classes, tmp_path / "less", Options(), pool, max_pixels=2000)
+        (finding,) = verify(classes, pool, max_pixels=2000).damage
+        assert (finding.kind, finding.where) == ("large", "train/a/1.png")
+        index_in_place(classes, pool)
+    with pytest.raises(DataError, match=rf"1 of 3 pictures in .* are too large:\n  .*a/1.png {SAID}"):
+        open_split(classes, "train", tmp_path, max_pixels=2000)
+    assert len(open_split(classes, "train", tmp_path, max_pixels=3000)) == 3
+
+
+def test_the_model_keeps_the_limit(classes, tmp_path):
+    model = write_model(tmp_path / "model", max_pixels=2000)
+    with pytest.raises(UserError, match=r"1.png has 60 x 50 pixels, more than the limit of 2,000 \(max_pixels in the"):
+        predict_files(model, [classes / "train" / "a" / "1.png"])
+    done = predict_folder(model, classes, tmp_path / "out.parquet")
+    assert (done.classified, done.damaged) == (4, 1)
+    (error,) = [row["error"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist() if row["error"]]
+    assert "has 60 x 50 pixels, more than the limit of 2,000" in error
+
+
+def test_a_head_of_gigabytes_is_too_large_and_not_damaged(tmp_path):
+    (tmp_path / "0.png").write_bytes(large())
+    said = "has 20,000 x 20,000 pixels, more than the limit of 178,956,970"
+    with pytest.raises(TooLarge, match=said):
+        convert(large(), Options())
+    model = write_model(tmp_path / "model")
+    with pytest.raises(UserError, match=said):
+        predict_files(model, [tmp_path / "0.png"])
+    packaged = Classifier()
+    card = json.loads((model / "model.json").read_text())
+    assert "max_pixels" not in card, "as cards were before"
+
+    class Context:
+        artifacts = {"card": str(model / "model.json"), "weights": str(model / "model.safetensors")}  # noqa: RUF012
+
+    packaged.load_context(Context())  # type: ignore[arg-type]
+    small = np.zeros((40, 40), np.uint8)
+    with pytest.raises(MlflowException, match=f"row 1 of `image` {said}"):
+        packaged.predict(None, pd.DataFrame({"image": [small, large()]}))
+
+
+def test_a_limit_above_pils_own_is_heeded(tmp_path):
+    """PIL's `open` would refuse it before its size is known."""
+    wide = tmp_path / "0.png"
+    Image.new("1", (60_000, 3_000)).save(wide)
+    assert 60_000 * 3_000 > 178_956_970
+    with pytest.raises(TooLarge, match="60,000 x 3,000"):
+        convert(wide.read_bytes(), Options())
+    _, width, height = convert(wide.read_bytes(), Options(shorter_side=16), max_pixels=200_000_000)
+    assert (width, height) == (320, 16)
+
+
+def tiled(side: int) -> bytes:
+    """A TIFF of 61 x 50 pixels in one tile of `side` x `side`, deflated, of which little is there."""
+    data = zlib.compress(bytes(100))
+    tags = {256: 61, 257: 50, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_tile_of_gigabytes_is_not_decoded():
+    said = "has tiles of 32,768 x 32,768 pixels, more than the limit of 178,956,970"
+    with pytest.raises(TooLarge, match=said):
+        decode(tiled(1 << 15))
+    with pytest.raises(BadImage, match=said):
+        decoded(tiled(1 << 15))
+    with pytest.raises(NotAnImage, match="cannot be decoded"):
+        decode(tiled(256), 61 * 50)  # a tile may be larger than the image
