@@ -198,8 +198,8 @@ def _without_texts(content: bytes) -> bytes:
 def _check_size(width: int, height: int, max_pixels: int, what: str = "") -> None:
     if width * height > max_pixels:
         raise BadImage(
-            f"has {what}{width:,} x {height:,} pixels, more than the limit of {max_pixels:,} (max_pixels in the model's "
-            f"card)"
+            f"has {what}{width:,} x {height:,} pixels, more than the limit of {max_pixels:,} "
+            f"(max_pixels in the model's card)"
         )
 
 
