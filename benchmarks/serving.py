@@ -74,7 +74,7 @@ def served(folder: Path, model: Path, name: str, pictures: list[Path], rounds: i
     tree = {"run": {"output": str(folder)}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
     with Tracker(RunConfig.model_validate(tree), folder / "run", "benchmark", print) as tracker:
         names = {"name": name, "alias": "candidate", "data_fingerprint": "f00d"}
-        registered = register(model, uri=tracker.uri, run_id=str(tracker.run_id), **names)
+        registered = register(model, stores=tracker.stores, run_id=str(tracker.run_id), **names)
     port, program = free_port(), Path(sys.executable).parent
     command = [program / "mlflow", "models", "serve", "-m", registered.uri, "--env-manager", "local"]
     server = subprocess.Popen(

@@ -84,7 +84,7 @@ def registration(folder: Path, name: str, rounds: int, tracker: Tracker) -> None
     took = []
     names = {"name": name, "alias": "candidate", "data_fingerprint": "f00d"}
     for _ in range(rounds):
-        took.append(seconds(lambda: register(checkpoint, uri=tracker.uri, run_id=str(tracker.run_id), **names)))
+        took.append(seconds(lambda: register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)))
     middle = statistics.median(took)
     print(f"\nregister {name}: {machine()}, median of {rounds}: {middle:.2f} s ({min(took):.2f} - {max(took):.2f})")
     keep("registration", name, middle, "s", rounds=rounds)

@@ -11,10 +11,11 @@ from typer.core import TyperGroup
 
 from launch import configs_cli, data_cli, jobs_cli, k8s_cli, models_cli, runs_cli
 from launch.output import write_any_text
-from launch.runs_cli import AsJson, Uri
+from launch.runs_cli import AsJson, RegistryUri, Uri
 from launch.tmpdir import short_tmpdir
 from pipeline.errors import TrainingError, UserError
 from pipeline.extras import extra
+from pipeline.tracking.stores import given_stores
 
 GROUPS = {
     "Data and plan": ("data", "configs", "plan"),
@@ -161,6 +162,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Parquet file for --batch")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     uri: Uri = None,
+    registry_uri: RegistryUri = None,
     as_json: AsJson = False,
 ) -> None:
     """Classify images with a model.
@@ -169,7 +171,8 @@ def predict(
     """
     from launch.predict import predict_command
 
-    predict_command(console, model, images or [], top, batch, out, batch_size, uri, as_json)
+    stores = given_stores(uri, registry_uri)
+    predict_command(console, model, images or [], top, batch, out, batch_size, stores, as_json)
 
 
 @app.command()
@@ -183,6 +186,7 @@ def export(
     images: Annotated[int, typer.Option(min=1, help="for int8: pictures to take ranges from")] = 512,
     attach: Annotated[bool, typer.Option("--attach", help="store it with the model version")] = False,
     uri: Uri = None,
+    registry_uri: RegistryUri = None,
 ) -> None:
     """Write a model for other programs.
 
@@ -193,7 +197,8 @@ def export(
     with extra("export"):
         from launch.export import export_command
 
-    export_command(console, model, to, out, data, split, calibrate, images, attach, uri)
+    stores = given_stores(uri, registry_uri)
+    export_command(console, model, to, out, data, split, calibrate, images, attach, stores)
 
 
 @app.command("eval")
@@ -209,6 +214,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="folder for classes, confusion and predictions as CSV")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     uri: Uri = None,
+    registry_uri: RegistryUri = None,
     as_json: AsJson = False,
 ) -> None:
     """Count a model's hits on a data set.
@@ -218,7 +224,7 @@ def evaluate(
     from launch.evaluate import Options, eval_command
 
     options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
-    eval_command(console, model, data, options, uri, as_json)
+    eval_command(console, model, data, options, given_stores(uri, registry_uri), as_json)
 
 
 @app.command()
@@ -240,14 +246,16 @@ def report(
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, uri: Uri = None) -> None:
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, uri: Uri = None, registry_uri: RegistryUri = None
+) -> None:
     """Open the MLflow UI on this machine.
 
     Example: densenet ui --port 5000
     """
     from launch.ui import ui_command
 
-    ui_command(console, port, uri)
+    ui_command(console, port, given_stores(uri, registry_uri))
 
 
 @app.command()

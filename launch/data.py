@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from launch.progress import duration
+from launch.tables import print_table
 from pipeline.data.space import gigabytes
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.inspect import KINDS
@@ -167,7 +167,6 @@ def pool(console: Console, workers: int) -> Iterator[Pool]:
 
 def _print_report(console: Console, report: Report) -> None:
     console.print(f"{report.root} ({report.layout})", markup=False, soft_wrap=True)
-    table = Table("", *report.splits, box=None, pad_edge=False)
     rows = {
         "pictures": [f"{split.samples:,}" for split in report.splits.values()],
         "classes": [f"{split.classes:,}" for split in report.splits.values()],
@@ -177,9 +176,7 @@ def _print_report(console: Console, report: Report) -> None:
         "colours": [_counted(split.modes) for split in report.splits.values()],
         "shorter side": [_range(split.shorter_side) for split in report.splits.values()],
     }
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    console.print(table)
+    print_table(console, ("", *report.splits), [(name, *cells) for name, cells in rows.items()])
     for kind, count in report.counts().items():
         is_damage, meaning = KINDS[kind]
         console.print(f"{kind}: {count:,}  ({meaning})", style="red" if is_damage else "yellow", soft_wrap=True)

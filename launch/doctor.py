@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from launch.net import free_port
+from launch.tables import print_table
 from pipeline.config import Device, RunConfig
 from pipeline.derived import derive
 
@@ -39,10 +40,7 @@ def doctor_command(console: Console) -> int:
     console.print(
         f"Python {platform.python_version()} on {platform.platform()}, {len(os.sched_getaffinity(0))} CPU cores"
     )
-    table = Table(box=None, pad_edge=False)
-    for column in ("part", "version", "result", "seconds"):
-        table.add_column(column, overflow="fold")
-    cures = []
+    rows, cures = [], []
     for check in CHECKS:
         started = time.perf_counter()
         try:
@@ -55,8 +53,8 @@ def doctor_command(console: Console) -> int:
             seen, style = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", "red"
         if style == "red":
             cures.append(f"{check.name}: {check.cure}")
-        table.add_row(check.name, version, f"[{style}]{seen}[/]", f"{time.perf_counter() - started:.1f}")
-    console.print(table)
+        rows.append((check.name, version, Text(seen, style=style), f"{time.perf_counter() - started:.1f}"))
+    print_table(console, ("part", "version", "result", "seconds"), rows, right=("seconds",))
     for cure in cures:
         console.print(cure, style="yellow", soft_wrap=True)
     return 1 if cures else 0

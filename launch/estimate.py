@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from launch.progress import duration
+from launch.tables import print_table
 from pipeline.config import RunConfig
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.densenet import create
 from pipeline.train.mfu import peak_flops
+from pipeline.train.room import checkpoint_bytes, moments
 
 REACHED = 0.6  # share of peak and bandwidth that convolution nets reach; an assumption
 LAUNCH_S = 5e-6  # from one kernel's start to the next; an assumption
@@ -104,8 +105,6 @@ def estimate(config: RunConfig, cluster: str, data: tuple[int, int, int, float] 
     img_per_s = d.global_batch_size / step_s
     evaluated = val_samples / workers / d.eval_batch_size * forward_s
     epochs, evaluations = config.train.epochs, config.train.epochs / config.eval.every_epochs
-    moments = 2 if config.optim.name in ("adamw", "lamb") else 1
-    copies = 1 + moments + (config.ema.decay is not None)
     activations = width * sum(layer.written for layer in layers) * d.device_batch_size
     return Estimate(
         derived=d,
@@ -117,8 +116,8 @@ def estimate(config: RunConfig, cluster: str, data: tuple[int, int, int, float] 
         total_s=epochs * train_samples / img_per_s + evaluations * evaluated,
         read_per_node=img_per_s / nodes * picture_bytes,
         cores_per_node=img_per_s / nodes / CORE_IMG_PER_S,
-        checkpoint=_FULL_BYTES * copies * parameters,
-        memory={stage: memory(parameters, moments, stage, workers) + activations for stage in range(4)},
+        checkpoint=checkpoint_bytes(config, parameters),
+        memory={stage: memory(parameters, moments(config), stage, workers) + activations for stage in range(4)},
     )
 
 
@@ -141,16 +140,16 @@ def all_reduce_s(size: float, ranks: int, bandwidth: float) -> float:
     return 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * HOP_S
 
 
-def memory(parameters: int, moments: int, stage: int, ranks: int) -> float:
+def memory(parameters: int, moments_each: int, stage: int, ranks: int) -> float:
     """Bytes per device for weights, gradients and the optimizer; what a stage shards is divided by the ranks.
 
     From stage 1 on DeepSpeed keeps an fp32 part of its own to step, and a bucket.
     """
     weights = gradients = optimizer = 1.0
-    optimizer *= moments
+    optimizer *= moments_each
     extra = 0.0
     if stage >= 1:
-        optimizer, extra = (moments + 1) / ranks, 1.0
+        optimizer, extra = (moments_each + 1) / ranks, 1.0
     if stage >= 2:
         gradients = 1 / ranks
     if stage >= 3:
@@ -213,28 +212,29 @@ def print_estimate(console: Console, config: RunConfig, cluster: str) -> None:
     ]
     for name, text in rows:
         console.print(f"{name:14}{text}", markup=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for column in ("GPUs", "batch per GPU", "img/s", "of linear", "communication", "bound by", "an epoch"):
-        table.add_column(column)
+    table: list[tuple[str, ...]] = []
     first: float | None = None
     for workers in (1, 8, 64, 512):
         shape = f"1x{workers}x{kind}" if workers <= gpus else f"{-(-workers // gpus)}x{gpus}x{kind}"
         try:
             of = estimate(config, shape, data)
         except UserError:
-            table.add_row(f"{workers}", "the global batch cannot be split so far")
+            table.append((f"{workers}", "the global batch cannot be split so far"))
             continue
         first = first or of.img_per_s
-        table.add_row(
-            f"{of.derived.workers}",
-            f"{of.derived.device_batch_size} x {of.derived.accumulation}",
-            f"{of.img_per_s:,.0f}",
-            f"{of.img_per_s / first / of.derived.workers:.0%}",
-            f"{of.share:.0%}",
-            of.bound,
-            duration(of.epoch_s),
+        table.append(
+            (
+                f"{of.derived.workers}",
+                f"{of.derived.device_batch_size} x {of.derived.accumulation}",
+                f"{of.img_per_s:,.0f}",
+                f"{of.img_per_s / first / of.derived.workers:.0%}",
+                f"{of.share:.0%}",
+                of.bound,
+                duration(of.epoch_s),
+            )
         )
-    console.print(table)
+    columns = ("GPUs", "batch per GPU", "img/s", "of linear", "communication", "bound by", "an epoch")
+    print_table(console, columns, table)
 
 
 def _parse(cluster: str) -> tuple[int, int, str]:

@@ -21,6 +21,7 @@ from pipeline.evaluation.probabilities import VIEWS, Transform, model_probabilit
 from pipeline.evaluation.scores import NO_CLASS, best_class, confusion, score, score_sets
 from pipeline.evaluation.tables import write_confusion, write_csv
 from pipeline.model.sources import read_card
+from pipeline.tracking.stores import Stores
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Options:
     batch_size: int
 
 
-def eval_command(console: Console, model: str, root: Path, options: Options, uri: str | None, as_json: bool) -> None:
+def eval_command(console: Console, model: str, root: Path, options: Options, stores: Stores, as_json: bool) -> None:
     """Prints the scores of a checkpoint, a run or a registered model, and writes the tables to `options.out`.
 
     Raises:
@@ -47,7 +48,7 @@ def eval_command(console: Console, model: str, root: Path, options: Options, uri
         raise UserError(f"--tta={options.views} is not known: use {' or '.join(VIEWS)}.")
     if options.interpolation not in (None, "bilinear", "bicubic"):
         raise UserError(f"--interpolation={options.interpolation} is not known: use bilinear or bicubic.")
-    folder = model_folder(model, uri)
+    folder = model_folder(model, stores)
     card = read_card(folder)
     transform = Transform(**card["transform"]).at(options.crop, options.resize, options.interpolation)
     if transform.crop > transform.resize:

@@ -20,8 +20,8 @@ from pipeline.evaluation.probabilities import Transform, probabilities
 from pipeline.evaluation.scores import best_class
 from pipeline.export.formats import OPSET, TOLERANCE, OnnxModel, to_int8, to_onnx, to_timm, to_torch
 from pipeline.model.sources import read_card
-from pipeline.tracking.registry import attach_to_version
-from pipeline.tracking.store import default_tracking_uri
+from pipeline.tracking.registry import attach_to_version, check_attachable
+from pipeline.tracking.stores import Stores
 
 FORMATS = ("onnx", "torch", "timm", "int8")
 _BATCH = 32
@@ -37,7 +37,7 @@ def export_command(
     calibrate: str,
     images: int,
     attach: bool,
-    uri: str | None,
+    stores: Stores,
 ) -> None:
     """Writes the model to the folder `out`; int8 is calibrated and measured on `data`.
 
@@ -51,7 +51,9 @@ def export_command(
         raise UserError("--to int8 needs --data, a data set to calibrate and measure with.")
     if attach and not model.startswith("models:/"):
         raise UserError(f"--attach adds files to a model version: give models:/NAME@ALIAS, not {model}.")
-    folder = model_folder(model, uri)
+    if attach:
+        check_attachable(model, stores)
+    folder = model_folder(model, stores)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if to == "int8":
@@ -63,7 +65,7 @@ def export_command(
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}.") from error
     if attach:
-        place = attach_to_version(model, to, file, uri or default_tracking_uri())
+        place = attach_to_version(model, to, file, stores)
         console.print(f"attached to {model} as {place}", soft_wrap=True)
 
 

@@ -12,8 +12,8 @@ from aiohttp import ClientError
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
-from rich.table import Table
 
+from launch.tables import print_table
 from pipeline.errors import UserError
 
 _RETRY_S = 2.0
@@ -51,20 +51,20 @@ def list_command(console: Console, address: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps([job.model_dump(mode="json") for job in jobs], indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("job", "run", "status", "started", "minutes"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for job in jobs:
         began = (job.start_time or 0) / 1000
         ended = (job.end_time or time.time() * 1000) / 1000
-        table.add_row(
-            job.submission_id,
-            (job.metadata or {}).get("run", ""),
-            str(job.status.value),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
-            f"{(ended - began) / 60:.0f}",
+        rows.append(
+            (
+                str(job.submission_id),
+                (job.metadata or {}).get("run", ""),
+                str(job.status.value),
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
+                f"{(ended - began) / 60:.0f}",
+            )
         )
-    console.print(table)
+    print_table(console, ("job", "run", "status", "started", "minutes"), rows)
 
 
 def logs_command(address: str, job: str, follow: bool) -> int:

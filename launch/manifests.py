@@ -221,15 +221,27 @@ def _surroundings(
         patches.append(_patch("RayJob", [{"op": "replace", "path": at, "value": settings.stage_class}]))
     elif settings.stage_class is not None:
         raise UserError(f"--set stage-class is for data.stage={_STAGE}, which is not set.")
-    server = urlsplit(config.tracking.uri or "")
-    if server.scheme in ("http", "https") and server.hostname not in _OWN_MLFLOW:
+    ports = _mlflow_ports(config)
+    if ports:
         components.append("existing-mlflow")
         policies = [document for document in documents if document["kind"] == "NetworkPolicy"]
         (rules,) = [policy["spec"]["egress"] for policy in policies if policy["metadata"]["name"] == "training"]
-        port = server.port or {"http": 80, "https": 443}[server.scheme]
-        at = f"/spec/egress/{len(rules)}/ports/0/port"
-        patches.append(_patch("NetworkPolicy", [{"op": "replace", "path": at, "value": port}], name="training"))
+        at = f"/spec/egress/{len(rules)}/ports"
+        operations = [{"op": "replace", "path": at, "value": [{"port": port} for port in ports]}]
+        patches.append(_patch("NetworkPolicy", operations, name="training"))
     return patches, components
+
+
+def _mlflow_ports(config: RunConfig) -> list[int]:
+    """The ports of tracking and registry servers that are not the one beside the trainings."""
+    servers = [urlsplit(uri or "") for uri in (config.tracking.uri, config.tracking.registry_uri)]
+    return sorted(
+        {
+            server.port or {"http": 80, "https": 443}[server.scheme]
+            for server in servers
+            if server.scheme in ("http", "https") and server.hostname not in _OWN_MLFLOW
+        }
+    )
 
 
 def _patch(kind: str, operations: list[dict[str, Any]], **target: str) -> dict[str, Any]:

@@ -2,46 +2,42 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from launch.promote import BEFORE, PROMOTED
+from launch.tables import print_table
 from pipeline.errors import UserError
-from pipeline.tracking.look import differences, past_run
+from pipeline.tracking.look import differences, run_of
 from pipeline.tracking.registry import REGISTRY, Version, registered_names, resolve, versions
-from pipeline.tracking.store import default_tracking_uri, shown
+from pipeline.tracking.stores import Stores, shown, sqlite_file
 
 
-def registered_command(console: Console, uri: str | None) -> None:
+def registered_command(console: Console, stores: Stores) -> None:
     """Prints each registered model's versions that have an alias, and its newest one."""
-    uri = uri or default_tracking_uri()
-    names = _names(uri)
+    names = _names(stores)
     if not names:
-        console.print(f"no model is registered in {shown(uri)}", soft_wrap=True)
+        console.print(f"no model is registered in {shown(stores.registry)}", soft_wrap=True)
         return
-    table = _table("registered", "version", "aliases", "top-1", "epoch", "promoted", "run")
+    rows = []
     for name in names:
-        found = versions(name, uri)
+        found = versions(name, stores)
         for v in found:
             if v.aliases or v is found[0]:
                 tags = v.tags
                 told = [_hits(v), tags.get("epoch", ""), tags.get(PROMOTED, "")[:10]]
-                table.add_row(name, v.version, _aliases(v), *told, v.run_id[:8])
-    console.print(table)
+                rows.append((name, v.version, _aliases(v), *told, v.run_id[:8]))
+    print_table(console, ("registered", "version", "aliases", "top-1", "epoch", "promoted", "run"), rows)
 
 
-def registered_as_json(uri: str | None) -> None:
+def registered_as_json(stores: Stores) -> None:
     """Prints all versions of all registered models, newest first, by the models' names."""
-    uri = uri or default_tracking_uri()
-    print(json.dumps({name: [asdict(v) for v in versions(name, uri)] for name in _names(uri)}, indent=2))
+    print(json.dumps({name: [asdict(v) for v in versions(name, stores)] for name in _names(stores)}, indent=2))
 
 
-def show_command(console: Console, model: str, uri: str | None, as_json: bool) -> None:
+def show_command(console: Console, model: str, stores: Stores, as_json: bool) -> None:
     """Prints what is known of a model version."""
-    uri = uri or default_tracking_uri()
-    name, v = _find(model, uri)
+    name, v = _find(model, stores)
     if as_json:
         print(json.dumps({"name": name} | asdict(v), indent=2))
         return
@@ -53,54 +49,51 @@ def show_command(console: Console, model: str, uri: str | None, as_json: bool) -
         console.print(f"{key:{width}}{value}", markup=False, soft_wrap=True)
 
 
-def diff_command(console: Console, first: str, second: str, uri: str | None) -> None:
+def diff_command(console: Console, first: str, second: str, stores: Stores) -> None:
     """Prints what two model versions differ in: tags, and the parameters of their runs."""
-    uri = uri or default_tracking_uri()
-    (name_1, a), (name_2, b) = _find(first, uri), _find(second, uri)
-    table = _table("", f"{name_1}/{a.version}", f"{name_2}/{b.version}")
-    table.add_row("aliases", _aliases(a), _aliases(b))
+    (name_1, a), (name_2, b) = _find(first, stores), _find(second, stores)
+    rows: list[tuple[str, ...]] = [("aliases", _aliases(a), _aliases(b))]
     for key in sorted(a.tags.keys() | b.tags.keys()):
         values = a.tags.get(key, ""), b.tags.get(key, "")
         if values[0] != values[1]:
-            table.add_row(key, *values)
-    for key, given in differences([past_run(uri, "", v.run_id) for v in (a, b)]):
-        table.add_row(key, *given)
-    console.print(table)
+            rows.append((key, *values))
+    runs = [run_of(stores.tracking, v.run_id) for v in (a, b)]
+    known = [run for run in runs if run is not None]
+    if len(known) == len(runs):
+        rows += [(key, *given) for key, given in differences(known)]
+    print_table(console, ("", f"{name_1}/{a.version}", f"{name_2}/{b.version}"), rows)
+    for v, run in zip((a, b), runs, strict=True):
+        if run is None:
+            told = f"{shown(stores.tracking)} does not have the run {v.run_id or 'none'}: parameters are not compared"
+            console.print(told, style="yellow", soft_wrap=True)
 
 
-def history_command(console: Console, name: str, uri: str | None) -> None:
+def history_command(console: Console, name: str, stores: Stores) -> None:
     """Prints the versions of a model, newest first, with their aliases and what they were promoted on."""
-    table = _table("version", "aliases", "top-1", "epoch", "promoted", "against", "gain", "p")
-    for v in versions(name, uri or default_tracking_uri()):
+    rows = []
+    for v in versions(name, stores):
         tags = v.tags
         told = [tags.get(key, "") for key in (PROMOTED, BEFORE, "promoted.gain", "promoted.p")]
-        table.add_row(v.version, _aliases(v), tags.get("promoted.top1") or _hits(v), tags.get("epoch", ""), *told)
-    console.print(table)
+        rows.append((v.version, _aliases(v), tags.get("promoted.top1") or _hits(v), tags.get("epoch", ""), *told))
+    print_table(console, ("version", "aliases", "top-1", "epoch", "promoted", "against", "gain", "p"), rows)
 
 
-def _names(uri: str) -> list[str]:
+def _names(stores: Stores) -> list[str]:
     """The registered models; none where there is no store yet, which a look does not make."""
-    file = uri.removeprefix("sqlite:///")
-    return [] if file != uri and not Path(file).exists() else registered_names(uri)
+    file = sqlite_file(stores.registry)
+    return [] if file is not None and not file.exists() else registered_names(stores)
 
 
-def _find(model: str, uri: str) -> tuple[str, Version]:
+def _find(model: str, stores: Stores) -> tuple[str, Version]:
     """A version by NAME@ALIAS, NAME/VERSION, either with `models:/` before it, or NAME for the newest one."""
     text = model.removeprefix(REGISTRY)
     if "@" not in text and "/" not in text:
-        found = versions(text, uri)
+        found = versions(text, stores)
         if not found:
-            raise UserError(f"{text} has no versions in {shown(uri)}.")
+            raise UserError(f"{text} has no versions in {shown(stores.registry)}.")
         return text, found[0]
-    resolved = resolve(f"{REGISTRY}{text}", uri)
-    return resolved.name, next(v for v in versions(resolved.name, uri) if v.version == resolved.version)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+    resolved = resolve(f"{REGISTRY}{text}", stores)
+    return resolved.name, next(v for v in versions(resolved.name, stores) if v.version == resolved.version)
 
 
 def _aliases(version: Version) -> str:

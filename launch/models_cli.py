@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from launch.runs_cli import AsJson, Uri
+from launch.runs_cli import AsJson, RegistryUri, Uri
+from launch.tables import print_table
+from pipeline.tracking.stores import given_stores
 
 app = typer.Typer(help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -17,7 +18,7 @@ Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/VERSION, or NAME 
 
 
 @app.command("list")
-def list_models(uri: Uri = None, as_json: AsJson = False) -> None:
+def list_models(uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJson = False) -> None:
     """Show the nets by name, and the models that are registered.
 
     As JSON the registered ones alone, with all their versions.
@@ -27,41 +28,38 @@ def list_models(uri: Uri = None, as_json: AsJson = False) -> None:
     from launch.models import registered_as_json, registered_command
     from pipeline.model.architectures import ARCHITECTURES, PAPER, size
 
+    stores = given_stores(uri, registry_uri)
     if as_json:
-        registered_as_json(uri)
+        registered_as_json(stores)
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    for column in ("classes", "parameters", "G multiply-adds", "at pixels"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("paper, top-1 / top-5 %", no_wrap=True)
+    rows = []
     for name, architecture in ARCHITECTURES.items():
         small = name == "densenet_tiny" or architecture.get("stem_type") == "cifar"
         classes, side = (10, 32) if small else (1000, 224)
         counted = size(name, classes, side)
         multiply_adds = f"{counted.multiply_adds / 1e9:.3f}"
-        table.add_row(
-            name, str(classes), f"{counted.parameters:,}", multiply_adds, str(side), PAPER.get(name, "not in the paper")
-        )
-    console = Console(file=sys.stdout, highlight=False, width=120)
-    console.print(table)
+        paper = PAPER.get(name, "not in the paper")
+        rows.append((name, str(classes), f"{counted.parameters:,}", multiply_adds, str(side), paper))
+    console = Console(file=sys.stdout, highlight=False)
+    numbers = ("classes", "parameters", "G multiply-adds", "at pixels")
+    print_table(console, ("name", *numbers, "paper, top-1 / top-5 %"), rows, right=numbers)
     console.print()
-    registered_command(console, uri)
+    registered_command(console, stores)
 
 
 @app.command()
-def show(model: Version, uri: Uri = None, as_json: AsJson = False) -> None:
+def show(model: Version, uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJson = False) -> None:
     """Show what is known of a registered model.
 
     Example: densenet models show densenet121@champion
     """
     from launch.models import show_command
 
-    show_command(Console(highlight=False), model, uri, as_json)
+    show_command(Console(highlight=False), model, given_stores(uri, registry_uri), as_json)
 
 
 @app.command()
-def diff(first: Version, second: Version, uri: Uri = None) -> None:
+def diff(first: Version, second: Version, uri: Uri = None, registry_uri: RegistryUri = None) -> None:
     """Show what two registered models differ in.
 
     Results, transform, and the parameters of their runs.
@@ -70,7 +68,27 @@ def diff(first: Version, second: Version, uri: Uri = None) -> None:
     """
     from launch.models import diff_command
 
-    diff_command(Console(highlight=False), first, second, uri)
+    diff_command(Console(highlight=False), first, second, given_stores(uri, registry_uri))
+
+
+@app.command()
+def register(
+    folder: Annotated[Path, typer.Argument(help="a finished run's folder, as outputs/RUN")],
+    name: Annotated[str | None, typer.Option("--as", help="registered model name; default: as in the run")] = None,
+    alias: Annotated[str | None, typer.Option(help="moved to the new version; default: as in the run")] = None,
+    patience: Annotated[float, typer.Option(min=0, help="seconds to wait for the stores")] = 60,
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI; default: as in the run")] = None,
+    registry_uri: Annotated[str | None, typer.Option(help="MLflow registry URI; default: as in the run")] = None,
+) -> None:
+    """Register a finished run's best checkpoint.
+
+    For a registry that did not take it at the end of the training.
+
+    Example: densenet models register outputs/first --alias candidate
+    """
+    from launch.register import register_command
+
+    register_command(Console(highlight=False), folder, name, alias, uri, registry_uri, patience)
 
 
 @app.command()
@@ -83,6 +101,7 @@ def promote(
     max_p: Annotated[float, typer.Option(min=0, max=1, help="largest p-value of McNemar's test")] = 0.05,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="compare alone")] = False,
     uri: Uri = None,
+    registry_uri: RegistryUri = None,
 ) -> None:
     """Move an alias to a model that is better on the same pictures.
 
@@ -92,13 +111,16 @@ def promote(
     """
     from launch.promote import promote_command
 
-    console = Console(highlight=False)
-    raise typer.Exit(0 if promote_command(console, model, to, data, split, min_gain, max_p, dry_run, uri) else 1)
+    console, stores = Console(highlight=False), given_stores(uri, registry_uri)
+    raise typer.Exit(0 if promote_command(console, model, to, data, split, min_gain, max_p, dry_run, stores) else 1)
 
 
 @app.command()
 def rollback(
-    name: Name, alias: Annotated[str, typer.Option(help="the alias that moves")] = "champion", uri: Uri = None
+    name: Name,
+    alias: Annotated[str, typer.Option(help="the alias that moves")] = "champion",
+    uri: Uri = None,
+    registry_uri: RegistryUri = None,
 ) -> None:
     """Move an alias back to the version that it was before.
 
@@ -106,15 +128,15 @@ def rollback(
     """
     from launch.promote import rollback_command
 
-    rollback_command(Console(highlight=False), name, alias, uri)
+    rollback_command(Console(highlight=False), name, alias, given_stores(uri, registry_uri))
 
 
 @app.command()
-def history(name: Name, uri: Uri = None) -> None:
+def history(name: Name, uri: Uri = None, registry_uri: RegistryUri = None) -> None:
     """Show a registered model's versions, aliases and promotions.
 
     Example: densenet models history densenet121
     """
     from launch.models import history_command
 
-    history_command(Console(highlight=False), name, uri)
+    history_command(Console(highlight=False), name, given_stores(uri, registry_uri))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.model.architectures import size
+from pipeline.tracking.stores import shown, stores_of
 
 
 def plan_command(
@@ -45,7 +47,8 @@ def plan_command(
         with joined(address, output / "ray.log"):
             prepared = prepare(config, offered_by_cluster(address))
     if as_json:
-        told = {"config": prepared.config.model_dump(mode="json"), "derived": prepared.derived.model_dump(mode="json")}
+        told: dict[str, Any] = {"config": prepared.config.model_dump(mode="json")}
+        told |= {"derived": prepared.derived.model_dump(mode="json"), "stores": _stores(prepared.config)}
         print(json.dumps(told | {"start": prepared.start, "warnings": prepared.warnings}, indent=2))
         return
     console.print(prepared.config.to_yaml(), highlight=False, markup=False, end="", soft_wrap=True)
@@ -80,11 +83,22 @@ def print_plan(console: Console, prepared: Prepared) -> None:
         ("peak rate", _learning_rate(config, d)),
         ("precision", f"{d.precision}, ZeRO stage {d.zero_stage}"),
         ("evaluation", config.eval.description),
+        *_stores(config).items(),
     ]
     if prepared.sources.teacher is not None:
         rows.append(("teacher", str(prepared.sources.teacher)))
     for name, text in rows:
         console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
+
+
+def _stores(config: RunConfig) -> dict[str, str]:
+    """Where the run is recorded, and where its model is registered."""
+    stores, tracking = stores_of(config), config.tracking
+    model = f"{tracking.register_as or config.model.name}@{tracking.alias}"
+    return {
+        "tracking": f"experiment {tracking.experiment} in {shown(stores.tracking)}",
+        "registry": f"{model} in {shown(stores.registry)}",
+    }
 
 
 def print_warnings(console: Console, prepared: Prepared) -> None:

@@ -10,6 +10,7 @@ from launch.progress import speed
 from launch.sources import model_folder
 from pipeline.errors import UserError
 from pipeline.export.predict import predict_files, predict_folder
+from pipeline.tracking.stores import Stores
 
 
 def predict_command(
@@ -20,7 +21,7 @@ def predict_command(
     batch: Path | None,
     out: Path | None,
     batch_size: int,
-    uri: str | None,
+    stores: Stores,
     as_json: bool,
 ) -> None:
     """Prints each image's most probable classes with their probabilities, or writes those of a whole folder.
@@ -32,7 +33,7 @@ def predict_command(
         raise UserError("give image files, or a folder with --batch DIR --out FILE.parquet.")
     if as_json and batch is not None:
         raise UserError("--json prints the classes of image files; --batch writes a table: leave one out.")
-    folder = model_folder(model, uri)
+    folder = model_folder(model, stores)
     if batch is None or out is None:
         found = predict_files(folder, images, top)
         if as_json:

@@ -155,6 +155,7 @@ def _check_storage(config: RunConfig) -> None:
         storage = storage_of(config)
         if storage is not None:
             storage.names()
+            storage.check()
     except StorageError as error:
         raise UserError(f"{error}. Give a folder or an address that this machine can read and write.") from error
 

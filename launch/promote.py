@@ -15,16 +15,18 @@ from pipeline.evaluation.paired import Paired, compare
 from pipeline.evaluation.probabilities import Transform, model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.model.sources import read_card
+from pipeline.names import alias_fault
 from pipeline.tracking.registry import (
     REGISTRY,
     alias_version,
+    check_rights,
     download,
     move_alias,
     resolve,
     tag_version,
     versions,
 )
-from pipeline.tracking.store import default_tracking_uri
+from pipeline.tracking.stores import Stores
 
 PROMOTED, BEFORE = "promoted.at", "promoted.before"
 
@@ -38,7 +40,7 @@ def promote_command(
     min_gain: float,
     max_p: float,
     dry_run: bool,
-    uri: str | None,
+    stores: Stores,
 ) -> bool:
     """Evaluates the model and the alias's present one on the same pictures, and moves the alias to the better one.
 
@@ -48,13 +50,16 @@ def promote_command(
     Raises:
         UserError: there is no such model or split, or its classes do not fit.
     """
-    uri, outputs = uri or default_tracking_uri(), Path("outputs").absolute()
-    new = resolve(model if model.startswith(REGISTRY) else f"{REGISTRY}{model}", uri)
-    old = alias_version(new.name, alias, uri)
+    check_alias("--to", alias)
+    outputs = Path("outputs").absolute()
+    new = resolve(model if model.startswith(REGISTRY) else f"{REGISTRY}{model}", stores)
+    old = alias_version(new.name, alias, stores)
     if old == new.version:
         raise UserError(f"{new.name}@{alias} is version {old} already.")
+    if not dry_run:
+        check_rights(new.name, stores)  # not after evaluating for an hour
     index = open_split(root, split, outputs / "index")
-    new_N, transform, non_finite = _hits(new.uri, uri, index, outputs)
+    new_N, transform, non_finite = _hits(new.uri, stores, index, outputs)
     if non_finite:
         raise UserError(
             f"{new.name} version {new.version} gives NaN or infinities for {non_finite} of {len(new_N)} pictures of "
@@ -71,7 +76,7 @@ def promote_command(
     if old is None:
         console.print(f"{new.name} version {new.version}: {_share(new_N)}; {alias} is no version yet", soft_wrap=True)
     else:
-        old_N, _, non_finite = _hits(f"{REGISTRY}{new.name}/{old}", uri, index, outputs)
+        old_N, _, non_finite = _hits(f"{REGISTRY}{new.name}/{old}", stores, index, outputs)
         if non_finite:
             console.print(
                 f"warning: version {old} gives NaN or infinities for {non_finite} pictures: they are misses",
@@ -96,36 +101,42 @@ def promote_command(
         console.print(f"{new.name}@{alias} would become version {new.version} (dry run)")
     else:
         for key, value in evidence.items():
-            tag_version(new.name, new.version, key, value, uri)
-        move_alias(new.name, alias, new.version, uri)
+            tag_version(new.name, new.version, key, value, stores)
+        move_alias(new.name, alias, new.version, stores)
         console.print(f"{new.name}@{alias} is version {new.version} now", style="green")
     return holds
 
 
-def rollback_command(console: Console, name: str, alias: str, uri: str | None) -> None:
+def rollback_command(console: Console, name: str, alias: str, stores: Stores) -> None:
     """Moves the alias back to the version that it was before.
 
     Raises:
         UserError: it is not known, or has gone.
     """
-    uri = uri or default_tracking_uri()
-    version = alias_version(name, alias, uri)
+    version = alias_version(name, alias, stores)
     if version is None:
         raise UserError(f"{name}@{alias} is no version: there is nothing to roll back.")
-    tags = next(v.tags for v in versions(name, uri) if v.version == version)
+    tags = next(v.tags for v in versions(name, stores) if v.version == version)
     before = tags.get(BEFORE) if tags.get("promoted.to") == alias else None
     if before is None:
         raise UserError(f"{name} version {version} does not tell what @{alias} was before: nothing is changed.")
-    resolve(f"{REGISTRY}{name}/{before}", uri)
+    resolve(f"{REGISTRY}{name}/{before}", stores)
     now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
-    tag_version(name, version, "rolled_back.at", now, uri)
-    move_alias(name, alias, before, uri)
+    tag_version(name, version, "rolled_back.at", now, stores)
+    move_alias(name, alias, before, stores)
     console.print(f"{name}@{alias} is version {before} again, {version} before")
 
 
-def _hits(model: str, uri: str, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str, int]:
+def check_alias(option: str, alias: str) -> None:
+    """Raises `UserError` where MLflow takes no such alias."""
+    wrong = alias_fault(alias)
+    if wrong is not None:
+        raise UserError(f"{option}={alias} {wrong}.")
+
+
+def _hits(model: str, stores: Stores, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str, int]:
     """Which pictures a model hits, by its own transform, that transform in words, and for how many it gives NaN."""
-    folder = download(model, uri, outputs / "models")
+    folder = download(model, stores, outputs / "models")
     card = read_card(folder)
     labels_N = labels_of(index, card["classes"])
     given_NK, _ = model_probabilities(folder, index)

@@ -33,8 +33,9 @@ class Recorder:
         for record in tracker.journal.records():
             if record["kind"] == "metrics":
                 values = record["values"]
-                self._seen = record["samples_seen"]
-                self._farthest = max(self._farthest, self._seen)
+                if "restarts" not in values:  # those stand at the farthest place
+                    self._seen = record["samples_seen"]
+                    self._farthest = max(self._farthest, self._seen)
                 self._restarts = int(values.get("restarts", self._restarts))
                 self._lost = int(values.get("lost_samples", self._lost))
                 self._started = True
@@ -85,9 +86,12 @@ class Recorder:
         self._restarts, self._lost = self._restarts + 1, self._lost + lost
         told = f"{self._causes}; went on at {samples_seen} samples, {lost} samples were trained again"
         self._tracker.tags({f"restart.{self._restarts}": told})
-        # MLflow takes the value at the largest step for the last one.
-        self._tracker.log({"restarts": self._restarts, "lost_samples": self._lost}, self._farthest)
-        self._causes = ""
+        # MLflow takes the value at the largest step for the last one, and a step has one value: a restart that comes
+        # before any progress since the last one stands a sample after it.
+        at = max(self._farthest, self._tracker.farthest("restarts") + 1)
+        self._tracker.log({"restarts": self._restarts, "lost_samples": self._lost}, at)
+        self._tracker.log({}, samples_seen)
+        self._seen, self._causes = samples_seen, ""
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:

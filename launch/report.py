@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.tables import read_confusion
 from pipeline.tracking.look import PastRun, differences, metric_history, past_run, read_artifact
 from pipeline.tracking.plots import confusion_picture, curves
-from pipeline.tracking.store import default_tracking_uri, shown
+from pipeline.tracking.stores import given_stores, shown
 
 _MOST_POINTS = 1500
 _CURVES = {
@@ -33,7 +33,7 @@ def report_command(console: Console, names: list[str], out: Path, uri: str | Non
     Raises:
         UserError: there is no such run, or the page cannot be written.
     """
-    uri = uri or default_tracking_uri()
+    uri = given_stores(uri, None).tracking
     runs = [past_run(uri, experiment, name) for name in names]
     if len({run.id for run in runs}) < len(runs):
         raise UserError(f"the same run is named twice: {', '.join(run.id for run in runs)}.")

@@ -8,13 +8,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from launch.tables import print_table
 from pipeline.errors import UserError
+from pipeline.tracking.stores import Stores, given_stores, shown, stores_of
 
 app = typer.Typer(help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
 
 Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
+RegistryUri = Annotated[
+    str | None, typer.Option(help="MLflow registry URI; default: MLFLOW_REGISTRY_URI, else the tracking store")
+]
 Experiment = Annotated[str, typer.Option(help="MLflow experiment")]
 AsJson = Annotated[bool, typer.Option("--json", help="for scripts: all that is known, as JSON")]
 _LAST = (
@@ -48,11 +52,8 @@ def list_runs(
     if as_json:
         print(json.dumps([asdict(run) for run in found], indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("run", "status", "started", "minutes", "model", "epochs", "top-1 %", "id"):
-        table.add_column(column, overflow="fold")
-    for run in found:
-        table.add_row(
+    rows = [
+        (
             run.name,
             run.status,
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started)),
@@ -62,7 +63,10 @@ def list_runs(
             _number(run.metrics.get("val/top1")),
             run.id,
         )
-    Console(highlight=False).print(table)
+        for run in found
+    ]
+    columns = ("run", "status", "started", "minutes", "model", "epochs", "top-1 %", "id")
+    print_table(Console(highlight=False), columns, rows)
 
 
 @app.command()
@@ -109,15 +113,13 @@ def compare(
     from pipeline.tracking.look import differences, past_run
 
     found = [past_run(_uri(uri), experiment, run) for run in runs]
-    table = Table(box=None, pad_edge=False)
-    for column in ("", *(run.name for run in found)):
-        table.add_column(column, overflow="fold")
-    for key in _LAST:
-        if any(key in run.metrics for run in found):
-            table.add_row(key, *(_number(run.metrics.get(key)) for run in found))
-    for key, values in differences(found):
-        table.add_row(key, *(value[:_SHOWN] for value in values))
-    Console(highlight=False).print(table)
+    rows = [
+        (key, *(_number(run.metrics.get(key)) for run in found))
+        for key in _LAST
+        if any(key in run.metrics for run in found)
+    ]
+    rows += [(key, *(value[:_SHOWN] for value in values)) for key, values in differences(found)]
+    print_table(Console(highlight=False), ("", *(run.name for run in found)), rows)
 
 
 @app.command()
@@ -130,15 +132,14 @@ def sync(
     Example: densenet runs sync outputs/first
     """
     from launch.claim import claimed
-    from pipeline.config_file import load_config
+    from launch.register import run_config
     from pipeline.tracking.run import Tracker
-    from pipeline.tracking.store import shown, tracking_uri, wait_for
+    from pipeline.tracking.store import wait_for
 
     console = Console(highlight=False)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run's folder: it has no config.yaml. Give one as outputs/RUN.")
-    config = load_config(folder / "config.yaml", [])
-    wait_for(tracking_uri(config), patience, lambda text: console.print(text, style="yellow", soft_wrap=True))
+    config = run_config(folder)
+    uri = stores_of(config).tracking
+    wait_for(Stores(uri, uri), patience, lambda text: console.print(text, style="yellow", soft_wrap=True))
     with claimed(folder, config):
         tracker = Tracker(config, folder, str(config.run.name or folder.name), console.print, running=False)
         tracker.close(patience)
@@ -148,9 +149,7 @@ def sync(
 
 
 def _uri(given: str | None) -> str:
-    from pipeline.tracking.store import default_tracking_uri
-
-    return given or default_tracking_uri()
+    return given_stores(given, None).tracking
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.model.sources import NO_SOURCES, Sources
+from pipeline.tracking.stores import Stores, stores_of
 from pipeline.train.checkpoint import MANIFEST, best_checkpoint, checkpoint_root, checkpoints, fault, newest_valid
 
 ADDRESSES = ("models:/", "runs:/")  # of models in the tracking store
@@ -20,11 +21,9 @@ def find_sources(config: RunConfig) -> Sources:
     """
     if config.model.weights is None and config.loss.teacher is None:
         return NO_SOURCES
-    from pipeline.tracking.store import tracking_uri  # MLflow takes seconds to import
-
-    cache, uri = Path(config.run.output) / "models", tracking_uri(config)
+    cache, stores = Path(config.run.output) / "models", stores_of(config)
     weights, teacher = (
-        None if place is None else locate(place, key, cache, uri)
+        None if place is None else locate(place, key, cache, stores)
         for key, place in (("model.weights", config.model.weights), ("loss.teacher", config.loss.teacher))
     )
     return Sources(weights, teacher)
@@ -44,10 +43,9 @@ def find_checkpoint(place: str, config: RunConfig) -> Path:
         )
     path = Path(place).expanduser()
     if _RUN_ID.fullmatch(place) and not path.exists():
-        from pipeline.tracking.look import run_folder
-        from pipeline.tracking.store import tracking_uri
+        from pipeline.tracking.look import run_folder  # MLflow takes seconds to import
 
-        path = run_folder(place, tracking_uri(config))
+        path = run_folder(place, stores_of(config).tracking)
     if (path / MANIFEST).is_file():
         reason = fault(path)
         if reason is not None:
@@ -61,33 +59,31 @@ def find_checkpoint(place: str, config: RunConfig) -> Path:
     return found
 
 
-def model_folder(place: str, uri: str | None) -> Path:
+def model_folder(place: str, stores: Stores) -> Path:
     """The folder, with a card, of the model that a command was given.
 
     Raises:
         UserError: there is no such model, or it is a file of weights alone.
     """
-    from pipeline.tracking.store import default_tracking_uri
-
-    folder = locate(place, "MODEL", Path("outputs").absolute() / "models", uri or default_tracking_uri())
+    folder = locate(place, "MODEL", Path("outputs").absolute() / "models", stores)
     if folder.is_file():
         raise UserError(f"{folder} is a file of weights alone, without classes and transform: give its folder.")
     return folder
 
 
-def locate(place: str, key: str, cache: Path, uri: str) -> Path:
+def locate(place: str, key: str, cache: Path, stores: Stores) -> Path:
     """A file of weights, or a folder with a model card: a checkpoint, a run's best one, or a registered model's.
 
     Args:
         place: What the user gave: a path, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME.
         key: What the user calls it, for errors.
         cache: Where a registered model is downloaded to, once.
-        uri: The registry.
+        stores: Where runs and registered models are.
     """
     if place.startswith(ADDRESSES):
         from pipeline.tracking.registry import download
 
-        return download(place, uri, cache)
+        return download(place, stores, cache)
     path = Path(place).expanduser()
     if path.is_file() or (path / "model.json").is_file():
         return path

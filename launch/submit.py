@@ -20,6 +20,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import UserError, listed
 from pipeline.model.architectures import check_name
 from pipeline.tracking.origin import write_commit
+from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
 
 PROJECT = Path(__file__).parents[1]
 _CODE = ("pipeline", "launch")
@@ -117,6 +118,7 @@ def _for_cluster(config: RunConfig, path: Path) -> RunConfig:
         "model.weights": config.model.weights,
         "loss.teacher": config.loss.teacher,
         "tracking.uri": (config.tracking.uri or "").removeprefix("sqlite:///") or None,
+        "tracking.registry_uri": (config.tracking.registry_uri or "").removeprefix("sqlite:///") or None,
     }.items():
         if place is not None and not _ADDRESS.match(place) and not Path(place).is_absolute():
             raise UserError(
@@ -128,7 +130,7 @@ def _for_cluster(config: RunConfig, path: Path) -> RunConfig:
 
 
 def _variables(given: tuple[str, ...]) -> dict[str, str]:
-    """KEY=VALUE pairs for the job, and the tracking address of this shell."""
+    """KEY=VALUE pairs for the job, and the addresses of MLflow in this shell."""
     variables = {}
     for pair in given:
         name, sign, value = pair.partition("=")
@@ -139,15 +141,16 @@ def _variables(given: tuple[str, ...]) -> dict[str, str]:
         Cluster(env=variables)
     except ValueError as error:
         raise UserError(f"--env: {listed(sorted(variables))}: use --secret NAME for what must not be shown.") from error
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if uri and uri.startswith("http"):
-        try:
-            variables.setdefault("MLFLOW_TRACKING_URI", str(Tracking(uri=uri).uri))
-        except ValueError as error:
-            raise UserError(
-                "MLFLOW_TRACKING_URI holds a password, which is not sent: set it on the nodes, or use "
-                "--secret MLFLOW_TRACKING_PASSWORD."
-            ) from error
+    for name in (TRACKING_VARIABLE, REGISTRY_VARIABLE):
+        uri = os.environ.get(name)
+        if uri and uri.startswith("http"):
+            try:
+                variables.setdefault(name, str(Tracking(uri=uri).uri))
+            except ValueError as error:
+                raise UserError(
+                    f"{name} holds a password, which is not sent: set it on the nodes, or use "
+                    f"--secret MLFLOW_TRACKING_PASSWORD."
+                ) from error
     return variables
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from rich.console import Console
-from rich.table import Table
 
 from launch.claim import claimed
 from launch.cluster import embedded, joined, offered_by_cluster, run
@@ -20,11 +19,12 @@ from launch.output import outlive_readers
 from launch.prepare import check_writable, prepare, read_config
 from launch.record import Recorder
 from launch.resources import Resources, this_machine
+from launch.tables import print_table
 from pipeline.config_file import find_config
 from pipeline.errors import TrainingError, UserError
 from pipeline.tracking.look import end_children
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.store import shown
+from pipeline.tracking.stores import Stores, shown
 
 _FORM = re.compile(r"(?P<key>[\w.]+)=(?P<kind>log|uniform|choice)\((?P<values>.*)\)")
 _TRIAL_CPUS = 0.01  # a trial's own process only waits
@@ -71,7 +71,7 @@ def sweep_command(
             )
             task = {
                 "path": str(find_config(path).absolute()),
-                "overrides": [*overrides, f"run.output={folder}", f"tracking.uri={parent.uri}"],
+                "overrides": [*overrides, f"run.output={folder}", *_addresses(parent.stores)],
                 "offered": offered,
                 "parent": parent.run_id,
                 "cwd": os.getcwd(),
@@ -95,6 +95,12 @@ def sweep_command(
             finally:
                 end_children(parent.uri, str(parent.run_id))
             _print(console, path, overrides, results)
+
+
+def _addresses(stores: Stores) -> list[str]:
+    """Overrides by which trials use the stores of the sweep; one with a password is in their environment already."""
+    addresses = {"tracking.uri": stores.tracking, "tracking.registry_uri": stores.registry}
+    return [f"{key}={uri}" for key, uri in addresses.items() if shown(uri) == uri]
 
 
 def parse_space(space: list[str]) -> dict[str, Any]:
@@ -173,15 +179,13 @@ def _print(console: Console, path: Path, overrides: list[str], results: tune.Res
         raise TrainingError(f"no trial came to an evaluation: {errors[0] if errors else 'no error is known'}")
     told.sort(key=_top1, reverse=True)
     keys = sorted(told[0].config)
-    table = Table(box=None, pad_edge=False)
-    for column in ("top-1 %", "epochs", *keys):
-        table.add_column(column, justify="right")
+    columns = ("top-1 %", "epochs", *keys)
+    rows = []
     for result in told:
         metrics = result.metrics or {}
-        table.add_row(
-            f"{metrics['top1']:.2f}", f"{metrics['epoch']:.1f}", *(_shown(result.config[key]) for key in keys)
-        )
-    console.print(table)
+        values = [_shown(result.config[key]) for key in keys]
+        rows.append((f"{metrics['top1']:.2f}", f"{metrics['epoch']:.1f}", *values))
+    print_table(console, columns, rows, right=columns)
     best = [f"{key}={told[0].config[key]}" for key in keys]
     again = [given for given in overrides if not given.startswith("run.name=")]
     console.print(

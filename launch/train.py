@@ -1,37 +1,36 @@
 """The driver of one training: prepare, track, run on Ray, register, sum up."""
 
-import json
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from launch.claim import claimed
+from launch.claim import PROBE, claimed
 from launch.net import check_port, cluster_address, free_port
 from launch.output import outlive_readers
 from launch.plan import print_plan, print_warnings
 from launch.prepare import Prepared, check_secrets, check_writable, prepare, read_config
 from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
+from launch.ready import check_registry, check_room
 from launch.record import Recorder
+from launch.register import not_a_candidate, send_and_register
 from launch.resources import this_machine
 from launch.results import attach_curves, attach_samples, begin
 from launch.witness import witness
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.export.package import Registered, register
-from pipeline.model.sources import read_card
+from pipeline.export.package import Registered
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.store import default_tracking_uri, shown, wait_for
+from pipeline.tracking.stores import Stores, shown
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root, read_state
-from pipeline.train.storage import fetch
+from pipeline.train.storage import StorageError, fetch
 
 _PHASES = {"workers_started": "worker start", "first_step": "first step"}
 
@@ -72,7 +71,6 @@ def _train_command(
     quiet: bool,
 ) -> None:
     clock = Clock()
-    default_uri = default_tracking_uri()  # asked for now: registering sets the variable that it reads
     check_secrets()
     config = read_config(path, overrides)
     check_writable(Path(config.run.output))
@@ -100,9 +98,12 @@ def _train_command(
         if not quiet:
             print_plan(console, prepared)
         print_warnings(console, prepared)
+        check_room(prepared)
         stack.enter_context(claimed(run_dir, config))
         display = _display(console, prepared, quiet)
+        check_registry(config, display.warning)
         tracker = stack.enter_context(Tracker(config, run_dir, str(config.run.name), display.warning))
+        tracker.check_store(run_dir / PROBE)
         with _told(display):
             begin(tracker, prepared)
         clock.ended("prepare")
@@ -137,8 +138,7 @@ def _train_command(
                 soft_wrap=True,
             )
             raise SystemExit(128 + display.stopped_by)
-        uri = "" if tracker.uri == default_uri else f" --uri {shlex.quote(shown(tracker.uri))}"
-        results, commands = _summary(prepared, uri, best, registered, img_per_s, clock)
+        results, commands = _summary(prepared, tracker.stores, best, registered, img_per_s, clock)
         tracker.tags({"mlflow.note.content": "\n".join(f"- **{name}**: {text}" for name, text in results)})
     _print_end(console, run_dir, results + commands, tracker, display)
 
@@ -148,7 +148,7 @@ def _told(display: Display) -> Iterator[None]:
     """Makes what only adorns a run a warning where it fails."""
     try:
         yield
-    except (OSError, UserError) as error:
+    except Exception as error:  # of whatever kind: the training that it adorns goes on, or is complete
         display.warning(f"not all pictures and tables could be recorded: {error}")
 
 
@@ -190,48 +190,25 @@ def _finish(
 ) -> tuple[Path, Registered | None]:
     """Records what came of the run, and registers its best checkpoint, unless its outputs are not finite."""
     config = prepared.config
-    fetch(config, prepared.run_dir)
+    try:
+        fetch(config, prepared.run_dir)
+    except StorageError as error:
+        if not checkpoint.checkpoints(checkpoint_root(prepared.run_dir)):
+            raise UserError(
+                f"{error}. The training is complete, its checkpoints are there; when it answers, `densenet models "
+                f"register {prepared.run_dir}` registers the best one without training again."
+            ) from error
+        display.warning(f"{error}; the checkpoints on this machine are used")
     recorder.checkpoints()
     best = best_checkpoint(prepared.run_dir)
     with _told(display):
         attach_samples(tracker, prepared, best)
-    try:
-        wait_for(tracker.uri, config.tracking.patience_s, display.warning)
-        if not tracker.flush(config.tracking.patience_s):
-            raise UserError(f"MLflow at {shown(tracker.uri)} does not take this run's records.")
-        metrics = read_card(best)["metrics"]
-        if metrics and metrics.get("non_finite"):
-            display.warning(
-                f"the model is not registered: it gives NaN or infinities for {metrics['non_finite']} of "
-                f"{metrics['total']} evaluation images; lower optim.lr or set optim.clip_grad_norm"
-            )
-            return best, None
-        return best, _register(prepared, tracker, best)
-    except UserError as error:
-        raise UserError(
-            f"{error} The training is complete, its best checkpoint is {best}; the same command with "
-            f"run.name={config.run.name} registers it."
-        ) from error
-
-
-def _register(prepared: Prepared, tracker: Tracker, best: Path) -> Registered:
-    """Registers the best checkpoint, unless an earlier start of this run has done so."""
-    config, record = prepared.config, prepared.run_dir / "registered.json"
-    if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["checkpoint"] == best.name:
-            return Registered(**known["model"])
-    registered = register(
-        best,
-        uri=tracker.uri,
-        run_id=str(tracker.run_id),
-        name=config.tracking.register_as or config.model.name,
-        alias=config.tracking.alias,
-        data_fingerprint=prepared.train_index.fingerprint,
-        data_license=config.data.license,
-    )
-    checkpoint.write_json(record, {"checkpoint": best.name, "model": asdict(registered)})
-    return registered
+    reason = not_a_candidate(best)
+    if reason is not None:
+        display.warning(f"the model is not registered: {reason}; lower optim.lr or set optim.clip_grad_norm")
+        return best, None
+    patience_s = config.tracking.patience_s
+    return best, send_and_register(config, prepared.run_dir, tracker, display.warning, patience_s)
 
 
 def _print_end(
@@ -259,7 +236,7 @@ def _print_end(
 
 def _summary(
     prepared: Prepared,
-    uri: str,
+    stores: Stores,
     best: Path,
     registered: Registered | None,
     img_per_s: float | None,
@@ -286,13 +263,13 @@ def _summary(
         ("time", str(clock)),
         ("checkpoint", str(best)),
     ]
-    commands = [("MLflow UI", f"{program} ui{uri}")]
+    commands = [("MLflow UI", f"{program} ui{stores.options()}")]
     if registered is None:
         return [*results, ("model", "not registered")], commands
-    results += [
-        ("model", f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri})"),
-    ]
+    where = f" in {shown(stores.registry)}" if stores.apart else ""
+    about = f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri}){where}"
+    results += [("model", about)]
     commands += [
-        ("predict", f"{program} predict {registered.uri} {picture}{uri}"),
+        ("predict", f"{program} predict {shlex.quote(registered.uri)} {picture}{stores.options()}"),
     ]
     return results, commands

@@ -4,10 +4,13 @@
 """
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.names import alias_fault, experiment_fault, model_fault
 
 MAX_PIXELS = 178_956_970  # of an image where nothing else is said: PIL's own limit
 DIGITS = "digits://"  # the data root that stands for the demonstration's pictures
@@ -33,6 +36,18 @@ def _no_password(uri: str) -> str:
     if re.search(r"://[^/@:]*:[^/@]+@", uri):
         raise ValueError("must not hold a password, since configs are saved and shown: use environment variables")
     return uri
+
+
+def _without(fault: Callable[[str], str | None]) -> AfterValidator:
+    """A check that refuses a name of which `fault` says what is wrong with it."""
+
+    def check(name: str) -> str:
+        wrong = fault(name)
+        if wrong is not None:
+            raise ValueError(wrong)
+        return name
+
+    return AfterValidator(check)
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]
@@ -446,15 +461,24 @@ class Tracking(Section):
     uri: Annotated[str, AfterValidator(_no_password)] | None = Field(
         None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`"
     )
-    experiment: str = Field("densenet", description="MLflow experiment, made if missing")
-    register_as: Name | None = Field(None, description="registered model name; default: the model's name")
+    registry_uri: Annotated[str, AfterValidator(_no_password)] | None = Field(
+        None, description="where models are registered; default: MLFLOW_REGISTRY_URI, else the tracking store"
+    )
+    experiment: Annotated[str, _without(experiment_fault)] = Field(
+        "densenet", description="MLflow experiment, made if missing"
+    )
+    register_as: Annotated[str, _without(model_fault)] | None = Field(
+        None, description="registered model name; default: the model's name"
+    )
     patience_s: float = Field(
         600, ge=0, description="how long the end of a run waits for a store that is away, to send records and the model"
     )
     on_unreachable: Literal["fail", "spool"] = Field(
         "fail", description="a store that is away at the start: end, or keep the records on disk until it is there"
     )
-    alias: str = Field("candidate", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="moved to the new version")
+    alias: Annotated[str, _without(alias_fault)] = Field(
+        "candidate", description="moved to the new version; `latest` and `v` with a number are MLflow's own"
+    )
 
 
 class RunConfig(Section):

@@ -32,7 +32,7 @@ SHARED = PROJECT / ".." / "shared" / "data"
 @pytest.fixture(autouse=True)
 def no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests use neither the user's cluster nor the user's tracking server, nor what another test has set."""
-    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 

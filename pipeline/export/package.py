@@ -4,21 +4,28 @@ import base64
 import importlib.metadata
 import io
 import json
+import tempfile
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.models import ModelSignature
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType, Array
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.tracking.store import connect, first_line, shown
+from pipeline.tracking.registry import make_registered_model, move_alias, version_of
+from pipeline.tracking.store import connect, connect_registry, first_line
+from pipeline.tracking.stores import Stores, shown
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch", "torchvision")
@@ -52,7 +59,7 @@ class Registered:
 def register(
     checkpoint: Path,
     *,
-    uri: str,
+    stores: Stores,
     run_id: str,
     name: str,
     alias: str,
@@ -62,42 +69,94 @@ def register(
     """Packages a checkpoint's model, stores it with the run, registers it and moves `alias` to it.
 
     The model is the better of `model.safetensors` and `ema.safetensors` with `model.json` (architecture, classes,
-    transform) and the code that reads them; results, transform and origin are tags of the version.
+    transform) and the code that reads them; results, transform and origin are tags of the version. A version that an
+    earlier call has made of this checkpoint, and could not give its alias, is gone on with.
+
+    MLflow's own `log_model` works on addresses and runs that are global to the process or come from the environment,
+    and so could register in another store than the alias is moved in: all calls here are those of one client.
 
     Raises:
-        UserError: the store refuses the model; the checkpoint is untouched.
+        UserError: a store refuses the model; the checkpoint is untouched.
     """
-    client = connect(uri)
     card = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
+    tags = _tags(card, data_fingerprint) | ({} if data_license is None else {"data.license": data_license})
+    tags["checkpoint"] = checkpoint.name
+    version = version_of(run_id, name, tags, stores)
+    if version is None:
+        try:
+            version = _make_version(checkpoint, card, stores, run_id, name, tags)
+        except Exception as error:  # each kind of artifact store has errors of its own
+            uri = stores.registry
+            raise UserError(
+                f"the model could not be registered in {shown(uri)}: {first_line(error, uri)} "
+                f"The checkpoint is {checkpoint}."
+            ) from error
+    move_alias(name, alias, version, stores)
+    return Registered(name, version, alias)
+
+
+def _make_version(
+    checkpoint: Path, card: dict[str, Any], stores: Stores, run_id: str, name: str, tags: dict[str, str]
+) -> str:
+    """Stores the model with its run, and makes a version of it."""
+    connect(stores.tracking)
+    client = connect_registry(stores)
+    run = client.get_run(run_id)
+    experiment = client.get_experiment(run.info.experiment_id)
+    with tempfile.TemporaryDirectory() as folder:
+        logged = _log(client, run.info.experiment_id, run_id, run.data.params, checkpoint, card, Path(folder, "run"))
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        make_registered_model(client, name)
+        if not stores.apart or not stores.registry.startswith("http"):
+            source, model_id = logged.artifact_location, None if stores.apart else logged.model_id
+        else:  # a server registers no files that are another one's: it gets a copy
+            owner = MlflowClient(tracking_uri=stores.registry, registry_uri=stores.registry)
+            there = owner.get_experiment_by_name(experiment.name)
+            into = owner.create_experiment(experiment.name) if there is None else there.experiment_id
+            copy = _log(owner, into, None, run.data.params, checkpoint, card, Path(folder, "registry"))
+            source, model_id = copy.artifact_location, copy.model_id
+    made = client.create_model_version(name, source, run_id, tags=tags, model_id=model_id)
+    if not stores.apart:
+        known = json.dumps([{"name": name, "version": made.version}])
+        client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: known})
+    return str(made.version)
+
+
+def _log(
+    client: MlflowClient,
+    experiment_id: str,
+    run_id: str | None,
+    params: dict[str, str],
+    checkpoint: Path,
+    card: dict[str, Any],
+    folder: Path,
+) -> LoggedModel:
+    """Packages a checkpoint in `folder` and stores it as a model of an experiment, and of a run where there is one."""
+    logged = client.create_logged_model(experiment_id, "model", run_id, params=params)
     try:
         # MLflow's advice on packaging and its announcements of each step are of no use to the user here.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            mlflow.set_tracking_uri(uri)
-            with mlflow.start_run(run_id=run_id):
-                info = mlflow.pyfunc.log_model(
-                    name="model",
-                    python_model=str(_CODE),
-                    artifacts={
-                        "weights": str(checkpoint / card["weights"]),
-                        "card": str(checkpoint / "model.json"),
-                    },
-                    signature=SIGNATURE,
-                    input_example=_example(card["transform"]["resize"]),
-                    pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _REQUIREMENTS],
-                    registered_model_name=name,
-                )
-        version = str(info.registered_model_version)
-        tags = _tags(card, data_fingerprint) | ({} if data_license is None else {"data.license": data_license})
-        for key, value in tags.items():
-            client.set_model_version_tag(name, version, key, value)
-        client.set_registered_model_alias(name, alias, version)
-    except Exception as error:  # each kind of artifact store has errors of its own
-        raise UserError(
-            f"the model could not be registered in {shown(uri)}: {first_line(error, uri)} "
-            f"The checkpoint is {checkpoint}."
-        ) from error
-    return Registered(name, version, alias)
+            mlflow.pyfunc.save_model(
+                str(folder),
+                python_model=str(_CODE),
+                artifacts={"weights": str(checkpoint / card["weights"]), "card": str(checkpoint / "model.json")},
+                signature=SIGNATURE,
+                input_example=_example(card["transform"]["resize"]),
+                pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _REQUIREMENTS],
+                mlflow_model=Model(
+                    artifact_path=logged.artifact_location,
+                    run_id=run_id,
+                    model_uuid=logged.model_id,
+                    model_id=logged.model_id,
+                ),
+            )
+            client.log_model_artifacts(logged.model_id, str(folder))
+    except BaseException:
+        with suppress(MlflowException):  # what went wrong first is told
+            client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+        raise
+    return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
 
 def _example(side: int) -> pd.DataFrame:

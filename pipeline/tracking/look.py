@@ -11,7 +11,8 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
-from pipeline.tracking.store import connect, first_line, shown
+from pipeline.tracking.store import connect, first_line
+from pipeline.tracking.stores import shown
 
 _MOST = 1000
 
@@ -59,6 +60,15 @@ def past_run(uri: str, experiment: str, name_or_id: str) -> PastRun:
             return run
     newest = ", ".join(run.name for run in runs[:5]) or "none"
     raise UserError(f"there is no run '{name_or_id}' in {shown(uri)}; the newest: {newest}.")
+
+
+def run_of(uri: str, run_id: str) -> PastRun | None:
+    """A run by its id; None where the store does not have it."""
+    client = connect(uri)
+    try:
+        return _past(client.get_run(run_id))
+    except MlflowException:
+        return None
 
 
 def differences(runs: list[PastRun]) -> list[tuple[str, list[str]]]:

@@ -15,8 +15,10 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH,
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.tracking.database import Unreachable
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.store import connect, experiment_id, first_line, shown, tracking_uri
+from pipeline.tracking.store import connect, experiment_id, first_line
+from pipeline.tracking.stores import shown, stores_of
 
 JOURNAL, STATE = "tracking.jsonl", "mlflow_run.json"
 _RETRY_S = (0.5, 1, 2, 5, 10)
@@ -30,7 +32,8 @@ class Tracker:
     """Writes one run: its methods return at once, a thread sends what they record, in order, until it is stored.
 
     Records go to `tracking.jsonl` in the run's folder first. `mlflow_run.json` holds the run's id and how much of the
-    records was sent; a restart continues there, and MLflow itself keeps a metric that is sent twice once.
+    records was sent; a restart continues there, and MLflow itself keeps a metric that is sent twice once. Steps that
+    are trained again after a restart leave the values that they had: a metric has one value at each step.
 
     Use it as a context manager: the run ends as FINISHED, as KILLED after Ctrl-C or an exit, as FAILED after any other
     error. `unsent` is then how many records the store did not take in time.
@@ -50,16 +53,21 @@ class Tracker:
         Without `running` nothing is added to what is there to be sent.
 
         Raises:
-            UserError: the store does not answer (unless `tracking.on_unreachable` is `spool`), refuses the experiment,
-                or has no such run any more.
+            UserError: the store does not answer (unless `tracking.on_unreachable` is `spool`), cannot be used, refuses
+                the experiment, or has no such run any more.
         """
-        self.uri, self.unsent = tracking_uri(config), 0
+        self.stores, self.unsent = stores_of(config), 0
+        self.uri = self.stores.tracking
         self._config, self._name, self._told, self._parent = config, name, told, parent
         run_dir.mkdir(parents=True, exist_ok=True)
         self._state_file = run_dir / STATE
         state = json.loads(self._state_file.read_text(encoding="utf-8")) if self._state_file.is_file() else {}
         self.run_id: str | None = state.get("run_id")
         self.journal = Journal(run_dir / JOURNAL, told)
+        self._farthest: dict[str, int] = {}  # by metric, samples
+        for record in self.journal.records():
+            if record["kind"] == "metrics":
+                self._new(record["values"], record["samples_seen"])
         self._sent = min(state.get("sent", 0), self.journal.size)
         self._client: MlflowClient | None = None
         self._told_reasons: set[str] = set()
@@ -67,8 +75,8 @@ class Tracker:
         self._closing, self._give_up = False, threading.Event()
         try:
             self._open()
-        except UserError as error:
-            if config.tracking.on_unreachable == "fail" or self._client is not None:
+        except Unreachable as error:
+            if config.tracking.on_unreachable == "fail":
                 raise
             told(f"{error} Records are kept in {self.journal.file} and sent when it answers.")
         if running:
@@ -86,9 +94,23 @@ class Tracker:
             self.finish("KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED", _END_S)
 
     def log(self, metrics: Mapping[str, float], samples_seen: int) -> None:
-        """Records numbers, taken now at `samples_seen` samples, which is MLflow's step."""
-        values = {key: float(value) for key, value in metrics.items()}
+        """Records numbers, taken now at `samples_seen` samples, which is MLflow's step.
+
+        A metric that has a value there, or further on, keeps it: the steps are trained again after a restart. That this
+        was reached is in the journal in any case.
+        """
+        values = {key: float(value) for key, value in self._new(metrics, samples_seen).items()}
         self._append("metrics", time_ms=time.time_ns() // 1_000_000, samples_seen=samples_seen, values=values)
+
+    def farthest(self, key: str) -> int:
+        """The last step that a metric has a value at, samples; -1 where it has none."""
+        return self._farthest.get(key, -1)
+
+    def _new(self, metrics: Mapping[str, float], samples_seen: int) -> dict[str, float]:
+        """Those metrics that have no value at this step or after it; they have one from now on."""
+        new = {key: value for key, value in metrics.items() if samples_seen > self._farthest.get(key, -1)}
+        self._farthest |= dict.fromkeys(new, samples_seen)
+        return new
 
     def params(self, values: Mapping[str, object]) -> None:
         """Records parameters, flattened; MLflow lets none change, so a changed one is a tag `changed.KEY`."""
@@ -108,6 +130,37 @@ class Tracker:
         self._append(
             "dataset", context=context, name=name, digest=digest, source=source, profile=json.dumps(dict(profile))
         )
+
+    def check_store(self, file: Path) -> None:
+        """Stores a file as an artifact and asks for models, as the end of a run does: so a refusal comes at the start.
+
+        A tracking store that is away is let be.
+
+        Raises:
+            UserError: the artifact store does not take it, or the server is too old for models.
+        """
+        client = self._client
+        if client is None or self.run_id is None:
+            return
+        try:
+            client.search_logged_models([client.get_run(self.run_id).info.experiment_id], max_results=1)
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {shown(self.uri)} does not list models, which the end of a run stores one of: "
+                f"{first_line(error, self.uri)} A server of MLflow 3 does: upgrade it, or set tracking.uri to another."
+            ) from error
+        try:
+            client.log_artifact(self.run_id, str(file))
+        except Exception as error:  # each kind of artifact store has errors of its own
+            try:
+                where = client.get_run(self.run_id).info.artifact_uri
+            except MlflowException:
+                return
+            raise UserError(
+                f"the artifact store of {shown(self.uri)}, {shown(where)}, takes no files: "
+                f"{first_line(error, self.uri)} Checkpoints' records and the model go there: let this user write, "
+                f"or set tracking.experiment to one whose artifacts are elsewhere."
+            ) from error
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until all that was recorded is stored, and says whether it is."""
@@ -166,7 +219,8 @@ class Tracker:
 
     def _save(self) -> None:
         temporary = self._state_file.with_name(f"{STATE}.tmp")
-        state = {"run_id": self.run_id, "uri": shown(self.uri), "sent": self._sent}
+        state = {"run_id": self.run_id, "uri": shown(self.uri), "registry": shown(self.stores.registry)}
+        state["sent"] = self._sent
         try:
             temporary.write_text(json.dumps(state) + "\n", encoding="utf-8")
             temporary.replace(self._state_file)
@@ -216,7 +270,7 @@ class Tracker:
                     for key, value in record["values"].items()
                 )
                 while part := list(islice(metrics, MAX_METRICS_PER_BATCH)):
-                    client.log_batch(run_id, metrics=part)
+                    client.log_batch(run_id, metrics=part, synchronous=True)
             case "tags":
                 _log_tags(client, run_id, {key: text for record in records for key, text in record["values"].items()})
             case "params":
@@ -251,7 +305,7 @@ def _log_params(client: MlflowClient, run_id: str, values: dict[str, str]) -> No
     logged = client.get_run(run_id).data.params
     new = (Param(key, text) for key, text in values.items() if key not in logged)
     while part := list(islice(new, MAX_PARAMS_TAGS_PER_BATCH)):
-        client.log_batch(run_id, params=part)
+        client.log_batch(run_id, params=part, synchronous=True)
     _log_tags(
         client,
         run_id,
@@ -262,7 +316,7 @@ def _log_params(client: MlflowClient, run_id: str, values: dict[str, str]) -> No
 def _log_tags(client: MlflowClient, run_id: str, values: dict[str, str]) -> None:
     tags: Iterator[RunTag] = (RunTag(key, text) for key, text in values.items())
     while part := list(islice(tags, MAX_PARAMS_TAGS_PER_BATCH)):
-        client.log_batch(run_id, tags=part)
+        client.log_batch(run_id, tags=part, synchronous=True)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

@@ -40,6 +40,15 @@ class Storage:
             manifests = self._files.glob(f"{self._base}/{checkpoint.PREFIX}*/{MANIFEST}")
         return sorted(str(path).split("/")[-2] for path in manifests)
 
+    def check(self) -> None:
+        """Writes a small file and removes it again."""
+        place = f"{self._base}/.probe"
+        with self._told():
+            if isinstance(self._files, LocalFileSystem):
+                self._files.makedirs(self._base, exist_ok=True)
+            self._files.pipe_file(place, b"densenet")
+            self._files.rm_file(place)
+
     def put(self, folder: Path) -> None:
         """Copies a sealed checkpoint."""
         target = f"{self._base}/{folder.name}"

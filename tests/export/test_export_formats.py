@@ -101,7 +101,7 @@ def test_it_is_attached_to_the_version(densenet, tmp_path):
     model = write_model(tmp_path / "model")
     with start_run(tmp_path) as tracker:
         names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
-        register(model, uri=tracker.uri, run_id=str(tracker.run_id), **names)
+        register(model, stores=tracker.stores, run_id=str(tracker.run_id), **names)
     arguments = ("export", "models:/tiny@candidate", "--to", "timm", "--out", "out", "--attach", "--uri", tracker.uri)
     code, printed = densenet(*arguments)
     assert code == 0, printed

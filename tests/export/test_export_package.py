@@ -29,6 +29,7 @@ from pipeline.export.predict import predict_files
 from pipeline.model.architectures import ARCHITECTURES
 from pipeline.model.densenet import create
 from pipeline.model.weights import load_model
+from pipeline.tracking.stores import Stores
 from tests.conftest import BIN
 from tests.export.test_image_sizes import large
 from tests.kinds import KINDS, REFUSED
@@ -45,7 +46,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registered, st
     checkpoint = write_model(folder / "checkpoint", CLASSES)
     with start_run(folder) as tracker:
         names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
-        model = register(checkpoint, uri=tracker.uri, run_id=str(tracker.run_id), **names)
+        model = register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "picture.jpg")
     return model, tracker.uri, folder
@@ -74,7 +75,8 @@ def test_predictions_equal_plain_timm_after_torchvisions_transform(registered, t
     model, uri, folder = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
     for name in (model.uri, "models:/tiny/1", f"runs:/{run_id}/model", str(folder / "checkpoint")):
-        (prediction,) = predict_files(locate(name, "MODEL", tmp_path, uri), [folder / "picture.jpg"], top=99)
+        place = locate(name, "MODEL", tmp_path, Stores(uri, uri))
+        (prediction,) = predict_files(place, [folder / "picture.jpg"], top=99)
         probabilities = expected(folder / "picture.jpg")
         assert [p for _, p in prediction.classes] == sorted((p for _, p in prediction.classes), reverse=True)
         for class_name, probability in prediction.classes:
@@ -216,14 +218,14 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "
 def test_a_model_that_is_not_there_is_told_with_those_that_are(registered, tmp_path, name, message):
     _, uri, _ = registered
     with pytest.raises(UserError, match=message):
-        locate(name, "MODEL", tmp_path, uri)
+        locate(name, "MODEL", tmp_path, Stores(uri, uri))
 
 
 def test_a_model_that_a_run_does_not_have_is_told_with_those_it_has(registered, tmp_path):
     _, uri, _ = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
     with pytest.raises(UserError, match=f"the run {run_id} has no model 'net', it has: model"):
-        locate(f"runs:/{run_id}/net", "MODEL", tmp_path, uri)
+        locate(f"runs:/{run_id}/net", "MODEL", tmp_path, Stores(uri, uri))
 
 
 def test_files_that_are_no_pictures_are_named(registered):
@@ -255,9 +257,9 @@ def test_the_packaged_code_builds_the_same_net(name):
 def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registered, tmp_path):
     model, uri, folder = registered
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")  # what another part of the process uses is no matter
-    place = locate(model.uri, "model.weights", tmp_path / "models", uri)
+    place = locate(model.uri, "model.weights", tmp_path / "models", Stores(uri, uri))
     first = (place / "model.safetensors").stat().st_mtime_ns
-    assert locate("models:/tiny/1", "model.weights", tmp_path / "models", uri) == place
+    assert locate("models:/tiny/1", "model.weights", tmp_path / "models", Stores(uri, uri)) == place
     assert (place / "model.safetensors").stat().st_mtime_ns == first
     probabilities = expected(folder / "picture.jpg")
     with Image.open(folder / "picture.jpg") as image:
@@ -266,9 +268,9 @@ def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registere
     with torch.no_grad():
         assert torch.allclose(load_model(place)(image_1CHW).softmax(1)[0], probabilities, atol=1e-6)
     with pytest.raises(UserError, match=r"no model named 'tinny' .* Registered: tiny"):
-        locate("models:/tinny@candidate", "loss.teacher", tmp_path / "models", uri)
+        locate("models:/tinny@candidate", "loss.teacher", tmp_path / "models", Stores(uri, uri))
     with pytest.raises(UserError, match=r"loss.teacher=.*gone is no model: give a checkpoint's or a run's folder"):
-        locate(str(tmp_path / "gone"), "loss.teacher", tmp_path / "models", uri)
+        locate(str(tmp_path / "gone"), "loss.teacher", tmp_path / "models", Stores(uri, uri))
 
 
 def test_grey_pictures_are_the_training_sides(tmp_path):

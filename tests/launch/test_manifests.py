@@ -219,6 +219,10 @@ def test_a_nodes_disk_a_bucket_and_a_server_that_is_there(rendered):
     assert [pod["containers"][0]["envFrom"] for pod in (head, workers)] == 2 * [[{"secretRef": {"name": "keys"}}]]
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
     assert {"ports": [{"port": 8443}]} in policy["spec"]["egress"]
+    registry = "tracking.registry_uri=http://registry.example:5555"
+    documents = rendered("multi-node", *wanted, server, registry, *settings, "--set", "storage-class=nfs")
+    (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
+    assert {"ports": [{"port": 5555}, {"port": 8443}]} in policy["spec"]["egress"]
     documents = rendered("multi-node", *wanted, "--set=stage-class=nvme", "--set=secret=none")
     assert [pod["containers"][0]["envFrom"] for _, pod in list(pods(job_of(documents)))[1:]] == [[], []]
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]

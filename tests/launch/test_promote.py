@@ -37,7 +37,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         for seed in (1, 2):
             checkpoint = write_model(folder / f"checkpoint{seed}", seed=seed, metrics=None)
             names = {"run_id": tracker.run_id, "name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
-            register(checkpoint, uri=tracker.uri, **names)
+            register(checkpoint, stores=tracker.stores, **names)
 
     rng = np.random.default_rng(0)
     for i in range(PICTURES):
@@ -125,6 +125,8 @@ def test_what_there_is_not_is_told(models, registry):
         ("diff", "tiny/1", "tiny/9"): "versions: 2, 1",
         ("rollback", "tiny", "--alias", "nobody"): "tiny@nobody is no version: there is nothing to roll back",
         ("promote", "tiny@nobody", "--data", registry[1]): "Aliases of tiny: ",
+        ("promote", "tiny/2", "--data", registry[1], "--to", "latest"): "--to=latest is reserved by MLflow",
+        ("promote", "tiny/2", "--data", registry[1], "--to", "V2"): "--to=V2 is reserved by MLflow",
     }.items():
         code, printed = models(*arguments)
         assert code == 2

@@ -10,7 +10,8 @@ import requests
 
 from launch.net import free_port
 from pipeline.config import RunConfig
-from pipeline.tracking.store import connect, tracking_uri
+from pipeline.tracking.store import connect
+from pipeline.tracking.stores import stores_of
 from tests.conftest import BIN
 from tests.launch.conftest import PATIENCE_S
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_ui_shows_the_runs_of_a_sqlite_file(tmp_path):
-    uri = tracking_uri(RunConfig.model_validate({"run": {"output": str(tmp_path)}}))
+    uri = stores_of(RunConfig.model_validate({"run": {"output": str(tmp_path)}})).tracking
     connect(uri).create_experiment("visible")
     port = free_port()
     with (tmp_path / "ui.log").open("w") as log:

@@ -15,6 +15,7 @@ from pipeline.export.package import register
 from pipeline.tracking.look import metric_history, read_artifact
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import connect
+from pipeline.tracking.stores import Stores
 from tests.models import write_model
 from tests.servers import PATIENCE_S, MlflowServer, postgres, s3_store
 
@@ -70,9 +71,9 @@ def test_two_runs_at_once_over_a_restart_of_the_server_and_a_model_in_s3(server,
         assert "densenet_tiny" in str(read_artifact(server.uri, run_id, "model.json"))
 
     names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
-    register(tmp_path / "model-one", uri=server.uri, run_id=ids["one"], **names)
+    register(tmp_path / "model-one", stores=Stores(server.uri, server.uri), run_id=ids["one"], **names)
     for place in ("models:/tiny@candidate", f"runs:/{ids['one']}/model"):
-        found = locate(place, "MODEL", tmp_path / "cache", server.uri)
+        found = locate(place, "MODEL", tmp_path / "cache", Stores(server.uri, server.uri))
         assert (found / "model.safetensors").read_bytes() == (tmp_path / "model-one/model.safetensors").read_bytes()
 
 
@@ -86,7 +87,8 @@ def test_an_artifact_store_that_refuses_is_told_and_the_rest_is_stored(server, t
         tracker.log({"train/loss": 1.0}, 1)
         assert tracker.flush(PATIENCE_S)
         with pytest.raises(UserError, match=r"the model could not be registered in .* The checkpoint is .*/model"):
-            register(model, uri=server.uri, run_id=str(tracker.run_id), name="tiny", alias="a", data_fingerprint="f00d")
+            names = {"name": "tiny", "alias": "a", "data_fingerprint": "f00d"}
+            register(model, stores=tracker.stores, run_id=str(tracker.run_id), **names)
     assert any("model.json was not stored with the run in MLflow" in text for text in told), told
     assert metric_history(server.uri, str(tracker.run_id), ["train/loss"]) == {"train/loss": [(1, 1.0)]}
 

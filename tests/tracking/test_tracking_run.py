@@ -12,7 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.run import JOURNAL, STATE, Tracker
-from pipeline.tracking.store import tracking_uri
+from pipeline.tracking.stores import stores_of
 from tests.servers import PATIENCE_S, MlflowServer
 
 
@@ -43,7 +43,7 @@ def test_a_run_holds_what_it_was_told_on_the_samples_clock(tmp_path):
         for i in range(5):
             tracker.log({"train/loss": 1 / (i + 1), "train/lr": 0.1}, samples_seen=64 * i)
     assert tracker.unsent == 0
-    client = MlflowClient(tracking_uri(c))
+    client = MlflowClient(stores_of(c).tracking)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "one"
@@ -67,7 +67,7 @@ def test_a_run_that_is_continued_stays_one_and_records_what_changed(tmp_path):
         first.params({"derived": {"workers": 2}})
         first.log({"loss": 1.0}, 10)
         raise RuntimeError
-    client = MlflowClient(tracking_uri(c))
+    client = MlflowClient(stores_of(c).tracking)
     assert client.get_run(first.run_id).info.status == "FAILED"
     with pytest.raises(SystemExit), start(c, tmp_path) as second:
         assert second.run_id == first.run_id
@@ -93,7 +93,7 @@ def test_what_was_sent_already_is_stored_once(tmp_path):
     (tmp_path / "run" / STATE).write_text(json.dumps(state | {"sent": 0}))
     with start(c, tmp_path) as second:
         second.log({"loss": 0.2}, 30)
-    assert history(MlflowClient(tracking_uri(c)), first.run_id, "loss") == [(10, 1.0), (20, 0.5), (30, 0.2)]
+    assert history(MlflowClient(stores_of(c).tracking), first.run_id, "loss") == [(10, 1.0), (20, 0.5), (30, 0.2)]
 
 
 def test_a_record_that_was_cut_short_is_left_out_and_a_full_disk_is_told_once(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_more_metrics_than_a_call_may_hold_and_a_long_parameter(tmp_path):
         tracker.tags({f"t{i}": "x" for i in range(250)})
         tracker.log({f"m{i}": float(i) for i in range(2500)}, 1)
     assert tracker.unsent == 0
-    run = MlflowClient(tracking_uri(c)).get_run(tracker.run_id)
+    run = MlflowClient(stores_of(c).tracking).get_run(tracker.run_id)
     assert len(run.data.metrics) == 2500
     assert len(run.data.params) == 251
     assert sum(key.startswith("t") for key in run.data.tags) == 250
@@ -132,21 +132,23 @@ def test_an_artifact_that_the_store_does_not_take_is_told_and_holds_up_nothing(t
         tracker.attach(tmp_path / "gone.txt")
         tracker.log({"loss": 1.0}, 1)
     assert tracker.unsent == 0
-    assert history(MlflowClient(tracking_uri(c)), tracker.run_id, "loss") == [(1, 1.0)]
+    assert history(MlflowClient(stores_of(c).tracking), tracker.run_id, "loss") == [(1, 1.0)]
     assert any("gone.txt was not stored with the run in MLflow" in text for text in told)
 
 
 def test_a_store_of_an_unknown_kind_and_a_deleted_experiment_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no MLflow tracking store answers at carrier-pigeon://x"):
-        start(config(tmp_path, uri="carrier-pigeon://x"), tmp_path)
-    with pytest.raises(UserError, match=r"answers at postgresql://127.0.0.1:1/x: .*onnection refused"):
+    for uri, message in {
+        "carrier-pigeon://x": "knows no store of the kind of carrier-pigeon://x",
+        "mysql://127.0.0.1:1/x": r"needs a driver that is not installed \(No module named 'MySQLdb'\)",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            start(config(tmp_path, uri=uri, on_unreachable="spool"), tmp_path)
+    with pytest.raises(UserError, match=r"no database answers at postgresql://127.0.0.1:1/x: .*onnection refused"):
         start(config(tmp_path, uri="postgresql://127.0.0.1:1/x"), tmp_path)
-    with pytest.raises(UserError, match=r"answers at mysql://127.0.0.1:1/x: No module named 'MySQLdb'"):
-        start(config(tmp_path, uri="mysql://127.0.0.1:1/x"), tmp_path)
     c = config(tmp_path)
     with start(c, tmp_path):
         pass
-    client = MlflowClient(tracking_uri(c))
+    client = MlflowClient(stores_of(c).tracking)
     client.delete_experiment(client.get_experiment_by_name("densenet").experiment_id)
     with pytest.raises(UserError, match="tracking.experiment=densenet is deleted"):
         Tracker(c, tmp_path / "other", "other", print)
@@ -156,7 +158,7 @@ def test_a_run_that_is_deleted_or_elsewhere_is_told_with_a_way_on(tmp_path):
     c = config(tmp_path)
     with start(c, tmp_path) as tracker:
         tracker.log({"loss": 1.0}, 10)
-    MlflowClient(tracking_uri(c)).delete_run(tracker.run_id)
+    MlflowClient(stores_of(c).tracking).delete_run(tracker.run_id)
     with pytest.raises(UserError, match=f"is deleted .*restore --run-id {tracker.run_id}` brings it back"):
         start(c, tmp_path)
     elsewhere = config(tmp_path, uri=f"sqlite:///{tmp_path}/other.db")
@@ -205,7 +207,7 @@ def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path, densenet):
         assert client.get_run(tracker.run_id).info.status == "FINISHED"
 
         server.stop()
-        with pytest.raises(UserError, match="no MLflow tracking store answers"):
+        with pytest.raises(UserError, match="no MLflow store answers"):
             start(config(tmp_path, uri=server.uri), tmp_path)
         spooling = config(tmp_path / "spooled", uri=server.uri, on_unreachable="spool")
         spooled = start(spooling, tmp_path / "spooled", told.append)
@@ -217,7 +219,7 @@ def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path, densenet):
         (tmp_path / "spooled" / "run" / "config.yaml").write_text(spooling.to_yaml())
         code, printed = densenet("runs", "sync", tmp_path / "spooled" / "run", "--patience", 0)
         assert code == 2
-        assert "no MLflow tracking store answers" in printed
+        assert "no MLflow store answers" in printed
         server.start()
         code, printed = densenet("runs", "sync", tmp_path / "spooled" / "run")
         assert code == 0, printed

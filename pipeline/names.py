@@ -1,0 +1,35 @@
+"""Names of MLflow's objects by MLflow's own rules, so that a name that it refuses is refused before any work.
+
+MLflow itself takes seconds to import, and its models' names may hold what its addresses (`models:/NAME@ALIAS`) cannot.
+"""
+
+import re
+
+_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_VERSION = re.compile(r"[vV]\d+")
+_LONGEST_ALIAS, _LONGEST_MODEL, _LONGEST_EXPERIMENT = 255, 256, 500  # characters
+
+
+def alias_fault(alias: str) -> str | None:
+    """What is wrong with an alias of a registered model, or None."""
+    if not _ALIAS.fullmatch(alias) or len(alias) > _LONGEST_ALIAS:
+        return f"must be letters, digits, - and _, begin with a letter, and have at most {_LONGEST_ALIAS} characters"
+    if alias.lower() == "latest" or _VERSION.fullmatch(alias):
+        return "is reserved by MLflow, as are `latest` and `v` with a number: choose another, for example candidate"
+    return None
+
+
+def model_fault(name: str) -> str | None:
+    """What is wrong with the name of a registered model, or None."""
+    if not name.strip() or name.startswith(".") or any(c in name for c in "/\\:@\0\"'\n"):
+        return "must not be blank, begin with a dot, or hold slashes, colons, @, quotes or line breaks"
+    if len(name) > _LONGEST_MODEL:
+        return f"must have at most {_LONGEST_MODEL} characters"
+    return None
+
+
+def experiment_fault(name: str) -> str | None:
+    """What is wrong with the name of an experiment, or None."""
+    if not name.strip() or len(name) > _LONGEST_EXPERIMENT:
+        return f"must not be blank, and have at most {_LONGEST_EXPERIMENT} characters"
+    return None

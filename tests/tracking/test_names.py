@@ -1,0 +1,65 @@
+"""Names by our rules against MLflow's validators: what the config takes, MLflow takes, and the rest is told."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+from mlflow.utils import validation
+
+from pipeline.config import Tracking
+from pipeline.names import alias_fault, experiment_fault, model_fault
+
+TEXT = st.text(st.sampled_from("abvV019-_./:@ '\"\\\0é"), max_size=6)
+ALIASES = ["latest", "LATEST", "v1", "V12", "v", "va1", "candidate", "a-b_c", "1", "", "a b", "a" * 255, "a" * 256]
+NAMES = ["a:b", "a/b", "a", "..", ".", " ", "", "a b", "densenet121", "é", "a@b"]
+
+
+def takes(check, *values) -> bool:
+    try:
+        check(*values)
+    except MlflowException:
+        return False
+    return True
+
+
+def takes_alias(alias: str) -> bool:
+    checks = (validation._validate_model_alias_name, validation._validate_model_alias_name_reserved)
+    return all(takes(check, alias) for check in checks)
+
+
+@given(st.one_of(TEXT, st.sampled_from([*ALIASES, *NAMES])))
+def test_what_we_take_mlflow_takes(name):
+    if alias_fault(name) is None:
+        assert takes_alias(name)
+    if model_fault(name) is None:
+        assert takes(validation._validate_model_name, name)
+    if experiment_fault(name) is None:
+        assert takes(validation._validate_experiment_name, name)
+
+
+def test_what_mlflow_reserves_is_refused_and_usual_names_are_not():
+    for alias in ALIASES:
+        if not takes_alias(alias):
+            assert alias_fault(alias) is not None, alias
+    for alias in ("candidate", "champion", "v", "va1", "latest-one", "a" * 255):
+        assert alias_fault(alias) is None, alias
+    for name in ("densenet121", "my model", "a.b-c_d"):
+        assert model_fault(name) is None, name
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("alias", "latest", "is reserved by MLflow"),
+        ("alias", "v1", "is reserved by MLflow"),
+        ("alias", "a b", "must be letters"),
+        ("register_as", "a:b", "must not be blank, begin with a dot, or hold slashes, colons"),
+        ("register_as", " ", "must not be blank"),
+        ("experiment", "", "must not be blank"),
+        ("experiment", "e" * 501, "at most 500 characters"),
+        ("registry_uri", "http://me:secret@host", "must not hold a password"),
+    ],
+)
+def test_the_config_says_what_is_wrong(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        Tracking.model_validate({key: value})
