@@ -12,7 +12,6 @@ from rich.text import Text
 
 WEIGHTS = {"raw": "", "ema": "averaged weights "}  # what an accuracy is of, where it is not of the weights themselves
 _SKIPPED_SHOWN = 10  # the workers' logs name all of them
-_ALIKE_SHOWN = 3  # warnings that differ in numbers alone
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
@@ -93,8 +92,8 @@ class Display:
         if self._live.is_started:
             self._live.stop()
         for form, count in self._alike.items():
-            if count > _ALIKE_SHOWN:
-                self._print_warning(f"{count - _ALIKE_SHOWN} more like this, in the workers' logs: {self._first[form]}")
+            if count > 1:
+                self._print_warning(f"{count - 1} more like this, in the workers' logs: {self._first[form]}")
         self._alike.clear()
 
     def status(self, text: str) -> None:
@@ -112,12 +111,12 @@ class Display:
     def warning(self, text: str) -> None:
         """Something that stays, in yellow, also where all else is quiet.
 
-        Of those that differ in numbers alone the first few are shown, and at the end how many more there were.
+        Of those that differ in numbers alone the first is shown, and at the end how many more there were.
         """
         form = _NUMBER.sub("#", text)
         self._first.setdefault(form, text)
         self._alike[form] += 1
-        if self._alike[form] <= _ALIKE_SHOWN:
+        if self._alike[form] == 1:
             self._print_warning(text)
 
     def _print_warning(self, text: str) -> None:
@@ -145,14 +144,14 @@ class Display:
             case "lost":
                 self._lost = True
                 for rank, cause in event["causes"].items():
-                    self.warning(f"worker {rank} was lost: {cause}")
+                    self._print_warning(f"worker {rank} was lost: {cause}")
             case "workers_started":
                 self._starts += 1
                 workers, before = event["workers"], self._workers
                 self._workers = workers
                 if self._starts > 1:
                     why = "a worker was lost" if self._lost else "the cluster has changed"
-                    self.warning(f"{why}, all were started again (start {self._starts})")
+                    self._print_warning(f"{why}, all were started again (start {self._starts})")
                 if workers != before:
                     self.line(f"there are {workers} workers now, {before} before")
                 self._lost = False

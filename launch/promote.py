@@ -58,7 +58,8 @@ def promote_command(
         raise UserError(f"{new.name}@{alias} is version {old} already.")
     if not dry_run:
         check_rights(new.name, stores)  # not after evaluating for an hour
-    index = open_split(root, split, outputs / "index")
+    limit = read_card(download(new.uri, stores, outputs / "models"))["max_pixels"]
+    index = open_split(root, split, outputs / "index", limit)
     new_N, transform, non_finite = _hits(new.uri, stores, index, outputs)
     if non_finite:
         raise UserError(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.data.folders import scan_pictures
 from pipeline.data.images import NotAnImage, decode
 from pipeline.data.index import DatasetIndex
-from pipeline.errors import DamagedSample, DataError, UserError
+from pipeline.errors import DataError, UserError
 from pipeline.evaluation.probabilities import Transform, model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.model.sources import read_card
@@ -173,7 +173,7 @@ def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, s
         try:
             decode(index.read(i).tobytes(), int(index.widths_N[i] * index.heights_N[i]))
             sound.append(i)
-        except (NotAnImage, DamagedSample) as error:
+        except (NotAnImage, DataError) as error:  # the latter also of a file that has gone meanwhile
             faults[_name(index, i)] = str(error)
     return np.array(sound, np.int64), faults
 

@@ -68,6 +68,14 @@ def test_labels_follow_the_names_of_the_classes(pictures):
         labels_of(pictures, ["ant", "dog"])
 
 
+def test_a_model_of_names_in_another_unicode_form_knows_the_classes(tmp_path):
+    """Models that were made before names were normalised have macOS's form D."""
+    (tmp_path / "set" / "caf\u00e9").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "set" / "caf\u00e9" / "a.jpg")
+    index = open_split(tmp_path / "set", "val", tmp_path / "cache")
+    assert labels_of(index, ["bar", "cafe\u0301"]).tolist() == [1]
+
+
 def test_numbers_for_names_are_places_in_the_list(tmp_path):
     for name in ("0", "2", "10"):
         (tmp_path / "set" / name).mkdir(parents=True)

@@ -15,9 +15,10 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipeline.data.dataset import open_split
+from pipeline.data.folders import scan_pictures
 from pipeline.errors import DataError
 from pipeline.evaluation.probabilities import model_probabilities
-from pipeline.export.predict import predict_files
+from pipeline.export.predict import predict_files, predict_folder
 from tests.models import CLASSES, spoil, write_model
 
 
@@ -70,6 +71,21 @@ def test_damaged_files_are_rows_with_what_is_wrong(densenet, pictures, tmp_path)
     assert set(faults) == {"notes.txt", "cat/cut.jpg", "dog/1.png"}
     assert "is a JPEG that is cut short" in faults["cat/cut.jpg"]
     assert len(rows) == 12
+
+
+def test_a_file_that_goes_meanwhile_is_a_row(pictures, tmp_path, monkeypatch):
+    model, out, gone = write_model(tmp_path / "model"), tmp_path / "answers.parquet", pictures / "dog" / "1.png"
+
+    def listed_before(*arguments: Any) -> Any:
+        found = scan_pictures(*arguments)
+        gone.unlink()
+        return found
+
+    monkeypatch.setattr("pipeline.export.predict.scan_pictures", listed_before)
+    done = predict_folder(model, pictures, out)
+    assert (done.classified, done.damaged) == (9, 1)
+    (fault,) = [row for row in pq.read_table(out).to_pylist() if row["error"]]
+    assert (fault["image"], fault["error"]) == ("dog/1.png", f"{gone} cannot be read: No such file or directory.")
 
 
 def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, pictures, tmp_path):

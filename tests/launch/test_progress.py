@@ -50,7 +50,7 @@ def test_quiet_leaves_warnings(quiet):
     assert lines == warnings if quiet else progress + warnings
 
 
-def test_warnings_that_differ_in_numbers_alone_are_shown_a_few_times_and_counted():
+def test_warnings_that_differ_in_numbers_alone_are_shown_once_and_counted():
     text = io.StringIO()
     with Display(Console(file=text, width=200), 2, 20, 1) as display:
         for step in range(30):
@@ -60,8 +60,6 @@ def test_warnings_that_differ_in_numbers_alone_are_shown_a_few_times_and_counted
     lines = text.getvalue().splitlines()
     assert [line.split(" (")[0] for line in lines] == [
         "warning: no number at step 0",
-        "warning: no number at step 1",
-        "warning: no number at step 2",
         "warning: another at step 1",
-        "warning: 27 more like this, in the workers' logs: no number at step 0",
+        "warning: 29 more like this, in the workers' logs: no number at step 0",
     ]
