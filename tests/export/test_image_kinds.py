@@ -67,7 +67,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float
     folder = tmp_path_factory.mktemp("kinds")
     for name, kind in KINDS.items():
         (folder / NAMES[name]).write_bytes(kind.content)
-    index, faults = scan_pictures(folder)
+    index, faults, _ = scan_pictures(folder)
     assert not faults
     ids = np.arange(len(index))
     evaluated = EvalPlan(index.widths_N, index.heights_N, HEIGHT, CROP).batch(ids)
@@ -117,7 +117,7 @@ def test_preparing_and_looking_use_the_same_pixels(name, tmp_path):
         assert small in (encode(image, 90), encode(image.convert("RGB"), 90))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0").write_bytes(content)
-    index, _ = scan_pictures(tmp_path)
+    index, _, _ = scan_pictures(tmp_path)
     thumbnail = io.BytesIO()
     Image.fromarray(pixels_HWC).save(thumbnail, "JPEG", quality=85)
     assert base64.b64decode(_thumbnail(index, 0)) == thumbnail.getvalue()
@@ -186,7 +186,7 @@ def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
     assert reason in finding.detail
     with pytest.raises(NotAnImage, match=reason):
         convert(content, Options())
-    _, faults = scan_pictures(tmp_path / "set")
+    _, faults, _ = scan_pictures(tmp_path / "set")
     assert [reason in fault for fault in faults.values()] == [True]
     model = write_model(tmp_path / "model")
     with pytest.raises(UserError, match=f"1.img has pixels of .*{cure}"):
@@ -196,7 +196,7 @@ def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_other_formats_are_refused_everywhere(kind, tmp_path):
     (tmp_path / "0.jpg").write_bytes(UNKNOWN[kind])
-    _, faults = scan_pictures(tmp_path)
+    _, faults, _ = scan_pictures(tmp_path)
     assert "is not an image of a known format (JPEG, PNG, BMP, TIFF, WEBP)" in faults["0.jpg"]
     with pytest.raises(BadImage, match="^is not a picture$"):
         decoded(UNKNOWN[kind])
@@ -207,7 +207,7 @@ def test_an_index_from_before_does_not_let_a_refused_kind_pass(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(8):
         (tmp_path / "a" / f"{i}.img").write_bytes(KINDS["PNG RGB"].content)
-    index, _ = scan_pictures(tmp_path)
+    index, _, _ = scan_pictures(tmp_path)
     content = REFUSED["TIFF floats"][0]
     (tmp_path / "a" / "3.img").write_bytes(content)
     i = index.table.schema.get_field_index("length")
@@ -225,7 +225,7 @@ def test_what_dali_refuses_is_decoded_by_pil(tmp_path, monkeypatch):
     """Only kinds that DALI decodes come to it as they are; should a version of it refuse one, PIL decodes that."""
     for i, name in enumerate(("PNG RGB", "TIFF, lzma", "JPEG RGB")):
         (tmp_path / str(i)).write_bytes(KINDS[name].content)
-    index, _ = scan_pictures(tmp_path)
+    index, _, _ = scan_pictures(tmp_path)
     planned = EvalPlan(index.widths_N, index.heights_N, HEIGHT, CROP).batch(np.arange(3))
     expected = loaded(index, planned)
     monkeypatch.setattr(dali, "in_common", lambda content: True)
