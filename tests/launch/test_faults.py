@@ -166,10 +166,10 @@ def test_a_terminal_that_closes_ends_a_run_after_a_checkpoint_and_one_under_nohu
     def started(name: str, *before: object) -> tuple[subprocess.Popen, int]:
         ours, theirs = os.openpty()
         options = [*OVERRIDES, f"run.output={tmp_path}", f"run.name={name}", "train.epochs=99"]
-        command = [*before, BIN / "densenet", "train", "configs/demo.yaml", "--quiet", *options]
+        command = [*before, BIN / "densenet", "train", PROJECT / "configs/demo.yaml", "--quiet", *options]
         own_terminal = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
         files = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-        process = subprocess.Popen(command, cwd=PROJECT, **files, **own_terminal)
+        process = subprocess.Popen(command, cwd=tmp_path, **files, **own_terminal)
         os.close(theirs)
         return process, ours
 

@@ -32,7 +32,7 @@ def test_a_model_that_gives_nan_is_no_candidate(shell, tmp_path):
     assert len(re.findall("^warning: the training loss is no number", printed, re.MULTILINE)) == 1
     assert "warning: 10 more like this, in the workers' logs: the training loss is no number at step 2" in printed
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    assert client.search_registered_models() == []
+    assert client.search_model_versions() == []
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert strict((checkpoint / "model.json").read_text())["metrics"]["loss"] is None
     assert strict((checkpoint / "state.json").read_text())["best"]["non_finite"] == 360

@@ -13,7 +13,7 @@ def test_paths_become_absolute_from_where_the_command_was_given(monkeypatch, tmp
     config = read_config(DEMO, ["data.root=pictures", "run.output=runs/mine"])
     assert config.data.root == str(tmp_path / "pictures")
     assert config.run.output == str(tmp_path / "runs" / "mine")
-    assert re.fullmatch(r"demo-\d{8}-\d{6}", str(config.run.name))
+    assert re.fullmatch(r"demo-\d{8}-\d{6}-[0-9a-f]{6}", str(config.run.name))
 
 
 def test_what_a_ray_job_writes_is_not_lost_with_the_jobs_own_folder(monkeypatch, tmp_path):
