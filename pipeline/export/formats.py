@@ -5,6 +5,7 @@ Each file is loaded again and compared before it gets its name.
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -116,7 +117,7 @@ def to_timm(folder: Path, out: Path) -> Path:
             "tag": card["config_hash"],
             "num_classes": card["num_classes"],
             "input_size": [channels, transform["crop"], transform["crop"]],
-            "crop_pct": transform["crop"] / transform["resize"],
+            "crop_pct": _crop_pct(transform["crop"], transform["resize"]),
             "crop_mode": "center",
             "interpolation": transform["interpolation"],
             "mean": transform["mean"],
@@ -131,6 +132,14 @@ def to_timm(folder: Path, out: Path) -> Path:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _compare(card, model, timm.create_model(f"local-dir:{place}", pretrained=True).eval(), "timm")
     return place
+
+
+def _crop_pct(crop: int, resize: int) -> float:
+    """The share of the resized side that the crop takes, from which timm computes `resize`: floor(crop / share)."""
+    share = crop / resize
+    while math.floor(crop / share) < resize:  # rounded, as 224 / (224 / 400) is
+        share = math.nextafter(share, 0)
+    return share
 
 
 def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[np.float32]]]) -> Path:

@@ -1,8 +1,11 @@
 """Exports, read back as another program would: ONNX, torch.export, timm's folder, int8."""
 
 import json
+import math
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,13 +18,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.errors import TrainingError
-from pipeline.export.formats import OnnxModel, _compare, to_onnx
+from pipeline.export.formats import OnnxModel, _compare, _crop_pct, to_onnx
 from pipeline.export.package import register
+from pipeline.export.predict import predict_files
 from pipeline.model.architectures import ARCHITECTURES
 from pipeline.model.densenet import create
 from pipeline.model.sources import read_card
+from tests.kinds import KINDS
 from tests.models import CLASSES, TRANSFORM, network, start_run, write_model
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # MLflow's of its own type hints
+    from pipeline.export.pyfunc_model import decoded, evaluation_transform
+
+PROJECT = Path(__file__).parents[2]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(9))
 
 
@@ -57,6 +67,35 @@ def test_torch_export_and_timm_load_it_without_this_project(densenet, tmp_path):
         assert torch.equal(plain(IMAGES), expected())
     assert plain.pretrained_cfg["mean"] == TRANSFORM["mean"]
     assert plain.pretrained_cfg["input_size"] == [3, 32, 32] or plain.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_pixels_by_the_documented_code_give_predicts_answers_for_every_kind_of_image(densenet, tmp_path, monkeypatch):
+    model = write_model(tmp_path / "model")
+    assert densenet("export", model, "--to", "onnx", "--out", "DIR")[0] == 0
+    (code,) = re.findall(r"```python\n(.+?)```", (PROJECT / "docs" / "mlflow.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name, kind in KINDS.items():
+        Path("IMAGE").write_bytes(kind.content)
+        done: dict[str, Any] = {}
+        exec(code, done)
+        probabilities_K = torch.from_numpy(done["logits_NK"][0]).softmax(0).sort(descending=True).values.tolist()
+        (predicted,) = predict_files(model, [Path("IMAGE")], top=len(CLASSES))
+        assert probabilities_K == pytest.approx([share for _, share in predicted.classes], abs=1e-4), name
+
+
+def test_timms_transform_of_an_exported_folder_is_that_of_the_model(densenet, tmp_path):
+    assert densenet("export", write_model(tmp_path / "model"), "--to", "timm", "--out", "out")[0] == 0
+    plain = timm.create_model(f"local-dir:{tmp_path / 'out' / 'timm'}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
+    for name, kind in KINDS.items():
+        image = decoded(kind.content)
+        assert torch.allclose(transform(image), evaluation_transform(image, **TRANSFORM)[0], atol=1e-6), name
+
+
+def test_timm_computes_the_same_size_for_all_crops():
+    for crop in range(16, 400):
+        for resize in range(crop, 2 * crop):
+            assert math.floor(crop / _crop_pct(crop, resize)) == resize
 
 
 def test_plain_timm_has_no_small_stem(densenet, tmp_path):
