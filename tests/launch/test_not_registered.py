@@ -18,6 +18,7 @@ def strict(text: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_that_gives_nan_is_no_candidate(shell, tmp_path):
     short = ["train.epochs=0.5", "schedule.warmup_epochs=0", "cluster.workers=1", "optim.lr=1e30"]
     lenient = ["train.on_nan=skip", "train.nan_limit=1000", f"run.output={tmp_path}", "run.name=run"]

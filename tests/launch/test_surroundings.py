@@ -70,6 +70,7 @@ def test_starts_in_the_same_second_have_names_of_their_own():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_below_a_long_tmpdir_beside_other_code_and_with_other_programs_variables(tmp_path, long_folder):
     """What is imported, and where sockets are, do not follow from where a command is run."""
     for name in ("launch", "pipeline", "mlflow"):

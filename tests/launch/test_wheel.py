@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import BIN, PROJECT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 # What a wheel is made of; nothing that a build leaves behind is used or made in the checkout.
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "requirements.lock", "configs", "k8s", "launch", "pipeline")
 
