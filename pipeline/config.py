@@ -53,7 +53,16 @@ def _without(fault: Callable[[str], str | None]) -> AfterValidator:
 Name = Annotated[str, AfterValidator(_plain_name)]
 
 
-_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where PyYAML was built with it: ten times as fast
+_FastDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where PyYAML was built with it: ten times as fast
+
+
+class _Dumper(_FastDumper):  # type: ignore[misc]
+    """Quotes text that OmegaConf would read as a number and PyYAML would not: `1e5`."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class Section(BaseModel):

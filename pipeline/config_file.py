@@ -1,14 +1,16 @@
 """Reading a config: YAML with includes and overrides, told in words where it is wrong; and the table of all keys.
 
 `include: FILE` (or a list of files, relative to the including file) is merged below the file's own keys, `key=value`
-overrides are merged on top, and the result is validated into one frozen `RunConfig`.
+overrides are merged on top, and the result is validated into one frozen `RunConfig`. An override's value is YAML,
+unless its key holds text, which is taken as it is: `run.name=007`, `data.root=a #1`.
 """
 
 import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -70,7 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if not equals or not key.strip():
             raise ConfigError(f"override '{override}' is not of the form key=value, for example train.epochs=10.")
         try:
-            merged = cast(DictConfig, OmegaConf.merge(merged, OmegaConf.from_dotlist([override])))
+            merged = cast(DictConfig, OmegaConf.merge(merged, OmegaConf.from_dotlist([_as_yaml(override)])))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"override '{override}' cannot be applied: {_first_line(error)}.") from error
     try:
@@ -82,6 +84,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {_first_line(error)}.") from error
     except ValidationError as error:
         raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_faults(error))) from error
+
+
+def _as_yaml(override: str) -> str:
+    """Quotes the text of an override whose key holds text: as YAML, `007` is 7, and ` #1` is a comment."""
+    key, _, text = override.partition("=")
+    text = text.strip()
+    if text in ("", "null", "~") or text[0] in "'\"" or not _holds_text(key.strip()):
+        return override
+    return f"{key}={json.dumps(text, ensure_ascii=False)}"
+
+
+def _holds_text(key: str) -> bool:
+    kinds: list[Any] = [RunConfig]
+    for part in key.split("."):
+        kinds = [inner for kind in kinds for inner in _below(kind, part)]
+    return str in kinds and set(kinds) <= {str, NoneType}
+
+
+def _below(kind: Any, part: str) -> list[Any]:
+    """The types that a key of a section, or of a dictionary, may have."""
+    if get_origin(kind) is dict:
+        return _members(get_args(kind)[1])
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+        return _members(kind.model_fields[part].annotation)
+    return []
+
+
+def _members(kind: Any) -> list[Any]:
+    """A union's types, without what is annotated to them."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for part in get_args(kind) for member in _members(part)]
+    return [kind]
 
 
 def _read(path: Path, seen: tuple[Path, ...], files: list[Path]) -> DictConfig:

@@ -229,6 +229,41 @@ def test_any_file_is_a_config_or_an_error(content, tmp_path_factory):
         assert "any.yaml" in str(error)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "007",
+        "1e5",
+        "2024_01_01",
+        "12:30",
+        "yes",
+        "a #1",
+        "#1",
+        "0x1F",
+        "{a}",
+        "a: b",
+        "*x",
+        "&x y",
+        "@x",
+        "\u00e9 \U0001f600",
+    ],
+)
+def test_a_key_that_holds_text_takes_it_as_it_is_and_keeps_it(text, tmp_path):
+    """As YAML, `007` is 7, and what follows ` #` is a comment: another folder than was named."""
+    config = load_config(CONFIGS / "demo.yaml", [f"data.root={text}", f"cluster.env.ANY={text}"])
+    assert (config.data.root, config.cluster.env["ANY"]) == (text, text)
+    (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_text_may_be_left_out_quoted_or_point_to_another_key():
+    overrides = ["run.name=null", "model.weights=", "tracking.experiment='null'"]
+    overrides += ["run.output=there", "data.root=${run.output}/x"]
+    config = load_config(CONFIGS / "demo.yaml", overrides)
+    assert (config.run.name, config.model.weights) == (None, None)
+    assert (config.tracking.experiment, config.data.root) == ("null", "there/x")
+
+
 @settings(max_examples=200)
 @given(override=st.text(max_size=40))
 def test_any_override_is_taken_or_an_error(override):
