@@ -56,7 +56,7 @@ Name = Annotated[str, AfterValidator(_plain_name)]
 _FastDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where PyYAML was built with it: ten times as fast
 
 
-class _Dumper(_FastDumper):  # type: ignore[misc]
+class _Dumper(_FastDumper):  # type: ignore[misc, valid-type]
     """Quotes text that OmegaConf would read as a number and PyYAML would not: `1e5`."""
 
 
