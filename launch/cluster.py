@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from launch.hub import Losses, open_hub, pump
 from launch.net import HOST, answers
 from launch.prepare import Prepared
 from launch.resources import NoRoom, Resources, share
-from launch.worker import code_version, train_worker
+from launch.worker import Task, code_version, train_worker
 from pipeline.config import Elastic, RunConfig
 from pipeline.errors import TrainingError, UserError
 from pipeline.train.checkpoint import checkpoint_root, newest_valid, samples_of
+from pipeline.train.events import Event, Report, Stopped, Warned
 from pipeline.train.storage import StorageError, fetch
 
 _CONNECT_S = 5
@@ -150,11 +152,11 @@ def _bundles(config: RunConfig) -> list[dict[str, float]]:
     return [{"CPU": cpus} | gpus | cluster.resources] * (1 if workers == "auto" else workers)
 
 
-def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
+def run(prepared: Prepared, on_event: Report) -> None:
     """Trains on the connected cluster until the run is complete; `on_event` gets the events in order, in a thread.
 
-    SIGTERM and SIGHUP ask the workers to end after a checkpoint; they tell so by the event `stopped`, which gets the
-    signal's number as `signal`.
+    SIGTERM and SIGHUP ask the workers to end after a checkpoint; they tell so by the event `Stopped`, which gets the
+    signal's number.
 
     Raises:
         UserError: a worker met an error that the user can mend, or another driver trains this run.
@@ -167,15 +169,17 @@ def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "config": config,
-            "derived": prepared.derived,
-            "sources": prepared.sources,
-            "resume": prepared.resume,
-            "run_dir": run_dir,
-            "train_index": ray.put(prepared.train_index),
-            "val_index": ray.put(prepared.val_index),
-            "code": code_version(),
-            "hub": hub,
+            "task": Task(
+                config=config,
+                derived=prepared.derived,
+                sources=prepared.sources,
+                resume=prepared.resume,
+                run_dir=run_dir,
+                train_index=ray.put(prepared.train_index),
+                val_index=ray.put(prepared.val_index),
+                code=code_version(),
+                hub=hub,
+            )
         },
         scaling_config=ScalingConfig(
             num_workers=high if low == high else (low, high),
@@ -212,8 +216,8 @@ def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
         asked.append(number)
         hub.ask_to_stop.remote()
 
-    def with_signal(event: dict[str, Any]) -> None:
-        on_event(event | {"signal": asked[0]} if event["kind"] == "stopped" and asked else event)
+    def with_signal(event: Event) -> None:
+        on_event(replace(event, signal=asked[0]) if isinstance(event, Stopped) and asked else event)
 
     arguments = (hub, with_signal, done, config.cluster.replacement_timeout_s, give_up)
     thread = threading.Thread(target=pump, args=arguments, daemon=True)
@@ -242,7 +246,7 @@ def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
         if isinstance(failure, ray.exceptions.RayError):  # its text is about actors and objects alone
             what = "Ray lost the node that the driver is on, or its own processes there."
         if _is_complete(prepared):
-            on_event({"kind": "warning", "message": f"after the last checkpoint Ray failed: {what.splitlines()[-1]}"})
+            on_event(Warned(f"after the last checkpoint Ray failed: {what.splitlines()[-1]}"))
             return
         raise TrainingError(
             f"{what}\nThe same command with run.name={config.run.name} goes on from the newest checkpoint. The "

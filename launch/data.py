@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from launch.progress import duration
 from launch.tables import print_table
 from pipeline.data.space import gigabytes
 from pipeline.data.tools.in_place import index_in_place
@@ -20,6 +19,7 @@ from pipeline.data.tools.prepare import Options, prepare
 from pipeline.data.tools.stats import Stats, plot, stats
 from pipeline.data.tools.verify import Report, verify
 from pipeline.errors import UserError
+from pipeline.wording import duration
 
 _SHOWN = 5  # findings of each kind; the JSON report has them all
 _LINE_S = 10  # between progress lines where there is no terminal

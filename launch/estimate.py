@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from launch.progress import duration
 from launch.tables import print_table
 from pipeline.config import RunConfig
 from pipeline.derived import Derived, derive
@@ -27,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.model.densenet import create
 from pipeline.train.mfu import peak_flops
 from pipeline.train.room import checkpoint_bytes, moments
+from pipeline.wording import duration
 
 REACHED = 0.6  # share of peak and bandwidth that convolution nets reach; an assumption
 LAUNCH_S = 5e-6  # from one kernel's start to the next; an assumption

@@ -10,18 +10,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from launch.progress import accuracy, number
 from launch.sources import model_folder
 from pipeline.config import Interpolation
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
+from pipeline.evaluation.counts import accuracy
 from pipeline.evaluation.labels import labels_of, read_label_sets
 from pipeline.evaluation.probabilities import VIEWS, Transform, model_probabilities
-from pipeline.evaluation.scores import NO_CLASS, best_class, confusion, score, score_sets
+from pipeline.evaluation.scores import NO_CLASS, Scores, best_class, confusion, score, score_sets
 from pipeline.evaluation.tables import write_confusion, write_csv
 from pipeline.model.sources import read_card
 from pipeline.tracking.stores import Stores
+from pipeline.wording import number
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _print(console: Console, model: str, index: DatasetIndex, transform: Transfo
             lines.append(("labels", f"top-1 {share} by {scores['file']}, {len(index) - total} images without label"))
         else:
             text = (
-                f"{accuracy(scores)}, loss {number(scores['loss'])}, calibration error "
+                f"{accuracy(Scores(**scores))}, loss {number(scores['loss'])}, calibration error "
                 f"{number(scores['calibration_error'])}"
             )
             lines.append((name, text))

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from launch.progress import speed
 from launch.sources import model_folder
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_split
@@ -22,6 +21,7 @@ from pipeline.export.formats import OPSET, TOLERANCE, OnnxModel, to_int8, to_onn
 from pipeline.model.sources import read_card
 from pipeline.tracking.registry import attach_to_version, check_attachable
 from pipeline.tracking.stores import Stores
+from pipeline.wording import speed
 
 FORMATS = ("onnx", "torch", "timm", "int8")
 _BATCH = 32

@@ -1,8 +1,8 @@
 """A run's numbers as Ray's metrics, which Prometheus collects from every node."""
 
-from typing import Any
-
 from ray.util.metrics import Gauge
+
+from pipeline.train.events import Event, Step
 
 _GAUGES = {
     "loss": "mean training loss since the last log line",
@@ -22,9 +22,10 @@ class Gauges:
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": run_name})
 
-    def set(self, event: dict[str, Any]) -> None:
-        """Takes what a `step` event tells."""
-        if event["kind"] == "step":
+    def set(self, event: Event) -> None:
+        """Takes what a log line tells."""
+        if isinstance(event, Step):
             for name, gauge in self._gauges.items():
-                if event.get(name) is not None:
-                    gauge.set(event[name])
+                value = getattr(event, name)
+                if value is not None:
+                    gauge.set(value)

@@ -1,9 +1,9 @@
 """What workers and controller tell the driver, and what it asks of them: a small actor in between."""
 
 import textwrap
+import threading
 import time
 from collections.abc import Callable
-from threading import Event
 from typing import Any
 
 import ray
@@ -11,6 +11,7 @@ from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import UserError
+from pipeline.train.events import Event, Failed, Report, WorkersLost, WorkersStarted
 
 _POLL_S = 0.2
 _NAMESPACE = "densenet"
@@ -23,17 +24,17 @@ class Hub:
     """Carries events to the driver, and remembers the first error."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._error: str | None = None
         self._stop = False
 
-    def push(self, event: dict[str, Any]) -> None:
+    def push(self, event: Event) -> None:
         """Takes an event from a worker; of errors the first is kept."""
-        self._events.append(event | {"time": time.time()})
-        if event["kind"] == "error" and self._error is None:
-            self._error = event["message"]
+        self._events.append(event)
+        if isinstance(event, Failed) and self._error is None:
+            self._error = event.message
 
-    def drain(self) -> list[dict[str, Any]]:
+    def drain(self) -> list[Event]:
         """The events since the last call."""
         events, self._events = self._events, []
         return events
@@ -62,7 +63,7 @@ class Losses(UserCallback):
         if ray.get(self._hub.error.remote()) is not None:
             return  # the user's to mend, and told as that
         causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
-        ray.get(self._hub.push.remote({"kind": "lost", "causes": causes}))
+        ray.get(self._hub.push.remote(WorkersLost(causes)))
 
 
 def _cause(error: Exception) -> str:
@@ -96,7 +97,7 @@ def open_hub(run_name: str) -> Any:
             time.sleep(_POLL_S)
 
 
-def pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: Event, timeout_s: float, late: Callable) -> None:
+def pump(hub: Any, on_event: Report, done: threading.Event, timeout_s: float, late: Callable[[], None]) -> None:
     """Passes the hub's events on until `done` is set and the hub is empty, or has gone with its node.
 
     `late` is called once when workers were wanted for so long and have not come.
@@ -109,7 +110,11 @@ def pump(hub: Any, on_event: Callable[[dict[str, Any]], None], done: Event, time
         except ray.exceptions.RayError:
             return
         for event in events:
-            wanted_at = {"lost": time.monotonic(), "workers_started": None}.get(event["kind"], wanted_at)
+            match event:
+                case WorkersLost():
+                    wanted_at = time.monotonic()
+                case WorkersStarted():
+                    wanted_at = None
             on_event(event)
         if finished:
             return

@@ -6,11 +6,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from launch.progress import speed
 from launch.sources import model_folder
 from pipeline.errors import UserError
 from pipeline.export.predict import predict_files, predict_folder
 from pipeline.tracking.stores import Stores
+from pipeline.wording import speed
 
 
 def predict_command(

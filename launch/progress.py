@@ -1,173 +1,20 @@
-"""What the user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+"""Where the time of a run goes."""
 
-import re
-import signal
 import time
-from collections import Counter
-from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
-
-WEIGHTS = {"raw": "", "ema": "averaged weights "}  # what an accuracy is of, where it is not of the weights themselves
-_SKIPPED_SHOWN = 10  # the workers' logs name all of them
-_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `42s`, `3m07s` or `5h03m`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest}s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
-
-
-def speed(img_per_s: float) -> str:
-    """Images per second: whole ones from 100 on, else with one decimal."""
-    return f"{img_per_s:,.0f} img/s" if img_per_s >= 100 else f"{img_per_s:.1f} img/s"
-
-
-def accuracy(event: dict[str, Any]) -> str:
-    """`top-1 350/360 = 97.22 %, top-5 360/360 = 100.00 %` from an evaluation's counts."""
-    total = event["total"]
-    parts = [
-        f"top-{k} {event[key]}/{total} = {100 * event[key] / total:.2f} %"
-        for k, key in ((1, "top1_correct"), (event["top5_k"], "top5_correct"))
-    ]
-    if event.get("non_finite"):
-        parts.append(f"NaN or infinities for {event['non_finite']} of {total}")
-    return ", ".join([parts[0], *parts[2:]] if event["top5_k"] == 1 else parts)
-
-
-def number(value: float | None) -> str:
-    """Four decimals; `-` where there is none."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def step_line(event: dict[str, Any], epochs: float, total_steps: int, workers: int) -> str:
-    """One step event as a line."""
-    gpu = f"{event['gpu_memory_gb']:.1f} GB  " if "gpu_memory_gb" in event else ""
-    if "mfu" in event:
-        gpu += f"MFU {event['mfu']:.0%}  "
-    skipped = event.get("skipped_steps", 0)
-    told = f"{skipped} step{'s' * (skipped > 1)} skipped  " if skipped else ""
-    per_worker = f" ({speed(event['img_per_s_worker'])} per worker)" if workers > 1 else ""
-    return (
-        f"epoch {event['epoch']:.2f}/{epochs:g}  step {event['step']}/{total_steps}  loss {number(event['loss'])}  "
-        f"{told}lr {event['lr']:.4g}  {speed(event['img_per_s'])}{per_worker}  "
-        f"data wait {event['data_wait']:.0%}  {gpu}ETA {duration(event['eta_s'])}"
-    )
-
-
-class Display:
-    """Shows a run's events, or with `quiet` its warnings alone; use as a context manager around the run."""
-
-    def __init__(self, console: Console, epochs: float, total_steps: int, workers: int, quiet: bool = False) -> None:
-        self._console, self._quiet = console, quiet
-        self._epochs, self._total_steps, self._workers = epochs, total_steps, workers
-        self._starts = 0
-        self._lost = False
-        self.skipped: set[int] = set()
-        self._alike: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-        self.stopped_at: int | None = None
-        self.stopped_by = signal.SIGTERM
-        self._live = Live(
-            Text(""),
-            console=console,
-            transient=True,
-            refresh_per_second=4,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-
-    def __enter__(self) -> "Display":
-        if self._console.is_terminal and not self._quiet:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._live.is_started:
-            self._live.stop()
-        for form, count in self._alike.items():
-            if count > 1:
-                self._print_warning(f"{count - 1} more like this, in the workers' logs: {self._first[form]}")
-        self._alike.clear()
-
-    def status(self, text: str) -> None:
-        """Something that is going on: replaces the live line, or is printed as a line of its own."""
-        if self._live.is_started:
-            self._live.update(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
-        else:
-            self.line(text)
-
-    def line(self, text: str) -> None:
-        """Something that stays."""
-        if not self._quiet:
-            self._console.print(Text(text), soft_wrap=True)
-
-    def warning(self, text: str) -> None:
-        """Something that stays, in yellow, also where all else is quiet.
-
-        Of those that differ in numbers alone the first is shown, and at the end how many more there were.
-        """
-        form = _NUMBER.sub("#", text)
-        self._first.setdefault(form, text)
-        self._alike[form] += 1
-        if self._alike[form] == 1:
-            self._print_warning(text)
-
-    def _print_warning(self, text: str) -> None:
-        self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
-
-    def on_event(self, event: dict[str, Any]) -> None:
-        """Shows one event of a worker; of a kind that is for others, nothing."""
-        match event["kind"]:
-            case "step":
-                self.status(step_line(event, self._epochs, self._total_steps, self._workers))
-            case "eval":
-                what = f"{WEIGHTS[event['weights']]}{accuracy(event)}, loss {number(event['loss'])}"
-                self.line(f"epoch {event['epoch']:.2f}: {what} ({speed(event['img_per_s'])})")
-            case "stopped":
-                self.stopped_at = event["samples_seen"]
-                self.stopped_by = signal.Signals(event.get("signal", self.stopped_by))
-            case "warning":
-                self.warning(event["message"])
-            case "skipped":
-                self.skipped.add(event["sample"])
-                if len(self.skipped) <= _SKIPPED_SHOWN:
-                    self._print_warning(f"replaced {event['message']}")
-            case "resumed":
-                self.line(f"resumed at {event['samples_seen']} samples from {event['checkpoint']}")
-            case "lost":
-                self._lost = True
-                for rank, cause in event["causes"].items():
-                    self._print_warning(f"worker {rank} was lost: {cause}")
-            case "workers_started":
-                self._starts += 1
-                workers, before = event["workers"], self._workers
-                self._workers = workers
-                if self._starts > 1:
-                    why = "a worker was lost" if self._lost else "the cluster has changed"
-                    self._print_warning(f"{why}, all were started again (start {self._starts})")
-                if workers != before:
-                    self.line(f"there are {workers} workers now, {before} before")
-                self._lost = False
-                self.status("workers started; loading the model and the data")
+from pipeline.wording import duration
 
 
 class Clock:
     """Wall time of each phase of a run, in the order in which they ended."""
 
     def __init__(self) -> None:
-        self._last = time.time()
+        self._last = time.monotonic()
         self.phases: dict[str, float] = {}
 
-    def ended(self, phase: str, at: float | None = None) -> None:
-        """Ends `phase` at the Unix time `at` (now by default); the next one begins there."""
-        now = time.time() if at is None else at
+    def ended(self, phase: str) -> None:
+        """Ends `phase`; the next one begins."""
+        now = time.monotonic()
         self.phases[phase] = now - self._last
         self._last = now
 

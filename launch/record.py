@@ -3,12 +3,24 @@
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.system import SystemMetrics
 from pipeline.train.checkpoint import write_json
+from pipeline.train.events import (
+    Diagnosed,
+    Evaluated,
+    Event,
+    FirstStep,
+    Profiled,
+    Resumed,
+    Saved,
+    Skipped,
+    Step,
+    WorkersLost,
+    WorkersStarted,
+)
 from pipeline.train.records import checkpoint_records
 
 _STEP_METRICS = (
@@ -42,30 +54,30 @@ class Recorder:
         if self._started:
             self._causes = "the driver was started again"
 
-    def on_event(self, event: dict[str, Any]) -> None:
-        """Tracks one event of a worker; of a kind that is for others, nothing."""
-        match event["kind"]:
-            case "step" | "eval":
-                self._seen = event["samples_seen"]
+    def on_event(self, event: Event) -> None:
+        """Tracks one event of a run; of a kind that is for others, nothing."""
+        match event:
+            case Step() | Evaluated():
+                self._seen = event.samples_seen
                 self._farthest = max(self._farthest, self._seen)
                 more = {"data/skipped": len(self._skipped)} | self._system.read()
                 self._tracker.log(_metrics(event) | more, self._seen)
-            case "checkpoint":
+            case Saved():
                 self.checkpoints()
-            case "skipped":
-                self._skipped.add(event["sample"])
-            case "profile" | "diagnosis":
-                self._tracker.attach(Path(event["file"]))
-            case "lost":
-                self._causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in event["causes"].items())
-            case "workers_started":
+            case Skipped():
+                self._skipped.add(event.sample)
+            case Profiled() | Diagnosed():
+                self._tracker.attach(event.file)
+            case WorkersLost():
+                self._causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in event.causes.items())
+            case WorkersStarted():
                 if self._started and not self._causes:
                     self._causes = "the cluster has changed"
                 self._started = True
-            case "resumed":
-                self._went_on(event["samples_seen"])
-            case "first_step":
-                self._went_on(0)  # without `resumed` before it: from the beginning
+            case Resumed():
+                self._went_on(event.samples_seen)
+            case FirstStep():
+                self._went_on(0)  # without `Resumed` before it: from the beginning
 
     def checkpoints(self) -> None:
         """Lists the checkpoints that there are now in the run: address, clock, results, hash."""
@@ -94,21 +106,21 @@ class Recorder:
         self._seen, self._causes = samples_seen, ""
 
 
-def _metrics(event: dict[str, Any]) -> dict[str, float]:
+def _metrics(event: Step | Evaluated) -> dict[str, float]:
     """An event's numbers under their MLflow names; what is no finite number is left out."""
     values = _values(event)
     return {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def _values(event: dict[str, Any]) -> dict[str, float | None]:
-    if event["kind"] == "step":
-        return {f"train/{key}": event[key] for key in _STEP_METRICS if key in event}
-    total, prefix = event["total"], {"raw": "val", "ema": "val_ema"}[event["weights"]]
+def _values(event: Step | Evaluated) -> dict[str, float | None]:
+    if isinstance(event, Step):
+        return {f"train/{key}": getattr(event, key) for key in _STEP_METRICS}
+    result, prefix = event.result, {"raw": "val", "ema": "val_ema"}[event.weights]
     return {
-        f"{prefix}/top1": 100 * event["top1_correct"] / total,
-        f"{prefix}/top5": 100 * event["top5_correct"] / total,
-        f"{prefix}/loss": event["loss"],
-        f"{prefix}/img_per_s": event["img_per_s"],
-        f"{prefix}/images": total,
-        f"{prefix}/non_finite": event["non_finite"],
+        f"{prefix}/top1": result.top1,
+        f"{prefix}/top5": result.top5,
+        f"{prefix}/loss": result.loss,
+        f"{prefix}/img_per_s": event.img_per_s,
+        f"{prefix}/images": result.total,
+        f"{prefix}/non_finite": result.non_finite,
     }

@@ -25,6 +25,7 @@ from pipeline.errors import TrainingError, UserError
 from pipeline.tracking.look import end_children
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores, shown
+from pipeline.train.events import Evaluated, Event
 
 _FORM = re.compile(r"(?P<key>[\w.]+)=(?P<kind>log|uniform|choice)\((?P<values>.*)\)")
 _TRIAL_CPUS = 0.01  # a trial's own process only waits
@@ -159,15 +160,15 @@ def trial(values: dict[str, Any], task: dict[str, Any]) -> None:
         recorder = Recorder(tracker, prepared.config, prepared.run_dir)
         last = "raw" if prepared.config.ema.decay is None else "ema"
 
-        def on_event(event: dict[str, Any]) -> None:
+        def on_event(event: Event) -> None:
             recorder.on_event(event)
-            if event["kind"] != "eval":
+            if not isinstance(event, Evaluated):
                 return
-            top1, epoch = 100 * event["top1_correct"] / event["total"], event["epoch"]
-            best[epoch] = max(top1, best.get(epoch, 0.0))
-            if event["weights"] == last:
+            result, epoch = event.result, event.epoch
+            best[epoch] = max(result.top1, best.get(epoch, 0.0))
+            if event.weights == last:
                 tracker.flush(_FLUSH_S)  # the trial's process may be ended at once
-                tune.report({"top1": best[epoch], "loss": event["loss"], "epoch": epoch, "evaluations": len(best)})
+                tune.report({"top1": best[epoch], "loss": result.loss, "epoch": epoch, "evaluations": len(best)})
 
         run(prepared, on_event)
 

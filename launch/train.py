@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -16,7 +15,7 @@ from launch.net import check_port, cluster_address, free_port
 from launch.output import outlive_readers
 from launch.plan import print_plan, print_warnings
 from launch.prepare import Prepared, check_secrets, check_writable, prepare, read_config
-from launch.progress import WEIGHTS, Clock, Display, accuracy, speed
+from launch.progress import Clock
 from launch.ready import check_registry, check_room
 from launch.record import Recorder
 from launch.register import not_a_candidate, send_and_register
@@ -25,14 +24,18 @@ from launch.results import attach_curves, attach_samples, begin
 from launch.witness import witness
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.evaluation.counts import EvalResult, accuracy
 from pipeline.export.package import Registered
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores, shown
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root, read_state
+from pipeline.train.events import Event, FirstStep, Trained, WorkersStarted
+from pipeline.train.progress import WEIGHTS, Display
 from pipeline.train.storage import StorageError, fetch
+from pipeline.wording import speed
 
-_PHASES = {"workers_started": "worker start", "first_step": "first step"}
+_PHASES = {WorkersStarted: "worker start", FirstStep: "first step"}
 
 
 def train_command(
@@ -169,14 +172,14 @@ def _train(prepared: Prepared, recorder: Recorder, display: Display, clock: Cloc
     """Trains on the connected cluster; returns the mean speed in images/s, or None when nothing was left to train."""
     img_per_s: float | None = None
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Event) -> None:
         nonlocal img_per_s
         recorder.on_event(event)
-        phase = _PHASES.get(event["kind"])
+        phase = _PHASES.get(type(event))
         if phase is not None and phase not in clock.phases:
-            clock.ended(phase, at=event["time"])
-        if event["kind"] == "trained":
-            img_per_s = event["img_per_s"]
+            clock.ended(phase)
+        if isinstance(event, Trained):
+            img_per_s = event.img_per_s
         display.on_event(event)
 
     from launch.cluster import run
@@ -253,7 +256,7 @@ def _summary(
     results = [
         (
             when,
-            f"{accuracy(state[when])}, {WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
+            f"{accuracy(EvalResult(**state[when]))}, {WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
         )
         for when in ("best", "last")
     ]

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +20,80 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import stage
 from pipeline.derived import Derived, for_workers
 from pipeline.errors import DataError, UserError
+from pipeline.model.sources import Sources
+from pipeline.train.events import Event, Failed, Report, Skipped, Warned, WorkersStarted
 
-_LOGGED = ("skipped", "warning")  # events that each rank prints to its log
 _PROBED = 1000  # pictures or shards that each node looks for before training
 
 
-def train_worker(task: dict[str, Any]) -> None:
-    """Trains one rank; `task` comes from `launch.cluster.run`.
+@dataclass(frozen=True)
+class Task:
+    """What a worker is to do.
+
+    `resume` is another run's checkpoint to go on from, where this run has none of its own. The indexes are Ray's
+    references to a `DatasetIndex`; `hub` is the handle of a `launch.hub.Hub`, `code` the driver's `code_version`.
+    """
+
+    config: RunConfig
+    derived: Derived
+    sources: Sources
+    resume: Path | None
+    run_dir: Path
+    train_index: Any
+    val_index: Any
+    code: str
+    hub: Any
+
+
+def train_worker(given: dict[str, Task]) -> None:
+    """Trains one rank; its `task` comes from `launch.cluster.run`.
 
     A `UserError` is told to the hub and not to Ray alone: a restart would only meet it again, so the restarted
     workers find it there and return at once.
     """
-    hub = task["hub"]
+    task = given["task"]
+    hub = task.hub
     if ray.get(hub.error.remote()) is not None:
         return
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    _log_to(task["run_dir"] / "logs" / f"rank{rank}.log")
-    gauges = Gauges(str(task["config"].run.name))
+    _log_to(task.run_dir / "logs" / f"rank{rank}.log")
+    gauges = Gauges(str(task.config.run.name))
 
-    def report(event: dict[str, Any]) -> None:
-        if event["kind"] in _LOGGED:
-            print(event["message"])
-        if rank == 0 or event["kind"] == "skipped":
+    def report(event: Event) -> None:
+        if isinstance(event, Skipped | Warned):
+            print(event.message)
+        if rank == 0 or isinstance(event, Skipped):
             hub.push.remote(event)
         if rank == 0:
             gauges.set(event)
 
-    report({"kind": "workers_started", "workers": context.get_world_size()})
+    report(WorkersStarted(context.get_world_size()))
     try:
         _train(task, report)
     except UserError as error:
-        ray.get(hub.push.remote({"kind": "error", "message": str(error)}))
+        ray.get(hub.push.remote(Failed(str(error))))
         raise
 
 
-def _train(task: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+def _train(task: Task, report: Report) -> None:
     import torch
 
     from pipeline.train.state import newest_checkpoint
     from pipeline.train.trainer import Trainer
     from pipeline.train.watchdog import Watchdog
 
-    config, run_dir, context = task["config"], task["run_dir"], ray.train.get_context()
-    derived: Derived = task["derived"]
+    config, run_dir, derived, context = task.config, task.run_dir, task.derived, ray.train.get_context()
     if context.get_world_size() != derived.workers:
         derived = for_workers(derived, config, context.get_world_size())
-    _check_code(task["code"])
+    _check_code(task.code)
     _check_output(config, run_dir)
-    train_index, val_index = (_on_this_node(config, ray.get(task[f"{split}_index"])) for split in ("train", "val"))
+    train_index, val_index = (_on_this_node(config, ray.get(index)) for index in (task.train_index, task.val_index))
     torch.set_num_threads(derived.cpus_per_worker)
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    newest = newest_checkpoint(config, run_dir, lambda text: report({"kind": "warning", "message": text}))
+    newest = newest_checkpoint(config, run_dir, lambda text: report(Warned(text)))
     with Watchdog(config.cluster.hang_timeout_s) as watchdog:
         trainer = Trainer(
             config,
@@ -82,9 +103,9 @@ def _train(task: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> No
             run_dir,
             device,
             report,
-            task["sources"],
-            newest or task["resume"],
-            _stop_asked(task["hub"]),
+            task.sources,
+            newest or task.resume,
+            _stop_asked(task.hub),
             _preemption(report),
             watchdog.alive,
         )
@@ -154,7 +175,7 @@ def _stop_asked(hub: Any) -> Callable[[], bool]:
     return look
 
 
-def _preemption(report: Callable[[dict[str, Any]], None]) -> Callable[[], bool]:
+def _preemption(report: Report) -> Callable[[], bool]:
     """A function that is true once when Ray tells that a node of the run will be taken away; a collective."""
     told = False
 
@@ -163,7 +184,7 @@ def _preemption(report: Callable[[dict[str, Any]], None]) -> Callable[[], bool]:
         if told or ray.train.get_preemption_info() is None:
             return False
         told = True
-        report({"kind": "warning", "message": "a node of this run will be taken away; a checkpoint is written now"})
+        report(Warned("a node of this run will be taken away; a checkpoint is written now"))
         return True
 
     return look

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,27 @@ import torch.distributed as dist
 from pipeline.derived import Derived
 
 SLOW = 1.2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the meter knows of an interval, over all ranks.
+
+    `skipped_steps` counts the steps that moved no weights, also before an evaluation; `all_skipped` says that all since
+    then were such. The mean `loss` is None where no step has any. `data_wait` is the largest share over the ranks, in
+    [0, 1]: the slowest rank holds up all of them. `slow_ranks` are those that take `SLOW` times as long as the median
+    rank, or longer, until their losses are known, with that ratio. `eta_s` are the seconds left in training.
+    """
+
+    loss: float | None
+    skipped_steps: int
+    all_skipped: bool
+    img_per_s: float
+    img_per_s_worker: float
+    slow_ranks: dict[int, float]
+    step_s: float
+    data_wait: float
+    eta_s: float
 
 
 class Meter:
@@ -86,14 +108,10 @@ class Meter:
         total, count = sums.tolist()
         return total / count if count else None
 
-    def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[dict[str, Any], list[bool]]:
-        """Closes the interval (a collective): the mean loss over all ranks, images/s, data wait share, seconds left.
+    def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[Reading, list[bool]]:
+        """Closes the interval, and begins the next one (a collective).
 
-        `skipped_steps` counts those that moved no weights, also before an evaluation; `all_skipped` says that all since
-        then were such. The loss is None where no step has any.
-        `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them. `slow_ranks`
-        are those that take `SLOW` times as long as the median rank, or longer, until their losses are known, with
-        that ratio. Each of the `wishes` comes back true on all ranks where it was true on any.
+        Each of the `wishes` comes back true on all ranks where it was true on any.
         """
         loss = self._mean_loss()  # waits for the device, so the elapsed time includes all the work
         elapsed_s = time.perf_counter() - self._started
@@ -108,20 +126,20 @@ class Meter:
         self._images += images
         self._seconds += elapsed_s
         img_per_s = images / elapsed_s
-        record = {
-            "loss": loss,
-            "skipped_steps": self._skipped,
-            "all_skipped": self._applied == 0,
-            "img_per_s": img_per_s,
-            "img_per_s_worker": img_per_s / self._derived.workers,
-            "slow_ranks": _slow(own_R.tolist()),
-            "step_s": elapsed_s / steps,
-            "data_wait": wait,
-            "eta_s": (self._derived.total_steps - step) * elapsed_s / steps,
-        }
+        reading = Reading(
+            loss=loss,
+            skipped_steps=self._skipped,
+            all_skipped=self._applied == 0,
+            img_per_s=img_per_s,
+            img_per_s_worker=img_per_s / self._derived.workers,
+            slow_ranks=_slow(own_R.tolist()),
+            step_s=elapsed_s / steps,
+            data_wait=wait,
+            eta_s=(self._derived.total_steps - step) * elapsed_s / steps,
+        )
         self.restart()
         self._skipped = 0
-        return record, [wish > 0 for wish in agreed]
+        return reading, [wish > 0 for wish in agreed]
 
     def mean_img_per_s(self) -> float:
         """Images per second over all closed intervals and all workers."""

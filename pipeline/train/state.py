@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
@@ -12,15 +12,15 @@ from pipeline.config import Identity, RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
+from pipeline.evaluation.counts import EvalResult
 from pipeline.model.architectures import architecture
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
 from pipeline.train.engine import Engine
-from pipeline.train.evaluate import EvalResult
+from pipeline.train.events import Weights
 from pipeline.train.storage import Storage, StorageError, storage_of
 from pipeline.train.writer import Contents, Writer
 
-Weights = Literal["raw", "ema"]
 _OPTIMIZER = "optimizer.safetensors"
 _FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 

@@ -5,10 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
 from pipeline.derived import Derived
 from pipeline.errors import UserError
+from pipeline.evaluation.counts import EvalResult
 from pipeline.evaluation.tables import CONFUSION, write_confusion
 from pipeline.model.densenet import create
 from pipeline.model.sources import NO_SOURCES, Sources
@@ -28,7 +27,22 @@ from pipeline.model.weights import load_teacher, load_weights
 from pipeline.train.checkpoint import checkpoint_root, samples_of
 from pipeline.train.diagnosis import diagnose
 from pipeline.train.engine import Engine
-from pipeline.train.evaluate import EvalResult, Forward, evaluate
+from pipeline.train.evaluate import Forward, evaluate
+from pipeline.train.events import (
+    Diagnosed,
+    Evaluated,
+    FirstStep,
+    Profiled,
+    Report,
+    Resumed,
+    Saved,
+    Skipped,
+    Step,
+    Stopped,
+    Trained,
+    Warned,
+    Weights,
+)
 from pipeline.train.finite import FiniteLoss
 from pipeline.train.fitting import fitting, too_large
 from pipeline.train.loss import Criterion
@@ -36,11 +50,10 @@ from pipeline.train.meter import Meter
 from pipeline.train.mfu import peak_flops, utilization
 from pipeline.train.profile import Profile
 from pipeline.train.schedule import learning_rate
-from pipeline.train.state import RunState, Weights, load_into, newest_checkpoint, resumed, save
+from pipeline.train.state import RunState, load_into, newest_checkpoint, resumed, save
 from pipeline.train.storage import storage_of
 from pipeline.train.writer import Writer
 
-Report = Callable[[dict[str, Any]], None]
 _LOSSES_KEPT = 50  # micro-batches, for the diagnosis of one whose loss is no number
 _LEAST_SCALE = 1.0  # a loss scale below it does not make gradients fit into fp16; DeepSpeed's own ends a run there
 
@@ -48,8 +61,8 @@ _LEAST_SCALE = 1.0  # a loss scale below it does not make gradients fit into fp1
 class Trainer:
     """Trains one model on one rank of a process group that exists already.
 
-    `report` receives events (dicts with a `kind`); it must return at once. Those of rank 0 count; but every rank tells
-    of the damaged training pictures that it met and replaced (`skipped`). `sources` are the weights to start from and
+    `report` receives events; it must return at once. Those of rank 0 count; but every rank tells
+    of the damaged training pictures that it met and replaced (`Skipped`). `sources` are the weights to start from and
     the teacher, where the config asks for them; `resume` is a sealed checkpoint to go on from instead. When
     `should_stop` is true on any rank, which all look at when logging, all end after a checkpoint; when `should_save`
     is, they go on after one. `alive` is called with every batch.
@@ -80,7 +93,7 @@ class Trainer:
         self.state = RunState() if resume is None else resumed(config, derived, train_index, resume)
         self.engine = self._new_engine(sources.weights, resume)
         if resume is not None:
-            self.report({"kind": "resumed", "samples_seen": self.state.samples_seen, "checkpoint": str(resume)})
+            self.report(Resumed(self.state.samples_seen, resume))
         teacher = None
         if sources.teacher is not None:
             taught = load_teacher(sources.teacher, train_index.classes, config.model.in_chans).to(device)
@@ -177,9 +190,9 @@ class Trainer:
                         self.engine.update_ema(step + 1)
                 self.state.samples_seen += batch_size
                 if profile is not None and profile.step(step + 1):
-                    self.report({"kind": "profile", "file": str(profile.file)})
+                    self.report(Profiled(profile.file))
                 if step == first_step:
-                    self.report({"kind": "first_step", "samples_seen": self.state.samples_seen})
+                    self.report(FirstStep(self.state.samples_seen))
                 stop = save = False
                 if log_now:
                     stop, save = self._log(meter, step + 1, rate)
@@ -191,10 +204,10 @@ class Trainer:
                 if evaluate_now:
                     meter.restart()
                 if stop and not last:
-                    self.report({"kind": "stopped", "samples_seen": self.state.samples_seen})
+                    self.report(Stopped(self.state.samples_seen))
                     return
             if first_step < total_steps:
-                self.report({"kind": "trained", "img_per_s": meter.mean_img_per_s()})
+                self.report(Trained(meter.mean_img_per_s()))
 
     def _batches(self, first_step: int) -> Generator[Batch]:
         """This rank's micro-batches from `first_step` to the end of the run."""
@@ -240,7 +253,7 @@ class Trainer:
             torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
 
     def _warn(self, message: str) -> None:
-        self.report({"kind": "warning", "message": message})
+        self.report(Warned(message))
 
     def _passed(self, samples: int) -> bool:
         """Whether the last step passed a multiple of so many samples."""
@@ -265,29 +278,42 @@ class Trainer:
         minutes = self.config.checkpoint.every_minutes
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         wishes = (self.should_stop(), self.should_save() or (late and self.rank == 0))
-        record, (stop, save) = meter.read(step, wishes)
-        self._tell_slow(record.pop("slow_ranks"))
-        norm = self.engine.grad_norm
-        if norm is not None:
-            record["grad_norm"] = norm
-        all_skipped = record.pop("all_skipped")
+        reading, (stop, save) = meter.read(step, wishes)
+        self._tell_slow(reading.slow_ranks)
+        norm, scale = self.engine.grad_norm, None
         if self.engine.loss_scaler is not None:
-            record["loss_scale"] = scale = self.engine.loss_scaler.get_scale()
-            if all_skipped and scale < _LEAST_SCALE and record["loss"] is not None:
+            scale = self.engine.loss_scaler.get_scale()
+            if reading.all_skipped and scale < _LEAST_SCALE and reading.loss is not None:
                 raise UserError(
                     f"fp16 gradients overflowed in every step up to step {step}, although the loss scale has fallen to "
                     f"{scale:g}: the gradients are not finite. Lower optim.lr (now {self.config.optim.lr:g}), or set "
                     f"train.precision=bf16. The checkpoints are sound."
                 )
+        memory_gb = mfu = None
         if self.device.type == "cuda":
-            record["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            memory_gb = torch.cuda.max_memory_allocated(self.device) / 1e9
             peak = peak_flops(torch.cuda.get_device_name(self.device), self.derived.precision)
             if peak is not None:
                 side, classes = self.config.data.side_at(self._epoch), self.derived.num_classes
-                record["mfu"] = utilization(record["img_per_s_worker"], self.config.model, classes, side, peak)
+                mfu = utilization(reading.img_per_s_worker, self.config.model, classes, side, peak)
         self.report(
-            {"kind": "step", "step": step, "samples_seen": self.state.samples_seen, "epoch": self._epoch, "lr": rate}
-            | record
+            Step(
+                step=step,
+                samples_seen=self.state.samples_seen,
+                epoch=self._epoch,
+                lr=rate,
+                loss=reading.loss,
+                skipped_steps=reading.skipped_steps,
+                img_per_s=reading.img_per_s,
+                img_per_s_worker=reading.img_per_s_worker,
+                step_s=reading.step_s,
+                data_wait=reading.data_wait,
+                eta_s=reading.eta_s,
+                grad_norm=norm,
+                loss_scale=scale,
+                gpu_memory_gb=memory_gb,
+                mfu=mfu,
+            )
         )
         return stop, save
 
@@ -350,7 +376,7 @@ class Trainer:
             self.engine.module,
             lambda: self.engine.infer(self.engine.module, batch.images_NCHW),
         )
-        self.report({"kind": "diagnosis", "file": str(file)})
+        self.report(Diagnosed(file))
         return file, spoiled
 
     def _new_engine(self, weights: Path | None, checkpoint: Path | None) -> Engine:
@@ -379,7 +405,7 @@ class Trainer:
 
     def _tell_skipped(self) -> None:
         for sample in list(self.loader.skipped)[self._told :]:
-            self.report({"kind": "skipped", "sample": sample, "message": self.loader.skipped[sample]})
+            self.report(Skipped(sample, self.loader.skipped[sample]))
             self._told += 1
 
     def _evaluate(self) -> bool:
@@ -410,14 +436,13 @@ class Trainer:
             forward_is_collective,
         )
         self.report(
-            {
-                "kind": "eval",
-                "weights": weights,
-                "samples_seen": self.state.samples_seen,
-                "epoch": self._epoch,
-                "img_per_s": result.total / (time.perf_counter() - started),
-                **asdict(result),
-            }
+            Evaluated(
+                weights=weights,
+                samples_seen=self.state.samples_seen,
+                epoch=self._epoch,
+                img_per_s=result.total / (time.perf_counter() - started),
+                result=result,
+            )
         )
         return result, matrix_KK
 
@@ -430,12 +455,4 @@ class Trainer:
 
     def _saved(self, folder: Path, seconds: float) -> None:
         """Tells of a sealed checkpoint (in the writer's thread)."""
-        self.report(
-            {
-                "kind": "checkpoint",
-                "samples_seen": samples_of(folder),
-                "checkpoint": str(folder),
-                "stall_s": self._stall_s,
-                "write_s": seconds,
-            }
-        )
+        self.report(Saved(samples_of(folder), folder, self._stall_s, seconds))

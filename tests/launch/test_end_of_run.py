@@ -12,6 +12,7 @@ from launch.net import free_port
 from launch.prepare import prepare, read_config
 from launch.resources import Resources
 from pipeline.errors import TrainingError
+from pipeline.train.events import Event, Warned
 from pipeline.train.trainer import Trainer
 from tests.conftest import PROJECT
 
@@ -26,7 +27,7 @@ def test_what_fails_after_the_last_checkpoint_is_a_warning(tmp_path, one_rank, m
     few = ["train.epochs=0.1", "schedule.warmup_epochs=0", "cluster.workers=1", "cluster.cpus_per_worker=1"]
     config = read_config(PROJECT / "configs" / "demo.yaml", [*few, "run.name=run", f"run.output={tmp_path}"])
     prepared = prepare(config, Resources("this machine", 2, 0, embedded=True))
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     with cluster.embedded(1, free_port(), Path(tmp_path, "logs", "ray.log")):
         with pytest.raises(TrainingError, match="the placement group could not be removed"):
             cluster.run(prepared, events.append)
@@ -36,6 +37,4 @@ def test_what_fails_after_the_last_checkpoint_is_a_warning(tmp_path, one_rank, m
             prepared.config, prepared.derived, *indexes, prepared.run_dir, torch.device("cpu"), lambda event: None
         ).fit()
         cluster.run(prepared, events.append)
-    assert [event["message"] for event in events] == [
-        "after the last checkpoint Ray failed: the placement group could not be removed"
-    ]
+    assert events == [Warned("after the last checkpoint Ray failed: the placement group could not be removed")]

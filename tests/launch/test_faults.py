@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from launch.prepare import prepare, read_config
 from launch.resources import Resources
 from pipeline.train.checkpoint import checkpoints, fault, samples_of
+from pipeline.train.events import Event
 from pipeline.train.trainer import Trainer
 from tests.conftest import BIN, PROJECT
 from tests.launch.conftest import wait_until
@@ -89,9 +89,9 @@ def finished(
     config = read_config(PROJECT / "configs" / "demo.yaml", settings)
     seen = 0
 
-    def look(event: dict[str, Any]) -> None:
+    def look(event: Event) -> None:
         nonlocal seen
-        seen = event.get("samples_seen", seen)
+        seen = getattr(event, "samples_seen", seen)
 
     prepared = prepare(config, Resources("this machine", 2, 0, embedded=True))
     threads = torch.get_num_threads()

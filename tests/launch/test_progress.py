@@ -1,34 +1,38 @@
 """What a user sees of a run's events."""
 
 import io
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from launch.progress import Display
+from pipeline.evaluation.counts import EvalResult
+from pipeline.train.events import Evaluated, Resumed, Skipped, Step, Warned
+from pipeline.train.progress import Display
 
-STEP = {
-    "kind": "step",
-    "epoch": 0.5,
-    "step": 10,
-    "loss": 1.25,
-    "lr": 0.1,
-    "img_per_s": 99.0,
-    "data_wait": 0.1,
-    "eta_s": 62,
-}
-EVALUATION = {"kind": "eval", "weights": "raw", "epoch": 1, "loss": 1.0, "img_per_s": 200.0}
-COUNTS = {"top1_correct": 3, "top5_correct": 4, "top5_k": 5, "total": 4}
-SKIPPED = STEP | {"loss": None, "skipped_steps": 3}
-NAN = EVALUATION | {"loss": None, "top1_correct": 0, "top5_correct": 0, "top5_k": 5, "total": 4, "non_finite": 4}
+STEP = Step(
+    step=10,
+    samples_seen=80,
+    epoch=0.5,
+    lr=0.1,
+    loss=1.25,
+    skipped_steps=0,
+    img_per_s=99.0,
+    img_per_s_worker=99.0,
+    step_s=0.1,
+    data_wait=0.1,
+    eta_s=62,
+)
+EVALUATED = Evaluated("raw", samples_seen=160, epoch=1, img_per_s=200.0, result=EvalResult(4, 3, 4, 5, 1.0))
 EVENTS = [
-    {"kind": "resumed", "samples_seen": 64, "checkpoint": "there"},
+    Resumed(64, Path("there")),
     STEP,
-    SKIPPED,
-    EVALUATION | COUNTS,
-    NAN,
-    {"kind": "warning", "message": "a node is going"},
-    {"kind": "skipped", "sample": 3, "message": "a.jpg: no JPEG"},
+    replace(STEP, loss=None, skipped_steps=3),
+    EVALUATED,
+    replace(EVALUATED, result=EvalResult(4, 0, 0, 5, None, non_finite=4)),
+    Warned("a node is going"),
+    Skipped(3, "a.jpg: no JPEG"),
 ]
 
 
@@ -55,8 +59,8 @@ def test_warnings_that_differ_in_numbers_alone_are_shown_once_and_counted():
     with Display(Console(file=text, width=200), 2, 20, 1) as display:
         for step in range(30):
             message = f"no number at step {step} (epoch {step / 7:.2f}), see /o/step-{step:07d}.json"
-            display.on_event({"kind": "warning", "message": message})
-        display.on_event({"kind": "warning", "message": "another at step 1"})
+            display.on_event(Warned(message))
+        display.on_event(Warned("another at step 1"))
     lines = text.getvalue().splitlines()
     assert [line.split(" (")[0] for line in lines] == [
         "warning: no number at step 0",
