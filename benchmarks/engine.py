@@ -25,6 +25,7 @@ from pipeline.train.checkpoint import checkpoint_root
 from pipeline.train.engine import Engine
 from pipeline.train.events import Event, FirstStep, Saved, Step
 from pipeline.train.group import process_group
+from pipeline.train.inputs import Inputs
 from pipeline.train.loss import Criterion
 from pipeline.train.optim import create_optimizer, parameter_groups
 from pipeline.train.trainer import Trainer
@@ -184,8 +185,8 @@ def run_with_checkpoints(model: str, batch: int, rounds: int) -> None:
             if isinstance(told, Saved):
                 stalls.append(told.stall_s)
 
-        trainer = Trainer(config, derived, *indexes, folder / case, CPU, event, resume=resume)
-        trainer.fit()
+        inputs = Inputs(config, derived, *indexes, CPU)
+        Trainer(config, derived, inputs, run_dir=folder / case, device=CPU, report=event, resume=resume).fit()
         return marks[FirstStep] - begin, marks[Step] - marks[FirstStep], sum(stalls[:-1])
 
     values: dict[str, list[float]] = {}

@@ -77,11 +77,7 @@ def train_worker(given: dict[str, Task]) -> None:
 
 
 def _train(task: Task, report: Report) -> None:
-    import torch
-
-    from pipeline.train.state import newest_checkpoint
-    from pipeline.train.trainer import Trainer
-    from pipeline.train.watchdog import Watchdog
+    from pipeline.train.rank import train_rank  # torch, timm and DALI take seconds to import
 
     config, run_dir, derived, context = task.config, task.run_dir, task.derived, ray.train.get_context()
     if context.get_world_size() != derived.workers:
@@ -89,27 +85,20 @@ def _train(task: Task, report: Report) -> None:
     _check_code(task.code)
     _check_output(config, run_dir)
     train_index, val_index = (_on_this_node(config, ray.get(index)) for index in (task.train_index, task.val_index))
-    torch.set_num_threads(derived.cpus_per_worker)
-    device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    newest = newest_checkpoint(config, run_dir, lambda text: report(Warned(text)))
-    with Watchdog(config.cluster.hang_timeout_s) as watchdog:
-        trainer = Trainer(
-            config,
-            derived,
-            train_index,
-            val_index,
-            run_dir,
-            device,
-            report,
-            task.sources,
-            newest or task.resume,
-            _stop_asked(task.hub),
-            _preemption(report),
-            watchdog.alive,
-        )
-        trainer.fit()
+    train_rank(
+        config,
+        derived,
+        train_index,
+        val_index,
+        run_dir=run_dir,
+        device=ray.train.torch.get_device(),
+        report=report,
+        sources=task.sources,
+        resume=task.resume,
+        should_stop=_stop_asked(task.hub),
+        should_save=_preemption(report),
+        hang_timeout_s=config.cluster.hang_timeout_s,
+    )
 
 
 def code_version() -> str:

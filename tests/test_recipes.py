@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
@@ -15,7 +14,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.train.checkpoint import best_checkpoint
 from pipeline.train.events import Evaluated, Event, Saved
-from pipeline.train.trainer import Trainer
+from tests.train.settings import new_trainer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -53,17 +52,8 @@ def run(file: Path, pictures: Path, output: Path, *overrides: str) -> tuple[list
     print_plan(console, prepared)
     derived = prepared.derived.model_copy(update={"total_steps": 2, "total_samples": 8})
     events: list[Event] = []
-    trainer = Trainer(
-        prepared.config,
-        derived,
-        prepared.train_index,
-        prepared.val_index,
-        prepared.run_dir,
-        torch.device("cpu"),
-        events.append,
-        prepared.sources,
-    )
-    trainer.fit()
+    indexes = prepared.train_index, prepared.val_index
+    new_trainer(prepared.config, derived, indexes, prepared.run_dir, events.append, sources=prepared.sources).fit()
     return events, prepared.run_dir, console.file.getvalue()
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import ray.train
-import torch
 
 from launch import cluster
 from launch.net import free_port
@@ -13,8 +12,8 @@ from launch.prepare import prepare, read_config
 from launch.resources import Resources
 from pipeline.errors import TrainingError
 from pipeline.train.events import Event, Warned
-from pipeline.train.trainer import Trainer
 from tests.conftest import PROJECT
+from tests.train.settings import new_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +32,6 @@ def test_what_fails_after_the_last_checkpoint_is_a_warning(tmp_path, one_rank, m
             cluster.run(prepared, events.append)
         assert not events
         indexes = prepared.train_index, prepared.val_index
-        Trainer(
-            prepared.config, prepared.derived, *indexes, prepared.run_dir, torch.device("cpu"), lambda event: None
-        ).fit()
+        new_trainer(prepared.config, prepared.derived, indexes, prepared.run_dir, lambda event: None).fit()
         cluster.run(prepared, events.append)
     assert events == [Warned("after the last checkpoint Ray failed: the placement group could not be removed")]

@@ -23,10 +23,10 @@ from launch.prepare import prepare, read_config
 from launch.resources import Resources
 from pipeline.train.checkpoint import checkpoints, fault, samples_of
 from pipeline.train.events import Event
-from pipeline.train.trainer import Trainer
 from tests.conftest import BIN, PROJECT
 from tests.launch.conftest import wait_until
 from tests.servers import MlflowServer
+from tests.train.settings import new_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 DEADLINE_S = 300
@@ -98,9 +98,8 @@ def finished(
     torch.set_num_threads(1)
     try:
         indexes = prepared.train_index, prepared.val_index
-        cpu = torch.device("cpu")
         options = {"resume": resume, "should_stop": lambda: seen >= until}
-        Trainer(config, prepared.derived, *indexes, prepared.run_dir, cpu, look, **options).fit()
+        new_trainer(config, prepared.derived, indexes, prepared.run_dir, look, **options).fit()
     finally:
         torch.set_num_threads(threads)
     return load_file(checkpoints(prepared.run_dir / "checkpoints")[-1] / "model.safetensors")

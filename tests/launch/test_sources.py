@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from launch.prepare import prepare, read_config
@@ -14,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.tracking.run import Tracker
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root
-from pipeline.train.trainer import Trainer
+from tests.train.settings import new_trainer
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 HERE = Resources("this machine", 1, 0, embedded=True)
@@ -41,7 +40,7 @@ def trained(config: RunConfig) -> Path:
     """Trains the run; returns its folder."""
     prepared = prepare(config, HERE)
     indexes = prepared.train_index, prepared.val_index
-    Trainer(config, prepared.derived, *indexes, prepared.run_dir, torch.device("cpu"), lambda event: None).fit()
+    new_trainer(config, prepared.derived, indexes, prepared.run_dir, lambda event: None).fit()
     return prepared.run_dir
 
 

@@ -17,7 +17,7 @@ from pipeline.train.checkpoint import checkpoint_root, read_state
 from pipeline.train.events import Evaluated, Event, Step, Warned
 from pipeline.train.meter import Meter
 from pipeline.train.trainer import Trainer
-from tests.train.settings import settings
+from tests.train.settings import new_trainer, settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
@@ -37,7 +37,7 @@ def run(
     defaults = {"train": OFTEN, "checkpoint": {"every_samples": 8, "keep_last": 99}, "ema": {"decay": 0.5}}
     merged = {name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections}
     config, derived = settings(*indexes, torch.distributed.get_world_size(), **merged)
-    trainer = Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append, resume=resume)
+    trainer = new_trainer(config, derived, indexes, run_dir, events.append, resume=resume)
     forward, first = trainer.criterion, trainer.state.samples_seen // 8 * derived.accumulation
     count = iter(range(first, 10**9))
 
@@ -143,7 +143,7 @@ def spoiling_trainer(indexes: Indexes, run_dir: Path, events: list[Event], after
     """A trainer one of whose weights is NaN from the step after so many samples on."""
     train = OFTEN | {"on_nan": on_nan}
     config, derived = settings(*indexes, train=train, checkpoint={"every_samples": 8, "keep_last": 99})
-    trainer = Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append)
+    trainer = new_trainer(config, derived, indexes, run_dir, events.append)
     step = trainer.engine.step
 
     def spoiling(**options: bool) -> bool:
@@ -187,7 +187,7 @@ def test_a_run_whose_last_weights_are_not_finite_has_no_result(one_rank, indexes
 
 
 def test_losses_of_a_step_that_is_left_out_have_no_part_in_the_mean(one_rank):
-    meter = Meter(two_micro_batches(), torch.device("cpu"))
+    meter = Meter(two_micro_batches(), torch.device("cpu"), print)
     for losses, end in (((1.0, 3.0), "stepped"), ((100.0, float("nan")), "left_out"), ((5.0, 7.0), "overflowed")):
         meter.begin()
         for loss in losses:
@@ -218,7 +218,7 @@ def test_fp16_that_overflows_in_every_step_ends_the_run_and_moves_nothing(one_ra
     data, events = indexes(), []
     config, derived = settings(*data, train=OFTEN | {"epochs": 2}, ema={"decay": 0.5})
     half = derived.model_copy(update={"precision": "fp16"})
-    trainer = Trainer(config, half, *data, tmp_path, torch.device("cpu"), events.append)
+    trainer = new_trainer(config, half, data, tmp_path, events.append)
     scaler = trainer.engine.loss_scaler
     scaler.load_state_dict(scaler.state_dict() | {"scale": 4.0})
     trainer.engine.module.classifier.weight.register_hook(lambda gradient: gradient * float("inf"))

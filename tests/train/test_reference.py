@@ -15,7 +15,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import TrainPlan
 from pipeline.derived import derive
 from pipeline.train.events import Event, Step
-from pipeline.train.trainer import Trainer
+from tests.train.settings import new_trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "recipes" / "cifar.yaml"
 STEPS = 15
@@ -66,7 +66,7 @@ def trained(train_index: DatasetIndex, val_index: DatasetIndex, epochs: float, r
     derived = derive(config, workers=1, cpus_per_worker=1, device="cpu", **sizes)
     derived = derived.model_copy(update={"total_steps": STEPS})
     events: list[Event] = []
-    Trainer(config, derived, train_index, val_index, run_dir, torch.device("cpu"), events.append).fit()
+    new_trainer(config, derived, (train_index, val_index), run_dir, events.append).fit()
     return [event.loss for event in events if isinstance(event, Step)]
 
 

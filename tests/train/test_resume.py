@@ -17,9 +17,8 @@ from pipeline.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.events import Event, Resumed, Step, Stopped, Warned
-from pipeline.train.trainer import Trainer
 from pipeline.train.watchdog import Watchdog
-from tests.train.settings import settings
+from tests.train.settings import new_trainer, settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
 WEIGHTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -40,8 +39,7 @@ def run(
     merged = {name: PLAN.get(name, {}) | sections.get(name, {}) for name in PLAN | sections}
     workers = torch.distributed.get_world_size()
     config, derived = settings(*indexes, workers, **merged)
-    cpu = torch.device("cpu")
-    Trainer(config, derived, *indexes, run_dir, cpu, events.append, resume=resume, **(options or {})).fit()
+    new_trainer(config, derived, indexes, run_dir, events.append, resume=resume, **(options or {})).fit()
     return events
 
 
@@ -137,7 +135,7 @@ def full_disk(indexes: Indexes, run_dir: Path) -> tuple[list[str], str, list[str
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     events: list[Event] = []
     config, derived = settings(*indexes, **PLAN)
-    trainer = Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append)
+    trainer = new_trainer(config, derived, indexes, run_dir, events.append)
     error = ""
     try:
         trainer.fit()

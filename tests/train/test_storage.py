@@ -15,9 +15,8 @@ from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.events import Event, Resumed, Warned
 from pipeline.train.state import newest_checkpoint
 from pipeline.train.storage import Storage, StorageError, fetch
-from pipeline.train.trainer import Trainer
 from tests.servers import s3_store
-from tests.train.settings import settings
+from tests.train.settings import new_trainer, settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
 END = checkpoint.folder_name(80)
@@ -32,7 +31,7 @@ def run(indexes: Indexes, run_dir: Path, storage: str, **sections: dict) -> list
         events.append(Warned(message))
 
     newest = newest_checkpoint(config, run_dir, warn)
-    Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append, resume=newest).fit()
+    new_trainer(config, derived, indexes, run_dir, events.append, resume=newest).fit()
     return events
 
 
@@ -97,8 +96,8 @@ def every_rank(indexes: Indexes, folder: Path) -> list[str]:
     for end in (1, 2):
         shorter = config.model_copy(update={"train": config.train.model_copy(update={"epochs": end})})
         newest = newest_checkpoint(shorter, run_dir, print)
-        cpu, told = torch.device("cpu"), derived.model_copy(update={"total_steps": 5 * end})
-        Trainer(shorter, told, *indexes, run_dir, cpu, lambda event: None, resume=newest).fit()
+        told = derived.model_copy(update={"total_steps": 5 * end})
+        new_trainer(shorter, told, indexes, run_dir, lambda event: None, resume=newest).fit()
         torch.distributed.barrier()
     return names(run_dir)
 
@@ -114,7 +113,7 @@ def test_a_place_that_takes_nothing_is_told_and_ends_the_run_at_its_end_alone(on
     store = tmp_path / "store"
     events: list[Event] = []
     config, derived = settings(*indexes(), **sections_of(str(store)))
-    trainer = Trainer(config, derived, *indexes(), tmp_path, torch.device("cpu"), events.append)
+    trainer = new_trainer(config, derived, indexes(), tmp_path, events.append)
     store.touch()  # a file where the folder should be
     with pytest.raises(UserError, match=r"last checkpoint copies could not be brought up to date: checkpoint.storage="):
         trainer.fit()

@@ -19,8 +19,7 @@ from pipeline.model.weights import load_model
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.events import Evaluated, Event, Profiled, Resumed, Saved, Step, Warned
-from pipeline.train.trainer import Trainer
-from tests.train.settings import settings
+from tests.train.settings import new_trainer, settings
 
 CPU = torch.device("cpu")
 EVERYTHING = {  # every source of randomness, and pictures that grow in the middle of the run
@@ -43,7 +42,7 @@ EVERYTHING = {  # every source of randomness, and pictures that grow in the midd
 def run(indexes: tuple, run_dir: Path, resume: Path | None = None, **sections: dict) -> list[Event]:
     events: list[Event] = []
     config, derived = settings(*indexes, **sections)
-    Trainer(config, derived, *indexes, run_dir, CPU, events.append, resume=resume).fit()
+    new_trainer(config, derived, indexes, run_dir, events.append, resume=resume).fit()
     return events
 
 
@@ -133,7 +132,7 @@ def test_a_run_from_weights_with_a_teacher_starts_there_and_learns_from_it(one_r
         train={"log_every_steps": 1},
     )
     events: list[Event] = []
-    Trainer(config, derived, *data, tmp_path / "student", CPU, events.append, Sources(teacher, teacher)).fit()
+    new_trainer(config, derived, data, tmp_path / "student", events.append, sources=Sources(teacher, teacher)).fit()
     assert all(loss == pytest.approx(0, abs=1e-6) for loss in losses(events).values())
 
 
@@ -160,7 +159,7 @@ def held_up(indexes: tuple, run_dir: Path) -> list[str]:
     """Warnings of rank 0 in a run whose rank 1 takes a while for each loss."""
     events: list[Event] = []
     config, derived = settings(*indexes, 2, train={"epochs": 1, "log_every_steps": 1})
-    trainer = Trainer(config, derived, *indexes, run_dir, CPU, events.append)
+    trainer = new_trainer(config, derived, indexes, run_dir, events.append)
     criterion, slow = trainer.criterion, torch.distributed.get_rank() == 1
 
     def criterion_that_waits(*inputs: torch.Tensor) -> torch.Tensor:
@@ -183,7 +182,7 @@ def test_a_rank_that_holds_up_the_others_is_named_once(run_ranks, indexes, tmp_p
 def test_too_little_memory_is_told_with_a_batch_that_keeps_the_global_one(one_rank, indexes, tmp_path):
     data = indexes()
     config, derived = settings(*data)
-    trainer = Trainer(config, derived, *data, tmp_path, CPU, [].append)
+    trainer = new_trainer(config, derived, data, tmp_path, [].append)
 
     def no_room(*inputs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
