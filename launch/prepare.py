@@ -54,7 +54,7 @@ class Prepared:
 
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
     """Loads a config, makes its paths absolute on this machine and gives the run its name."""
-    config = load_config(path, overrides)
+    config = load_config(path, *overrides)
     check_name(config.model.name)
     name = config.run.name or new_name(path)
     output = str(_base_folder() / Path(config.run.output).expanduser())

@@ -71,7 +71,7 @@ def run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run's folder: it has no config.yaml. Give one as outputs/RUN.")
-    config = load_config(folder / "config.yaml", overrides)
+    config = load_config(folder / "config.yaml", *overrides)
     return config.model_copy(update={"tracking": config.tracking.model_copy(update=_addresses(config, folder))})
 
 

@@ -40,9 +40,9 @@ class Measured:
 def quantise(
     model: DenseNet, card: ModelCard, out: Path, calibration: DatasetIndex, index: DatasetIndex, images: int
 ) -> tuple[Measured, Measured]:
-    """Writes `out/model.onnx` and `out/model.int8.onnx`, whose ranges are those over `images` pictures of `calibration`.
+    """Writes `out/model.onnx` and `out/model.int8.onnx`; returns both, measured on all pictures of `index`.
 
-    Returns both, measured on all pictures of `index`.
+    The ranges of the latter are those over `images` pictures of `calibration`.
 
     Raises:
         DataError: the model does not know the classes of the data.
