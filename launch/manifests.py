@@ -68,7 +68,7 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
     image = _IMAGE.fullmatch(settings.image)
     if image is None or image["tag"] == "latest":
         raise UserError(f"--image={settings.image} needs a tag that stays the same, as REPOSITORY:1.0, or a digest.")
-    config = load_config(path, overrides)
+    config = load_config(path, *overrides)
     check_name(config.model.name)
     name = str(config.run.name)
     if not _DNS_NAME.fullmatch(name):

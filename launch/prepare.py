@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.resources import Resources, Share, share
-from launch.sources import ADDRESSES, find_checkpoint, find_sources
+from launch.sources import find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig
 from pipeline.config_effects import without_effect
 from pipeline.config_file import load_config
@@ -20,8 +20,10 @@ from pipeline.data.staging import fetch_indexes, is_remote
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.architectures import check_name
-from pipeline.model.sources import NO_SOURCES, Sources, read_card
+from pipeline.model.card import ModelCard
+from pipeline.model.sources import NO_SOURCES, Sources
 from pipeline.train.deepspeed_schema import check_deepspeed
+from pipeline.train.locate import ADDRESSES
 from pipeline.train.storage import StorageError, storage_of
 
 SECRETS = "DENSENET_SECRETS"  # names of variables that a submitted job must find on the cluster
@@ -52,7 +54,7 @@ class Prepared:
 
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
     """Loads a config, makes its paths absolute on this machine and gives the run its name."""
-    config = load_config(path, overrides)
+    config = load_config(path, *overrides)
     check_name(config.model.name)
     name = config.run.name or new_name(path)
     output = str(_base_folder() / Path(config.run.output).expanduser())
@@ -165,10 +167,11 @@ def _other_normalisation(config: RunConfig, sources: Sources) -> list[str]:
     warnings = []
     for key, place in (("model.weights", sources.weights), ("loss.teacher", sources.teacher)):
         if place is not None and place.is_dir():
-            theirs = read_card(place)["transform"]
-            for name, ours in (("mean", config.data.mean), ("std", config.data.std)):
-                if list(ours) != list(theirs[name]):
-                    warnings.append(f"data.{name} is {list(ours)}, {key} was trained with {theirs[name]}")
+            theirs = ModelCard.read(place).transform
+            for name in ("mean", "std"):
+                ours, given = getattr(config.data, name), getattr(theirs, name)
+                if ours != given:
+                    warnings.append(f"data.{name} is {list(ours)}, {key} was trained with {list(given)}")
     return warnings
 
 

@@ -12,9 +12,9 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.paired import Paired, compare
-from pipeline.evaluation.probabilities import Transform, model_probabilities
+from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
-from pipeline.model.sources import read_card
+from pipeline.model.card import ModelCard
 from pipeline.names import alias_fault
 from pipeline.tracking.registry import (
     REGISTRY,
@@ -58,7 +58,7 @@ def promote_command(
         raise UserError(f"{new.name}@{alias} is version {old} already.")
     if not dry_run:
         check_rights(new.name, stores)  # not after evaluating for an hour
-    limit = read_card(download(new.uri, stores, outputs / "models"))["max_pixels"]
+    limit = ModelCard.read(download(new.uri, stores, outputs / "models")).max_pixels
     index = open_split(root, split, outputs / "index", limit)
     new_N, transform, non_finite = _hits(new.uri, stores, index, outputs)
     if non_finite:
@@ -138,11 +138,11 @@ def check_alias(option: str, alias: str) -> None:
 def _hits(model: str, stores: Stores, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str, int]:
     """Which pictures a model hits, by its own transform, that transform in words, and for how many it gives NaN."""
     folder = download(model, stores, outputs / "models")
-    card = read_card(folder)
-    labels_N = labels_of(index, card["classes"])
+    card = ModelCard.read(folder)
+    labels_N = labels_of(index, card.classes)
     given_NK, _ = model_probabilities(folder, index)
     best_N = best_class(given_NK)
-    return best_N == labels_N, Transform(**card["transform"]).description, int((best_N == NO_CLASS).sum())
+    return best_N == labels_N, card.transform.description, int((best_N == NO_CLASS).sum())
 
 
 def _share(hits_N: NDArray[np.bool_]) -> str:

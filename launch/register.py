@@ -13,7 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
-from pipeline.model.sources import read_card
+from pipeline.model.card import ModelCard
 from pipeline.tracking.registry import move_alias, versions
 from pipeline.tracking.run import STATE, Tracker
 from pipeline.tracking.store import wait_for
@@ -71,7 +71,7 @@ def run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run's folder: it has no config.yaml. Give one as outputs/RUN.")
-    config = load_config(folder / "config.yaml", overrides)
+    config = load_config(folder / "config.yaml", *overrides)
     return config.model_copy(update={"tracking": config.tracking.model_copy(update=_addresses(config, folder))})
 
 
@@ -91,7 +91,7 @@ def _addresses(config: RunConfig, folder: Path) -> dict[str, str]:
 
 def not_a_candidate(best: Path) -> str | None:
     """Why a checkpoint's model must not be registered, if there is a reason: its evaluation had non-finite outputs."""
-    metrics = read_card(best)["metrics"]
+    metrics = ModelCard.read(best).metrics
     if not metrics or not metrics.get("non_finite"):
         return None
     return f"it gives NaN or infinities for {metrics['non_finite']} of {metrics['total']} evaluation images"

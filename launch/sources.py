@@ -1,4 +1,4 @@
-"""Where the models that a user names are: files of weights, checkpoints, runs, the model registry."""
+"""What a run starts from: weights, a teacher, another run's checkpoint."""
 
 import re
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.model.sources import NO_SOURCES, Sources
-from pipeline.tracking.stores import Stores, stores_of
-from pipeline.train.checkpoint import MANIFEST, best_checkpoint, checkpoint_root, checkpoints, fault, newest_valid
+from pipeline.tracking.stores import stores_of
+from pipeline.train.checkpoint import MANIFEST, checkpoint_root, checkpoints, fault, newest_valid
+from pipeline.train.locate import locate
 
-ADDRESSES = ("models:/", "runs:/")  # of models in the tracking store
 _RUN_ID = re.compile("[0-9a-f]{32}")
 
 
@@ -57,39 +57,3 @@ def find_checkpoint(place: str, config: RunConfig) -> Path:
         told = f" ({'; '.join(skipped)})" if skipped else ""
         raise UserError(f"--resume={place}: there is no sound checkpoint in {path}{told}.")
     return found
-
-
-def model_folder(place: str, stores: Stores) -> Path:
-    """The folder, with a card, of the model that a command was given.
-
-    Raises:
-        UserError: there is no such model, or it is a file of weights alone.
-    """
-    folder = locate(place, "MODEL", Path("outputs").absolute() / "models", stores)
-    if folder.is_file():
-        raise UserError(f"{folder} is a file of weights alone, without classes and transform: give its folder.")
-    return folder
-
-
-def locate(place: str, key: str, cache: Path, stores: Stores) -> Path:
-    """A file of weights, or a folder with a model card: a checkpoint, a run's best one, or a registered model's.
-
-    Args:
-        place: What the user gave: a path, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME.
-        key: What the user calls it, for errors.
-        cache: Where a registered model is downloaded to, once.
-        stores: Where runs and registered models are.
-    """
-    if place.startswith(ADDRESSES):
-        from pipeline.tracking.registry import download
-
-        return download(place, stores, cache)
-    path = Path(place).expanduser()
-    if path.is_file() or (path / "model.json").is_file():
-        return path
-    if checkpoints(checkpoint_root(path)):
-        return best_checkpoint(path)
-    raise UserError(
-        f"{key}={place} is no model: give a checkpoint's or a run's folder, models:/NAME@ALIAS, models:/NAME/VERSION, "
-        f"runs:/ID/NAME, or, where no classes are needed, a .safetensors or .pth file."
-    )

@@ -48,7 +48,7 @@ def submit_command(console: Console, path: Path, overrides: list[str], options: 
     Raises:
         UserError: bad input, or no cluster.
     """
-    config = _for_cluster(load_config(path, overrides), path)
+    config = _for_cluster(load_config(path, *overrides), path)
     variables = _variables(options.env)
     client = connect(options.address)
     run_name = str(config.run.name)

@@ -183,8 +183,8 @@ def test_the_entrypoint_and_its_config_are_this_projects(rendered, overlay, tmp_
     (config,) = [document for document in documents if document["kind"] == "ConfigMap"]
     text = config["data"][Path(file).name]
     (tmp_path / "train.yaml").write_text(text)
-    assert load_config(tmp_path / "train.yaml", []) == load_config(config_of(overlay), [])
-    assert job["metadata"]["name"] == load_config(config_of(overlay), []).run.name
+    assert load_config(tmp_path / "train.yaml") == load_config(config_of(overlay))
+    assert job["metadata"]["name"] == load_config(config_of(overlay)).run.name
 
 
 def test_workers_follow_the_config(rendered):

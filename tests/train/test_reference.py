@@ -61,7 +61,7 @@ def reference(train_index: DatasetIndex, epochs: float) -> list[float]:
 
 def trained(train_index: DatasetIndex, val_index: DatasetIndex, epochs: float, run_dir: Path) -> list[float]:
     """Losses of the trainer."""
-    config = load_config(RECIPE, [*OVERRIDES, f"train.epochs={epochs}"])
+    config = load_config(RECIPE, *OVERRIDES, f"train.epochs={epochs}")
     sizes = {"train_samples": len(train_index), "val_samples": len(val_index), "num_classes": len(train_index.classes)}
     derived = derive(config, workers=1, cpus_per_worker=1, device="cpu", **sizes)
     derived = derived.model_copy(update={"total_steps": STEPS})
