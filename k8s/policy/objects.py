@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launch.manifests import K8S, kustomize
+from launch.kubernetes.manifests import K8S, kustomize
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from launch.net import free_port
-from launch.sources import locate
+from launch.cluster.net import free_port
+from launch.run.locate import locate
 from pipeline.data.batch_ops import grey
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register

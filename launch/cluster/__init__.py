@@ -1,0 +1,1 @@
+"""All that knows Ray: clusters, workers, jobs. No other room imports it."""
