@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
-from launch.cli import configs, data, jobs, k8s, models, runs
-from launch.cli.common.output import write_any_text
+from launch.cli import configs, data, doctor, jobs, k8s, models, plan, report, runs, submit, sweep, train, ui
+from launch.cli.common.options import MODEL, AsJson, RegistryUri, Uri
+from launch.cli.common.output import console, errors, write_any_text
 from launch.cli.common.tmpdir import short_tmpdir
-from launch.cli.runs import AsJson, RegistryUri, Uri
 from pipeline.errors import TrainingError, UserError
 from pipeline.extras import extra
 from pipeline.tracking.stores import given_stores
@@ -45,25 +44,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(data.app, name="data")
-app.add_typer(configs.app, name="configs")
-app.add_typer(models.app, name="models")
-app.add_typer(jobs.app, name="jobs")
-app.add_typer(runs.app, name="runs")
-app.add_typer(k8s.app, name="k8s")
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+for module in (data, configs, plan, train, submit, jobs, sweep, runs, report, ui, models, doctor, k8s):
+    app.add_typer(module.app)
 log = logging.getLogger(__name__)
-
-Config = Annotated[
-    Path, typer.Argument(help="YAML file, or a built-in config's name, for example demo", show_default=False)
-]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.epochs=2")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else a Ray of its own")]
-Resume = Annotated[str, typer.Option(help="auto: the run's own newest checkpoint; or a folder, or an MLflow run id")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and the summary alone")]
-Wait = Annotated[bool, typer.Option("--wait", help="wait until the cluster has room for the workers")]
-MODEL = "checkpoint or run folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME"
 
 
 @app.callback()
@@ -75,82 +58,6 @@ def settings(
     """Comes before every command."""
     if verbose:
         logging.basicConfig(level=logging.INFO)
-
-
-@app.command()
-def train(
-    config: Config,
-    overrides: Overrides = None,
-    address: Address = None,
-    resume: Resume = "auto",
-    wait: Wait = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train, evaluate, and register the model.
-
-    Example: densenet train densenet121 data.root=/data/imagenet
-    """
-    from launch.run.train import train_command
-
-    train_command(console, config, overrides or [], address, resume, wait, quiet)
-
-
-@app.command()
-def submit(
-    config: Config,
-    overrides: Overrides = None,
-    address: jobs.Dashboard = None,
-    no_env: Annotated[bool, typer.Option("--no-env", help="the nodes have the environment: install nothing")] = False,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the job; repeatable")] = None,
-    secret: Annotated[list[str] | None, typer.Option(help="NAME that must be set on the nodes; repeatable")] = None,
-    wait: Wait = False,
-    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
-) -> None:
-    """Train as a Ray job on a cluster.
-
-    Sends the code and the config, follows the output, exits as the job does.
-
-    Example: densenet submit densenet121 data.root=/data/imagenet --address http://head:8265
-    """
-    where = jobs.dashboard(address)
-    from launch.cluster.submit import Options, submit_command
-
-    options = Options(where, not no_env, tuple(env or ()), tuple(secret or ()), wait, not detach)
-    raise typer.Exit(submit_command(console, config, overrides or [], options))
-
-
-@app.command()
-def sweep(
-    config: Config,
-    overrides: Overrides = None,
-    space: Annotated[list[str] | None, typer.Option(help="KEY=log(LOW,HIGH), uniform(...) or choice(A,B)")] = None,
-    trials: Annotated[int, typer.Option(min=1, help="trainings in all; poor ones are ended early")] = 8,
-    address: Address = None,
-) -> None:
-    """Train with several values, and report the best.
-
-    Example: densenet sweep demo --space 'optim.lr=log(0.01,1)' --trials 8
-    """
-    from launch.run.sweep import sweep_command
-
-    sweep_command(console, config, overrides or [], space or [], trials, address)
-
-
-@app.command()
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    address: Address = None,
-    cluster: Annotated[str | None, typer.Option(help="estimate ImageNet on NODESxGPUSxTYPE, as 8x8xH100")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show the config and all that follows from it.
-
-    Example: densenet plan densenet121 data.root=/data/imagenet
-    """
-    from launch.run.plan import plan_command
-
-    plan_command(console, config, overrides or [], address, cluster, as_json)
 
 
 @app.command()
@@ -225,50 +132,6 @@ def evaluate(
 
     options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
     eval_command(console, model, data, options, given_stores(uri, registry_uri), as_json)
-
-
-@app.command()
-def report(
-    runs: Annotated[list[str], typer.Argument(help="names or ids of runs")],
-    out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
-    uri: Uri = None,
-    experiment: Annotated[str, typer.Option(help="MLflow experiment")] = "densenet",
-) -> None:
-    """Write runs as one HTML page.
-
-    It has curves, differences, checkpoints and sample predictions.
-
-    Example: densenet report first second --out report.html
-    """
-    from launch.run.runs_page import report_command
-
-    report_command(console, runs, out, uri, experiment)
-
-
-@app.command()
-def ui(
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, uri: Uri = None, registry_uri: RegistryUri = None
-) -> None:
-    """Open the MLflow UI on this machine.
-
-    Example: densenet ui --port 5000
-    """
-    from launch.run.ui import ui_command
-
-    ui_command(console, port, given_stores(uri, registry_uri))
-
-
-@app.command()
-def doctor() -> None:
-    """Test the installation.
-
-    Versions, devices, and a second's work of each part.
-
-    Example: densenet doctor
-    """
-    from launch.run.doctor import doctor_command
-
-    raise typer.Exit(doctor_command(console))
 
 
 def main() -> None:

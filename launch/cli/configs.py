@@ -11,7 +11,9 @@ import typer
 from pipeline.config_file import BUILT_IN, built_in, find_config, included
 from pipeline.errors import UserError
 
-app = typer.Typer(help="List, show and copy the built-in configs.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="configs", help="List, show and copy the built-in configs.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Name = Annotated[str, typer.Argument(help="as `densenet configs list` shows it")]
 

@@ -1,16 +1,19 @@
-"""The options of `densenet data`."""
+"""`densenet data`: make, check, index and describe data sets."""
 
 import os
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from launch.cli.common.output import console
 from pipeline.config import MAX_PIXELS
+from pipeline.errors import UserError
 
-app = typer.Typer(help="Make, check, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None)
-console = Console(highlight=False)
+app = typer.Typer(
+    name="data", help="Make, check, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Root = Annotated[Path, typer.Argument(help="a data set's folder, or a source of any known layout", show_default=False)]
 Workers = Annotated[int, typer.Option(min=1, help="processes", show_default="one per CPU core")]
@@ -52,13 +55,12 @@ def prepare(
 
     Example: densenet data prepare /downloads /data/imagenet
     """
-    from launch.cli.common.data_report import prepare_command
-    from pipeline.data.tools.prepare import Options
-    from pipeline.errors import UserError
+    from launch.cli.common.data_report import pool, print_prepared
+    from pipeline.data.tools import prepare
 
     if to not in ("shards", "folders"):
         raise UserError(f"--to={to} is not known: use shards or folders.")
-    options = Options(
+    options = prepare.Options(
         to=to,  # type: ignore[arg-type]
         seed=seed,
         shard_bytes=round(shard_size * 1e6),
@@ -69,7 +71,10 @@ def prepare(
     if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
         raise UserError(f"--share={share} is not known: use K/N with K from 0 to N - 1, as 0/8.")
     of = int(index), int(shares)
-    prepare_command(console, source, target, options, workers, layout, skip_damaged, of, max_pixels)
+    started = time.perf_counter()
+    with pool(console, workers) as processes:
+        done = prepare.prepare(source, target, options, processes, layout, skip_damaged, of, max_pixels)
+    print_prepared(console, target, of, done, time.perf_counter() - started)
 
 
 @app.command()
@@ -80,9 +85,12 @@ def index(root: Root, workers: Workers = CORES, layout: Layout = None, max_pixel
 
     Example: densenet data index /data/folders
     """
-    from launch.cli.common.data_report import index_command
+    from launch.cli.common.data_report import pool, print_indexed
+    from pipeline.data.tools.in_place import index_in_place
 
-    index_command(console, root, workers, layout, max_pixels)
+    with pool(console, workers) as processes:
+        manifest, notes = index_in_place(root, processes, layout, max_pixels)
+    print_indexed(console, root, manifest, notes)
 
 
 @app.command()
@@ -100,9 +108,15 @@ def verify(
 
     Example: densenet data verify /data/imagenet
     """
-    from launch.cli.common.data_report import verify_command
+    from launch.cli.common.data_report import pool, print_verified, write_json
+    from pipeline.data.tools import verify
 
-    raise typer.Exit(verify_command(console, root, workers, layout, any_counts, json_file, max_pixels))
+    with pool(console, workers) as processes:
+        found = verify.verify(root, processes, layout, any_counts, max_pixels)
+    if json_file is not None:
+        write_json(json_file, found.to_json())
+    print_verified(console, found)
+    raise typer.Exit(1 if found.damage else 0)
 
 
 @app.command()
@@ -119,6 +133,16 @@ def stats(
 
     Example: densenet data stats /data/imagenet --plot stats.png
     """
-    from launch.cli.common.data_report import stats_command
+    from launch.cli.common.data_report import pool, print_stats, write_json
+    from pipeline.data.tools import stats
 
-    stats_command(console, root, samples, workers, layout, plot, json_file, max_pixels)
+    with pool(console, workers) as processes:
+        found = stats.stats(root, samples, processes, layout, max_pixels)
+    print_stats(console, found)
+    try:
+        stats.plot(found, plot)
+    except OSError as error:
+        raise UserError(f"--plot={plot} cannot be written: {error.strerror or error}.") from error
+    if json_file is not None:
+        write_json(json_file, found.to_json())
+    console.print(f"plot: {plot}", soft_wrap=True)

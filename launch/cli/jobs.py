@@ -1,30 +1,21 @@
 """`densenet jobs`: what runs on a cluster."""
 
-import os
-from pathlib import Path
+import json
+import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from launch.cli.runs import AsJson
+from launch.cli.common.options import AsJson, Dashboard
+from launch.cli.common.output import console
+from launch.cli.common.tables import print_table
+from launch.cluster.net import dashboard_address
 
-app = typer.Typer(help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True)
-console = Console(highlight=False)
+app = typer.Typer(
+    name="jobs", help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
+)
 
-_TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-DEFAULT = "http://127.0.0.1:8265"
-Dashboard = Annotated[
-    str | None, typer.Option("--address", help=f"the dashboard; default: RAY_API_SERVER_ADDRESS, else {DEFAULT}")
-]
 Job = Annotated[str, typer.Argument(help="as `densenet jobs list` shows it")]
-
-
-def dashboard(address: str | None) -> str:
-    """The dashboard's address; also makes Ray use a token where there is one, which it looks at on import."""
-    if os.environ.keys() & _TOKENS or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    return address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT
 
 
 @app.command("list")
@@ -33,10 +24,27 @@ def list_jobs(address: Dashboard = None, as_json: AsJson = False) -> None:
 
     Example: densenet jobs list --address http://head:8265
     """
-    where = dashboard(address)
-    from launch.cluster.jobs import list_command
+    where = dashboard_address(address)
+    from launch.cluster.jobs import submitted
 
-    list_command(console, where, as_json)
+    jobs = submitted(where)
+    if as_json:
+        print(json.dumps([job.model_dump(mode="json") for job in jobs], indent=2))
+        return
+    rows = []
+    for job in jobs:
+        began = (job.start_time or 0) / 1000
+        ended = (job.end_time or time.time() * 1000) / 1000
+        rows.append(
+            (
+                str(job.submission_id),
+                (job.metadata or {}).get("run", ""),
+                str(job.status.value),
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
+                f"{(ended - began) / 60:.0f}",
+            )
+        )
+    print_table(console, ("job", "run", "status", "started", "minutes"), rows)
 
 
 @app.command()
@@ -49,10 +57,10 @@ def logs(
 
     Example: densenet jobs logs first --follow
     """
-    where = dashboard(address)
-    from launch.cluster.jobs import logs_command
+    where = dashboard_address(address)
+    from launch.cluster.jobs import print_logs
 
-    raise typer.Exit(logs_command(where, job, follow))
+    raise typer.Exit(print_logs(where, job, follow))
 
 
 @app.command()
@@ -61,7 +69,7 @@ def stop(job: Job, address: Dashboard = None) -> None:
 
     Example: densenet jobs stop first
     """
-    where = dashboard(address)
-    from launch.cluster.jobs import stop_command
+    where = dashboard_address(address)
+    from launch.cluster.jobs import stop_job
 
-    stop_command(console, where, job)
+    stop_job(where, job, console.print)

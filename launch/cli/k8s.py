@@ -1,19 +1,19 @@
 """`densenet k8s`: manifests for KubeRay."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from launch.cli.common.options import Config, Overrides
 from pipeline.errors import UserError
 from pipeline.extras import extra
 
-app = typer.Typer(help="Render, check and compare Kubernetes manifests.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="k8s", help="Render, check and compare Kubernetes manifests.", no_args_is_help=True, rich_markup_mode=None
+)
 
-Config = Annotated[Path, typer.Argument(help="YAML file, or a built-in config's name", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example cluster.workers=32")]
 Overlay = Annotated[str, typer.Option(help="a folder of k8s/overlays, as multi-node")]
 Image = Annotated[str, typer.Option(help="REPOSITORY:TAG or a digest")]
 Set = Annotated[
@@ -43,15 +43,9 @@ def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = 
 
     Example: densenet k8s diff densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
     """
-    from launch.kubernetes.manifests import kubectl
+    from launch.kubernetes import kubectl
 
-    text = _rendered(config, overlay, image, overrides, settings)
-    done = subprocess.run([kubectl(), "diff", "-f", "-"], input=text, text=True, stderr=subprocess.PIPE)
-    if done.returncode > 1:
-        why = done.stderr.strip().splitlines()[-1:]
-        raise UserError(f"kubectl diff failed: {''.join(why)}. Which cluster is asked: kubectl config current-context.")
-    sys.stderr.write(done.stderr)
-    raise typer.Exit(done.returncode)
+    raise typer.Exit(kubectl.diff(_rendered(config, overlay, image, overrides, settings)))
 
 
 @app.command()

@@ -1,17 +1,18 @@
 """`densenet models`: which models there are, and the gate in front of the registry's aliases."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from launch.cli.common.options import AsJson, RegistryUri, Uri
+from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
-from launch.cli.runs import AsJson, RegistryUri, Uri
 from pipeline.tracking.stores import given_stores
 
-app = typer.Typer(help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="models", help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Name = Annotated[str, typer.Argument(help="of a registered model")]
 Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/VERSION, or NAME for the newest")]
@@ -40,7 +41,6 @@ def list_models(uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJs
         multiply_adds = f"{counted.multiply_adds / 1e9:.3f}"
         paper = PAPER.get(name, "not in the paper")
         rows.append((name, str(classes), f"{counted.parameters:,}", multiply_adds, str(side), paper))
-    console = Console(file=sys.stdout, highlight=False)
     numbers = ("classes", "parameters", "G multiply-adds", "at pixels")
     print_table(console, ("name", *numbers, "paper, top-1 / top-5 %"), rows, right=numbers)
     console.print()
@@ -55,7 +55,7 @@ def show(model: Version, uri: Uri = None, registry_uri: RegistryUri = None, as_j
     """
     from launch.cli.common.model_tables import show_command
 
-    show_command(Console(highlight=False), model, given_stores(uri, registry_uri), as_json)
+    show_command(console, model, given_stores(uri, registry_uri), as_json)
 
 
 @app.command()
@@ -68,7 +68,7 @@ def diff(first: Version, second: Version, uri: Uri = None, registry_uri: Registr
     """
     from launch.cli.common.model_tables import diff_command
 
-    diff_command(Console(highlight=False), first, second, given_stores(uri, registry_uri))
+    diff_command(console, first, second, given_stores(uri, registry_uri))
 
 
 @app.command()
@@ -86,9 +86,13 @@ def register(
 
     Example: densenet models register outputs/first --alias candidate
     """
-    from launch.run.register import register_command
+    from launch.run.register import register_run
 
-    register_command(Console(highlight=False), folder, name, alias, uri, registry_uri, patience)
+    given = {"register_as": name, "alias": alias, "uri": uri, "registry_uri": registry_uri}
+    overrides = [f"tracking.{key}={value}" for key, value in given.items() if value is not None]
+    registered, registry = register_run(folder, overrides, console.print, patience)
+    about = f"{registered.name} version {registered.version} in {registry}, alias {registered.alias}"
+    console.print(f"{about} ({registered.uri})", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -109,10 +113,25 @@ def promote(
 
     Example: densenet models promote densenet121@candidate --data /data/imagenet
     """
-    from launch.run.promote import promote_command
+    from launch.cli.common.model_tables import print_candidate
+    from launch.run.promote import move, weigh
 
-    console, stores = Console(highlight=False), given_stores(uri, registry_uri)
-    raise typer.Exit(0 if promote_command(console, model, to, data, split, min_gain, max_p, dry_run, stores) else 1)
+    stores = given_stores(uri, registry_uri)
+    found = weigh(model, to, data, split, stores, will_move=not dry_run)
+    holds = found.holds(min_gain, max_p)
+    print_candidate(console, found)
+    if found.paired is not None:
+        console.print(
+            f"asked for: a gain of {min_gain:g} points or more at p {max_p:g} or less: {'yes' if holds else 'no'}"
+        )
+    if not holds:
+        console.print(f"{found.name}@{to} stays version {found.old}", style="yellow")
+    elif dry_run:
+        console.print(f"{found.name}@{to} would become version {found.new} (dry run)")
+    else:
+        move(found, stores)
+        console.print(f"{found.name}@{to} is version {found.new} now", style="green")
+    raise typer.Exit(0 if holds else 1)
 
 
 @app.command()
@@ -126,9 +145,10 @@ def rollback(
 
     Example: densenet models rollback densenet121
     """
-    from launch.run.promote import rollback_command
+    from launch.run import promote
 
-    rollback_command(Console(highlight=False), name, alias, given_stores(uri, registry_uri))
+    now, before = promote.rollback(name, alias, given_stores(uri, registry_uri))
+    console.print(f"{name}@{alias} is version {now} again, {before} before")
 
 
 @app.command()
@@ -139,4 +159,4 @@ def history(name: Name, uri: Uri = None, registry_uri: RegistryUri = None) -> No
     """
     from launch.cli.common.model_tables import history_command
 
-    history_command(Console(highlight=False), name, given_stores(uri, registry_uri))
+    history_command(console, name, given_stores(uri, registry_uri))

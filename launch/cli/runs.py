@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from launch.cli.common.options import AsJson, Experiment, Uri
+from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
-from pipeline.errors import UserError
-from pipeline.tracking.stores import Stores, given_stores, shown, stores_of
+from pipeline.tracking.stores import given_stores, shown
 
-app = typer.Typer(help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(name="runs", help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
 
-Uri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else ./outputs")]
-RegistryUri = Annotated[
-    str | None, typer.Option(help="MLflow registry URI; default: MLFLOW_REGISTRY_URI, else the tracking store")
-]
-Experiment = Annotated[str, typer.Option(help="MLflow experiment")]
-AsJson = Annotated[bool, typer.Option("--json", help="for scripts: all that is known, as JSON")]
 _LAST = (
     "val/top1",
     "val/top5",
@@ -66,7 +60,7 @@ def list_runs(
         for run in found
     ]
     columns = ("run", "status", "started", "minutes", "model", "epochs", "top-1 %", "id")
-    print_table(Console(highlight=False), columns, rows)
+    print_table(console, columns, rows)
 
 
 @app.command()
@@ -92,7 +86,6 @@ def show(
     rows: list[tuple[str, Any]] = [("run", found.name), ("id", found.id), ("status", found.status), ("started", began)]
     rows += [(key, _number(found.metrics[key])) for key in _LAST if key in found.metrics]
     rows += [(key, value) for key, value in sorted(found.tags.items()) if key.startswith(_TAGS)]
-    console = Console(highlight=False)
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         console.print(f"{name:{width}}{value}", markup=False, soft_wrap=True)
@@ -119,7 +112,7 @@ def compare(
         if any(key in run.metrics for run in found)
     ]
     rows += [(key, *(value[:_SHOWN] for value in values)) for key, values in differences(found)]
-    print_table(Console(highlight=False), ("", *(run.name for run in found)), rows)
+    print_table(console, ("", *(run.name for run in found)), rows)
 
 
 @app.command()
@@ -131,20 +124,11 @@ def sync(
 
     Example: densenet runs sync outputs/first
     """
-    from launch.run.claim import claimed
-    from launch.run.register import run_config
-    from pipeline.tracking.run import Tracker
-    from pipeline.tracking.store import wait_for
+    from launch.run.register import send_records
 
-    console = Console(highlight=False)
-    config = run_config(folder)
-    uri = stores_of(config).tracking
-    wait_for(Stores(uri, uri), patience, lambda text: console.print(text, style="yellow", soft_wrap=True))
-    with claimed(folder, config):
-        tracker = Tracker(config, folder, str(config.run.name or folder.name), console.print, running=False)
-        tracker.close(patience)
-    if tracker.unsent:
-        raise UserError(f"{shown(tracker.uri)} did not take {tracker.unsent} records within {patience:g} s.")
+    tracker = send_records(
+        folder, patience, console.print, lambda text: console.print(text, style="yellow", soft_wrap=True)
+    )
     console.print(f"all records of {folder} are in {shown(tracker.uri)}, run {tracker.run_id}", soft_wrap=True)
 
 

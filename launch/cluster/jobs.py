@@ -1,7 +1,6 @@
-"""Ray jobs: `densenet jobs list|logs|stop`, and following one to its end."""
+"""Ray jobs: listing and stopping them, and following one to its end."""
 
 import asyncio
-import json
 import logging
 import sys
 import time
@@ -10,10 +9,8 @@ from typing import Any
 
 from aiohttp import ClientError
 from ray.exceptions import RayError
-from ray.job_submission import JobStatus, JobSubmissionClient
-from rich.console import Console
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from launch.cli.common.tables import print_table
 from pipeline.errors import UserError
 
 _RETRY_S = 2.0
@@ -44,31 +41,18 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
-def list_command(console: Console, address: str, as_json: bool) -> None:
-    """Prints the jobs that the cluster knows, newest first."""
+def submitted(address: str) -> list[JobDetails]:
+    """The jobs that the cluster knows, newest first."""
     jobs = sorted(connect(address).list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
-    jobs = [job for job in jobs if job.submission_id is not None]  # without one: a driver that joined by itself
-    if as_json:
-        print(json.dumps([job.model_dump(mode="json") for job in jobs], indent=2))
-        return
-    rows = []
-    for job in jobs:
-        began = (job.start_time or 0) / 1000
-        ended = (job.end_time or time.time() * 1000) / 1000
-        rows.append(
-            (
-                str(job.submission_id),
-                (job.metadata or {}).get("run", ""),
-                str(job.status.value),
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
-                f"{(ended - began) / 60:.0f}",
-            )
-        )
-    print_table(console, ("job", "run", "status", "started", "minutes"), rows)
+    return [job for job in jobs if job.submission_id is not None]  # without one: a driver that joined by itself
 
 
-def logs_command(address: str, job: str, follow: bool) -> int:
-    """Prints what a job has printed, and goes on to its end with `follow`; returns the job's exit code then, else 0."""
+def print_logs(address: str, job: str, follow: bool) -> int:
+    """Prints what a job has printed, and goes on to its end with `follow`; returns the job's exit code then, else 0.
+
+    Raises:
+        UserError: there is no such job, or no cluster.
+    """
     client = connect(address)
     _status(client, job)
     if follow:
@@ -77,13 +61,17 @@ def logs_command(address: str, job: str, follow: bool) -> int:
     return 0
 
 
-def stop_command(console: Console, address: str, job: str) -> None:
-    """Stops a job: SIGTERM first, so that a training writes a checkpoint; waits for its end."""
+def stop_job(address: str, job: str, told: Callable[[str], object]) -> None:
+    """Stops a job: SIGTERM first, so that a training writes a checkpoint; waits for its end.
+
+    Raises:
+        UserError: there is no such job, or no cluster.
+    """
     client = connect(address)
     if _status(client, job).is_terminal():
-        console.print(f"{job} has ended already")
+        told(f"{job} has ended already")
         return
-    stop(client, job, console.print)
+    stop(client, job, told)
 
 
 def stop(client: JobSubmissionClient, job: str, told: Callable[[str], object]) -> None:

@@ -1,24 +1,20 @@
-"""`densenet submit`: a training as a Ray job, with exactly the code and the config that it needs."""
+"""A training as a Ray job, with exactly the code and the config that it needs."""
 
 import datetime
 import os
 import re
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.job_submission import JobSubmissionClient
-from rich.console import Console
 
-from launch.cluster.jobs import connect, follow_job, stop
-from launch.run.prepare import SECRETS, new_name
+from launch.cluster.job_env import SECRETS
+from launch.cluster.jobs import connect
 from pipeline.config import DIGITS, Cluster, RunConfig, Tracking
-from pipeline.config_file import load_config
 from pipeline.errors import UserError, listed
-from pipeline.model.architectures import check_name
 from pipeline.tracking.origin import write_commit
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
 
@@ -39,16 +35,15 @@ class Options:
     env: tuple[str, ...]
     secrets: tuple[str, ...]
     wait: bool
-    follow: bool
 
 
-def submit_command(console: Console, path: Path, overrides: list[str], options: Options) -> int:
-    """Submits the training and follows it; returns the job's exit code, or 0 where it is left to itself.
+def submit(config: RunConfig, options: Options) -> tuple[JobSubmissionClient, str]:
+    """Submits the training of a config that has its run's name; returns the cluster's client, and the job's id.
 
     Raises:
-        UserError: bad input, or no cluster.
+        UserError: bad input, no cluster, or a job there that trains the same run.
     """
-    config = _for_cluster(load_config(path, overrides), path)
+    _check_places(config)
     variables = _variables(options.env)
     client = connect(options.address)
     run_name = str(config.run.name)
@@ -77,8 +72,7 @@ def submit_command(console: Console, path: Path, overrides: list[str], options: 
             )
         except RuntimeError as error:
             raise UserError(f"the cluster refused the job: {str(error).strip().splitlines()[-1]}") from error
-    console.print(f"job {job} trains {run_name}; `densenet jobs logs {job} --follow` shows it, `jobs stop` ends it")
-    return _follow(console, client, job) if options.follow else 0
+    return client, job
 
 
 def package(folder: Path, config: RunConfig) -> None:
@@ -107,9 +101,8 @@ def locked() -> list[str]:
     return [match.strip() for match in re.findall(r"^[A-Za-z0-9][^\\\n]*", text, re.MULTILINE)]
 
 
-def _for_cluster(config: RunConfig, path: Path) -> RunConfig:
-    """The config with the run's name; its paths are of the cluster's nodes, so they must say where they begin."""
-    check_name(config.model.name)
+def _check_places(config: RunConfig) -> None:
+    """Raises where a path does not say where it begins: it is of the cluster's nodes."""
     for key, place in {
         "data.root": None if config.data.root == DIGITS else config.data.root,
         "data.stage": config.data.stage,
@@ -125,8 +118,6 @@ def _for_cluster(config: RunConfig, path: Path) -> RunConfig:
                 f"{key}={place} must be an absolute path, or an address: it is looked for on the nodes, and a job's "
                 f"own folder is thrown away at its end."
             )
-    name = config.run.name or new_name(path)
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 
 def _variables(given: tuple[str, ...]) -> dict[str, str]:
@@ -152,16 +143,3 @@ def _variables(given: tuple[str, ...]) -> dict[str, str]:
                     f"--secret MLFLOW_TRACKING_PASSWORD."
                 ) from error
     return variables
-
-
-def _follow(console: Console, client: JobSubmissionClient, job: str) -> int:
-    try:
-        return follow_job(client, job)
-    except KeyboardInterrupt:
-        if sys.stdin.isatty() and console.input(f"\nstop {job}? [y/N] ", markup=False).strip().lower() in ("y", "yes"):
-            stop(client, job, console.print)
-            return 130
-        console.print(
-            f"{job} goes on; `densenet jobs logs {job} --follow` shows it, `densenet jobs stop {job}` ends it"
-        )
-        return 130

@@ -1,153 +1,27 @@
-"""Ray: an embedded or an existing cluster, and one training on it."""
+"""One training on the cluster that this process is connected to."""
 
-import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 import ray.train
-from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from launch.cluster.capacity import NoRoom, Resources, share
+from launch.cluster.connect import ray_logs
 from launch.cluster.hub import Losses, open_hub, pump
-from launch.cluster.net import HOST, answers
+from launch.cluster.prepared import Prepared
 from launch.cluster.worker import code_version, train_worker
-from launch.run.prepare import Prepared
-from pipeline.config import Elastic, RunConfig
 from pipeline.errors import TrainingError, UserError
 from pipeline.train.checkpoint import checkpoint_root, newest_valid, samples_of
 from pipeline.train.storage import StorageError, fetch
 
-_CONNECT_S = 5
-_WAIT_S = 2
 _ABORT_S = 5
-# Ray's limits for the answers of its own processes, seconds or ms: a machine so busy, or asleep, is slow and not lost.
-_PATIENCE = {
-    "gcs_rpc_server_reconnect_timeout_s": 1800,
-    "gcs_server_request_timeout_seconds": 600,
-    "worker_register_timeout_seconds": 600,
-    "agent_register_timeout_ms": 600_000,
-    "health_check_timeout_ms": 600_000,
-}
-_NO_CLUSTER = (
-    "Start a cluster with `ray start --head`, correct the address, or unset RAY_ADDRESS to run on this machine."
-)
-
-
-@contextmanager
-def joined(address: str, log_file: Path) -> Iterator[str]:
-    """Connects to the cluster at `address`, and leaves it at the end; yields the dashboard's address.
-
-    Raises:
-        UserError: no cluster answers there.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit() and not answers(host, int(port), _CONNECT_S):
-        # Ray itself would go on trying for minutes.
-        raise UserError(f"nothing answers at the Ray address {address}. {_NO_CLUSTER}")
-    with _ray_logs_to(log_file):
-        try:
-            with _surroundings(log_file.parent):
-                ray.init(address=address, log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"no Ray cluster at {address}: {str(error).splitlines()[0]} {_NO_CLUSTER}") from error
-        try:
-            yield _dashboard()
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def embedded(num_cpus: int, dashboard_port: int, log_file: Path) -> Iterator[str]:
-    """Starts a Ray of this run's own on loopback, and stops it at the end; yields the dashboard's address.
-
-    Another cluster on the machine is neither joined nor touched.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _ray_logs_to(log_file):
-        with _surroundings(log_file.parent):
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                dashboard_host=HOST,
-                dashboard_port=dashboard_port,
-                log_to_driver=False,
-                _system_config=_PATIENCE,
-            )
-        try:
-            yield _dashboard()
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _surroundings(folder: Path) -> Iterator[None]:
-    """What Ray's processes inherit of this one: `folder` to work in, and that they do not heed SIGHUP.
-
-    Ray puts the driver's working folder in front of its workers' import path, where the user may have a `launch` of his
-    own. A terminal that closes sends SIGHUP to all processes in it, and the driver alone is to answer it.
-    """
-    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if main else None
-    try:
-        with chdir(folder):
-            yield
-    finally:
-        if main:
-            signal.signal(signal.SIGHUP, before)
-
-
-def _dashboard() -> str:
-    return f"http://{_node()['webui_url']}"
-
-
-def _node() -> dict[str, str]:
-    """What Ray tells of the node that this driver is on."""
-    return ray.get_runtime_context().worker.node.address_info
-
-
-def offered_by_cluster(address: str) -> Resources:
-    """CPU cores, GPUs and further resources of the cluster that this process is connected to."""
-    total = ray.cluster_resources()
-    further = {name: amount for name, amount in total.items() if name not in ("CPU", "GPU")}
-    where = f"the cluster at {address}"
-    return Resources(where, int(total.get("CPU", 0)), int(total.get("GPU", 0)), embedded=False, further=further)
-
-
-def wait_for_room(config: RunConfig, address: str, told: Callable[[str], None]) -> None:
-    """Waits until the cluster has what the run needs, after asking its autoscaler for it; `told` gets the reason once.
-
-    Raises:
-        UserError: the run does not fit for a reason that more nodes do not change.
-    """
-    waits = False
-    while True:
-        try:
-            share(config, offered_by_cluster(address))
-            return
-        except NoRoom as error:
-            if not waits:
-                told(f"waiting: {error}")
-                request_resources(bundles=_bundles(config))
-                waits = True
-        time.sleep(_WAIT_S)
-
-
-def _bundles(config: RunConfig) -> list[dict[str, float]]:
-    """What each worker needs at least, for the autoscaler."""
-    cluster = config.cluster
-    workers = cluster.workers.min if isinstance(cluster.workers, Elastic) else cluster.workers
-    cpus = 1 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker
-    gpus = {"GPU": 1.0} if config.device == "cuda" else {}
-    return [{"CPU": cpus} | gpus | cluster.resources] * (1 if workers == "auto" else workers)
 
 
 def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
@@ -246,7 +120,7 @@ def run(prepared: Prepared, on_event: Callable[[dict[str, Any]], None]) -> None:
             return
         raise TrainingError(
             f"{what}\nThe same command with run.name={config.run.name} goes on from the newest checkpoint. The "
-            f"workers' own logs are in {run_dir / 'logs'}, Ray's in {os.path.realpath(_node()['session_dir'])}/logs."
+            f"workers' own logs are in {run_dir / 'logs'}, Ray's in {ray_logs()}."
         ) from failure
 
 
@@ -279,18 +153,3 @@ def _error(hub: Any) -> str | None:
         return ray.get(hub.error.remote())
     except ray.exceptions.RayError:
         return None
-
-
-@contextmanager
-def _ray_logs_to(file: Path) -> Iterator[None]:
-    """Sends Ray's log, and what it prints in this process, to the end of a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    logger = logging.getLogger("ray")
-    kept, propagate = logger.handlers[:], logger.propagate
-    with file.open("a", encoding="utf-8", buffering=1) as stream:
-        logger.handlers, logger.propagate = [logging.StreamHandler(stream)], False
-        try:
-            with redirect_stdout(stream), redirect_stderr(stream):
-                yield
-        finally:
-            logger.handlers, logger.propagate = kept, propagate

@@ -13,7 +13,7 @@ import ray.train
 import ray.train.torch
 
 from launch.cluster.gauges import Gauges
-from launch.run.claim import PROBE
+from launch.cluster.prepared import PROBE
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import stage

@@ -2,9 +2,6 @@
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +11,12 @@ from urllib.parse import urlsplit
 import yaml
 
 from launch.cluster.capacity import NoRoom, Resources, share
+from launch.kubernetes.kubectl import kustomize, kustomized
 from pipeline.config import DIGITS, Elastic, RunConfig
 from pipeline.config_file import load_config
 from pipeline.data.staging import is_remote
 from pipeline.derived import split_batch
 from pipeline.errors import UserError
-from pipeline.extras import advice
 from pipeline.model.architectures import check_name
 
 K8S = (Path(__file__).parent / "k8s").resolve()
@@ -111,28 +108,7 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
         tree["components"] = [os.path.relpath(K8S / "components" / component, here) for component in components]
         (here / "kustomization.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
         (here / "train.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        return _kustomized(here)
-
-
-def kustomize(folder: Path) -> list[dict[str, Any]]:
-    """The objects that a kustomization makes.
-
-    Raises:
-        UserError: it is wrong, or there is no kubectl.
-    """
-    return list(yaml.safe_load_all(_kustomized(folder)))
-
-
-def kubectl() -> str:
-    """The program.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = shutil.which("kubectl") or shutil.which("kubectl", path=str(Path(sys.executable).parent))
-    if found is None:
-        raise UserError(f"there is no kubectl on this machine: install it, or {advice('kubernetes')}")
-    return found
+        return kustomized(here)
 
 
 def _workers(
@@ -283,10 +259,3 @@ def _check_places(config: RunConfig, container: dict[str, Any]) -> None:
             raise UserError(
                 f"{key}={place} is on no volume that all pods share: {'/runs' if key == 'run.output' else '/data'} is."
             )
-
-
-def _kustomized(folder: Path) -> str:
-    done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"kubectl kustomize refuses {folder}: {done.stderr.strip()}")
-    return done.stdout

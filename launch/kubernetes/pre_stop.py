@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import ray
-
+from launch.cluster.connect import node_id
 from pipeline.train.checkpoint import MANIFEST, PREFIX
 
 _POLL_S = 0.5
@@ -28,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     address = os.environ["RAY_ADDRESS"]
     began = time.time()
-    node = options.node_id or this_node(address)
+    node = options.node_id or node_id(address)
     command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address, "--node-id", node]
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its pod is being deleted"]
     deadline = ["--deadline-remaining-seconds", str(int(options.wait))]
@@ -38,14 +37,6 @@ def main() -> None:
         return
     written = wait_for_checkpoint(options.runs, began, began + options.wait)
     print(f"the checkpoint {written} is written" if written else f"no checkpoint came within {options.wait:g} s")
-
-
-def this_node(address: str) -> str:
-    """The id of the node that this process is on."""
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    node = ray.get_runtime_context().get_node_id()
-    ray.shutdown()
-    return node
 
 
 def wait_for_checkpoint(runs: Path, since: float, until: float) -> Path | None:

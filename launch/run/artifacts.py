@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from launch.run.prepare import Prepared
+from launch.cluster.prepared import Prepared
 from pipeline.data.dataset import DatasetIndex
 from pipeline.data.staging import is_remote
 from pipeline.evaluation.tables import CONFUSION, read_confusion, write_csv

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from launch.cluster.prepared import PROBE
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-
-PROBE = "config.yaml"
 
 
 @contextmanager

@@ -1,20 +1,14 @@
-"""`densenet doctor`: does each part of the installation work, and what to do where it does not."""
+"""Does each part of the installation work, and what to do where it does not."""
 
 import importlib.metadata
 import io
-import os
-import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
-from launch.cli.common.tables import print_table
 from launch.cluster.net import free_port
 from pipeline.config import Device, RunConfig
 from pipeline.derived import derive
@@ -35,29 +29,30 @@ class Check:
     cure: str = _REINSTALL
 
 
-def doctor_command(console: Console) -> int:
-    """Runs all checks, prints a table, and returns 0 when every one passed, else 1."""
-    console.print(
-        f"Python {platform.python_version()} on {platform.platform()}, {len(os.sched_getaffinity(0))} CPU cores"
-    )
-    rows, cures = [], []
+@dataclass(frozen=True)
+class Finding:
+    """What a check has found; `cure` is None where the part works."""
+
+    name: str
+    version: str
+    seen: str
+    seconds: float
+    cure: str | None
+
+
+def findings() -> Iterator[Finding]:
+    """Runs all checks, one after the other."""
     for check in CHECKS:
-        started = time.perf_counter()
+        started, works = time.perf_counter(), False
         try:
             version = importlib.metadata.version(check.distribution)
             with redirect_stdout(io.StringIO()):  # DeepSpeed's log
-                seen, style = f"ok: {check.test()}", "green"
+                seen, works = f"ok: {check.test()}", True
         except importlib.metadata.PackageNotFoundError:
-            version, seen, style = "-", "missing", "red"
+            version, seen = "-", "missing"
         except Exception as error:  # whatever is wrong with an installation is what this command reports
-            seen, style = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", "red"
-        if style == "red":
-            cures.append(f"{check.name}: {check.cure}")
-        rows.append((check.name, version, Text(seen, style=style), f"{time.perf_counter() - started:.1f}"))
-    print_table(console, ("part", "version", "result", "seconds"), rows, right=("seconds",))
-    for cure in cures:
-        console.print(cure, style="yellow", soft_wrap=True)
-    return 1 if cures else 0
+            seen = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        yield Finding(check.name, version, seen, time.perf_counter() - started, None if works else check.cure)
 
 
 def _torch() -> str:
@@ -133,13 +128,10 @@ def _deepspeed() -> str:
 
 
 def _ray() -> str:
-    import ray
-
-    from launch.cluster.training import embedded
+    from launch.cluster.connect import embedded, try_task
 
     with tempfile.TemporaryDirectory() as folder, embedded(1, free_port(), Path(folder, "ray.log")):
-        process = ray.get(ray.remote(lambda: os.getpid()).remote())
-    return f"a task ran in process {process} of an embedded cluster"
+        return f"a task ran in process {try_task()} of an embedded cluster"
 
 
 def _mlflow() -> str:

@@ -1,4 +1,4 @@
-"""`densenet plan --cluster NODESxGPUSxTYPE`: what a run would take on a cluster that is not here, on paper.
+"""What a run would take on a cluster that is not here, NODESxGPUSxTYPE, on paper.
 
 A small model, in the order in which it is applied:
 
@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from launch.cli.common.tables import print_table
-from launch.run.progress import duration
 from pipeline.config import RunConfig
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
@@ -70,6 +67,9 @@ class Layer:
 class Estimate:
     """Seconds, bytes and pictures per second; `share` is that of communication in a step."""
 
+    nodes: int
+    kind: str
+    gpu: Gpu
     derived: Derived
     img_per_s: float
     step_s: float
@@ -107,6 +107,9 @@ def estimate(config: RunConfig, cluster: str, data: tuple[int, int, int, float] 
     epochs, evaluations = config.train.epochs, config.train.epochs / config.eval.every_epochs
     activations = width * sum(layer.written for layer in layers) * d.device_batch_size
     return Estimate(
+        nodes=nodes,
+        kind=kind,
+        gpu=gpu,
         derived=d,
         img_per_s=img_per_s,
         step_s=step_s,
@@ -189,52 +192,19 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
 
 
-def print_estimate(console: Console, config: RunConfig, cluster: str) -> None:
-    """Prints the estimate for ImageNet on the cluster, and for smaller and larger ones of the same kind."""
-    data = IMAGENET
-    nodes, gpus, kind = _parse(cluster)
-    e = estimate(config, cluster, data)
-    d = e.derived
-    stages = ", ".join(f"stage {stage}: {size / 1e9:.1f}" for stage, size in e.memory.items())
-    console.rule("estimate, not a measurement", style="yellow")
-    rows = [
-        ("cluster", f"{nodes} nodes with {gpus} {kind} each, {d.workers} workers"),
-        ("data", f"{data[0]:,} training pictures of {data[3] / 1e3:.0f} kB"),
-        ("batch", f"{d.global_batch_size} = {d.device_batch_size} per device x {d.accumulation} x {d.workers}"),
-        ("speed", f"{e.img_per_s:,.0f} img/s, {1000 * e.step_s:.1f} ms a step, bound by {e.bound}"),
-        ("communication", f"{e.share:.0%} of a step"),
-        ("an epoch", duration(e.epoch_s)),
-        ("to the end", f"{duration(e.total_s)} for {config.train.epochs:g} epochs with their evaluations"),
-        ("reading", f"{e.read_per_node / 1e6:,.0f} MB/s and {e.cores_per_node:.0f} cores of decoding per node"),
-        ("a checkpoint", f"{e.checkpoint / 1e6:,.0f} MB"),
-        ("memory", f"{stages} of {GPUS[kind].memory / 1e9:.0f} GB"),
-        ("assumed", f"{REACHED:.0%} of peak and bandwidth, {LAUNCH_S * 1e6:g} us a kernel, {HOP_S * 1e6:g} us a hop"),
-    ]
-    for name, text in rows:
-        console.print(f"{name:14}{text}", markup=False, soft_wrap=True)
-    table: list[tuple[str, ...]] = []
-    first: float | None = None
+def scaling(config: RunConfig, cluster: str) -> list[tuple[int, Estimate | None]]:
+    """Estimates for smaller and larger clusters of this kind, by GPUs; None where the batch cannot be split."""
+    _, gpus, kind = _parse(cluster)
+    found: list[tuple[int, Estimate | None]] = []
     for workers in (1, 8, 64, 512):
         shape = f"1x{workers}x{kind}" if workers <= gpus else f"{-(-workers // gpus)}x{gpus}x{kind}"
         try:
-            of = estimate(config, shape, data)
+            of = estimate(config, shape)
         except UserError:
-            table.append((f"{workers}", "the global batch cannot be split so far"))
+            found.append((workers, None))
             continue
-        first = first or of.img_per_s
-        table.append(
-            (
-                f"{of.derived.workers}",
-                f"{of.derived.device_batch_size} x {of.derived.accumulation}",
-                f"{of.img_per_s:,.0f}",
-                f"{of.img_per_s / first / of.derived.workers:.0%}",
-                f"{of.share:.0%}",
-                of.bound,
-                duration(of.epoch_s),
-            )
-        )
-    columns = ("GPUs", "batch per GPU", "img/s", "of linear", "communication", "bound by", "an epoch")
-    print_table(console, columns, table)
+        found.append((of.derived.workers, of))
+    return found
 
 
 def _parse(cluster: str) -> tuple[int, int, str]:

@@ -1,6 +1,5 @@
-"""`densenet plan`: everything that a run will do, before it does anything."""
+"""Everything that a run will do, before it does anything."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,52 +7,40 @@ from rich.console import Console
 
 from launch.cluster.capacity import this_machine
 from launch.cluster.net import cluster_address
-from launch.run.prepare import Prepared, check_writable, prepare, read_config
+from launch.cluster.prepared import Prepared
+from launch.run.prepare import check_writable, prepare
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
-from pipeline.errors import UserError
 from pipeline.model.architectures import size
 from pipeline.tracking.stores import shown, stores_of
 
 
-def plan_command(
-    console: Console,
-    path: Path,
-    overrides: list[str],
-    address: str | None,
-    cluster: str | None = None,
-    as_json: bool = False,
-) -> None:
-    """Prints the resolved config and what follows from it; starts nothing but a look at the cluster.
+def plan(config: RunConfig, address: str | None) -> Prepared:
+    """Prepares a run as its training would; starts nothing but a look at the cluster.
 
-    With `cluster`, estimates the run on such a cluster instead.
+    Raises:
+        UserError: anything that would stop the run, or no cluster answers at `address`.
     """
-    config = read_config(path, overrides)
-    if as_json and cluster is not None:
-        raise UserError("--json is for what a run will do; the estimate of --cluster is for people: leave one out.")
-    if cluster is not None:
-        from launch.run.estimate import print_estimate
-
-        print_estimate(console, config, cluster)
-        return
     address = cluster_address(address)
     if address is None:
-        prepared = prepare(config, this_machine())
-    else:
-        from launch.cluster.training import joined, offered_by_cluster  # Ray takes seconds to import
+        return prepare(config, this_machine())
+    from launch.cluster.connect import joined, offered_by_cluster  # Ray takes seconds to import
 
-        output = Path(config.run.output)
-        check_writable(output)
-        with joined(address, output / "ray.log"):
-            prepared = prepare(config, offered_by_cluster(address))
-    if as_json:
-        told: dict[str, Any] = {"config": prepared.config.model_dump(mode="json")}
-        told |= {"derived": prepared.derived.model_dump(mode="json"), "stores": _stores(prepared.config)}
-        print(json.dumps(told | {"start": prepared.start, "warnings": prepared.warnings}, indent=2))
-        return
-    console.print(prepared.config.to_yaml(), highlight=False, markup=False, end="", soft_wrap=True)
-    print_plan(console, prepared)
-    print_warnings(console, prepared)
+    output = Path(config.run.output)
+    check_writable(output)
+    with joined(address, output / "ray.log"):
+        return prepare(config, offered_by_cluster(address))
+
+
+def as_tree(prepared: Prepared) -> dict[str, Any]:
+    """The whole plan, for JSON."""
+    return {
+        "config": prepared.config.model_dump(mode="json"),
+        "derived": prepared.derived.model_dump(mode="json"),
+        "stores": _stores(prepared.config),
+        "start": prepared.start,
+        "warnings": prepared.warnings,
+    }
 
 
 def print_plan(console: Console, prepared: Prepared) -> None:

@@ -1,14 +1,14 @@
 """What is settled on the driver before any worker starts: paths, data, resources, derived values."""
 
 import datetime
-import os
 import secrets
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cluster.capacity import Resources, Share, share
+from launch.cluster.capacity import Resources, share
+from launch.cluster.job_env import base_folder
+from launch.cluster.prepared import Prepared
 from launch.run.locate import ADDRESSES, find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig
 from pipeline.config_effects import without_effect
@@ -24,45 +24,26 @@ from pipeline.model.sources import NO_SOURCES, Sources, read_card
 from pipeline.train.deepspeed_schema import check_deepspeed
 from pipeline.train.storage import StorageError, storage_of
 
-SECRETS = "DENSENET_SECRETS"  # names of variables that a submitted job must find on the cluster
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to start.
-
-    `start` tells what its weights are at first; `resume` is another run's checkpoint to go on from, if any.
-    """
-
-    config: RunConfig
-    derived: Derived
-    share: Share
-    train_index: DatasetIndex
-    val_index: DatasetIndex
-    sources: Sources
-    start: str
-    resume: Path | None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder, `run.output`/`run.name`."""
-        return Path(self.config.run.output) / str(self.config.run.name)
-
-
-def read_config(path: Path, overrides: list[str]) -> RunConfig:
-    """Loads a config, makes its paths absolute on this machine and gives the run its name."""
+def named_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Loads a config, and gives the run its name."""
     config = load_config(path, overrides)
     check_name(config.model.name)
     name = config.run.name or new_name(path)
-    output = str(_base_folder() / Path(config.run.output).expanduser())
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def read_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Loads a config, gives the run its name, and makes its paths absolute on this machine."""
+    config = named_config(path, overrides)
+    output = str(base_folder() / Path(config.run.output).expanduser())
     root = config.data.root
     if root is not None and not is_remote(root):
         root = _absolute(root)
     stage = config.data.stage
     storage = config.checkpoint.storage
     if storage is not None and "://" not in storage:
-        storage = str(_base_folder() / Path(storage).expanduser())
+        storage = str(base_folder() / Path(storage).expanduser())
     weights, teacher = (
         place if place is None or place.startswith(ADDRESSES) else _absolute(place)
         for place in (config.model.weights, config.loss.teacher)
@@ -71,7 +52,7 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
         update={
             "model": config.model.model_copy(update={"weights": weights}),
             "loss": config.loss.model_copy(update={"teacher": teacher}),
-            "run": config.run.model_copy(update={"name": name, "output": output}),
+            "run": config.run.model_copy(update={"output": output}),
             "checkpoint": config.checkpoint.model_copy(update={"storage": storage}),
             "data": config.data.model_copy(update={"root": root, "stage": stage and _absolute(stage)}),
         }
@@ -198,20 +179,3 @@ def check_writable(output: Path) -> None:
         raise UserError(
             f"run.output={output} cannot be written: {error.strerror}. Set run.output to a folder that can."
         ) from error
-
-
-def check_secrets() -> None:
-    """Raises `UserError` where a variable that the submitter named is not set here, in the job's driver."""
-    names = [name for name in os.environ.get(SECRETS, "").split(",") if name]
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)}: not set on the cluster. Set it for the nodes (in Kubernetes from a Secret); its "
-            f"value is never sent from the submitting machine."
-        )
-
-
-def _base_folder() -> Path:
-    """Where a relative `run.output` lies: here, or in the home folder when here is a Ray job's throw-away copy."""
-    here = Path.cwd()
-    return Path.home() / "densenet" if "_ray_pkg_" in str(here) else here

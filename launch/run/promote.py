@@ -1,11 +1,11 @@
-"""`densenet models promote|rollback`: the gate in front of a registry's alias."""
+"""The gate in front of a registry's alias, and the way back."""
 
 import datetime
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
@@ -31,24 +31,36 @@ from pipeline.tracking.stores import Stores
 PROMOTED, BEFORE = "promoted.at", "promoted.before"
 
 
-def promote_command(
-    console: Console,
-    model: str,
-    alias: str,
-    root: Path,
-    split: str,
-    min_gain: float,
-    max_p: float,
-    dry_run: bool,
-    stores: Stores,
-) -> bool:
-    """Evaluates the model and the alias's present one on the same pictures, and moves the alias to the better one.
+@dataclass(frozen=True)
+class Candidate:
+    """A model version beside the one that an alias has now, on the same pictures.
 
-    Returns whether the conditions hold: a gain of at least `min_gain` percentage points of top-1, at a p-value of at
-    most `max_p`; where the alias has no model yet, that the model can be evaluated.
+    `old` and what belongs to it are None where the alias has no version yet; `old_non_finite` counts the pictures for
+    which the old version gives NaN or infinities, which are misses.
+    """
+
+    name: str
+    alias: str
+    new: str
+    new_N: NDArray[np.bool_]
+    old: str | None
+    old_N: NDArray[np.bool_] | None
+    old_non_finite: int
+    paired: Paired | None
+    evidence: dict[str, str]
+
+    def holds(self, min_gain: float, max_p: float) -> bool:
+        """Whether it gains at least `min_gain` percentage points of top-1, at a p-value of at most `max_p`."""
+        return self.paired is None or (self.paired.gain >= min_gain and self.paired.p_value <= max_p)
+
+
+def weigh(model: str, alias: str, root: Path, split: str, stores: Stores, *, will_move: bool) -> Candidate:
+    """Evaluates the model and the alias's present one on the same pictures.
+
+    With `will_move` the right to move the alias is looked at before.
 
     Raises:
-        UserError: there is no such model or split, or its classes do not fit.
+        UserError: there is no such model or split, its classes do not fit, or it gives NaN or infinities.
     """
     check_alias("--to", alias)
     outputs = Path("outputs").absolute()
@@ -56,7 +68,7 @@ def promote_command(
     old = alias_version(new.name, alias, stores)
     if old == new.version:
         raise UserError(f"{new.name}@{alias} is version {old} already.")
-    if not dry_run:
+    if will_move:
         check_rights(new.name, stores)  # not after evaluating for an hour
     limit = read_card(download(new.uri, stores, outputs / "models"))["max_pixels"]
     index = open_split(root, split, outputs / "index", limit)
@@ -67,49 +79,34 @@ def promote_command(
             f"{root}/{split}: it is not promoted. Choose another version; its training has diverged."
         )
     evidence = {
-        PROMOTED: f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        PROMOTED: _now(),
         "promoted.to": alias,
         "promoted.data": f"{split} of {index.fingerprint[:16]}",
         "promoted.transform": transform,
         "promoted.top1": f"{new_N.sum()}/{len(new_N)}",
     }
-    holds = True
     if old is None:
-        console.print(f"{new.name} version {new.version}: {_share(new_N)}; {alias} is no version yet", soft_wrap=True)
-    else:
-        old_N, _, non_finite = _hits(f"{REGISTRY}{new.name}/{old}", stores, index, outputs)
-        if non_finite:
-            console.print(
-                f"warning: version {old} gives NaN or infinities for {non_finite} pictures: they are misses",
-                style="yellow",
-                soft_wrap=True,
-            )
-        paired = compare(new_N, old_N)
-        holds = paired.gain >= min_gain and paired.p_value <= max_p
-        _print(console, new.version, old, alias, new_N, old_N, paired)
-        console.print(
-            f"asked for: a gain of {min_gain:g} points or more at p {max_p:g} or less: {'yes' if holds else 'no'}"
-        )
-        evidence |= {
-            BEFORE: old,
-            "promoted.gain": f"{paired.gain:.4f}",
-            "promoted.p": f"{paired.p_value:.3g}",
-            "promoted.only": f"{paired.only_new} against {paired.only_old}",
-        }
-    if not holds:
-        console.print(f"{new.name}@{alias} stays version {old}", style="yellow")
-    elif dry_run:
-        console.print(f"{new.name}@{alias} would become version {new.version} (dry run)")
-    else:
-        for key, value in evidence.items():
-            tag_version(new.name, new.version, key, value, stores)
-        move_alias(new.name, alias, new.version, stores)
-        console.print(f"{new.name}@{alias} is version {new.version} now", style="green")
-    return holds
+        return Candidate(new.name, alias, new.version, new_N, None, None, 0, None, evidence)
+    old_N, _, non_finite = _hits(f"{REGISTRY}{new.name}/{old}", stores, index, outputs)
+    paired = compare(new_N, old_N)
+    evidence |= {
+        BEFORE: old,
+        "promoted.gain": f"{paired.gain:.4f}",
+        "promoted.p": f"{paired.p_value:.3g}",
+        "promoted.only": f"{paired.only_new} against {paired.only_old}",
+    }
+    return Candidate(new.name, alias, new.version, new_N, old, old_N, non_finite, paired, evidence)
 
 
-def rollback_command(console: Console, name: str, alias: str, stores: Stores) -> None:
-    """Moves the alias back to the version that it was before.
+def move(candidate: Candidate, stores: Stores) -> None:
+    """Moves the alias to the candidate's version, with the evidence as its tags."""
+    for key, value in candidate.evidence.items():
+        tag_version(candidate.name, candidate.new, key, value, stores)
+    move_alias(candidate.name, candidate.alias, candidate.new, stores)
+
+
+def rollback(name: str, alias: str, stores: Stores) -> tuple[str, str]:
+    """Moves the alias back to the version that it was before; returns that, and the one that it has left.
 
     Raises:
         UserError: it is not known, or has gone.
@@ -122,10 +119,9 @@ def rollback_command(console: Console, name: str, alias: str, stores: Stores) ->
     if before is None:
         raise UserError(f"{name} version {version} does not tell what @{alias} was before: nothing is changed.")
     resolve(f"{REGISTRY}{name}/{before}", stores)
-    now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
-    tag_version(name, version, "rolled_back.at", now, stores)
+    tag_version(name, version, "rolled_back.at", _now(), stores)
     move_alias(name, alias, before, stores)
-    console.print(f"{name}@{alias} is version {before} again, {version} before")
+    return before, version
 
 
 def check_alias(option: str, alias: str) -> None:
@@ -145,22 +141,5 @@ def _hits(model: str, stores: Stores, index: DatasetIndex, outputs: Path) -> tup
     return best_N == labels_N, Transform(**card["transform"]).description, int((best_N == NO_CLASS).sum())
 
 
-def _share(hits_N: NDArray[np.bool_]) -> str:
-    return f"top-1 {hits_N.sum()}/{len(hits_N)} = {100 * hits_N.mean():.2f} %"
-
-
-def _print(
-    console: Console,
-    new: str,
-    old: str,
-    alias: str,
-    new_N: NDArray[np.bool_],
-    old_N: NDArray[np.bool_],
-    paired: Paired,
-) -> None:
-    for name, hits_N, only in (
-        (f"version {new}", new_N, paired.only_new),
-        (f"@{alias}, {old}", old_N, paired.only_old),
-    ):
-        console.print(f"{name:18}{_share(hits_N)}, {only} that the other one misses", soft_wrap=True)
-    console.print(f"{'gain':18}{paired.gain:+.2f} points, p {paired.p_value:.3g} (McNemar's exact test, one-sided)")
+def _now() -> str:
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"

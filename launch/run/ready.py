@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.run.prepare import Prepared
+from launch.cluster.prepared import Prepared
 from pipeline.config import RunConfig
 from pipeline.data.space import gigabytes
 from pipeline.errors import UserError

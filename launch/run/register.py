@@ -1,4 +1,4 @@
-"""A finished run's best checkpoint becomes a registered model: at the end of its training, or by a command later."""
+"""A finished run's records and best checkpoint reach their stores: at the end of its training, or later."""
 
 import json
 import os
@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
-from launch.run.claim import locked
+from launch.run.claim import claimed, locked
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
@@ -17,7 +15,7 @@ from pipeline.model.sources import read_card
 from pipeline.tracking.registry import move_alias, versions
 from pipeline.tracking.run import STATE, Tracker
 from pipeline.tracking.store import wait_for
-from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, shown
+from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Stores, shown, stores_of
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.storage import fetch
@@ -26,22 +24,15 @@ _RECORD = "registered.json"
 _FINGERPRINT = "data.train.fingerprint"
 
 
-def register_command(
-    console: Console,
-    folder: Path,
-    name: str | None,
-    alias: str | None,
-    uri: str | None,
-    registry_uri: str | None,
-    patience_s: float,
-) -> None:
-    """Registers the best checkpoint of a run that was trained before; what is None is as in the run's config.
+def register_run(
+    folder: Path, overrides: Sequence[str], told: Callable[[str], None], patience_s: float
+) -> tuple[Registered, str]:
+    """Registers the best checkpoint of a run that was trained before; returns it, and the registry's address.
 
     Raises:
         UserError: it is no run's folder, has no checkpoint, is being trained, or a store refuses it.
     """
-    given = {"register_as": name, "alias": alias, "uri": uri, "registry_uri": registry_uri}
-    config = run_config(folder, [f"tracking.{key}={value}" for key, value in given.items() if value is not None])
+    config = run_config(folder, overrides)
     folder = folder.absolute()
     with locked(folder):
         fetch(config, folder)
@@ -50,17 +41,29 @@ def register_command(
         reason = not_a_candidate(best_checkpoint(folder))
         if reason is not None:
             raise UserError(f"the model of {folder} is not registered: {reason}. Train again with a lower optim.lr.")
-        tracker = Tracker(config, folder, folder.name, console.print, running=False)
+        tracker = Tracker(config, folder, folder.name, told, running=False)
         try:
-            registered = send_and_register(config, folder, tracker, console.print, patience_s)
+            registered = send_and_register(config, folder, tracker, told, patience_s)
         finally:
             tracker.close(patience_s)
-    where = shown(tracker.stores.registry)
-    console.print(
-        f"{registered.name} version {registered.version} in {where}, alias {registered.alias} ({registered.uri})",
-        soft_wrap=True,
-        markup=False,
-    )
+    return registered, shown(tracker.stores.registry)
+
+
+def send_records(folder: Path, patience_s: float, told: Callable[[str], None], warn: Callable[[str], None]) -> Tracker:
+    """Sends a run's records that its tracking store did not take; returns the tracker, which is closed.
+
+    Raises:
+        UserError: it is no run's folder, is being trained, or the store does not take them in time.
+    """
+    config = run_config(folder)
+    uri = stores_of(config).tracking
+    wait_for(Stores(uri, uri), patience_s, warn)
+    with claimed(folder, config):
+        tracker = Tracker(config, folder, str(config.run.name or folder.name), told, running=False)
+        tracker.close(patience_s)
+    if tracker.unsent:
+        raise UserError(f"{shown(tracker.uri)} did not take {tracker.unsent} records within {patience_s:g} s.")
+    return tracker
 
 
 def run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

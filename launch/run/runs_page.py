@@ -1,4 +1,4 @@
-"""`densenet report`: runs as one HTML page that needs nothing else."""
+"""Runs as one HTML page that needs nothing else."""
 
 import base64
 import datetime
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import jinja2
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import read_confusion
 from pipeline.tracking.look import PastRun, differences, metric_history, past_run, read_artifact
 from pipeline.tracking.plots import confusion_picture, curves
-from pipeline.tracking.stores import given_stores, shown
+from pipeline.tracking.stores import shown
 
 _MOST_POINTS = 1500
 _CURVES = {
@@ -27,13 +26,12 @@ _CURVES = {
 }
 
 
-def report_command(console: Console, names: list[str], out: Path, uri: str | None, experiment: str) -> None:
-    """Writes a page with results, curves, differences, checkpoints and sample predictions of runs.
+def write_page(names: list[str], out: Path, uri: str, experiment: str) -> int:
+    """Writes a page with results, curves, differences, checkpoints and sample predictions of runs; returns its size.
 
     Raises:
         UserError: there is no such run, or the page cannot be written.
     """
-    uri = given_stores(uri, None).tracking
     runs = [past_run(uri, experiment, name) for name in names]
     if len({run.id for run in runs}) < len(runs):
         raise UserError(f"the same run is named twice: {', '.join(run.id for run in runs)}.")
@@ -45,7 +43,7 @@ def report_command(console: Console, names: list[str], out: Path, uri: str | Non
         temporary.replace(out)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}.") from error
-    console.print(f"{out}: {len(runs)} runs, {len(text) / 1e6:.1f} MB", soft_wrap=True)
+    return len(text)
 
 
 def _page(runs: list[PastRun], uri: str) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from launch.cli.common.output import outlive_readers
 from launch.cluster.capacity import this_machine
+from launch.cluster.job_env import check_secrets
 from launch.cluster.net import check_port, cluster_address, free_port
+from launch.cluster.prepared import PROBE, Prepared
 from launch.run.artifacts import attach_curves, attach_samples, begin
-from launch.run.claim import PROBE, claimed
+from launch.run.claim import claimed
 from launch.run.plan import print_plan, print_warnings
-from launch.run.prepare import Prepared, check_secrets, check_writable, prepare, read_config
+from launch.run.prepare import check_writable, prepare, read_config
 from launch.run.progress import WEIGHTS, Clock, Display, accuracy, speed
 from launch.run.ready import check_registry, check_room
 from launch.run.recorder import Recorder
@@ -53,7 +54,6 @@ def train_command(
         TrainingError: the workers failed for another reason.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM or 129 after SIGHUP, and the checkpoint that follows it.
     """
-    outlive_readers(console)
     try:
         _train_command(console, path, overrides, address, resume, wait, quiet)
     except KeyboardInterrupt:
@@ -88,7 +88,7 @@ def _train_command(
             dashboard_port = _dashboard_port(config)
             prepared = prepare(config, this_machine(), resume)
         else:
-            from launch.cluster.training import joined, offered_by_cluster, wait_for_room  # Ray takes seconds to import
+            from launch.cluster.connect import joined, offered_by_cluster, wait_for_room  # Ray takes seconds to import
 
             dashboard = stack.enter_context(joined(address, log_file))
             if wait:
@@ -110,7 +110,7 @@ def _train_command(
         with display:
             if address is None:
                 display.status("starting Ray")
-                from launch.cluster.training import embedded
+                from launch.cluster.connect import embedded
 
                 cpus = max(prepared.derived.workers * prepared.derived.cpus_per_worker, this_machine().cpus)
                 dashboard = stack.enter_context(embedded(cpus, dashboard_port, log_file))

@@ -1,4 +1,4 @@
-"""`densenet data`: make, check, index and describe data sets."""
+"""What `densenet data` shows: progress, and what has come of it."""
 
 import json
 import os
@@ -12,36 +12,22 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from launch.cli.common.tables import print_table
 from launch.run.progress import duration
+from pipeline.data.dataset import Manifest
 from pipeline.data.space import gigabytes
-from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.inspect import KINDS
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
-from pipeline.data.tools.stats import Stats, plot, stats
-from pipeline.data.tools.verify import Report, verify
+from pipeline.data.tools.prepare import Prepared
+from pipeline.data.tools.stats import Stats
+from pipeline.data.tools.verify import Report
 from pipeline.errors import UserError
 
 _SHOWN = 5  # findings of each kind; the JSON report has them all
 _LINE_S = 10  # between progress lines where there is no terminal
 
 
-def prepare_command(
-    console: Console,
-    source: Path,
-    target: Path,
-    options: Options,
-    workers: int,
-    layout: str | None,
-    skip_damaged: bool,
-    share: tuple[int, int],
-    max_pixels: int,
-) -> None:
-    """Makes a data set, or a share of it, and says what was done."""
-    started = time.perf_counter()
-    with pool(console, workers) as processes:
-        done = prepare(source, target, options, processes, layout, skip_damaged, share, max_pixels)
-    seconds = time.perf_counter() - started
-    _print_notes(console, done.notes)
+def print_prepared(console: Console, target: Path, share: tuple[int, int], done: Prepared, seconds: float) -> None:
+    """Says what was made of a data set, or of a share of it."""
+    print_notes(console, done.notes)
     if done.manifest is None:
         console.print(
             f"{target}: share {share[0]}/{share[1]} is written, {done.parts} parts in {duration(seconds)}; "
@@ -67,55 +53,12 @@ def prepare_command(
         )
 
 
-def index_command(console: Console, root: Path, workers: int, layout: str | None, max_pixels: int) -> None:
-    """Indexes data where it is."""
-    with pool(console, workers) as processes:
-        manifest, notes = index_in_place(root, processes, layout, max_pixels)
-    _print_notes(console, notes)
+def print_indexed(console: Console, root: Path, manifest: Manifest, notes: list[str]) -> None:
+    """Says what data that lie where they are hold."""
+    print_notes(console, notes)
     for name, split in manifest.splits.items():
         console.print(f"{name:6}{split.samples:,} pictures, {gigabytes(split.bytes)}")
     console.print(f"{root} can be trained on: data.root={root}", soft_wrap=True)
-
-
-def verify_command(
-    console: Console,
-    root: Path,
-    workers: int,
-    layout: str | None,
-    any_counts: bool,
-    json_file: Path | None,
-    max_pixels: int,
-) -> int:
-    """Prints the report, and returns 1 where there is damage, else 0."""
-    with pool(console, workers) as processes:
-        report = verify(root, processes, layout, any_counts, max_pixels)
-    if json_file is not None:
-        write_json(json_file, report.to_json())
-    _print_report(console, report)
-    return 1 if report.damage else 0
-
-
-def stats_command(
-    console: Console,
-    root: Path,
-    samples: int,
-    workers: int,
-    layout: str | None,
-    plot_file: Path,
-    json_file: Path | None,
-    max_pixels: int,
-) -> None:
-    """Prints the numbers and saves the plot."""
-    with pool(console, workers) as processes:
-        result = stats(root, samples, processes, layout, max_pixels)
-    _print_stats(console, result)
-    try:
-        plot(result, plot_file)
-    except OSError as error:
-        raise UserError(f"--plot={plot_file} cannot be written: {error.strerror or error}.") from error
-    if json_file is not None:
-        write_json(json_file, result.to_json())
-    console.print(f"plot: {plot_file}", soft_wrap=True)
 
 
 def write_json(file: Path, content: object) -> None:
@@ -165,7 +108,8 @@ def pool(console: Console, workers: int) -> Iterator[Pool]:
         raise SystemExit(130) from None
 
 
-def _print_report(console: Console, report: Report) -> None:
+def print_verified(console: Console, report: Report) -> None:
+    """Prints what was found in a data set, damage by its kinds."""
     console.print(f"{report.root} ({report.layout})", markup=False, soft_wrap=True)
     rows = {
         "pictures": [f"{split.samples:,}" for split in report.splits.values()],
@@ -185,21 +129,23 @@ def _print_report(console: Console, report: Report) -> None:
             console.print(f"  {finding.where}: {finding.detail}", markup=False, soft_wrap=True)
         if count > _SHOWN:
             console.print(f"  and {count - _SHOWN:,} more; --json FILE has them all")
-    _print_notes(console, [f"left out: {line}" for line in report.left_out])
+    print_notes(console, [f"left out: {line}" for line in report.left_out])
     if report.damage:
         console.print(f"damaged: {len(report.damage):,} findings", style="red")
     else:
         console.print("no damage", style="green")
 
 
-def _print_notes(console: Console, notes: list[str]) -> None:
+def print_notes(console: Console, notes: list[str]) -> None:
+    """Prints what the user may not expect."""
     for line in notes:
         console.print(line, style="yellow", markup=False, soft_wrap=True)
 
 
-def _print_stats(console: Console, result: Stats) -> None:
+def print_stats(console: Console, result: Stats) -> None:
+    """Prints the numbers of each split: pictures, sizes, bytes, channels."""
     console.print(f"{result.root} ({result.layout}), {len(result.classes):,} classes", soft_wrap=True)
-    _print_notes(console, result.notes)
+    print_notes(console, result.notes)
     tree = result.to_json()
     for name, split in result.splits.items():
         unreadable = f", {split.unreadable} unreadable" if split.unreadable else ""

@@ -1,12 +1,14 @@
-"""`densenet models list|show|diff|history`: what the registry holds."""
+"""What the registry holds, as tables."""
 
 import json
 from dataclasses import asdict
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from launch.cli.common.tables import print_table
-from launch.run.promote import BEFORE, PROMOTED
+from launch.run.promote import BEFORE, PROMOTED, Candidate
 from pipeline.errors import UserError
 from pipeline.tracking.look import differences, run_of
 from pipeline.tracking.registry import REGISTRY, Version, registered_names, resolve, versions
@@ -107,3 +109,31 @@ def _hits(version: Version) -> str:
         return ""
     side = json.loads(version.tags["transform"])["crop"] if "transform" in version.tags else "?"
     return f"{hits}/{total} = {100 * int(hits) / int(total):.2f} % at {side}"
+
+
+def print_candidate(console: Console, found: Candidate) -> None:
+    """Prints a model's hits beside those of the version that an alias has now."""
+    if found.old_N is None or found.paired is None:
+        console.print(
+            f"{found.name} version {found.new}: {_top1(found.new_N)}; {found.alias} is no version yet", soft_wrap=True
+        )
+        return
+    if found.old_non_finite:
+        console.print(
+            f"warning: version {found.old} gives NaN or infinities for {found.old_non_finite} pictures: they are "
+            f"misses",
+            style="yellow",
+            soft_wrap=True,
+        )
+    for name, hits_N, only in (
+        (f"version {found.new}", found.new_N, found.paired.only_new),
+        (f"@{found.alias}, {found.old}", found.old_N, found.paired.only_old),
+    ):
+        console.print(f"{name:18}{_top1(hits_N)}, {only} that the other one misses", soft_wrap=True)
+    console.print(
+        f"{'gain':18}{found.paired.gain:+.2f} points, p {found.paired.p_value:.3g} (McNemar's exact test, one-sided)"
+    )
+
+
+def _top1(hits_N: NDArray[np.bool_]) -> str:
+    return f"top-1 {hits_N.sum()}/{len(hits_N)} = {100 * hits_N.mean():.2f} %"

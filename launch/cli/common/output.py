@@ -1,10 +1,13 @@
-"""Output that must not end a command: because nobody reads it any longer, or the terminal cannot show a character."""
+"""The consoles of all commands, which nobody may read any longer, or whose terminal cannot show a character."""
 
 import io
 import os
 from typing import IO, Any, cast
 
 from rich.console import Console
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def write_any_text(*streams: object) -> None:

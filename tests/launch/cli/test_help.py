@@ -60,7 +60,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(densenet, monkeypatch):
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launch.run.plan.plan_command", interrupted)
+    monkeypatch.setattr("launch.run.plan.plan", interrupted)
     assert densenet("plan", DEMO) == (130, "")
 
 

@@ -9,6 +9,7 @@ import torch
 
 from launch.cluster import training
 from launch.cluster.capacity import Resources
+from launch.cluster.connect import embedded
 from launch.cluster.net import free_port
 from launch.run.prepare import prepare, read_config
 from pipeline.errors import TrainingError
@@ -27,7 +28,7 @@ def test_what_fails_after_the_last_checkpoint_is_a_warning(tmp_path, one_rank, m
     config = read_config(PROJECT / "configs" / "demo.yaml", [*few, "run.name=run", f"run.output={tmp_path}"])
     prepared = prepare(config, Resources("this machine", 2, 0, embedded=True))
     events: list[dict[str, Any]] = []
-    with training.embedded(1, free_port(), Path(tmp_path, "logs", "ray.log")):
+    with embedded(1, free_port(), Path(tmp_path, "logs", "ray.log")):
         with pytest.raises(TrainingError, match="the placement group could not be removed"):
             training.run(prepared, events.append)
         assert not events

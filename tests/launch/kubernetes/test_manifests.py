@@ -15,7 +15,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from launch.cli import app
-from launch.kubernetes.manifests import K8S, kustomize, overlays
+from launch.kubernetes.kubectl import kustomize
+from launch.kubernetes.manifests import K8S, overlays
 from launch.kubernetes.schemas import faults_of
 from pipeline.config_file import load_config
 from tests.conftest import PROJECT

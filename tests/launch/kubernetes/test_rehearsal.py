@@ -13,7 +13,8 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from launch.cluster.net import free_port
-from launch.kubernetes.manifests import K8S, kustomize
+from launch.kubernetes.kubectl import kustomize
+from launch.kubernetes.manifests import K8S
 from tests.conftest import BIN
 from tests.launch.cluster.test_cluster import alive
 from tests.launch.conftest import PATIENCE_S, Cluster, wait_until

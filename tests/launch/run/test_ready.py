@@ -9,7 +9,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from launch.cluster.capacity import Resources
-from launch.run.prepare import Prepared, prepare, read_config
+from launch.cluster.prepared import Prepared
+from launch.run.prepare import prepare, read_config
 from launch.run.ready import check_registry, check_room
 from pipeline.errors import UserError
 from pipeline.tracking.run import Tracker

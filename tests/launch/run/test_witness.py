@@ -31,7 +31,7 @@ import os, sys
 from contextlib import contextmanager
 from pathlib import Path
 from rich.console import Console
-import launch.cluster.training
+import launch.cluster.connect, launch.cluster.training
 from launch.run.train import train_command
 from pipeline.errors import TrainingError
 
@@ -45,7 +45,7 @@ def embedded(*arguments):
 def run(*arguments):
     raise TrainingError("a worker was lost")
 
-launch.cluster.training.embedded, launch.cluster.training.run = embedded, run
+launch.cluster.connect.embedded, launch.cluster.training.run = embedded, run
 settings = ["run.name=run", f"run.output={sys.argv[1]}"]
 train_command(Console(), Path("configs/demo.yaml"), settings, None, quiet=True)
 """
