@@ -1,62 +1,34 @@
 """`densenet predict`: the classes of images."""
 
-import json
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import Progress
+import typer
 
-from launch.run.locate import model_folder
-from launch.run.progress import speed
-from pipeline.errors import UserError
-from pipeline.export.predict import predict_files, predict_folder
-from pipeline.tracking.stores import Stores
+from launch.cli.common.options import AsJson, Model, RegistryUri, Uri
+from launch.cli.common.output import console
+from pipeline.tracking.stores import given_stores
+
+app = typer.Typer()
 
 
-def predict_command(
-    console: Console,
-    model: str,
-    images: list[Path],
-    top: int,
-    batch: Path | None,
-    out: Path | None,
-    batch_size: int,
-    stores: Stores,
-    as_json: bool,
+@app.command()
+def predict(
+    model: Model,
+    images: Annotated[list[Path] | None, typer.Argument(help="image files")] = None,
+    top: Annotated[int, typer.Option(min=1, help="classes to show")] = 5,
+    batch: Annotated[Path | None, typer.Option(help="classify all files below a folder instead, with DALI")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for --batch")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    uri: Uri = None,
+    registry_uri: RegistryUri = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Prints each image's most probable classes with their probabilities, or writes those of a whole folder.
+    """Classify images with a model.
 
-    Raises:
-        UserError: there is no such model, or a file is missing or is not an image.
+    Example: densenet predict models:/densenet121@champion cat.jpg
     """
-    if (batch is None) != (out is None) or bool(images) == (batch is not None):
-        raise UserError("give image files, or a folder with --batch DIR --out FILE.parquet.")
-    if as_json and batch is not None:
-        raise UserError("--json prints the classes of image files; --batch writes a table: leave one out.")
-    folder = model_folder(model, stores)
-    if batch is None or out is None:
-        found = predict_files(folder, images, top)
-        if as_json:
-            print(json.dumps([{"image": str(p.path), "classes": dict(p.classes)} for p in found], indent=2))
-            return
-        for prediction in found:
-            console.print(str(prediction.path), markup=False, soft_wrap=True)
-            for name, probability in prediction.classes:
-                console.print(f"  {probability:8.2%}  {name}", markup=False, soft_wrap=True)
-        return
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("classifying", total=None)
-        done = predict_folder(
-            folder,
-            batch,
-            out,
-            top=top,
-            batch_size=batch_size,
-            progress=lambda seen, total: bar.update(task, completed=seen, total=total),
-        )
-    damaged = f", {done.damaged} files are no sound pictures (column `error`)" if done.damaged else ""
-    if done.non_finite:
-        damaged += f", for {done.non_finite} the model gives NaN or infinities (column `error`)"
-    console.print(f"{done.classified:,} pictures in {out}, {speed(done.img_per_s)}{damaged}", soft_wrap=True)
-    for line in done.left_out:
-        console.print(f"left out: {line}", markup=False, soft_wrap=True)
+    from launch.cli.common.predictions import predict_command
+
+    stores = given_stores(uri, registry_uri)
+    predict_command(console, model, images or [], top, batch, out, batch_size, stores, as_json)

@@ -1,1 +1,1 @@
-"""What commands share: options, output, tables."""
+"""What the commands are made of: options, consoles, tables, and what is shown of longer results."""

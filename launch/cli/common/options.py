@@ -7,13 +7,13 @@ import typer
 
 from launch.cluster.net import DASHBOARD
 
-MODEL = "checkpoint or run folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME"
-
 Config = Annotated[
     Path, typer.Argument(help="YAML file, or a built-in config's name, for example demo", show_default=False)
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example train.epochs=2")]
-Model = Annotated[str, typer.Argument(help=MODEL)]
+Model = Annotated[
+    str, typer.Argument(help="checkpoint or run folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME")
+]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else a Ray of its own")]
 Dashboard = Annotated[
     str | None, typer.Option("--address", help=f"the dashboard; default: RAY_API_SERVER_ADDRESS, else {DASHBOARD}")

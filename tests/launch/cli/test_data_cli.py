@@ -99,7 +99,8 @@ def test_ctrl_c_ends_a_preparation_and_its_processes_and_the_next_start_goes_on(
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate()  # which returns when the workers, who share the pipe, have ended
     assert process.returncode == 130, output
-    assert output == "interrupted: what is finished is kept; the same command goes on from there\n"
+    told = output.splitlines()  # on a busy machine lines of progress come before
+    assert told[-1] == "interrupted: what is finished is kept; the same command goes on from there"
     done = shell("densenet", *command, *options)
     assert done.returncode == 0, done.stdout
     assert "of them by an earlier start" in done.stdout

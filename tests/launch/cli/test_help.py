@@ -1,6 +1,7 @@
 """Shell manners: help that fits and groups, examples that parse, JSON for scripts."""
 
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 import torch
 import typer
 
-from launch.cli import GROUPS, app
+from launch import cli
+from launch.cli import GROUPS, app, names
 from tests.conftest import PROJECT
 
 DEMO = PROJECT / "configs" / "demo.yaml"
@@ -28,12 +30,17 @@ def commands(group: typer.core.TyperGroup = ROOT, path: tuple[str, ...] = ()) ->
 
 
 def test_every_command_is_in_a_group_and_the_help_fits_a_screen(densenet):
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(ROOT.commands)
+    assert sorted(name for group in GROUPS for name in names(group)) == sorted(ROOT.commands)
     code, printed = densenet("--help")
     assert code == 0
     assert len(printed.splitlines()) <= 40
     assert "..." not in printed.partition("Data and plan")[2], "a line is cut short"
     assert "Exit codes: 0 done, 1 training failed, 2 bad input" in printed
+
+
+def test_every_module_of_the_command_line_has_an_app_and_is_in_a_group():
+    modules = {module.name for module in pkgutil.iter_modules(cli.__path__)} - {"__main__", "common"}
+    assert modules == {module.__name__.rpartition(".")[2] for group in GROUPS.values() for module in group}
 
 
 @pytest.mark.parametrize("path", list(commands()), ids=" ".join)
