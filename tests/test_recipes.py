@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from launch.plan import print_plan
-from launch.prepare import prepare, read_config
-from launch.resources import Resources
+from launch.cluster.capacity import Resources
+from launch.run.plan import print_plan
+from launch.run.prepare import prepare, read_config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.train.checkpoint import best_checkpoint
