@@ -14,13 +14,13 @@ import ray.train
 import ray.train.torch
 
 from launch.cluster.gauges import Gauges
-from launch.cluster.prepared import PROBE
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import stage
 from pipeline.derived import Derived, for_workers
 from pipeline.errors import DataError, UserError
 from pipeline.model.sources import Sources
+from pipeline.train.claim import PROBE
 from pipeline.train.events import Event, Failed, Report, Skipped, Warned, WorkersStarted
 
 _PROBED = 1000  # pictures or shards that each node looks for before training

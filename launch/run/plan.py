@@ -8,11 +8,12 @@ from rich.console import Console
 from launch.cluster.capacity import this_machine
 from launch.cluster.net import cluster_address
 from launch.cluster.prepared import Prepared
-from launch.run.prepare import check_writable, prepare
+from launch.run.prepare import prepare
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
 from pipeline.model.architectures import size
 from pipeline.tracking.stores import shown, stores_of
+from pipeline.train.setup import check_writable
 
 
 def plan(config: RunConfig, address: str | None) -> Prepared:

@@ -3,25 +3,20 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from launch.run.claim import claimed, locked
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
-from pipeline.export.package import Registered, register
-from pipeline.model.card import ModelCard
-from pipeline.tracking.registry import move_alias, versions
+from pipeline.export.package import Registered
+from pipeline.export.registration import not_a_candidate, send_and_register
 from pipeline.tracking.run import STATE, Tracker
 from pipeline.tracking.store import wait_for
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Stores, shown, stores_of
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
+from pipeline.train.claim import claimed, locked
 from pipeline.train.storage import fetch
-
-_RECORD = "registered.json"
-_FINGERPRINT = "data.train.fingerprint"
 
 
 def register_run(
@@ -89,74 +84,4 @@ def _addresses(config: RunConfig, folder: Path) -> dict[str, str]:
         place = used.get(kept)
         if getattr(config.tracking, key) is None and not os.environ.get(variable) and place and ":***@" not in place:
             found[key] = place
-    return found
-
-
-def not_a_candidate(best: Path) -> str | None:
-    """Why a checkpoint's model must not be registered, if there is a reason: its evaluation had non-finite outputs."""
-    metrics = ModelCard.read(best).metrics
-    if not metrics or not metrics.get("non_finite"):
-        return None
-    return f"it gives NaN or infinities for {metrics['non_finite']} of {metrics['total']} evaluation images"
-
-
-def send_and_register(
-    config: RunConfig, run_dir: Path, tracker: Tracker, told: Callable[[str], None], patience_s: float
-) -> Registered:
-    """Waits for the stores, sends what is left of the run's records, and registers its best checkpoint.
-
-    Raises:
-        UserError: a store does not answer in time, or refuses; the message says how to go on without training.
-    """
-    best = best_checkpoint(run_dir)
-    try:
-        wait_for(tracker.stores, patience_s, told)
-        if not tracker.flush(patience_s):
-            raise UserError(f"MLflow at {shown(tracker.uri)} does not take this run's records.")
-        return _register(config, run_dir, tracker, best)
-    except UserError as error:
-        raise UserError(
-            f"{error} The training is complete, its best checkpoint is {best}; `densenet models register {run_dir}` "
-            f"registers it without training again (--as, --alias, --uri and --registry-uri name other places)."
-        ) from error
-
-
-def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) -> Registered:
-    """Registers the checkpoint, unless an earlier start of this run has done so, and moves the alias there."""
-    record, stores = run_dir / _RECORD, tracker.stores
-    name, alias = config.tracking.register_as or config.model.name, config.tracking.alias
-    registry = shown(stores.registry)
-    if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        model = Registered(**known["model"])
-        if (known["checkpoint"], known.get("registry"), model.name) == (best.name, registry, name):
-            there = [v for v in versions(name, stores) if v.version == model.version]
-            if there and (alias in there[0].aliases or alias == model.alias):
-                return Registered(name, model.version, alias)
-            if there:
-                move_alias(name, alias, model.version, stores)
-                return _noted(record, best, registry, Registered(name, model.version, alias))
-    registered = register(
-        best,
-        stores=stores,
-        run_id=str(tracker.run_id),
-        name=name,
-        alias=alias,
-        data_fingerprint=_fingerprint(tracker),
-        data_license=config.data.license,
-    )
-    return _noted(record, best, registry, registered)
-
-
-def _noted(record: Path, best: Path, registry: str, model: Registered) -> Registered:
-    checkpoint.write_json(record, {"checkpoint": best.name, "registry": registry, "model": asdict(model)})
-    return model
-
-
-def _fingerprint(tracker: Tracker) -> str:
-    """The training data's fingerprint, as the run has recorded it."""
-    found = ""
-    for record in tracker.journal.records():
-        if record["kind"] == "tags":
-            found = record["values"].get(_FINGERPRINT, found)
     return found

@@ -12,15 +12,16 @@ from launch.cluster.connect import embedded, joined, offered_by_cluster
 from launch.cluster.net import cluster_address, free_port
 from launch.cluster.search import Trial, edges, parse_space, search, tell, trial_id
 from launch.cluster.training import run
-from launch.run.claim import claimed
-from launch.run.prepare import check_writable, prepare, read_config
-from launch.run.recorder import Recorder
+from launch.run.prepare import prepare, read_config
 from pipeline.config_file import find_config
 from pipeline.errors import UserError
 from pipeline.tracking.look import end_children
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores, shown
+from pipeline.train.claim import claimed
 from pipeline.train.events import Evaluated, Event
+from pipeline.train.recorder import Recorder
+from pipeline.train.setup import check_writable
 
 _FLUSH_S = 60.0
 

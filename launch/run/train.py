@@ -4,8 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -13,27 +12,25 @@ from rich.console import Console
 from launch.cluster.capacity import this_machine
 from launch.cluster.job_env import check_secrets
 from launch.cluster.net import check_port, cluster_address, free_port
-from launch.cluster.prepared import PROBE, Prepared
-from launch.run.artifacts import attach_curves, attach_samples, begin
-from launch.run.claim import claimed
+from launch.cluster.prepared import Prepared
 from launch.run.plan import print_plan, print_warnings
-from launch.run.prepare import check_writable, prepare, read_config
+from launch.run.prepare import prepare, read_config
 from launch.run.progress import Clock
-from launch.run.ready import check_registry, check_room
-from launch.run.recorder import Recorder
-from launch.run.register import not_a_candidate, send_and_register
 from launch.run.witness import witness
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.counts import EvalResult, accuracy
 from pipeline.export.package import Registered
+from pipeline.export.tracked import TrackedRun, tracked
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores, shown
 from pipeline.train import checkpoint
-from pipeline.train.checkpoint import best_checkpoint, checkpoint_root, read_state
+from pipeline.train.checkpoint import checkpoint_root, read_state
+from pipeline.train.claim import claimed
 from pipeline.train.events import Event, FirstStep, Trained, WorkersStarted
 from pipeline.train.progress import WEIGHTS, Display
-from pipeline.train.storage import StorageError, fetch
+from pipeline.train.room import check_room
+from pipeline.train.setup import check_writable
 from pipeline.wording import speed
 
 _PHASES = {WorkersStarted: "worker start", FirstStep: "first step"}
@@ -104,11 +101,8 @@ def _train_command(
         check_room(prepared)
         stack.enter_context(claimed(run_dir, config))
         display = _display(console, prepared, quiet)
-        check_registry(config, display.warning)
-        tracker = stack.enter_context(Tracker(config, run_dir, str(config.run.name), display.warning))
-        tracker.check_store(run_dir / PROBE)
-        with _told(display):
-            begin(tracker, prepared)
+        run = stack.enter_context(tracked(prepared, display.warning))
+        tracker = run.tracker
         clock.ended("prepare")
         with display:
             if address is None:
@@ -119,19 +113,16 @@ def _train_command(
                 dashboard = stack.enter_context(embedded(cpus, dashboard_port, log_file))
                 clock.ended("Ray start")
             display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
-            recorder = Recorder(tracker, config, run_dir)
             try:
-                img_per_s = _train(prepared, recorder, display, clock)
-            except Exception:  # of whatever kind, it goes on up; the logs tell what lies behind it
-                for log in sorted((run_dir / "logs").glob("*.log")):
-                    tracker.attach(log, "logs")
+                img_per_s = _train(prepared, run, display, clock)
+            except Exception:  # of whatever kind, it goes on up
+                run.attach_logs()
                 raise
             clock.ended("training")
-            with _told(display):
-                attach_curves(tracker, prepared)
+            run.attach_curves()
             if display.stopped_at is None:
                 display.status("registering the model")
-                best, registered = _finish(prepared, tracker, recorder, display)
+                best, registered = run.register()
                 clock.ended("registration")
         if display.stopped_at is not None:
             console.print(
@@ -144,15 +135,6 @@ def _train_command(
         results, commands = _summary(prepared, tracker.stores, best, registered, img_per_s, clock)
         tracker.tags({"mlflow.note.content": "\n".join(f"- **{name}**: {text}" for name, text in results)})
     _print_end(console, run_dir, results + commands, tracker, display)
-
-
-@contextmanager
-def _told(display: Display) -> Iterator[None]:
-    """Makes what only adorns a run a warning where it fails."""
-    try:
-        yield
-    except Exception as error:  # of whatever kind: the training that it adorns goes on, or is complete
-        display.warning(f"not all pictures and tables could be recorded: {error}")
 
 
 def _dashboard_port(config: RunConfig) -> int:
@@ -168,13 +150,13 @@ def _display(console: Console, prepared: Prepared, quiet: bool) -> Display:
     return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers, quiet)
 
 
-def _train(prepared: Prepared, recorder: Recorder, display: Display, clock: Clock) -> float | None:
+def _train(prepared: Prepared, tracked_run: TrackedRun, display: Display, clock: Clock) -> float | None:
     """Trains on the connected cluster; returns the mean speed in images/s, or None when nothing was left to train."""
     img_per_s: float | None = None
 
     def on_event(event: Event) -> None:
         nonlocal img_per_s
-        recorder.on_event(event)
+        tracked_run.on_event(event)
         phase = _PHASES.get(type(event))
         if phase is not None and phase not in clock.phases:
             clock.ended(phase)
@@ -186,32 +168,6 @@ def _train(prepared: Prepared, recorder: Recorder, display: Display, clock: Cloc
 
     run(prepared, on_event)
     return img_per_s
-
-
-def _finish(
-    prepared: Prepared, tracker: Tracker, recorder: Recorder, display: Display
-) -> tuple[Path, Registered | None]:
-    """Records what came of the run, and registers its best checkpoint, unless its outputs are not finite."""
-    config = prepared.config
-    try:
-        fetch(config, prepared.run_dir)
-    except StorageError as error:
-        if not checkpoint.checkpoints(checkpoint_root(prepared.run_dir)):
-            raise UserError(
-                f"{error}. The training is complete, its checkpoints are there; when it answers, `densenet models "
-                f"register {prepared.run_dir}` registers the best one without training again."
-            ) from error
-        display.warning(f"{error}; the checkpoints on this machine are used")
-    recorder.checkpoints()
-    best = best_checkpoint(prepared.run_dir)
-    with _told(display):
-        attach_samples(tracker, prepared, best)
-    reason = not_a_candidate(best)
-    if reason is not None:
-        display.warning(f"the model is not registered: {reason}; lower optim.lr or set optim.clip_grad_norm")
-        return best, None
-    patience_s = config.tracking.patience_s
-    return best, send_and_register(config, prepared.run_dir, tracker, display.warning, patience_s)
 
 
 def _print_end(

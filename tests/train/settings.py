@@ -8,7 +8,7 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived, derive
-from pipeline.train.events import Report
+from pipeline.train.events import Report, Warned
 from pipeline.train.fitting import fitting
 from pipeline.train.inputs import Inputs
 from pipeline.train.trainer import Trainer
@@ -53,6 +53,6 @@ def new_trainer(
     **options: Any,
 ) -> Trainer:
     """A trainer of this rank on the CPU; `options` are its further arguments."""
-    derived = fitting(config, derived, CPU, print)
+    derived = fitting(config, derived, CPU, lambda text: report(Warned(text)))
     inputs = Inputs(config, derived, *indexes, CPU)
     return Trainer(config, derived, inputs, run_dir=run_dir, device=CPU, report=report, **options)

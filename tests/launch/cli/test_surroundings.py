@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli.common.tmpdir import LONGEST, short_tmpdir
-from launch.run.prepare import new_name
 from pipeline.errors import UserError
+from pipeline.train.setup import new_name
 from tests.conftest import BIN, PROJECT
 
 
@@ -64,7 +64,7 @@ def test_where_no_short_name_can_be_made_the_variable_is_named(monkeypatch, long
 
 
 def test_starts_in_the_same_second_have_names_of_their_own():
-    names = {new_name(Path("configs/demo.yaml")) for _ in range(50)}
+    names = {new_name("demo") for _ in range(50)}
     assert len(names) == 50
     assert all(name.startswith("demo-2") for name in names)
 

@@ -6,16 +6,16 @@ import pytest
 from PIL import Image
 
 from launch.cluster.capacity import Resources
-from launch.run.locate import find_checkpoint
 from launch.run.prepare import prepare, read_config
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking.run import Tracker
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root
+from pipeline.train.start import find_checkpoint
 from tests.train.settings import new_trainer
 
-DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 HERE = Resources("this machine", 1, 0, embedded=True)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from launch.cluster.prepared import Prepared
 from pipeline.data.dataset import DatasetIndex
 from pipeline.data.staging import is_remote
 from pipeline.evaluation.tables import CONFUSION, read_confusion, write_csv
@@ -15,6 +14,7 @@ from pipeline.tracking.run import Tracker
 from pipeline.train.checkpoint import write_json
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.schedule import learning_rate
+from pipeline.train.setup import RunSetup
 
 SAMPLES = "samples.json"
 _PLOTTED = 1000
@@ -24,21 +24,21 @@ _CURVES = {
 }
 
 
-def begin(tracker: Tracker, prepared: Prepared) -> None:
+def begin(tracker: Tracker, setup: RunSetup) -> None:
     """Records the config, what follows from it, data, code, versions and machine."""
-    config, derived, run_dir = prepared.config, prepared.derived, prepared.run_dir
+    config, derived, run_dir = setup.config, setup.derived, setup.run_dir
     tracker.params(config.model_dump(mode="json") | {"derived": derived.model_dump(mode="json")})
     tracker.tags(
         origin_tags()
         | {
-            "data.train.fingerprint": prepared.train_index.fingerprint,
-            "data.val.fingerprint": prepared.val_index.fingerprint,
+            "data.train.fingerprint": setup.train_index.fingerprint,
+            "data.val.fingerprint": setup.val_index.fingerprint,
             "eval.transform": config.eval.description,
         }
     )
     for context, split, index in (
-        ("training", config.data.train, prepared.train_index),
-        ("validation", config.data.val, prepared.val_index),
+        ("training", config.data.train, setup.train_index),
+        ("validation", config.data.val, setup.val_index),
     ):
         name = f"{Path(str(config.data.root)).name}/{split}"
         profile = {"images": len(index), "classes": len(index.classes), "bytes": index.total_bytes}
@@ -53,9 +53,9 @@ def begin(tracker: Tracker, prepared: Prepared) -> None:
     _attach_picture(tracker, curve(epochs, rates, "epoch", "learning rate"), run_dir / "learning_rate.png")
 
 
-def attach_curves(tracker: Tracker, prepared: Prepared) -> None:
+def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
     """Records all metrics as a table, and pictures of losses, accuracies and the best evaluation's confusion matrix."""
-    run_dir = prepared.run_dir
+    run_dir = setup.run_dir
     rows = [
         (record["samples_seen"], record["time_ms"], key, value)
         for record in tracker.journal.records()
@@ -66,7 +66,7 @@ def attach_curves(tracker: Tracker, prepared: Prepared) -> None:
     tracker.attach(run_dir / "metrics.csv")
     for file, (label, keys) in _CURVES.items():
         lines = {
-            key: [(seen / prepared.derived.train_samples, value) for seen, _, of, value in rows if of == key]
+            key: [(seen / setup.derived.train_samples, value) for seen, _, of, value in rows if of == key]
             for key in keys
         }
         lines = {key: points for key, points in lines.items() if points}
@@ -77,14 +77,14 @@ def attach_curves(tracker: Tracker, prepared: Prepared) -> None:
         _attach_picture(tracker, confusion_picture(classes, matrix_KK), run_dir / "confusion.png")
 
 
-def attach_samples(tracker: Tracker, prepared: Prepared, best: Path) -> None:
+def attach_samples(tracker: Tracker, setup: RunSetup, best: Path) -> None:
     """Records the best model's answers to some pictures, where the driver's node sees them."""
-    index: DatasetIndex = prepared.val_index
-    if is_remote(str(prepared.config.data.root)):
+    index: DatasetIndex = setup.val_index
+    if is_remote(str(setup.config.data.root)):
         return
     from pipeline.evaluation.samples import sample_predictions  # torch, timm and DALI: not before the first step
 
-    file = prepared.run_dir / SAMPLES
+    file = setup.run_dir / SAMPLES
     temporary = file.with_name(f"{SAMPLES}.tmp")
     temporary.write_text(json.dumps(sample_predictions(best, index)), encoding="utf-8")
     temporary.replace(file)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from launch.cluster.prepared import PROBE
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+
+PROBE = "config.yaml"  # in the run's folder, of the driver's making: a node that does not see it has another folder
 
 
 @contextmanager

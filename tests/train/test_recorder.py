@@ -5,11 +5,11 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from launch.run.recorder import Recorder
 from pipeline.config import RunConfig
 from pipeline.evaluation.counts import EvalResult
 from pipeline.tracking.run import Tracker
 from pipeline.train.events import Evaluated, Event, FirstStep, Resumed, Step, WorkersLost, WorkersStarted
+from pipeline.train.recorder import Recorder
 
 
 def step(samples_seen: int) -> Step:

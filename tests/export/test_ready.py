@@ -11,12 +11,12 @@ from PIL import Image
 from launch.cluster.capacity import Resources
 from launch.cluster.prepared import Prepared
 from launch.run.prepare import prepare, read_config
-from launch.run.ready import check_registry, check_room
 from pipeline.errors import UserError
+from pipeline.export.registration import check_registry
 from pipeline.tracking.run import Tracker
-from pipeline.train.room import checkpoint_bytes, kept_checkpoints
+from pipeline.train.room import check_room, checkpoint_bytes, kept_checkpoints
 
-DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 HERE = Resources("this machine", 1, 0, embedded=True)
 
 
