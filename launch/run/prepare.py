@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.cluster.capacity import Resources, share
 from launch.cluster.job_env import base_folder
 from launch.cluster.prepared import Prepared
-from launch.run.locate import ADDRESSES, find_checkpoint, find_sources
+from launch.run.start import ADDRESSES, find_checkpoint, find_sources
 from pipeline.config import DIGITS, RunConfig
 from pipeline.config_effects import without_effect
 from pipeline.config_file import load_config

@@ -104,7 +104,7 @@ def _train_command(
         check_registry(config, display.warning)
         tracker = stack.enter_context(Tracker(config, run_dir, str(config.run.name), display.warning))
         tracker.check_store(run_dir / PROBE)
-        with _told(display):
+        with _only_warns(display):
             begin(tracker, prepared)
         clock.ended("prepare")
         with display:
@@ -124,7 +124,7 @@ def _train_command(
                     tracker.attach(log, "logs")
                 raise
             clock.ended("training")
-            with _told(display):
+            with _only_warns(display):
                 attach_curves(tracker, prepared)
             if display.stopped_at is None:
                 display.status("registering the model")
@@ -144,7 +144,7 @@ def _train_command(
 
 
 @contextmanager
-def _told(display: Display) -> Iterator[None]:
+def _only_warns(display: Display) -> Iterator[None]:
     """Makes what only adorns a run a warning where it fails."""
     try:
         yield
@@ -201,7 +201,7 @@ def _finish(
         display.warning(f"{error}; the checkpoints on this machine are used")
     recorder.checkpoints()
     best = best_checkpoint(prepared.run_dir)
-    with _told(display):
+    with _only_warns(display):
         attach_samples(tracker, prepared, best)
     reason = not_a_candidate(best)
     if reason is not None:

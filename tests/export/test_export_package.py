@@ -21,7 +21,7 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 from launch.cluster.net import free_port
-from launch.run.locate import locate
+from launch.run.start import locate
 from pipeline.data.batch_ops import grey
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register

@@ -8,7 +8,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from launch.run.locate import find_sources, locate
+from launch.run.start import find_sources, locate
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register

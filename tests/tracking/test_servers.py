@@ -8,7 +8,7 @@ import fsspec
 import pytest
 from mlflow.tracking import MlflowClient
 
-from launch.run.locate import locate
+from launch.run.start import locate
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import register

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from launch.run.locate import model_folder
 from launch.run.progress import accuracy, number
+from launch.run.start import model_folder
 from pipeline.config import Interpolation
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex

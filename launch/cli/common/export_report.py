@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from launch.run.locate import model_folder
 from launch.run.progress import speed
+from launch.run.start import model_folder
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from launch.run.locate import model_folder
 from launch.run.progress import speed
+from launch.run.start import model_folder
 from pipeline.errors import UserError
 from pipeline.export.predict import predict_files, predict_folder
 from pipeline.tracking.stores import Stores

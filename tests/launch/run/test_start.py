@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from launch.cluster.capacity import Resources
-from launch.run.locate import find_checkpoint
 from launch.run.prepare import prepare, read_config
+from launch.run.start import find_checkpoint
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking.run import Tracker
