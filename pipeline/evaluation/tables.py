@@ -1,7 +1,8 @@
-"""Tables as CSV files."""
+"""Tables as CSV files, and results as JSON."""
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,3 +35,10 @@ def read_confusion(text: str) -> tuple[list[str], NDArray[np.int64]]:
     """Classes and matrix, from the text that `write_confusion` has written."""
     header, *rows = csv.reader(io.StringIO(text))
     return header[1:], np.array([row[1:] for row in rows], np.int64)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes JSON to a temporary name and renames it."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)

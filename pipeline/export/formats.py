@@ -9,8 +9,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.torch import save_file
+from timm.models import DenseNet
 from torch import nn
 
 from pipeline.errors import TrainingError, UserError
-from pipeline.model.sources import read_card
-from pipeline.model.weights import load_model
+from pipeline.model.card import ModelCard
 
 OPSET = 20
 TOLERANCE = 1e-4  # between the logits of an exported model and torch's
@@ -47,15 +47,15 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(self._session.run([_OUTPUT], {_INPUT: images_NCHW.numpy()})[0])
 
 
-def to_onnx(folder: Path, out: Path) -> Path:
-    """Writes `out/model.onnx` of the model in `folder`: opset 20, any batch size, the card as metadata.
+def to_onnx(model: DenseNet, card: ModelCard, out: Path) -> Path:
+    """Writes `out/model.onnx` of a model: opset 20, any batch size, the card as metadata.
 
     It maps `images`, fp32 [N, C, crop, crop] after the card's transform, to `logits`, fp32 [N, K].
 
     Raises:
         TrainingError: its logits are not those of torch.
     """
-    card, model, file = read_card(folder), load_model(folder), out / "model.onnx"
+    file = out / "model.onnx"
     example_NCHW = _example(card, 2)
     with _quiet():
         program = torch.onnx.export(
@@ -70,7 +70,7 @@ def to_onnx(folder: Path, out: Path) -> Path:
         )
     assert program is not None
     proto = program.model_proto
-    known = {key: card[key] for key in ("name", "classes", "transform")}
+    known = {"name": card.name, "classes": card.classes, "transform": asdict(card.transform)}
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
     with _renamed(file) as temporary:
         onnx.save(proto, temporary)
@@ -78,13 +78,13 @@ def to_onnx(folder: Path, out: Path) -> Path:
     return file
 
 
-def to_torch(folder: Path, out: Path) -> Path:
+def to_torch(model: DenseNet, card: ModelCard, out: Path) -> Path:
     """Writes `out/model.pt2`, for `torch.export.load`: any batch size, inputs and outputs as `to_onnx`.
 
     Raises:
         TrainingError: its logits are not those of torch.
     """
-    card, model, file = read_card(folder), load_model(folder), out / "model.pt2"
+    file = out / "model.pt2"
     program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with _renamed(file) as temporary:
         torch.export.save(program, temporary)
@@ -92,7 +92,7 @@ def to_torch(folder: Path, out: Path) -> Path:
     return file
 
 
-def to_timm(folder: Path, out: Path) -> Path:
+def to_timm(model: DenseNet, card: ModelCard, out: Path) -> Path:
     """Writes `out/timm` with `model.safetensors` and `config.json`, for `timm.create_model("local-dir:...")`.
 
     It is also what timm's models on a hub look like; the label names and the transform are in the configuration.
@@ -101,27 +101,26 @@ def to_timm(folder: Path, out: Path) -> Path:
         UserError: plain timm has no such net.
         TrainingError: its logits are not those of torch.
     """
-    card, model, place = read_card(folder), load_model(folder), out / "timm"
-    arguments, transform = dict(card["architecture"]), card["transform"]
-    if arguments.get("stem_type") == "cifar":
-        raise UserError(f"timm has no net with the stem of {card['name']}: export it as onnx or torch.")
+    place = out / "timm"
+    transform = card.transform
+    if card.small_stem:
+        raise UserError(f"timm has no net with the stem of {card.name}: export it as onnx or torch.")
     place.mkdir(parents=True, exist_ok=True)
-    channels = arguments.get("in_chans", 3)
     config = {
         "architecture": _TIMM_ARCHITECTURE,
-        "num_classes": card["num_classes"],
+        "num_classes": card.num_classes,
         "num_features": model.num_features,
-        "label_names": card["classes"],
-        "model_args": arguments,
+        "label_names": card.classes,
+        "model_args": card.architecture,
         "pretrained_cfg": {
-            "tag": card["config_hash"],
-            "num_classes": card["num_classes"],
-            "input_size": [channels, transform["crop"], transform["crop"]],
-            "crop_pct": _crop_pct(transform["crop"], transform["resize"]),
+            "tag": card.config_hash,
+            "num_classes": card.num_classes,
+            "input_size": [card.in_chans, transform.crop, transform.crop],
+            "crop_pct": _crop_pct(transform.crop, transform.resize),
             "crop_mode": "center",
-            "interpolation": transform["interpolation"],
-            "mean": transform["mean"],
-            "std": transform["std"],
+            "interpolation": transform.interpolation,
+            "mean": transform.mean,
+            "std": transform.std,
             "first_conv": "features.conv0",
             "classifier": "classifier",
         },
@@ -177,7 +176,7 @@ def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[n
     return file
 
 
-def _compare(card: dict[str, Any], model: nn.Module, exported: nn.Module, kind: str) -> None:
+def _compare(card: ModelCard, model: nn.Module, exported: nn.Module, kind: str) -> None:
     for count in _CHECKED:
         images_NCHW = _example(card, count)
         with torch.no_grad():
@@ -185,15 +184,15 @@ def _compare(card: dict[str, Any], model: nn.Module, exported: nn.Module, kind: 
         largest = (wanted_NK - given_NK).abs().max().item()
         if not largest <= TOLERANCE:  # NaN is no agreement
             raise TrainingError(
-                f"the {kind} export of {card['name']} gives logits that differ by {largest:.2g} from torch's, "
+                f"the {kind} export of {card.name} gives logits that differ by {largest:.2g} from torch's, "
                 f"{TOLERANCE:g} is allowed; nothing is written."
             )
 
 
-def _example(card: dict[str, Any], count: int) -> torch.Tensor:
+def _example(card: ModelCard, count: int) -> torch.Tensor:
     """Images [count, C, crop, crop] of noise, always the same."""
-    crop, channels = card["transform"]["crop"], card["architecture"].get("in_chans", 3)
-    return torch.randn((count, channels, crop, crop), generator=torch.Generator().manual_seed(count))
+    crop = card.transform.crop
+    return torch.randn((count, card.in_chans, crop, crop), generator=torch.Generator().manual_seed(count))
 
 
 @contextmanager

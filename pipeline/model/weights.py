@@ -12,10 +12,10 @@ from timm.models import DenseNet, group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.config import Finetune, Model
+from pipeline.config import Finetune
 from pipeline.errors import UserError, listed
+from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
-from pipeline.model.sources import read_card
 
 _HEAD = ("classifier.weight", "classifier.bias")
 # Names before torchvision 0.3 (`denselayer1.norm.1.weight`), and what wrappers put in front.
@@ -67,7 +67,7 @@ def load_weights(model: DenseNet, place: Path) -> Loaded:
     Raises:
         UserError: names are missing or not expected, or shapes differ; the message lists them.
     """
-    file = place / read_card(place)["weights"] if place.is_dir() else place
+    file = place / ModelCard.read(place).weights if place.is_dir() else place
     given, wanted = read_weights(file), model.state_dict()
     head = all(name in given and given[name].shape == wanted[name].shape for name in _HEAD)
     if not head:
@@ -91,9 +91,8 @@ def load_weights(model: DenseNet, place: Path) -> Loaded:
 
 def load_model(folder: Path) -> DenseNet:
     """The model of a checkpoint's or a registered model's folder, in evaluation mode."""
-    card = read_card(folder)
-    usual = {key: card["architecture"][key] for key in ("in_chans", "global_pool") if key in card["architecture"]}
-    model = create(Model(name=card["name"], **usual), card["num_classes"])
+    card = ModelCard.read(folder)
+    model = create(card.model, card.num_classes)
     load_weights(model, folder)
     return model.eval()
 
@@ -109,13 +108,13 @@ def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> Dense
             f"loss.teacher={folder} is a file of weights alone: give a checkpoint, a run, or models:/NAME@ALIAS, which "
             f"know their classes."
         )
-    card, model = read_card(folder), load_model(folder)
-    if card["classes"] != list(classes):
+    card, model = ModelCard.read(folder), load_model(folder)
+    if card.classes != classes:
         raise UserError(
-            f"loss.teacher in {folder} tells {len(card['classes'])} classes apart ({listed(card['classes'])}), the "
+            f"loss.teacher in {folder} tells {len(card.classes)} classes apart ({listed(card.classes)}), the "
             f"data have {len(classes)} ({listed(classes)}): both must be the same list."
         )
-    if card["architecture"].get("in_chans", 3) != in_chans:
+    if card.in_chans != in_chans:
         raise UserError(f"loss.teacher in {folder} takes pictures of other channels than model.in_chans={in_chans}.")
     return model.requires_grad_(False)
 

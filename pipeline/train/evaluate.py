@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,35 +11,10 @@ from numpy.typing import NDArray
 
 from pipeline.data.dali import Loader
 from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.evaluation.counts import EvalResult
 
 _MOST_CLASSES = 2000  # the matrix of more would be of gigabytes
 Forward = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Counts over the whole evaluation split.
-
-    `top5_correct` counts the images whose label is among the `top5_k` best classes, `top5_k = min(5, classes)`.
-    `non_finite` counts the images for which the model gave NaN or infinities: they are misses. `loss` is the mean
-    cross-entropy over the others, without label smoothing; None where there are none.
-    """
-
-    total: int
-    top1_correct: int
-    top5_correct: int
-    top5_k: int
-    loss: float | None
-    non_finite: int = 0
-
-    def better_than(self, other: "EvalResult") -> bool:
-        """Finite outputs for all images; among equals more top-1 hits, then the lower loss."""
-        return self._rank > other._rank
-
-    @property
-    def _rank(self) -> tuple[bool, int, float]:
-        loss = math.inf if self.loss is None else self.loss
-        return self.non_finite == 0, self.top1_correct, -loss
 
 
 class Counter:
