@@ -37,7 +37,8 @@ BEHIND = """## Behind, and why
 - **Memory modes** buy memory with time; that is their purpose.
 - **ZeRO 1** keeps the host busy with partitions; `auto` is stage 0.
 - **Training fed from JPEGs on a GPU** shares the device with the decoder's kernels and the interpreter with the reading
-  threads; which of the two costs the quarter is not known yet. DenseNet-264 and -169 wait for the host, the bare loop too.
+  threads; which of the two costs the quarter is not known yet. DenseNet-264 and -169 wait for the host, and so does
+  the bare loop.
 """
 
 

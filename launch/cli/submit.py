@@ -33,11 +33,11 @@ def submit(
     Example: densenet submit densenet121 data.root=/data/imagenet --address http://head:8265
     """
     where = dashboard_address(address)
-    from launch.cluster.submit import Options, submit
+    from launch.cluster.submit import JobOptions, submit
     from launch.run.prepare import named_config
 
     named = named_config(config, overrides or [])
-    client, job = submit(named, Options(where, not no_env, tuple(env or ()), tuple(secret or ()), wait))
+    client, job = submit(named, JobOptions(where, not no_env, tuple(env or ()), tuple(secret or ()), wait))
     console.print(
         f"job {job} trains {named.run.name}; `densenet jobs logs {job} --follow` shows it, `jobs stop` ends it"
     )

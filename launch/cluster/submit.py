@@ -27,7 +27,7 @@ _STOP_WAIT_S = "120"  # between a job's SIGTERM and its SIGKILL; Ray's 3 s are t
 
 
 @dataclass(frozen=True)
-class Options:
+class JobOptions:
     """What the user asked for besides the config."""
 
     address: str
@@ -37,7 +37,7 @@ class Options:
     wait: bool
 
 
-def submit(config: RunConfig, options: Options) -> tuple[JobSubmissionClient, str]:
+def submit(config: RunConfig, options: JobOptions) -> tuple[JobSubmissionClient, str]:
     """Submits the training of a config that has its run's name; returns the cluster's client, and the job's id.
 
     Raises:
