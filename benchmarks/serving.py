@@ -21,7 +21,7 @@ from torchvision.io import decode_image
 
 from benchmarks.common import in_turns, report, seconds, write_pictures
 from benchmarks.tracking import write_model
-from launch.net import free_port
+from launch.cluster.net import free_port
 from pipeline.config import RunConfig
 from pipeline.export.formats import OnnxModel, to_int8, to_onnx
 from pipeline.export.open import open_model

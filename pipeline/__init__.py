@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.export.open import Exported, TrainedModel, open_model
     from pipeline.export.predict import FolderPredictions, Prediction
     from pipeline.model.card import ModelCard, Transform
+    from pipeline.one_process import FittedRun, fit
 
 __all__ = [  # noqa: RUF022, by what they are for
     "load_config",
@@ -29,6 +30,7 @@ __all__ = [  # noqa: RUF022, by what they are for
     "Dataset",
     "Evaluation",
     "Exported",
+    "FittedRun",
     "FolderPredictions",
     "ModelCard",
     "Prediction",
@@ -43,7 +45,8 @@ __all__ = [  # noqa: RUF022, by what they are for
 
 _HOMES = {
     "load_config": "config_file",
-    "fit": "fit",
+    "fit": "one_process",
+    "FittedRun": "one_process",
     "open_dataset": "data.open",
     "open_model": "export.open",
     "RunConfig": "config",

@@ -4,24 +4,27 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pipeline.config import Identity, RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
+from pipeline.evaluation.counts import EvalResult
 from pipeline.model.architectures import architecture
 from pipeline.model.card import CARD, ModelCard, Transform
+from pipeline.model.densenet import create
+from pipeline.model.weights import load_weights
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
 from pipeline.train.engine import Engine
-from pipeline.train.evaluate import EvalResult
+from pipeline.train.events import Weights
 from pipeline.train.storage import Storage, StorageError, storage_of
 from pipeline.train.writer import Contents, Writer
 
-Weights = Literal["raw", "ema"]
 _OPTIMIZER = "optimizer.safetensors"
 _FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 
@@ -159,7 +162,29 @@ def resumed(config: RunConfig, derived: Derived, train_index: DatasetIndex, fold
     return RunState(**known)
 
 
-def load_into(engine: Engine, folder: Path) -> None:
+def new_engine(
+    config: RunConfig,
+    derived: Derived,
+    device: torch.device,
+    warn: Callable[[str], None],
+    *,
+    weights: Path | None = None,
+    checkpoint: Path | None = None,
+) -> Engine:
+    """An engine with the weights and all else of a checkpoint, or with weights from elsewhere, or new ones."""
+    torch.manual_seed(config.run.seed)
+    model = create(config.model, derived.num_classes)
+    if checkpoint is not None:
+        load_weights(model, checkpoint / _FILES["raw"])
+    elif weights is not None:
+        load_weights(model, weights)
+    engine = Engine(config, derived, model, device, warn)
+    if checkpoint is not None:
+        _load_into(engine, checkpoint)
+    return engine
+
+
+def _load_into(engine: Engine, folder: Path) -> None:
     """Gives the engine, whose model has the checkpoint's weights already, what else it needs to go on."""
     engine.load_optimizer(folder / _OPTIMIZER)
     engine.load_ema(folder / _FILES["ema"])

@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from launch.net import free_port
+from launch.cluster.net import free_port
 from pipeline.data.batch_ops import grey
 from pipeline.errors import UserError
 from pipeline.export.open import open_model
