@@ -60,8 +60,8 @@ NO_EFFECT = {
     "cluster.placement=spread": "cluster.placement=spread has no effect: there is one node",
     "engine.deepspeed={zero_optimization: {overlap_comm: true}} engine.zero_stage=0": "engine.deepspeed.zero_optimiza"
     "tion.overlap_comm=true has no effect: it is of ZeRO stage 1 and 2 and 3, this run's is 0",
-    "engine.deepspeed={zero_optimization: {stage3_max_live_parameters: 9}}": "engine.deepspeed.zero_optimization."
-    "stage3_max_live_parameters=9 has no effect: it is of ZeRO stage 3, this run's is 1",
+    "engine.deepspeed={zero_optimization: {stage3_max_live_parameters: 9}} engine.zero_stage=1": "engine.deepspeed."
+    "zero_optimization.stage3_max_live_parameters=9 has no effect: it is of ZeRO stage 3, this run's is 1",
 }
 
 

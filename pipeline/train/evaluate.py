@@ -22,7 +22,8 @@ class Counter:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.top5_k = min(5, num_classes)
-        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self._total = 0
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._matrix_KK: torch.Tensor | None = None
         if num_classes <= _MOST_CLASSES:
@@ -34,17 +35,18 @@ class Counter:
         finite_N = logits_NK.isfinite().all(dim=1) & loss_N.isfinite()
         best_NK = logits_NK.topk(self.top5_k).indices
         hits_NK = (best_NK == labels_N[:, None]) & finite_N[:, None]
-        n = torch.tensor(len(labels_N), device=labels_N.device)
-        self._counts += torch.stack([n, hits_NK[:, 0].sum(), hits_NK.sum(), finite_N.sum()])
+        self._total += len(labels_N)
+        self._counts += torch.stack([hits_NK[:, 0].sum(), hits_NK.sum(), finite_N.sum()])
         self._loss += torch.where(finite_N, loss_N, 0).sum()
         if self._matrix_KK is not None:
             self._matrix_KK.index_put_((labels_N, best_NK[:, 0]), finite_N.long(), accumulate=True)
 
     def result(self) -> tuple[EvalResult, NDArray[np.int64] | None]:
         """Adds up all ranks; every rank returns the same result, and the confusion matrix."""
-        dist.all_reduce(self._counts)
+        counts = torch.cat([self._counts, self._counts.new_tensor([self._total])])
+        dist.all_reduce(counts)
         dist.all_reduce(self._loss)
-        total, top1, top5, finite = self._counts.tolist()
+        top1, top5, finite, total = counts.tolist()
         if self._matrix_KK is not None:
             dist.all_reduce(self._matrix_KK)
         matrix_KK = None if self._matrix_KK is None else self._matrix_KK.cpu().numpy()

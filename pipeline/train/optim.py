@@ -9,6 +9,7 @@ from torch import nn
 from pipeline.config import Optim
 
 _DECAYED = (nn.Conv2d, nn.Linear)
+_FUSED = ("momentum", "adamw")
 _NO_FACTORS: Mapping[str, float] = {}
 
 
@@ -29,11 +30,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, factors: Mapping[str
     return [{"params": p, "weight_decay": decay, "lr_scale": factor} for (decay, factor), p in groups.items()]
 
 
-def create_optimizer(groups: list[dict], optim: Optim) -> torch.optim.Optimizer:
+def create_optimizer(groups: list[dict], optim: Optim, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer from timm's factory; the loop sets the learning rate before every step.
 
     SGD (without dampening), LARS and Muon take Nesterov's look-ahead where it is asked for. LAMB's own clipping is
-    off: `optim.clip_grad_norm` is the only one.
+    off: `optim.clip_grad_norm` is the only one. `fused` asks for PyTorch's one kernel a
+    step, where it has one (SGD, AdamW).
     """
     options: dict[str, object] = {}
     name: str = optim.name
@@ -45,4 +47,6 @@ def create_optimizer(groups: list[dict], optim: Optim) -> torch.optim.Optimizer:
         options |= {"betas": optim.betas, "eps": optim.eps}
     if name == "lamb":
         options["max_grad_norm"] = None
+    if fused and name in _FUSED:
+        options["fused"] = True
     return create_optimizer_v2(groups, opt=name, lr=optim.lr, **options)
