@@ -20,7 +20,7 @@ from pipeline.data.staging import is_remote
 from pipeline.derived import split_batch
 from pipeline.errors import UserError
 from pipeline.extras import advice
-from pipeline.model.architectures import check_name
+from pipeline.model.nets import check_model
 
 K8S = (Path(__file__).parent / "k8s").resolve()
 _GROUP = "/spec/rayClusterSpec/workerGroupSpecs/0"
@@ -69,7 +69,7 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
     if image is None or image["tag"] == "latest":
         raise UserError(f"--image={settings.image} needs a tag that stays the same, as REPOSITORY:1.0, or a digest.")
     config = load_config(path, overrides)
-    check_name(config.model.name)
+    check_model(config)
     name = str(config.run.name)
     if not _DNS_NAME.fullmatch(name):
         raise UserError(

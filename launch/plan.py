@@ -12,7 +12,7 @@ from launch.resources import this_machine
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
 from pipeline.errors import UserError
-from pipeline.model.architectures import size
+from pipeline.model.nets import size
 from pipeline.tracking.stores import shown, stores_of
 
 

@@ -19,7 +19,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import fetch_indexes, is_remote
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
-from pipeline.model.architectures import check_name
+from pipeline.model.nets import check_model
 from pipeline.model.sources import NO_SOURCES, Sources, read_card
 from pipeline.train.deepspeed_schema import check_deepspeed
 from pipeline.train.storage import StorageError, storage_of
@@ -53,7 +53,7 @@ class Prepared:
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
     """Loads a config, makes its paths absolute on this machine and gives the run its name."""
     config = load_config(path, overrides)
-    check_name(config.model.name)
+    check_model(config)
     name = config.run.name or new_name(path)
     output = str(_base_folder() / Path(config.run.output).expanduser())
     root = config.data.root

@@ -9,7 +9,7 @@ from launch.prepare import Prepared
 from pipeline.config import RunConfig
 from pipeline.data.space import gigabytes
 from pipeline.errors import UserError
-from pipeline.model.architectures import size
+from pipeline.model.nets import size
 from pipeline.tracking.database import Unreachable
 from pipeline.tracking.registry import check_rights
 from pipeline.tracking.stores import shown, sqlite_file, stores_of

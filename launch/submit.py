@@ -18,7 +18,7 @@ from launch.prepare import SECRETS, new_name
 from pipeline.config import DIGITS, Cluster, RunConfig, Tracking
 from pipeline.config_file import load_config
 from pipeline.errors import UserError, listed
-from pipeline.model.architectures import check_name
+from pipeline.model.nets import check_model
 from pipeline.tracking.origin import write_commit
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
 
@@ -109,7 +109,7 @@ def locked() -> list[str]:
 
 def _for_cluster(config: RunConfig, path: Path) -> RunConfig:
     """The config with the run's name; its paths are of the cluster's nodes, so they must say where they begin."""
-    check_name(config.model.name)
+    check_model(config)
     for key, place in {
         "data.root": None if config.data.root == DIGITS else config.data.root,
         "data.stage": config.data.stage,

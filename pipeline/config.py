@@ -82,15 +82,17 @@ class Run(Section):
 class Model(Section):
     """`model.*`: the net, and what it starts from."""
 
-    name: str = Field("densenet121", description="a DenseNet in timm's registry, with this project's additions")
+    name: str = Field("densenet121", description="a DenseNet, or any other image classifier in timm's registry")
     num_classes: Count | None = Field(None, description="logits; default: the classes of the data")
     in_chans: Literal[1, 3] = Field(3, description="3: RGB, 1: grey (ITU-R BT.601 luma)")
     global_pool: Literal["avg", "max", "avgmax", "catavgmax"] = Field(
-        "avg", description="pooling before the classifier"
+        "avg", description="pooling before the classifier; avg: the net's own"
     )
     drop_rate: float = Field(0, ge=0, lt=1, description="dropout before the classifier")
-    layer_drop_rate: float = Field(0, ge=0, lt=1, description="dropout after each dense layer")
-    memory: Memory = Field("none", description="what the backward pass computes anew instead of keeping it")
+    layer_drop_rate: float = Field(0, ge=0, lt=1, description="dropout after each dense layer, of DenseNets")
+    memory: Memory = Field(
+        "none", description="what the backward pass of DenseNets computes anew instead of keeping it"
+    )
     weights: str | None = Field(
         None, description="start from a .safetensors or .pth file, a checkpoint or run folder, or models:/NAME@ALIAS"
     )
@@ -99,9 +101,13 @@ class Model(Section):
 class Finetune(Section):
     """`finetune.*`: which layers learn, and how fast."""
 
-    freeze_blocks: int = Field(0, ge=0, le=4, description="1: the stem and the first dense block stay as they are; ...")
+    freeze_blocks: int = Field(
+        0, ge=0, le=4, description="1: the stem and the first dense block stay as they are; ... (DenseNets)"
+    )
     freeze_batch_norm: bool = Field(False, description="all norms use their running statistics and stay as they are")
-    layer_decay: float = Field(1, gt=0, le=1, description="rate's factor for each dense block further from the head")
+    layer_decay: float = Field(
+        1, gt=0, le=1, description="rate's factor for each dense block, or stage, further from the head"
+    )
     head_lr: float = Field(1, gt=0, description="rate's factor for the classifier")
 
 

@@ -32,7 +32,7 @@ TOLERANCE = 1e-4  # between the logits of an exported model and torch's
 _INPUT, _OUTPUT = "images", "logits"
 _CPU = ["CPUExecutionProvider"]
 _CHECKED = (1, 3)  # batch sizes
-_TIMM_ARCHITECTURE = "densenet121"  # its arguments make any of these nets
+_DENSENET = "densenet121"  # its arguments make any of this project's nets
 
 
 class OnnxModel(nn.Module):
@@ -105,10 +105,16 @@ def to_timm(folder: Path, out: Path) -> Path:
     arguments, transform = dict(card["architecture"]), card["transform"]
     if arguments.get("stem_type") == "cifar":
         raise UserError(f"timm has no net with the stem of {card['name']}: export it as onnx or torch.")
+    name = arguments.pop("timm", _DENSENET)
+    if "module" in arguments:
+        raise UserError(
+            f"plain timm has no net {name}, {arguments['module']} registers it: export it as onnx or torch."
+        )
     place.mkdir(parents=True, exist_ok=True)
     channels = arguments.get("in_chans", 3)
+    names: Any = model.pretrained_cfg
     config = {
-        "architecture": _TIMM_ARCHITECTURE,
+        "architecture": name,
         "num_classes": card["num_classes"],
         "num_features": model.num_features,
         "label_names": card["classes"],
@@ -122,8 +128,8 @@ def to_timm(folder: Path, out: Path) -> Path:
             "interpolation": transform["interpolation"],
             "mean": transform["mean"],
             "std": transform["std"],
-            "first_conv": "features.conv0",
-            "classifier": "classifier",
+            "first_conv": names["first_conv"],
+            "classifier": names["classifier"],
         },
     }
     with _renamed(place / "model.safetensors") as temporary:

@@ -12,7 +12,7 @@ from pipeline.config import Identity, RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
-from pipeline.model.architectures import architecture
+from pipeline.model.nets import architecture
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
 from pipeline.train.engine import Engine

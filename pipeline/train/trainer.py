@@ -23,6 +23,7 @@ from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import CONFUSION, write_confusion
 from pipeline.model.densenet import create
+from pipeline.model.nets import draws
 from pipeline.model.sources import NO_SOURCES, Sources
 from pipeline.model.weights import load_teacher, load_weights
 from pipeline.train.checkpoint import checkpoint_root, samples_of
@@ -90,7 +91,7 @@ class Trainer:
 
         self.criterion = Criterion(config.loss, derived.num_classes, teacher)
         self._losses: deque[torch.Tensor] = deque(maxlen=max(_LOSSES_KEPT, derived.accumulation))
-        self._drops = config.model.drop_rate > 0 or config.model.layer_drop_rate > 0
+        self._drops = draws(config.model)
         data = config.data
         self.plan = TrainPlan(
             seed=config.run.seed,
