@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.resources import Resources, Share, share
-from launch.sources import ADDRESSES, find_checkpoint, find_sources
-from pipeline.config import DIGITS, RunConfig
+from launch.sources import find_checkpoint, find_sources
+from pipeline.config import Place, RunConfig
 from pipeline.config_effects import without_effect
 from pipeline.config_file import load_config
 from pipeline.data.dataset import check_classes, check_sizes, open_splits
-from pipeline.data.digits import write_digits
 from pipeline.data.index import DatasetIndex
+from pipeline.data.made import make_data
 from pipeline.data.staging import fetch_indexes, is_remote
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.nets import check_model
 from pipeline.model.sources import NO_SOURCES, Sources, read_card
+from pipeline.places import is_address, with_places
 from pipeline.train.deepspeed_schema import check_deepspeed
 from pipeline.train.storage import StorageError, storage_of
 
@@ -54,28 +55,8 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     """Loads a config, makes its paths absolute on this machine and gives the run its name."""
     config = load_config(path, overrides)
     check_model(config)
-    name = config.run.name or new_name(path)
-    output = str(_base_folder() / Path(config.run.output).expanduser())
-    root = config.data.root
-    if root is not None and not is_remote(root):
-        root = _absolute(root)
-    stage = config.data.stage
-    storage = config.checkpoint.storage
-    if storage is not None and "://" not in storage:
-        storage = str(_base_folder() / Path(storage).expanduser())
-    weights, teacher = (
-        place if place is None or place.startswith(ADDRESSES) else _absolute(place)
-        for place in (config.model.weights, config.loss.teacher)
-    )
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"weights": weights}),
-            "loss": config.loss.model_copy(update={"teacher": teacher}),
-            "run": config.run.model_copy(update={"name": name, "output": output}),
-            "checkpoint": config.checkpoint.model_copy(update={"storage": storage}),
-            "data": config.data.model_copy(update={"root": root, "stage": stage and _absolute(stage)}),
-        }
-    )
+    config = with_places(config, _absolute)
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": config.run.name or new_name(path)})})
 
 
 def new_name(path: Path) -> str:
@@ -93,10 +74,9 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
     """
     output = Path(config.run.output)
     check_writable(output)
-    if config.data.root == DIGITS:
-        root = output / "data" / "digits"
-        write_digits(root)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"root": str(root)})})
+    root = make_data(config.data.root, output)
+    if root != config.data.root:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
     taken = share(config, offered)
     warnings = list(taken.warnings)
     train_index, val_index = _open_data(config, output / "index", warnings.append)
@@ -184,8 +164,10 @@ def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> t
     return open_splits(data.root, data.train, data.val, cache, skip_damaged, warn, data.max_pixels)
 
 
-def _absolute(path: str) -> str:
-    return str(Path.cwd() / Path(path).expanduser())
+def _absolute(mark: Place, place: str) -> str:
+    if is_address(place) or mark.kind == "store":  # these are made absolute where they are opened
+        return place
+    return str((_base_folder() if mark.kind == "output" else Path.cwd()) / Path(place).expanduser())
 
 
 def check_writable(output: Path) -> None:
@@ -212,6 +194,6 @@ def check_secrets() -> None:
 
 
 def _base_folder() -> Path:
-    """Where a relative `run.output` lies: here, or in the home folder when here is a Ray job's throw-away copy."""
+    """Where a relative place for output lies: here, or in the home folder when here is a Ray job's throw-away copy."""
     here = Path.cwd()
     return Path.home() / "densenet" if "_ray_pkg_" in str(here) else here

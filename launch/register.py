@@ -14,8 +14,9 @@ from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
 from pipeline.model.sources import read_card
+from pipeline.tracking.mlflow_sink import STATE
 from pipeline.tracking.registry import move_alias, versions
-from pipeline.tracking.run import STATE, Tracker
+from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import wait_for
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, shown
 from pipeline.train import checkpoint

@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from pipeline.config import LAYERWISE, Count, Device, Precision, RunConfig, Section
+from pipeline.config import Count, Device, Precision, RunConfig, Section
 from pipeline.errors import ConfigError
 
 
@@ -100,7 +100,7 @@ def _zero_stage(config: RunConfig, workers: int, precision: Precision) -> Litera
         return config.engine.zero_stage
     if config.engine.offload_optimizer:
         return 1
-    return 0 if workers == 1 or config.optim.name in LAYERWISE or precision == "fp16" else 1
+    return 0 if workers == 1 or config.optim.whole_weights or precision == "fp16" else 1
 
 
 def for_workers(derived: Derived, config: RunConfig, workers: int) -> Derived:

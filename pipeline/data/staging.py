@@ -15,6 +15,7 @@ from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
 from pipeline.extras import advice
+from pipeline.seams import is_made
 
 _COPIES = 8  # shards at once: object stores give a single stream only a part of what they can
 _BLOCK = 8 << 20
@@ -22,8 +23,8 @@ _TRIES = 2
 
 
 def is_remote(root: str | None) -> bool:
-    """Whether a data root is an address (`s3://bucket/set`) and not a folder."""
-    return root is not None and "://" in root
+    """Whether a data root is an address (`s3://bucket/set`), and neither a folder nor made here."""
+    return root is not None and "://" in root and not is_made(root)
 
 
 def fetch_indexes(root: str, splits: tuple[str, ...], cache: Path) -> list[DatasetIndex]:

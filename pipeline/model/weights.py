@@ -1,5 +1,6 @@
 """Weights of a net from a file: timm's, torchvision's or this project's; and what fine-tuning leaves alone."""
 
+import importlib
 import re
 from dataclasses import dataclass
 from itertools import takewhile
@@ -93,10 +94,28 @@ def load_weights(model: nn.Module, place: Path) -> Loaded:
 def load_model(folder: Path) -> nn.Module:
     """The model of a checkpoint's or a registered model's folder, in evaluation mode."""
     card = read_card(folder)
+    import_net(card["architecture"], folder)
     usual = {key: card["architecture"][key] for key in ("in_chans", "global_pool") if key in card["architecture"]}
     model = create(Model(name=card["name"], **usual), card["num_classes"])
     load_weights(model, folder)
     return model.eval()
+
+
+def import_net(architecture: dict[str, Any], folder: Path) -> None:
+    """Imports the module that a card names for its net, where plain timm has no such net.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module = architecture.get("module")
+    try:
+        if module is not None:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"the net of {folder}, {architecture['timm']}, comes from the module {module}, which cannot be imported "
+            f"({error}): install it, or put its folder into PYTHONPATH."
+        ) from error
 
 
 def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> nn.Module:

@@ -3,14 +3,14 @@
 import math
 
 from pipeline.config import RunConfig
+from pipeline.seams import OPTIMIZERS
 
 _BYTES = 4  # of a number: checkpoints are in fp32 whatever the precision
-_TWO_MOMENTS = ("adamw", "lamb")
 
 
 def moments(config: RunConfig) -> int:
     """How many numbers the optimizer keeps for each parameter."""
-    return 2 if config.optim.name in _TWO_MOMENTS else 1
+    return OPTIMIZERS[config.optim.name].moments
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:

@@ -26,7 +26,10 @@ def test_sizes_are_the_published_ones(name, millions, giga):
         ({"model": {"name": "resnet5"}}, r"model.name='resnet5' is not known. Did you mean 'resnet50'"),
         ({"model": {"name": "resnet50.a1_in1k"}}, r"is not known.* without the tags of weights"),
         ({"model": {"name": "resnet50", "memory": "checkpoint"}}, r"model.memory=checkpoint is of DenseNets"),
-        ({"model": {"name": "resnet50", "layer_drop_rate": 0.1}}, r"cannot be made with .*model.in_chans, global_pool, drop_rate and layer_drop_rate"),
+        (
+            {"model": {"name": "resnet50", "layer_drop_rate": 0.1}},
+            r"cannot be made with .*model.in_chans, global_pool, drop_rate and layer_drop_rate",
+        ),
         ({"finetune": {"freeze_blocks": 2}}, r"finetune.freeze_blocks=2 is of nets with dense blocks"),
         (
             {"model": {"name": "rdnet_tiny"}, "finetune": {"layer_decay": 0.7}},
