@@ -19,7 +19,6 @@ from pipeline.plugins import import_plugins, is_file
 from pipeline.seams import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS, is_made
 
 MAX_PIXELS = 178_956_970  # of an image where nothing else is said: PIL's own limit
-DIGITS = "digits://"  # the data root that stands for the demonstration's pictures
 
 Auto = Literal["auto"]
 Device = Literal["cpu", "cuda"]
@@ -47,7 +46,7 @@ def _check_scheme(root: str) -> None:
     """Raises `ValueError` with the nearest where no data source or file system answers to an address."""
     scheme, known = root.partition("://")[0].rpartition("::")[2], [*DATA_SOURCES, *fsspec.available_protocols()]
     if scheme not in known:
-        near = difflib.get_close_matches(scheme, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(scheme, known, n=1)
         hint = f"did you mean '{near[0]}://'?" if near else f"plugins add more to {', '.join(DATA_SOURCES)}"
         raise ValueError(f"root={root}: there is no data source and no file system of that name; {hint}")
 

@@ -52,7 +52,7 @@ def check_model(config: RunConfig) -> None:
     for key, side in _sides(config):
         fault = _fault(net, model, side)
         if fault is not None:
-            usual = net.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
+            usual = getattr(net, "pretrained_cfg", {}).get("input_size", ("unknown",))[-1]
             raise ConfigError(
                 f"{key}={side} does not fit model.name={model.name} ({fault}): set data.image_size and eval.crop to "
                 f"what it takes; its own size is {usual}."
