@@ -1,7 +1,6 @@
 """`densenet data`: make, check, index and describe data sets."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pipeline.data.tools.prepare import Options, prepare
 from pipeline.data.tools.stats import Stats, plot, stats
 from pipeline.data.tools.verify import Report, verify
 from pipeline.errors import UserError
+from pipeline.files import write_text
 
 _SHOWN = 5  # findings of each kind; the JSON report has them all
 _LINE_S = 10  # between progress lines where there is no terminal
@@ -119,11 +119,9 @@ def stats_command(
 
 
 def write_json(file: Path, content: object) -> None:
-    """Writes a report, to a temporary name first."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    """Writes a report."""
     try:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--json={file} cannot be written: {error.strerror or error}.") from error
 

@@ -20,6 +20,7 @@ from pipeline.evaluation.labels import labels_of, read_label_sets
 from pipeline.evaluation.probabilities import VIEWS, Transform, model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class, confusion, score, score_sets
 from pipeline.evaluation.tables import write_confusion, write_csv
+from pipeline.files import write_text
 from pipeline.model.sources import read_card
 from pipeline.tracking.stores import Stores
 
@@ -129,8 +130,6 @@ def _write(
         write_csv(out / "per_class.csv", ["class", "images", "top1_correct", "top1"], per_class)
         write_confusion(out / "confusion.csv", classes, matrix_KK)
         write_csv(out / "predictions.csv", ["image", "class", "predicted", "probability", "of_class"], pictures)
-        temporary = out / "scores.json.tmp"
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(out / "scores.json")
+        write_text(out / "scores.json", json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}.") from error

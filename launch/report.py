@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import read_confusion
+from pipeline.files import write_text
 from pipeline.tracking.look import PastRun, differences, metric_history, past_run, read_artifact
 from pipeline.tracking.plots import confusion_picture, curves
 from pipeline.tracking.stores import given_stores, shown
@@ -38,11 +39,9 @@ def report_command(console: Console, names: list[str], out: Path, uri: str | Non
     if len({run.id for run in runs}) < len(runs):
         raise UserError(f"the same run is named twice: {', '.join(run.id for run in runs)}.")
     text = _page(runs, uri)
-    temporary = out.with_name(f"{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        write_text(out, text)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}.") from error
     console.print(f"{out}: {len(runs)} runs, {len(text) / 1e6:.1f} MB", soft_wrap=True)

@@ -15,6 +15,7 @@ from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
 from pipeline.extras import advice
+from pipeline.files import PARTIAL, whole_file
 from pipeline.seams import is_made
 
 _COPIES = 8  # shards at once: object stores give a single stream only a part of what they can
@@ -82,18 +83,17 @@ def _is_there(file: Path, shard: Shard) -> bool:
 def _copy(files: Any, root: str, folder: Path, name: str, shard: Shard) -> None:
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp")
-    for _ in range(_TRIES):
-        digest = hashlib.sha256()
-        with files.open(f"{root}/{name}", "rb") as source, temporary.open("wb") as out:
-            while block := source.read(_BLOCK):
-                digest.update(block)
-                out.write(block)
-        if digest.hexdigest() == shard.sha256:
-            temporary.replace(target)
-            return
-    temporary.unlink()
-    raise DataError(f"shard {name} does not have the hash it was prepared with: `densenet data verify` the source.")
+    # Under the lock, so what a killed process has left under this name is written over.
+    with whole_file(target, target.with_name(f"{PARTIAL}{target.name}")) as aside:
+        for _ in range(_TRIES):
+            digest = hashlib.sha256()
+            with files.open(f"{root}/{name}", "rb") as source, aside.open("wb") as out:
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    out.write(block)
+            if digest.hexdigest() == shard.sha256:
+                return
+        raise DataError(f"shard {name} does not have the hash it was prepared with: `densenet data verify` the source.")
 
 
 @contextlib.contextmanager

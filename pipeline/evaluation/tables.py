@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.files import whole_file
+
 CONFUSION = Path("evaluation", "confusion.csv")  # in a run's folder: that of the best evaluation
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table to a temporary name and renames it; makes the folder."""
+    """Writes a whole table; makes the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
+    with whole_file(file) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
         writer.writerows(rows)
-    temporary.replace(file)
 
 
 def write_confusion(file: Path, classes: Sequence[str], matrix_KK: NDArray[np.int64]) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import TrainingError, UserError
+from pipeline.files import whole_file, write_text
 from pipeline.model.sources import read_card
 from pipeline.model.weights import load_model
 
@@ -72,9 +73,9 @@ def to_onnx(folder: Path, out: Path) -> Path:
     proto = program.model_proto
     known = {key: card[key] for key in ("name", "classes", "transform")}
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
-    with _renamed(file) as temporary:
-        onnx.save(proto, temporary)
-        _compare(card, model, OnnxModel(temporary), "ONNX")
+    with whole_file(file) as aside:
+        onnx.save(proto, aside)
+        _compare(card, model, OnnxModel(aside), "ONNX")
     return file
 
 
@@ -86,9 +87,9 @@ def to_torch(folder: Path, out: Path) -> Path:
     """
     card, model, file = read_card(folder), load_model(folder), out / "model.pt2"
     program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with _renamed(file) as temporary:
-        torch.export.save(program, temporary)
-        _compare(card, model, torch.export.load(temporary).module(), "torch.export")
+    with whole_file(file) as aside:
+        torch.export.save(program, aside)
+        _compare(card, model, torch.export.load(aside).module(), "torch.export")
     return file
 
 
@@ -132,10 +133,9 @@ def to_timm(folder: Path, out: Path) -> Path:
             "classifier": names["classifier"],
         },
     }
-    with _renamed(place / "model.safetensors") as temporary:
-        save_file(model.state_dict(), temporary)
-    with _renamed(place / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole_file(place / "model.safetensors") as aside:
+        save_file(model.state_dict(), aside)
+    write_text(place / "config.json", json.dumps(config, indent=2) + "\n")
     _compare(card, model, timm.create_model(f"local-dir:{place}", pretrained=True).eval(), "timm")
     return place
 
@@ -166,11 +166,11 @@ def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[n
             return None if images_NCHW is None else {_INPUT: images_NCHW}
 
     try:
-        with _quiet(), _renamed(file) as temporary:
+        with _quiet(), whole_file(file) as aside:
             quant_pre_process(str(onnx_file), str(prepared))
             quantize_static(
                 str(prepared),
-                str(temporary),
+                str(aside),
                 Reader(),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "Gemm", "MatMul"],
@@ -200,18 +200,6 @@ def _example(card: dict[str, Any], count: int) -> torch.Tensor:
     """Images [count, C, crop, crop] of noise, always the same."""
     crop, channels = card["transform"]["crop"], card["architecture"].get("in_chans", 3)
     return torch.randn((count, channels, crop, crop), generator=torch.Generator().manual_seed(count))
-
-
-@contextmanager
-def _renamed(file: Path) -> Iterator[Path]:
-    """A temporary name for a file, which becomes its own unless something fails."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"partial-{file.name}")  # some writers want the ending
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

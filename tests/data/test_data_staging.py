@@ -82,11 +82,11 @@ def test_a_second_start_copies_only_what_is_missing(shards, tmp_path):
     first, second = (staged.root / name for name in list(index.shards)[:2])
     times = first.stat().st_mtime_ns
     second.write_bytes(second.read_bytes()[:100])  # as a kill would leave no shard, but a full disk might
-    second.with_name(f"{second.name}.tmp").write_bytes(b"half")
+    second.with_name(f".partial-{second.name}").write_bytes(b"half")
     stage(index, str(shards), tmp_path / "fast")
     assert first.stat().st_mtime_ns == times
     assert second.stat().st_size == index.shards[f"train/{second.name}"].bytes
-    assert not list(staged.root.rglob("*.tmp"))
+    assert not list(staged.root.rglob(".partial-*"))
 
 
 def _stage(index: DatasetIndex, source: str, base: Path) -> None:

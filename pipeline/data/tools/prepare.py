@@ -36,6 +36,7 @@ from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Scan
 from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError, listed
+from pipeline.files import whole_file, write_text
 
 _WORK = ".prepare"
 _FOLDER_PART = 1000  # pictures
@@ -222,9 +223,7 @@ def _claim(work: Path, job: str, target: Path) -> None:
     """Binds an unfinished target to its job."""
     record = work / "job"
     if not record.is_file():
-        temporary = record.with_suffix(".tmp")
-        temporary.write_text(job, encoding="utf-8")
-        temporary.replace(record)
+        write_text(record, job)
     elif record.read_text(encoding="utf-8") != job:
         raise DataError(
             f"{target} holds an unfinished preparation of other pictures, with other options or in another number of "
@@ -361,14 +360,19 @@ def _pictures(part: _Part, damaged: list[str]) -> Iterator[tuple[dict[str, Any],
         yield row, stored, stored is not content
 
 
+def _aside(part: _Part) -> Path:
+    """Where a file of a part is written first: among the unfinished work, which the next start clears."""
+    return part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
+
+
 def _write_shard(part: _Part) -> _Written:
     """A WebDataset shard: for each sample NUMBER.jpg and NUMBER.cls, NUMBER being its place in the split's order."""
     rows: list[dict[str, Any]] = []
     damaged: list[str] = []
     converted = 0
     shard = part.target / part.shard
-    temporary = part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
-    with temporary.open("wb") as plain:
+    aside = _aside(part)
+    with aside.open("wb") as plain:
         file = _Hashing(plain)
         for number, (row, stored, changed) in enumerate(_pictures(part, damaged)):
             key = f"{part.number:06d}{number:06d}"
@@ -382,10 +386,10 @@ def _write_shard(part: _Part) -> _Written:
         os.fsync(plain.fileno())
     written = _Written(file.position, file.digest.hexdigest(), converted, damaged)
     if damaged and not part.skip_damaged:
-        temporary.unlink()
+        aside.unlink()
     else:
         _save_record(part, rows, written)
-        temporary.replace(shard)
+        aside.replace(shard)
     return written
 
 
@@ -409,9 +413,8 @@ def _write_folder_part(part: _Part) -> _Written:
         row["path"] = f"{part.split}/{_file_name(row.pop('name'))}"
         file = part.target / row["path"]
         file.parent.mkdir(exist_ok=True)
-        temporary = part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
-        temporary.write_bytes(stored)
-        temporary.replace(file)
+        with whole_file(file, _aside(part)) as aside:
+            aside.write_bytes(stored)
         rows.append(row)
         converted += changed
     written = _Written(sum(row["length"] for row in rows), "", converted, damaged)
