@@ -15,7 +15,7 @@ from pipeline.data.space import gigabytes
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.inspect import KINDS
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.stats import Stats, plot, stats
 from pipeline.data.tools.verify import Report, verify
 from pipeline.errors import UserError
@@ -29,7 +29,7 @@ def prepare_command(
     console: Console,
     source: Path,
     target: Path,
-    options: Options,
+    options: PrepareOptions,
     workers: int,
     layout: str | None,
     skip_damaged: bool,

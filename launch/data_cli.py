@@ -53,12 +53,12 @@ def prepare(
     Example: densenet data prepare /downloads /data/imagenet
     """
     from launch.data import prepare_command
-    from pipeline.data.tools.prepare import Options
+    from pipeline.data.tools.prepare import PrepareOptions
     from pipeline.errors import UserError
 
     if to not in ("shards", "folders"):
         raise UserError(f"--to={to} is not known: use shards or folders.")
-    options = Options(
+    options = PrepareOptions(
         to=to,  # type: ignore[arg-type]
         seed=seed,
         shard_bytes=round(shard_size * 1e6),

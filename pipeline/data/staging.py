@@ -36,7 +36,7 @@ def fetch_indexes(root: str, splits: tuple[str, ...], cache: Path) -> list[Datas
     """
     folder = cache / f"remote-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
     (folder / "index").mkdir(parents=True, exist_ok=True)
-    with _told(root):
+    with _naming_address(root):
         files, base = fsspec.core.url_to_fs(root)
         text = files.cat_file(f"{base}/{MANIFEST}").decode()
         manifest = parse_manifest(text, f"{root}/{MANIFEST}")
@@ -68,7 +68,7 @@ def stage(index: DatasetIndex, source: str, base: Path) -> DatasetIndex:
         with FileLock(folder / "lock"), ThreadPoolExecutor(_COPIES, "stage") as pool:
             missing = {name: shard for name, shard in index.shards.items() if not _is_there(folder / name, shard)}
             check_space(folder, sum(shard.bytes for shard in missing.values()), "the staged shards")
-            with _told(source):
+            with _naming_address(source):
                 files, root = fsspec.core.url_to_fs(source)
                 list(pool.map(lambda item: _copy(files, root, folder, *item), missing.items()))
     except OSError as error:
@@ -97,7 +97,7 @@ def _copy(files: Any, root: str, folder: Path, name: str, shard: Shard) -> None:
 
 
 @contextlib.contextmanager
-def _told(address: str) -> Iterator[None]:
+def _naming_address(address: str) -> Iterator[None]:
     """Turns what file systems raise into an error that names the address."""
     try:
         yield

@@ -48,7 +48,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Batch:
+class FolderSummary:
     """What came of a folder: pictures classified, files that are no sound pictures, images per second in all.
 
     `non_finite` counts the pictures for which the model gives NaN or infinities, which have no class; `left_out` are
@@ -101,7 +101,7 @@ def predict_folder(
     top: int = 5,
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Batch:
+) -> FolderSummary:
     """Classifies all files below `pictures` with the model in `folder`, by the loader that evaluation uses.
 
     Writes a Parquet file with a row for each: `image` (its path below `pictures`), the best class, the `top` best ones,
@@ -137,7 +137,7 @@ def predict_folder(
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}.") from error
     img_per_s = (classified + non_finite) / (time.perf_counter() - started)
-    return Batch(classified, len(faults), non_finite, img_per_s, left_out.lines())
+    return FolderSummary(classified, len(faults), non_finite, img_per_s, left_out.lines())
 
 
 def _progress_from(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:

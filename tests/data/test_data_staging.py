@@ -12,7 +12,7 @@ from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import fetch_indexes, stage
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import DataError
 from tests.data import made_up
 from tests.servers import s3_store
@@ -22,7 +22,7 @@ from tests.servers import s3_store
 def shards(tmp_path) -> Path:
     made_up.write_folders(tmp_path / "source", made_up.pictures())
     with Pool(1) as pool:
-        prepare(tmp_path / "source", tmp_path / "set", Options(shard_bytes=20_000), pool)
+        prepare(tmp_path / "source", tmp_path / "set", PrepareOptions(shard_bytes=20_000), pool)
     return tmp_path / "set"
 
 

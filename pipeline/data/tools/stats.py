@@ -13,8 +13,8 @@ from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, quiet, to_rgb
 from pipeline.data.plan import permutation
 from pipeline.data.tools.inspect import Chunk, chunks
+from pipeline.data.tools.layouts import recognise
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError
 from pipeline.files import whole_file
 
