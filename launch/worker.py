@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import stage
 from pipeline.derived import Derived, for_workers
 from pipeline.errors import DataError, UserError
+from pipeline.plugins import module_name
 
 _LOGGED = ("skipped", "warning")  # events that each rank prints to its log
 _PROBED = 1000  # pictures or shards that each node looks for before training
@@ -65,7 +66,7 @@ def _train(task: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> No
     derived: Derived = task["derived"]
     if context.get_world_size() != derived.workers:
         derived = for_workers(derived, config, context.get_world_size())
-    _check_code(task["code"])
+    _check_code(task["code"], config.run.plugins)
     _check_output(config, run_dir)
     train_index, val_index = (_on_this_node(config, ray.get(task[f"{split}_index"])) for split in ("train", "val"))
     torch.set_num_threads(derived.cpus_per_worker)
@@ -91,13 +92,15 @@ def _train(task: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> No
         trainer.fit()
 
 
-def code_version() -> str:
-    """A hash of this project's code as this process finds it."""
+def code_version(plugins: Sequence[str]) -> str:
+    """A hash of this project's code, and of the modules of plugins, as this process finds it."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for folder in ("launch", "pipeline"):
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    for plugin in plugins:
+        digest.update(Path(str(sys.modules[module_name(plugin)].__file__)).read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -105,10 +108,10 @@ def _node() -> str:
     return f"node {ray.util.get_node_ip_address()}"
 
 
-def _check_code(expected: str) -> None:
-    if code_version() != expected:
+def _check_code(expected: str, plugins: Sequence[str]) -> None:
+    if code_version(plugins) != expected:
         raise UserError(
-            f"{_node()} has other code of this project than the driver, in {Path(__file__).parents[1]}: bring all "
+            f"{_node()} has other code of this project or of a plugin than the driver, in {Path(__file__).parents[1]}: bring all "
             f"nodes to the same version, or submit the run as a job, which carries its code."
         )
 
