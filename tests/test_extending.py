@@ -84,6 +84,7 @@ def test_a_job_carries_the_plugin_as_a_module(plugin, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_the_plugin_trains_and_its_model_goes_its_own_way(plugin, shell, tmp_path):
     given = [plugins(plugin), f"run.output={tmp_path}", *OPTIONS, "run.name=run", "train.log_every_steps=1"]
     done = shell("densenet", "train", "demo", *given, "train.epochs=1")
