@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.places import places
 from tests.conftest import PROJECT
 
-NAME = "plugin_of_the_page"  # in this process it is imported once
+NAME, NET = "plugin_of_the_page", "net_of_the_page"  # in a process each is imported once
 CHOICES = {
     "model.name": "plain",
     "optim.name": "signum",
@@ -31,26 +31,28 @@ OPTIONS += ["optim.lr=0.001", "schedule.warmup_epochs=0", "train.global_batch_si
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's blocks as one file."""
+    """The page's blocks as one file; beside it the last one, a net, which goes where this project is not."""
     file = tmp_path_factory.mktemp("plugin") / f"{NAME}.py"
-    page = (PROJECT / "docs" / "extending.md").read_text()
-    file.write_text("\n\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
+    *blocks, net = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "extending.md").read_text(), re.DOTALL)
+    file.write_text("\n\n".join(blocks))
+    (file.parent / f"{NET}.py").write_text(net)
     return file
 
 
-def test_without_the_plugin_its_names_are_refused(plugin):
+def plugins(plugin: Path) -> str:
+    return f"run.plugins=[{plugin},{plugin.with_name(f'{NET}.py')}]"
+
+
+def test_without_the_plugin_its_names_are_refused(shell):
     """In a process of its own: a plugin stays where it was imported."""
-    code = "import sys; from launch.cli import main; main()"
     for option in OPTIONS[:6]:
-        done = subprocess.run(
-            [sys.executable, "-c", code, "plan", "demo", option], cwd=PROJECT, capture_output=True, text=True
-        )
+        done = shell("densenet", "plan", "demo", option)
         assert done.returncode == 2, option
-        assert option.partition("=")[0].split(".")[1] in done.stderr + done.stdout, done.stdout
+        assert option.partition("=")[0].split(".")[1] in done.stdout, done.stdout
 
 
 def test_a_plan_knows_what_the_plugin_adds_and_what_reads_which_key(plugin, densenet):
-    code, told = densenet("plan", "demo", f"run.plugins=[{plugin}]", *OPTIONS, "optim.eps=1e-4", "schedule.end=0.1")
+    code, told = densenet("plan", "demo", plugins(plugin), *OPTIONS, "optim.eps=1e-4", "schedule.end=0.1")
     assert code == 0, told
     assert "0.001, signum, schedule square-root" in told
     assert "optim.eps=0.0001 has no effect: it is of adamw, lamb and muon, optim.name is signum" in told
@@ -82,8 +84,9 @@ def test_a_job_carries_the_plugin_as_a_module(plugin, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_the_plugin_trains_and_its_model_goes_its_own_way(plugin, shell, tmp_path):
-    given = [f"run.plugins=[{plugin}]", f"run.output={tmp_path}", *OPTIONS, "run.name=run", "train.log_every_steps=1"]
+    given = [plugins(plugin), f"run.output={tmp_path}", *OPTIONS, "run.name=run", "train.log_every_steps=1"]
     done = shell("densenet", "train", "demo", *given, "train.epochs=1")
     assert done.returncode == 0, done.stdout
     assert "model        plain version 1, alias candidate" in done.stdout

@@ -121,7 +121,7 @@ def _node() -> str:
 def _check_code(expected: str, plugins: Sequence[str]) -> None:
     if code_version(plugins) != expected:
         raise UserError(
-            f"{_node()} has other code of this project or of a plugin than the driver, in {Path(__file__).parents[2]}: "
+            f"{_node()} has other code in {Path(__file__).parents[2]} or of a plugin than the driver: "
             f"bring all nodes to the same version, or submit the run as a job, which carries its code."
         )
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline.model.card import ModelCard
 from pipeline.train.checkpoint import checkpoint_root, checkpoints
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(2400)]
 
 
 @pytest.mark.parametrize("name", ["resnet50", "rdnet_tiny"])
