@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch.submit import package
+from launch.cluster.submit import package
 
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
