@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from launch.run.start import find_checkpoint
 from PIL import Image
 
 from launch.cluster.capacity import Resources
