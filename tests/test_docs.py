@@ -78,7 +78,7 @@ def test_kubernetes_commands_render(shell):
         assert "kind: RayJob" in done.stdout
 
 
-def test_the_api_page_runs(tmp_path, monkeypatch):
+def test_the_api_page_runs(tmp_path, monkeypatch, one_rank):
     """Its blocks, one after the other, with a small model in the place of the one that a training registers."""
     monkeypatch.chdir(tmp_path)
     checkpoint = write_model(tmp_path / "checkpoint", tuple("0123456789"))
@@ -86,7 +86,7 @@ def test_the_api_page_runs(tmp_path, monkeypatch):
         names = {"name": "densenet_tiny", "alias": "candidate", "data_fingerprint": "f00d"}
         register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)
     blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "api.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {}
     for block in blocks:
         exec(block, names)
