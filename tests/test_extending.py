@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch.cluster.submit import package
 
+from launch.cluster.submit import package
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.places import places
