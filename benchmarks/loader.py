@@ -26,7 +26,7 @@ from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.plan import TrainPlan, micro_batch
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, BATCH, PICTURES = 224, 64, 2048
@@ -45,7 +45,7 @@ def main() -> None:
         write_class_folders(take_pictures(options.pictures, root), root / "original", PICTURES)
         measure("loader, original JPEGs", root / "original", root / "original-shards", options.rounds)
         with Pool(CORES) as pool:
-            small = Options(to="folders", shorter_side=400, quality=90)
+            small = PrepareOptions(to="folders", shorter_side=400, quality=90)
             prepare(root / "original", root / "small", small, pool)
         measure("loader, shorter side 400", root / "small", root / "small-shards", options.rounds)
 
@@ -62,7 +62,7 @@ def write_class_folders(files: list[Path], root: Path, count: int) -> None:
 def measure(name: str, folders: Path, shards: Path, rounds: int) -> None:
     """All loaders on the same pictures."""
     with Pool(CORES) as pool:
-        prepare(folders, shards, Options(shard_bytes=16_000_000), pool)
+        prepare(folders, shards, PrepareOptions(shard_bytes=16_000_000), pool)
     cases = {
         "this loader, shards": ours(shards),
         "this loader, class folders": ours(folders),

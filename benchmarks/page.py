@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
+from pipeline.files import whole_file, write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 PICTURE = PAGE.with_name("benchmarks.png")
@@ -143,14 +144,11 @@ def picture(rows: list[Row]) -> Figure:
 
 
 def write() -> None:
-    """Writes both files, each to a temporary name first."""
+    """Writes both files."""
     rows = newest()
-    temporary = PAGE.with_suffix(".tmp")
-    temporary.write_text(text(rows), encoding="utf-8")
-    temporary.replace(PAGE)
-    drawn = PICTURE.with_suffix(".tmp.png")
-    picture(rows).savefig(drawn, dpi=110)
-    drawn.replace(PICTURE)
+    write_text(PAGE, text(rows))
+    with whole_file(PICTURE) as aside:
+        picture(rows).savefig(aside, dpi=110)
 
 
 if __name__ == "__main__":

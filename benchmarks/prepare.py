@@ -27,7 +27,7 @@ from scipy.io import savemat
 
 from benchmarks.common import in_turns, keep, report, seconds, take_pictures
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 
 CLASSES, PER_CLASS, SHARD, PER_SHARD = 8, 256, 16_000_000, 160  # pictures of 0.1 MB
 CORES = len(os.sched_getaffinity(0))
@@ -43,11 +43,11 @@ def main() -> None:
         source = Path(folder, "source")
         write_archives(take_pictures(options.pictures, Path(folder)), source)
         copying = {
-            "densenet data prepare": prepared(source, Path(folder), Options(shard_bytes=SHARD)),
+            "densenet data prepare": prepared(source, Path(folder), PrepareOptions(shard_bytes=SHARD)),
             "plain tarfile loop": timed(lambda: tarfile_loop(source, Path(folder, "plain"))),
         }
         report("prepare, copied", in_turns(copying, options.rounds), "img/s", "densenet data prepare")
-        small = Options(shard_bytes=SHARD, shorter_side=400, quality=90)
+        small = PrepareOptions(shard_bytes=SHARD, shorter_side=400, quality=90)
         encoding = {
             "densenet data prepare": prepared(source, Path(folder), small),
             "Pillow alone": timed(lambda: pillow(source)),
@@ -105,7 +105,7 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
     return lambda: CLASSES * PER_CLASS / seconds(function)
 
 
-def prepared(source: Path, folder: Path, options: Options) -> Callable[[], float]:
+def prepared(source: Path, folder: Path, options: PrepareOptions) -> Callable[[], float]:
     """From the scan to the finished data set; processes are started before the clock."""
 
     def measured() -> float:

@@ -3,23 +3,27 @@
 `pipeline/config_file.py` reads one from YAML.
 """
 
+import difflib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import fsspec
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.choices import Choices
 from pipeline.names import alias_fault, experiment_fault, model_fault
+from pipeline.plugins import import_plugins, is_file
+from pipeline.seams import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS, is_made
 
 MAX_PIXELS = 178_956_970  # of an image where nothing else is said: PIL's own limit
-DIGITS = "digits://"  # the data root that stands for the demonstration's pictures
 
 Auto = Literal["auto"]
 Device = Literal["cpu", "cuda"]
 Interpolation = Literal["bilinear", "bicubic"]
 Memory = Literal["none", "checkpoint", "shared-stats"]
-OptimizerName = Literal["sgd", "adamw", "lamb", "lars", "muon"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -38,6 +42,15 @@ def _no_password(uri: str) -> str:
     return uri
 
 
+def _check_scheme(root: str) -> None:
+    """Raises `ValueError` with the nearest where no data source or file system answers to an address."""
+    scheme, known = root.partition("://")[0].rpartition("::")[2], [*DATA_SOURCES, *fsspec.available_protocols()]
+    if scheme not in known:
+        near = difflib.get_close_matches(scheme, known, n=1)
+        hint = f"did you mean '{near[0]}://'?" if near else f"plugins add more to {', '.join(DATA_SOURCES)}"
+        raise ValueError(f"root={root}: there is no data source and no file system of that name; {hint}")
+
+
 def _without(fault: Callable[[str], str | None]) -> AfterValidator:
     """A check that refuses a name of which `fault` says what is wrong with it."""
 
@@ -50,7 +63,24 @@ def _without(fault: Callable[[str], str | None]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _one_of(choices: Choices[Any]) -> AfterValidator:
+    return AfterValidator(choices.check)
+
+
 Name = Annotated[str, AfterValidator(_plain_name)]
+Address = Annotated[str, AfterValidator(_no_password)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Marks a key whose value is a path or an address, by what it is to a run; see `pipeline.places`.
+
+    `input` and `output` must be the same for all nodes, `local` is on each node's own disk, `store` is one of MLflow's.
+    Values for which `holds` is false are no places.
+    """
+
+    kind: Literal["input", "output", "local", "store"]
+    holds: Callable[[str], bool] = lambda value: True
 
 
 _FastDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where PyYAML was built with it: ten times as fast
@@ -65,6 +95,12 @@ _Dumper.add_implicit_resolver(
 )
 
 
+def _imported(plugins: tuple[str, ...]) -> tuple[str, ...]:
+    """Imports them before anything else is looked at: `run` is the first section."""
+    import_plugins(plugins)
+    return plugins
+
+
 class Section(BaseModel):
     """A part of the config: immutable, and unknown keys are refused."""
 
@@ -75,23 +111,35 @@ class Run(Section):
     """`run.*`: name, place and seed of a run."""
 
     name: Name | None = Field(None, description="run folder under `output`; default: CONFIG-YYYYmmdd-HHMMSS-XXXXXX")
-    output: str = Field("outputs", description="folder for runs, the data index and the default tracking store")
+    output: Annotated[str, Place("output")] = Field(
+        "outputs", description="folder for runs, the data index and the default tracking store"
+    )
     seed: int = Field(0, ge=0, lt=2**64, description="fixes the weights, the sample order and every augmentation")
+    plugins: Annotated[tuple[str, ...], AfterValidator(_imported), Place("input", is_file)] = Field(
+        (), description="modules, or .py files, that register optimizers, nets, ... of your own (docs/extending.md)"
+    )
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """In another process, too, what a config names must be there."""
+        super().__setstate__(state)
+        import_plugins(self.plugins)
 
 
 class Model(Section):
     """`model.*`: the net, and what it starts from."""
 
-    name: str = Field("densenet121", description="a DenseNet in timm's registry, with this project's additions")
+    name: str = Field("densenet121", description="a DenseNet, or any other image classifier in timm's registry")
     num_classes: Count | None = Field(None, description="logits; default: the classes of the data")
     in_chans: Literal[1, 3] = Field(3, description="3: RGB, 1: grey (ITU-R BT.601 luma)")
     global_pool: Literal["avg", "max", "avgmax", "catavgmax"] = Field(
-        "avg", description="pooling before the classifier"
+        "avg", description="pooling before the classifier; avg: the net's own"
     )
     drop_rate: float = Field(0, ge=0, lt=1, description="dropout before the classifier")
-    layer_drop_rate: float = Field(0, ge=0, lt=1, description="dropout after each dense layer")
-    memory: Memory = Field("none", description="what the backward pass computes anew instead of keeping it")
-    weights: str | None = Field(
+    layer_drop_rate: float = Field(0, ge=0, lt=1, description="dropout after each dense layer, of DenseNets")
+    memory: Memory = Field(
+        "none", description="what the backward pass of DenseNets computes anew instead of keeping it"
+    )
+    weights: Annotated[str | None, Place("input")] = Field(
         None, description="start from a .safetensors or .pth file, a checkpoint or run folder, or models:/NAME@ALIAS"
     )
 
@@ -99,23 +147,29 @@ class Model(Section):
 class Finetune(Section):
     """`finetune.*`: which layers learn, and how fast."""
 
-    freeze_blocks: int = Field(0, ge=0, le=4, description="1: the stem and the first dense block stay as they are; ...")
+    freeze_blocks: int = Field(
+        0, ge=0, le=4, description="1: the stem and the first dense block stay as they are; ... (DenseNets)"
+    )
     freeze_batch_norm: bool = Field(False, description="all norms use their running statistics and stay as they are")
-    layer_decay: float = Field(1, gt=0, le=1, description="rate's factor for each dense block further from the head")
+    layer_decay: float = Field(
+        1, gt=0, le=1, description="rate's factor for each dense block, or stage, further from the head"
+    )
     head_lr: float = Field(1, gt=0, description="rate's factor for the classifier")
 
 
 class Data(Section):
     """`data.*`: the data set, and how its pictures are read and cut."""
 
-    root: Annotated[str, AfterValidator(_no_password)] | None = Field(
+    root: Annotated[Address | None, Place("input")] = Field(
         None,
         description="a prepared data set's folder or address (s3://...), or a folder with class folders in each split",
     )
     train: Name = Field("train", description="name of the training split")
     val: Name = Field("val", description="name of the evaluation split")
     license: str | None = Field(None, description="licence of the data, told with the registered model")
-    stage: str | None = Field(None, description="folder on each node's own disk, to which shards are copied first")
+    stage: Annotated[str | None, Place("local")] = Field(
+        None, description="folder on each node's own disk, to which shards are copied first"
+    )
     on_corrupt: Literal["error", "skip"] = Field("error", description="damaged training pictures: end, or replace them")
     max_pixels: Count = Field(MAX_PIXELS, description="pictures of more pixels are refused; the model's card keeps it")
     shuffle: Literal["full", "windowed"] = Field("full", description="`windowed`: within windows of shards")
@@ -145,8 +199,10 @@ class Data(Section):
             raise ValueError(f"crop_ratio={[low, high]} must be two numbers with 0 < low <= high")
         if min(self.std) <= 0:
             raise ValueError(f"std={list(self.std)} must be positive")
-        if self.root is not None and "://" in self.root and self.root != DIGITS and self.stage is None:
-            raise ValueError(f"root={self.root} is an address: set stage to a folder on each node's own disk")
+        if self.root is not None and "://" in self.root and not is_made(self.root):
+            _check_scheme(self.root)
+            if self.stage is None:
+                raise ValueError(f"root={self.root} is an address: set stage to a folder on each node's own disk")
         epochs = [epoch for epoch, _ in self.progressive]
         if epochs != sorted(set(epochs)) or any(e <= 0 for e in epochs) or any(s < 8 for _, s in self.progressive):
             pairs = [list(pair) for pair in self.progressive]
@@ -181,6 +237,9 @@ class Augment(Section):
     cutmix: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no CutMix")
     mix_probability: Fraction = Field(1, description="share of the pairs of pictures that are mixed")
     cutmix_share: Fraction = Field(0.5, description="share of CutMix where mixup is on too")
+    also: tuple[Annotated[str, _one_of(AUGMENTATIONS)], ...] = Field(
+        (), description="augmentations of plugins, by name, one after another before pictures are mixed"
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> "Augment":
@@ -287,13 +346,12 @@ class Train(Section):
         return self
 
 
-LAYERWISE = ("lamb", "lars", "muon")  # optimizers that look at whole weights, which ZeRO 1-3 cut up
-
-
 class Optim(Section):
     """`optim.*`: the optimizer and its peak rate."""
 
-    name: OptimizerName = Field("sgd", description="from timm; `lamb`, `lars` and `muon` need ZeRO stage 0")
+    name: Annotated[str, _one_of(OPTIMIZERS)] = Field(
+        "sgd", description="or `adamw`, `lamb`, `lars`, `muon` (these three need ZeRO stage 0), or a plugin's"
+    )
     lr: float = Field(0.1, gt=0, description="peak learning rate, before `lr_scaling`")
     lr_scaling: Literal["none", "linear", "sqrt"] = Field(
         "none", description="factor: the global batch over `lr_base_batch`, or its square root"
@@ -312,6 +370,11 @@ class Optim(Section):
             raise ValueError(f"betas={list(self.betas)} must each be below 1")
         return self
 
+    @property
+    def whole_weights(self) -> bool:
+        """Whether the optimizer looks at whole weights, which ZeRO 1-3 cut up."""
+        return OPTIMIZERS[self.name].whole_weights
+
     def peak_lr(self, global_batch_size: int) -> float:
         """The rate after scaling: linear (Goyal et al. 2017, arXiv 1706.02677) or by the square root."""
         power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.lr_scaling]
@@ -323,7 +386,7 @@ class Loss(Section):
 
     name: Literal["cross-entropy", "bce"] = Field("cross-entropy", description="`bce`: binary, mean over the classes")
     smoothing: float = Field(0, ge=0, lt=1, description="share of the target that goes to all classes alike")
-    teacher: str | None = Field(
+    teacher: Annotated[str | None, Place("input")] = Field(
         None, description="model to learn from: models:/NAME@ALIAS, or a checkpoint or run folder of this project"
     )
     alpha: Fraction = Field(0.5, description="weight of the teacher's answers; the labels' is 1 - alpha")
@@ -340,7 +403,9 @@ class Ema(Section):
 class Schedule(Section):
     """`schedule.*`: the learning rate over the run."""
 
-    name: Literal["step", "cosine", "linear", "one-cycle"] = Field("cosine", description="what follows the warm-up")
+    name: Annotated[str, _one_of(SCHEDULES)] = Field(
+        "cosine", description="what follows the warm-up; or `step`, `linear`, `one-cycle`, or a plugin's"
+    )
     warmup_epochs: float = Field(0, ge=0, description="linear rise to the peak rate")
     milestones: tuple[float, ...] = Field((30, 60), description="epochs at which `step` multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
@@ -404,7 +469,7 @@ class Checkpoint(Section):
     every_epochs: Count = Field(1, description="epochs between checkpoints; the end of the run always has one")
     every_samples: Count | None = Field(None, description="samples between further checkpoints")
     every_minutes: float | None = Field(None, gt=0, description="minutes between further ones, looked at when logging")
-    storage: Annotated[str, AfterValidator(_no_password)] | None = Field(
+    storage: Annotated[Address | None, Place("output")] = Field(
         None, description="folder or address (s3://...) that keeps copies, for nodes whose own disks are not shared"
     )
     keep_last: Count = Field(2, description="newest checkpoints kept; the best one is kept besides")
@@ -473,10 +538,10 @@ class Cluster(Section):
 class Tracking(Section):
     """`tracking.*`: MLflow's store, the registry, and what happens without them."""
 
-    uri: Annotated[str, AfterValidator(_no_password)] | None = Field(
+    uri: Annotated[Address | None, Place("store")] = Field(
         None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`"
     )
-    registry_uri: Annotated[str, AfterValidator(_no_password)] | None = Field(
+    registry_uri: Annotated[Address | None, Place("store")] = Field(
         None, description="where models are registered; default: MLFLOW_REGISTRY_URI, else the tracking store"
     )
     experiment: Annotated[str, _without(experiment_fault)] = Field(
@@ -493,6 +558,9 @@ class Tracking(Section):
     )
     alias: Annotated[str, _without(alias_fault)] = Field(
         "candidate", description="moved to the new version; `latest` and `v` with a number are MLflow's own"
+    )
+    also: tuple[Annotated[str, _one_of(TRACKERS)], ...] = Field(
+        (), description="trackers of plugins, by name, that get the records that MLflow gets"
     )
 
 
@@ -534,7 +602,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.progressive={[list(p) for p in self.data.progressive]} must lie before train.epochs={epochs:g}"
             )
-        if self.optim.name in LAYERWISE and stage not in (0, "auto"):
+        if self.optim.whole_weights and stage not in (0, "auto"):
             raise ValueError(
                 f"optim.name={self.optim.name} works on whole weights, which ZeRO stage {stage} cuts up: set "
                 f"engine.zero_stage=0"
@@ -544,7 +612,7 @@ class RunConfig(Section):
                 f"train.precision=fp16 needs engine.zero_stage=0: at stage {stage} DeepSpeed skips all steps after one "
                 f"that overflowed; or use bf16"
             )
-        whole = self.optim.name in LAYERWISE or self.train.precision == "fp16"
+        whole = self.optim.whole_weights or self.train.precision == "fp16"
         if self.engine.offload_optimizer and (stage == 0 or whole):
             raise ValueError(
                 "engine.offload_optimizer needs engine.zero_stage=1, 2 or 3, and so an optimizer and a precision that "

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.choices import either
 from pipeline.config import Elastic, RunConfig
 from pipeline.derived import Derived
+from pipeline.seams import OPTIMIZERS, SCHEDULES
 
 _DEFAULT = RunConfig()
 _Reads = Callable[[RunConfig, Derived], bool]
@@ -17,7 +19,10 @@ _Reads = Callable[[RunConfig, Derived], bool]
 
 @dataclass(frozen=True)
 class _Rule:
-    """The keys are read where `reads` is true; else `why` says why not: `c` is the config, `d` what is derived."""
+    """The keys are read where `reads` is true; else `why` says why not.
+
+    There `c` is the config, `d` what is derived, and `of` has the optimizers or schedules that read a key.
+    """
 
     keys: tuple[str, ...]
     reads: _Reads
@@ -27,39 +32,46 @@ class _Rule:
 _RULES = (
     _Rule(
         ("optim.momentum",),
-        lambda c, d: c.optim.name in ("sgd", "lars", "muon"),
-        "it is of sgd, lars and muon, optim.name is {c.optim.name}",
+        lambda c, d: "momentum" in OPTIMIZERS[c.optim.name].reads,
+        "it is of {of[momentum]}, optim.name is {c.optim.name}",
     ),
     _Rule(
         ("optim.nesterov",),
-        lambda c, d: c.optim.name in ("sgd", "lars", "muon") and c.optim.momentum > 0,
-        "it is of sgd, lars and muon with momentum; optim.name is {c.optim.name}, optim.momentum {c.optim.momentum:g}",
+        lambda c, d: "nesterov" in OPTIMIZERS[c.optim.name].reads and c.optim.momentum > 0,
+        "it is of {of[nesterov]} with momentum; optim.name is {c.optim.name}, optim.momentum {c.optim.momentum:g}",
     ),
     _Rule(
-        ("optim.betas", "optim.eps"),
-        lambda c, d: c.optim.name in ("adamw", "lamb", "muon"),
-        "it is of adamw, lamb and muon, optim.name is {c.optim.name}",
+        ("optim.betas",),
+        lambda c, d: "betas" in OPTIMIZERS[c.optim.name].reads,
+        "it is of {of[betas]}, optim.name is {c.optim.name}",
+    ),
+    _Rule(
+        ("optim.eps",),
+        lambda c, d: "eps" in OPTIMIZERS[c.optim.name].reads,
+        "it is of {of[eps]}, optim.name is {c.optim.name}",
     ),
     _Rule(("optim.lr_base_batch",), lambda c, d: c.optim.lr_scaling != "none", "optim.lr_scaling is none"),
     _Rule(
         ("schedule.milestones",),
-        lambda c, d: c.schedule.name == "step",
-        "it is of step, schedule.name is {c.schedule.name}",
+        lambda c, d: "milestones" in SCHEDULES[c.schedule.name].reads,
+        "it is of {of[milestones]}, schedule.name is {c.schedule.name}",
     ),
     _Rule(
         ("schedule.gamma",),
-        lambda c, d: c.schedule.name == "step" and bool(c.schedule.milestones),
-        "it is of step with milestones; schedule.name is {c.schedule.name}",
+        lambda c, d: (
+            "gamma" in SCHEDULES[c.schedule.name].reads and (c.schedule.name != "step" or bool(c.schedule.milestones))
+        ),
+        "it is of {of[gamma]} with milestones; schedule.name is {c.schedule.name}",
     ),
     _Rule(
         ("schedule.rise",),
-        lambda c, d: c.schedule.name == "one-cycle",
-        "it is of one-cycle, schedule.name is {c.schedule.name}",
+        lambda c, d: "rise" in SCHEDULES[c.schedule.name].reads,
+        "it is of {of[rise]}, schedule.name is {c.schedule.name}",
     ),
     _Rule(
         ("schedule.end",),
-        lambda c, d: c.schedule.name != "step",
-        "it is of cosine, linear and one-cycle, schedule.name is step",
+        lambda c, d: "end" in SCHEDULES[c.schedule.name].reads,
+        "it is of {of[end]}, schedule.name is {c.schedule.name}",
     ),
     _Rule(("loss.alpha",), lambda c, d: c.loss.teacher is not None, "there is no loss.teacher"),
     _Rule(
@@ -183,8 +195,9 @@ _STAGES_1_2 = {
 
 def without_effect(config: RunConfig, derived: Derived, embedded: bool) -> list[str]:
     """One line for each key that is set and not read in this run; `embedded` where the run starts a Ray of its own."""
+    of = _readers()
     lines = [
-        _line(key, _value(config, key), rule.why.format(c=config, d=derived))
+        _line(key, _value(config, key), rule.why.format(c=config, d=derived, of=of))
         for rule in _RULES
         if not _elastic_hides(config, rule) and not rule.reads(config, derived)
         for key in rule.keys
@@ -195,6 +208,16 @@ def without_effect(config: RunConfig, derived: Derived, embedded: bool) -> list[
         if _is_set(config, key) and not any(line.startswith(f"{key}=") for line in lines):
             lines.append(_line(key, _value(config, key), why))
     return lines + list(_zero_keys(config, derived))
+
+
+def _readers() -> dict[str, str]:
+    """Which optimizers or schedules read a key, those of plugins too."""
+    readers: dict[str, list[str]] = {}
+    for choices in (OPTIMIZERS, SCHEDULES):
+        for name, kind in choices.items():
+            for key in kind.reads:
+                readers.setdefault(key, []).append(name)
+    return {key: either(names, "and") for key, names in readers.items()}
 
 
 def _elastic_hides(config: RunConfig, rule: _Rule) -> bool:

@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.config import Device, RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation.counts import EvalResult
-from pipeline.model.architectures import check_name
+from pipeline.model.nets import check_model
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
 from pipeline.train.alone import alone
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root, checkpoints, read_state
@@ -115,7 +115,7 @@ def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report |
 
 
 def _set_up(config: RunConfig, resume: str | Path | None) -> RunSetup:
-    check_name(config.model.name)
+    check_model(config)
     name = config.run.name or new_name(config.model.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     config = absolute(config, Path.cwd())

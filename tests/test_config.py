@@ -67,7 +67,10 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
             "optim.name=lamb works on whole weights, which ZeRO stage 1 cuts up: set engine.zero_stage=0",
         ),
         ("train.profile_steps=[9, 3]", r"profile_steps=\[9, 3\] must be \[first, last\] with first <= last"),
-        ("optim.name=adam", "optim.name: must be 'sgd', 'adamw', 'lamb', 'lars' or 'muon'; got 'adam'"),
+        (
+            "optim.name=adam",
+            r"optim.name: must be 'sgd', 'adamw', 'lamb', 'lars' or 'muon' \(did you mean 'adamw'\?\); got 'adam'",
+        ),
         ("data.progressive=[[90, 160]]", r"data.progressive=\[\[90.0, 160\]\] must lie before train.epochs=90"),
         ("finetune.freeze_blocks=5", "finetune.freeze_blocks: must be less than or equal to 4"),
         ("eval.crop=300", "crop=300 must not exceed resize=256"),

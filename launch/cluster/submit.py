@@ -13,15 +13,16 @@ from ray.job_submission import JobSubmissionClient
 
 from launch.cluster.job_env import SECRETS
 from launch.cluster.jobs import connect
-from pipeline.config import DIGITS, Cluster, RunConfig, Tracking
+from pipeline.config import Cluster, RunConfig, Tracking
 from pipeline.errors import UserError, listed
+from pipeline.places import is_address, places
+from pipeline.plugins import is_file, module_name
 from pipeline.tracking.origin import write_commit
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
 
 PROJECT = Path(__file__).parents[2]
 _CODE = ("pipeline", "launch")
 _CONFIG = "job.yaml"
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:/")  # s3://..., models:/...
 _MOST_BYTES = 20_000_000
 _STOP_WAIT_S = "120"  # between a job's SIGTERM and its SIGKILL; Ray's 3 s are too short for a checkpoint
 
@@ -76,7 +77,7 @@ def submit(config: RunConfig, options: JobOptions) -> tuple[JobSubmissionClient,
 
 
 def package(folder: Path, config: RunConfig) -> None:
-    """Copies what a job needs: the code, and the config as one file.
+    """Copies what a job needs: the code, files of plugins, which are modules there, and the config as one file.
 
     Raises:
         UserError: it is larger than a job's code ought to be; the largest files are named.
@@ -86,6 +87,10 @@ def package(folder: Path, config: RunConfig) -> None:
             target = folder / source.relative_to(PROJECT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+    for plugin in filter(is_file, config.run.plugins):
+        shutil.copyfile(Path(plugin).expanduser(), folder / f"{module_name(plugin)}.py")
+    plugins = tuple(module_name(plugin) for plugin in config.run.plugins)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"plugins": plugins})})
     (folder / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     write_commit(folder)
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size, reverse=True)
@@ -103,17 +108,9 @@ def locked() -> list[str]:
 
 def _check_places(config: RunConfig) -> None:
     """Raises where a path does not say where it begins: it is of the cluster's nodes."""
-    for key, place in {
-        "data.root": None if config.data.root == DIGITS else config.data.root,
-        "data.stage": config.data.stage,
-        "run.output": config.run.output,
-        "checkpoint.storage": config.checkpoint.storage,
-        "model.weights": config.model.weights,
-        "loss.teacher": config.loss.teacher,
-        "tracking.uri": (config.tracking.uri or "").removeprefix("sqlite:///") or None,
-        "tracking.registry_uri": (config.tracking.registry_uri or "").removeprefix("sqlite:///") or None,
-    }.items():
-        if place is not None and not _ADDRESS.match(place) and not Path(place).is_absolute():
+    for key, mark, place in places(config):
+        path_of = place.removeprefix("sqlite:///") if mark.kind == "store" else place
+        if key != "run.plugins" and not is_address(path_of) and not Path(path_of).is_absolute():
             raise UserError(
                 f"{key}={place} must be an absolute path, or an address: it is looked for on the nodes, and a job's "
                 f"own folder is thrown away at its end."

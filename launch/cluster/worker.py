@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pipeline.data.staging import stage
 from pipeline.derived import Derived, for_workers
 from pipeline.errors import DataError, UserError
 from pipeline.model.sources import Sources
+from pipeline.plugins import module_name
 from pipeline.train.claim import PROBE
 from pipeline.train.events import Event, Failed, Report, Skipped, Warned, WorkersStarted
 
@@ -82,7 +83,7 @@ def _train(task: Task, report: Report) -> None:
     config, run_dir, derived, context = task.config, task.run_dir, task.derived, ray.train.get_context()
     if context.get_world_size() != derived.workers:
         derived = for_workers(derived, config, context.get_world_size())
-    _check_code(task.code)
+    _check_code(task.code, task.config.run.plugins)
     _check_output(config, run_dir)
     train_index, val_index = (_on_this_node(config, ray.get(index)) for index in (task.train_index, task.val_index))
     train_rank(
@@ -101,13 +102,15 @@ def _train(task: Task, report: Report) -> None:
     )
 
 
-def code_version() -> str:
-    """A hash of this project's code as this process finds it."""
+def code_version(plugins: Sequence[str]) -> str:
+    """A hash of this project's code, and of the modules of plugins, as this process finds it."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
     for folder in ("launch", "pipeline"):
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    for plugin in plugins:
+        digest.update(Path(str(sys.modules[module_name(plugin)].__file__)).read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -115,11 +118,11 @@ def _node() -> str:
     return f"node {ray.util.get_node_ip_address()}"
 
 
-def _check_code(expected: str) -> None:
-    if code_version() != expected:
+def _check_code(expected: str, plugins: Sequence[str]) -> None:
+    if code_version(plugins) != expected:
         raise UserError(
-            f"{_node()} has other code of this project than the driver, in {Path(__file__).parents[2]}: bring all "
-            f"nodes to the same version, or submit the run as a job, which carries its code."
+            f"{_node()} has other code in {Path(__file__).parents[2]} or of a plugin than the driver: "
+            f"bring all nodes to the same version, or submit the run as a job, which carries its code."
         )
 
 

@@ -12,12 +12,13 @@ import yaml
 
 from launch.cluster.capacity import NoRoom, Resources, share
 from launch.kubernetes.kubectl import kustomize, kustomized
-from pipeline.config import DIGITS, Elastic, RunConfig
+from pipeline.config import Elastic, RunConfig
 from pipeline.config_file import load_config
 from pipeline.data.staging import is_remote
 from pipeline.derived import split_batch
 from pipeline.errors import UserError
-from pipeline.model.architectures import check_name
+from pipeline.model.nets import check_model
+from pipeline.places import is_address, places
 
 K8S = (Path(__file__).parent / "k8s").resolve()
 _GROUP = "/spec/rayClusterSpec/workerGroupSpecs/0"
@@ -66,7 +67,7 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
     if image is None or image["tag"] == "latest":
         raise UserError(f"--image={settings.image} needs a tag that stays the same, as REPOSITORY:1.0, or a digest.")
     config = load_config(path, *overrides)
-    check_name(config.model.name)
+    check_model(config)
     name = str(config.run.name)
     if not _DNS_NAME.fullmatch(name):
         raise UserError(
@@ -148,9 +149,8 @@ def _workers(
 
 def _credentials(config: RunConfig, settings: Settings) -> list[dict[str, Any]]:
     """Patches for the Secret whose keys are variables of the pods."""
-    remote = {"data.root": config.data.root, "checkpoint.storage": config.checkpoint.storage}
-    for key, place in remote.items():
-        if is_remote(place) and place != DIGITS and settings.secret is None:
+    for key, mark, place in places(config):
+        if mark.kind != "store" and is_remote(place) and settings.secret is None:
             raise UserError(
                 f"{key}={place} needs credentials: --set secret=NAME of a Secret with them (k8s/secrets.example.yaml), "
                 f"or --set secret=none where the pods' service account has the rights."
@@ -248,14 +248,12 @@ def _pods(workers: int, per_pod: int, gpus: int) -> int:
 
 def _check_places(config: RunConfig, container: dict[str, Any]) -> None:
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-    places = {"data.root": config.data.root, "run.output": config.run.output}
-    for key, place in places.items():
-        if place is None:
-            raise UserError(f"{key} is not set: give its place in the pods, below /data or /runs.")
-        if key == "data.root" and (place == DIGITS or is_remote(place)):
+    if config.data.root is None:
+        raise UserError("data.root is not set: give its place in the pods, below /data or /runs.")
+    for key, mark, place in places(config):
+        if mark.kind not in ("input", "output") or is_address(place):
             continue
         on = [mount for at, mount in mounts.items() if Path(place).is_relative_to(at) and at not in _PRIVATE]
-        if not on or (key == "run.output" and on[0].get("readOnly")):
-            raise UserError(
-                f"{key}={place} is on no volume that all pods share: {'/runs' if key == 'run.output' else '/data'} is."
-            )
+        if not on or (mark.kind == "output" and on[0].get("readOnly")):
+            shared = "/runs" if mark.kind == "output" else "/data"
+            raise UserError(f"{key}={place} is on no volume that all pods share: {shared} is.")

@@ -11,7 +11,7 @@ from launch.cluster.prepared import Prepared
 from launch.run.prepare import prepare
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
-from pipeline.model.architectures import size
+from pipeline.model.nets import size
 from pipeline.tracking.stores import shown, stores_of
 from pipeline.train.setup import check_writable
 

@@ -7,14 +7,14 @@ from launch.cluster.job_env import base_folder
 from launch.cluster.prepared import Prepared
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
-from pipeline.model.architectures import check_name
+from pipeline.model.nets import check_model
 from pipeline.train.setup import absolute, check_writable, new_name, set_up
 
 
 def named_config(path: Path, overrides: list[str]) -> RunConfig:
     """Loads a config, and gives the run its name."""
     config = load_config(path, *overrides)
-    check_name(config.model.name)
+    check_model(config)
     name = config.run.name or new_name(path.stem)
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 

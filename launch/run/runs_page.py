@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import read_confusion
+from pipeline.files import write_text
 from pipeline.tracking.look import PastRun, differences, metric_history, past_run, read_artifact
 from pipeline.tracking.plots import confusion_picture, curves
 from pipeline.tracking.stores import shown
@@ -36,11 +37,9 @@ def write_page(names: list[str], out: Path, uri: str, experiment: str) -> int:
     if len({run.id for run in runs}) < len(runs):
         raise UserError(f"the same run is named twice: {', '.join(run.id for run in runs)}.")
     text = _page(runs, uri)
-    temporary = out.with_name(f"{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        write_text(out, text)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}.") from error
     return len(text)

@@ -4,14 +4,15 @@ Mixing is of pairs, the neighbours 2k and 2k + 1 in the run's sample order, and 
 the same whatever the number of workers and the split of the batch, as long as device batches are even.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtri
 
 from pipeline.config import Augment
-from pipeline.data.philox import AUTO, COLOUR, ERASE, MIX, Ints, draw
+from pipeline.data.philox import AUTO, COLOUR, ERASE, MIX, PLUGIN, Ints, draw
 
 MAGNITUDES = 31  # bins, as in RandAugment and TrivialAugment
 NUM_OPS = 14  # of each of DALI's suites
@@ -64,17 +65,23 @@ class Mix:
 
 @dataclass(frozen=True)
 class Augmentations:
-    """The augmentations of a batch; None where one is off."""
+    """The augmentations of a batch; None where one is off. `also` has the random numbers of plugins', by name."""
 
     colour: Colour | None = None
     auto: Auto | None = None
     erase: Erase | None = None
     mix: Mix | None = None
+    also: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def tries(config: Augment) -> dict[int, int]:
     """How many random numbers of each purpose `augmentations` wants of `draw` for each sample."""
-    wanted = {COLOUR: 2 * config.colours, AUTO: config.auto_stages, ERASE: (_TRIES + 1) * bool(config.erase)}
+    wanted = {
+        COLOUR: 2 * config.colours,
+        AUTO: config.auto_stages,
+        ERASE: (_TRIES + 1) * bool(config.erase),
+        PLUGIN: len(config.also),
+    }
     return {purpose: int(count) for purpose, count in wanted.items() if count}
 
 
@@ -87,6 +94,7 @@ def augmentations(
         auto=_auto(config, draws[AUTO]) if AUTO in draws else None,
         erase=_erase(config, draws[ERASE], side) if ERASE in draws else None,
         mix=_mix(config, seed, positions_B, side) if config.mixes else None,
+        also={name: draws[PLUGIN][..., i].T.astype(np.float32, order="C") for i, name in enumerate(config.also)},
     )
 
 

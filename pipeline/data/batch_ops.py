@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.config import Rgb
 from pipeline.data.augment import Augmentations, Colour, Erase, Mix
 from pipeline.data.philox import Ints
+from pipeline.seams import AUGMENTATIONS
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
 _NOISE_STARTS = 2**22  # places in the noise at which an image's part of it may begin
@@ -37,6 +38,8 @@ def apply(
         images_NCHW = colour(images_NCHW, planned.colour, mean, std)
     if planned.erase is not None:
         images_NCHW = erase(images_NCHW, planned.erase, erase_fill)
+    for name, random_B4 in planned.also.items():
+        images_NCHW = AUGMENTATIONS[name](images_NCHW, _to(random_B4, images_NCHW))
     if planned.mix is not None:
         return mix(images_NCHW, labels_N, planned.mix, num_classes)
     return images_NCHW, labels_N

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipeline.data.folders import scan_split, scan_splits
 from pipeline.data.images import TooLarge, check_size
 from pipeline.data.index import DatasetIndex, Shard, load_table
 from pipeline.errors import DataError, listed
+from pipeline.files import write_text
 
 MANIFEST = "dataset.json"
 _FORMAT = 1
@@ -42,11 +42,8 @@ class Manifest:
     made: dict[str, Any]
 
     def save(self, root: Path) -> None:
-        """Writes `dataset.json`, to a temporary name first."""
-        file = root / MANIFEST
-        temporary = file.with_name(f"{MANIFEST}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"format": _FORMAT} | asdict(self), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        """Writes `dataset.json`."""
+        write_text(root / MANIFEST, json.dumps({"format": _FORMAT} | asdict(self), indent=1) + "\n")
 
 
 def parse_manifest(text: str, where: str) -> Manifest:

@@ -1,17 +1,27 @@
 """The demonstration's data set: scikit-learn's handwritten digits as JPEG class folders."""
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from pipeline.errors import DataError
+from pipeline.files import whole_folder
 
 TRAIN_IMAGES, VAL_IMAGES = 1437, 360
 _SIDE = 32
 _QUALITY = 95
+
+
+def write_source(rest: str, folder: Path) -> None:
+    """The data source `digits://`.
+
+    Raises:
+        DataError: something stands behind its name, or `folder` holds something else.
+    """
+    if rest:
+        raise DataError(f"data.root=digits://{rest}: nothing comes after digits://.")
+    write_digits(folder)
 
 
 def write_digits(root: Path) -> None:
@@ -37,18 +47,12 @@ def write_digits(root: Path) -> None:
         np.arange(len(digits.target)), test_size=VAL_IMAGES, random_state=0, stratify=digits.target
     )
     in_train = np.isin(np.arange(len(digits.target)), train_ids)
-    temporary = root.with_name(f"{root.name}.{os.getpid()}.tmp")
-    for i, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        folder = temporary / ("train" if in_train[i] else "val") / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray(np.rint(picture * 255 / 16).astype(np.uint8))
-        grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.jpg", quality=_QUALITY)
-    try:
-        temporary.rename(root)
-    except OSError:
-        if _count(root) != (TRAIN_IMAGES, VAL_IMAGES):
-            raise
-        shutil.rmtree(temporary)  # another process was writing the same, and was first
+    with whole_folder(root) as aside:
+        for i, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+            folder = aside / ("train" if in_train[i] else "val") / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            grey = Image.fromarray(np.rint(picture * 255 / 16).astype(np.uint8))
+            grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.jpg", quality=_QUALITY)
 
 
 def _count(root: Path) -> tuple[int, int]:

@@ -6,7 +6,6 @@ The plan needs every picture's width and height, reading needs its place. An ind
 
 import hashlib
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from pipeline.data.files import File, Files
 from pipeline.data.images import TAIL, cut_short
 from pipeline.errors import DamagedSample, DataError
+from pipeline.files import whole_file
 
 SCHEMA = pa.schema(
     [
@@ -210,7 +210,7 @@ class DatasetIndex:
         return np.unique(self.files_N, return_index=True)[1]
 
     def save(self, file: Path) -> None:
-        """Writes the index as Parquet, to a temporary name first."""
+        """Writes the index as Parquet."""
         save_table(self.table, file)
 
     def _integers(self, column: str) -> NDArray[np.int64]:
@@ -241,10 +241,9 @@ def rows_of(table: pa.Table, start: int, count: int) -> pa.Table:
 
 
 def save_table(table: pa.Table, file: Path) -> None:
-    """Writes a table as Parquet, to a temporary name first."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-    temporary.replace(file)
+    """Writes a table as a whole Parquet file."""
+    with whole_file(file) as aside:
+        pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
 
 
 def load_table(file: Path) -> pa.Table:

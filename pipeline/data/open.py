@@ -7,13 +7,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import DIGITS, MAX_PIXELS, Device, RunConfig
+from pipeline.config import MAX_PIXELS, Device, RunConfig
 from pipeline.data.dataset import check_sizes, open_split, open_splits, read_manifest
-from pipeline.data.digits import write_digits
 from pipeline.data.folders import list_classes
 from pipeline.data.index import DatasetIndex
+from pipeline.data.made import make_data
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, eval_share, micro_batch
 from pipeline.errors import DataError, UserError
+from pipeline.seams import is_made
 
 if TYPE_CHECKING:
     from pipeline.data.dali import Batch, Loader
@@ -47,12 +48,8 @@ def open_dataset(
 
 
 def data_folder(place: str | Path, cache: Path) -> Path:
-    """The folder that a user means; the demonstration's pictures are written below `cache` first."""
-    if str(place) != DIGITS:
-        return Path(place).expanduser()
-    root = cache / "data" / "digits"
-    write_digits(root)
-    return root
+    """The folder that a user means; data sets that are made (`digits://`) are written below `cache` first."""
+    return Path(str(make_data(str(place), cache))).expanduser()
 
 
 class Dataset:
@@ -65,7 +62,7 @@ class Dataset:
         self._train, self._stage, self._cache, self._max_pixels = train, stage, cache, max_pixels
         self._address: str | None = None
         self._indexes: dict[str, DatasetIndex] = {}
-        if "://" in str(place) and str(place) != DIGITS:
+        if "://" in str(place) and not is_made(str(place)):
             self._address = str(place)
             self.root = self._fetched(self._address)
         else:

@@ -11,7 +11,7 @@ _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _ROUNDS = 10
 
 # What random words are for: the counters' last word.
-SHUFFLE, CROP, COLOUR, AUTO, ERASE, MIX, SHUFFLE_SHARDS, REPLACE = range(8)
+SHUFFLE, CROP, COLOUR, AUTO, ERASE, MIX, SHUFFLE_SHARDS, REPLACE, PLUGIN = range(9)
 
 
 def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.uint64]:

@@ -15,6 +15,8 @@ from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
 from pipeline.extras import advice
+from pipeline.files import PARTIAL, whole_file
+from pipeline.seams import is_made
 
 _COPIES = 8  # shards at once: object stores give a single stream only a part of what they can
 _BLOCK = 8 << 20
@@ -22,8 +24,8 @@ _TRIES = 2
 
 
 def is_remote(root: str | None) -> bool:
-    """Whether a data root is an address (`s3://bucket/set`) and not a folder."""
-    return root is not None and "://" in root
+    """Whether a data root is an address (`s3://bucket/set`), and neither a folder nor made here."""
+    return root is not None and "://" in root and not is_made(root)
 
 
 def remote_folder(root: str, cache: Path) -> Path:
@@ -39,7 +41,7 @@ def fetch_indexes(root: str, splits: tuple[str, ...], cache: Path) -> list[Datas
     """
     folder = remote_folder(root, cache)
     (folder / "index").mkdir(parents=True, exist_ok=True)
-    with _told(root):
+    with _naming_address(root):
         files, base = fsspec.core.url_to_fs(root)
         text = files.cat_file(f"{base}/{MANIFEST}").decode()
         manifest = parse_manifest(text, f"{root}/{MANIFEST}")
@@ -71,7 +73,7 @@ def stage(index: DatasetIndex, source: str, base: Path) -> DatasetIndex:
         with FileLock(folder / "lock"), ThreadPoolExecutor(_COPIES, "stage") as pool:
             missing = {name: shard for name, shard in index.shards.items() if not _is_there(folder / name, shard)}
             check_space(folder, sum(shard.bytes for shard in missing.values()), "the staged shards")
-            with _told(source):
+            with _naming_address(source):
                 files, root = fsspec.core.url_to_fs(source)
                 list(pool.map(lambda item: _copy(files, root, folder, *item), missing.items()))
     except OSError as error:
@@ -86,22 +88,21 @@ def _is_there(file: Path, shard: Shard) -> bool:
 def _copy(files: Any, root: str, folder: Path, name: str, shard: Shard) -> None:
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp")
-    for _ in range(_TRIES):
-        digest = hashlib.sha256()
-        with files.open(f"{root}/{name}", "rb") as source, temporary.open("wb") as out:
-            while block := source.read(_BLOCK):
-                digest.update(block)
-                out.write(block)
-        if digest.hexdigest() == shard.sha256:
-            temporary.replace(target)
-            return
-    temporary.unlink()
-    raise DataError(f"shard {name} does not have the hash it was prepared with: `densenet data verify` the source.")
+    # Under the lock, so what a killed process has left under this name is written over.
+    with whole_file(target, target.with_name(f"{PARTIAL}{target.name}")) as aside:
+        for _ in range(_TRIES):
+            digest = hashlib.sha256()
+            with files.open(f"{root}/{name}", "rb") as source, aside.open("wb") as out:
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    out.write(block)
+            if digest.hexdigest() == shard.sha256:
+                return
+        raise DataError(f"shard {name} does not have the hash it was prepared with: `densenet data verify` the source.")
 
 
 @contextlib.contextmanager
-def _told(address: str) -> Iterator[None]:
+def _naming_address(address: str) -> Iterator[None]:
     """Turns what file systems raise into an error that names the address."""
     try:
         yield

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.files import whole_file, write_text
+
 CONFUSION = Path("evaluation", "confusion.csv")  # in a run's folder: that of the best evaluation
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table to a temporary name and renames it; makes the folder."""
+    """Writes a whole table; makes the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
+    with whole_file(file) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
         writer.writerows(rows)
-    temporary.replace(file)
 
 
 def write_confusion(file: Path, classes: Sequence[str], matrix_KK: NDArray[np.int64]) -> None:
@@ -38,7 +38,5 @@ def read_confusion(text: str) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes JSON to a temporary name and renames it."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    """Writes a whole JSON file."""
+    write_text(file, json.dumps(content, indent=2) + "\n")

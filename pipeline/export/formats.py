@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.torch import save_file
-from timm.models import DenseNet
 from torch import nn
 
 from pipeline.errors import TrainingError, UserError
+from pipeline.files import whole_file, write_text
 from pipeline.model.card import ModelCard
 
 OPSET = 20
@@ -32,7 +33,7 @@ TOLERANCE = 1e-4  # between the logits of an exported model and torch's
 _INPUT, _OUTPUT = "images", "logits"
 _CPU = ["CPUExecutionProvider"]
 _CHECKED = (1, 3)  # batch sizes
-_TIMM_ARCHITECTURE = "densenet121"  # its arguments make any of these nets
+_DENSENET = "densenet121"  # its arguments make any of this project's nets
 
 
 class OnnxModel(nn.Module):
@@ -47,7 +48,7 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(self._session.run([_OUTPUT], {_INPUT: images_NCHW.numpy()})[0])
 
 
-def to_onnx(model: DenseNet, card: ModelCard, out: Path) -> Path:
+def to_onnx(model: nn.Module, card: ModelCard, out: Path) -> Path:
     """Writes `out/model.onnx` of a model: opset 20, any batch size, the card as metadata.
 
     It maps `images`, fp32 [N, C, crop, crop] after the card's transform, to `logits`, fp32 [N, K].
@@ -72,13 +73,13 @@ def to_onnx(model: DenseNet, card: ModelCard, out: Path) -> Path:
     proto = program.model_proto
     known = {"name": card.name, "classes": card.classes, "transform": asdict(card.transform)}
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
-    with _renamed(file) as temporary:
-        onnx.save(proto, temporary)
-        _compare(card, model, OnnxModel(temporary), "ONNX")
+    with whole_file(file) as aside:
+        onnx.save(proto, aside)
+        _compare(card, model, OnnxModel(aside), "ONNX")
     return file
 
 
-def to_torch(model: DenseNet, card: ModelCard, out: Path) -> Path:
+def to_torch(model: nn.Module, card: ModelCard, out: Path) -> Path:
     """Writes `out/model.pt2`, for `torch.export.load`: any batch size, inputs and outputs as `to_onnx`.
 
     Raises:
@@ -86,13 +87,13 @@ def to_torch(model: DenseNet, card: ModelCard, out: Path) -> Path:
     """
     file = out / "model.pt2"
     program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with _renamed(file) as temporary:
-        torch.export.save(program, temporary)
-        _compare(card, model, torch.export.load(temporary).module(), "torch.export")
+    with whole_file(file) as aside:
+        torch.export.save(program, aside)
+        _compare(card, model, torch.export.load(aside).module(), "torch.export")
     return file
 
 
-def to_timm(model: DenseNet, card: ModelCard, out: Path) -> Path:
+def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
     """Writes `out/timm` with `model.safetensors` and `config.json`, for `timm.create_model("local-dir:...")`.
 
     It is also what timm's models on a hub look like; the label names and the transform are in the configuration.
@@ -101,17 +102,23 @@ def to_timm(model: DenseNet, card: ModelCard, out: Path) -> Path:
         UserError: plain timm has no such net.
         TrainingError: its logits are not those of torch.
     """
-    place = out / "timm"
-    transform = card.transform
+    place, transform = out / "timm", card.transform
     if card.small_stem:
         raise UserError(f"timm has no net with the stem of {card.name}: export it as onnx or torch.")
+    arguments = dict(card.architecture)
+    name = arguments.pop("timm", _DENSENET)
+    if "module" in arguments:
+        raise UserError(
+            f"plain timm has no net {name}, {arguments['module']} registers it: export it as onnx or torch."
+        )
     place.mkdir(parents=True, exist_ok=True)
+    names: Any = model.pretrained_cfg
     config = {
-        "architecture": _TIMM_ARCHITECTURE,
+        "architecture": name,
         "num_classes": card.num_classes,
         "num_features": model.num_features,
         "label_names": card.classes,
-        "model_args": card.architecture,
+        "model_args": arguments,
         "pretrained_cfg": {
             "tag": card.config_hash,
             "num_classes": card.num_classes,
@@ -121,14 +128,13 @@ def to_timm(model: DenseNet, card: ModelCard, out: Path) -> Path:
             "interpolation": transform.interpolation,
             "mean": transform.mean,
             "std": transform.std,
-            "first_conv": "features.conv0",
-            "classifier": "classifier",
+            "first_conv": names["first_conv"],
+            "classifier": names["classifier"],
         },
     }
-    with _renamed(place / "model.safetensors") as temporary:
-        save_file(model.state_dict(), temporary)
-    with _renamed(place / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole_file(place / "model.safetensors") as aside:
+        save_file(model.state_dict(), aside)
+    write_text(place / "config.json", json.dumps(config, indent=2) + "\n")
     _compare(card, model, timm.create_model(f"local-dir:{place}", pretrained=True).eval(), "timm")
     return place
 
@@ -159,11 +165,11 @@ def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[n
             return None if images_NCHW is None else {_INPUT: images_NCHW}
 
     try:
-        with _quiet(), _renamed(file) as temporary:
+        with _quiet(), whole_file(file) as aside:
             quant_pre_process(str(onnx_file), str(prepared))
             quantize_static(
                 str(prepared),
-                str(temporary),
+                str(aside),
                 Reader(),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "Gemm", "MatMul"],
@@ -193,18 +199,6 @@ def _example(card: ModelCard, count: int) -> torch.Tensor:
     """Images [count, C, crop, crop] of noise, always the same."""
     crop = card.transform.crop
     return torch.randn((count, card.in_chans, crop, crop), generator=torch.Generator().manual_seed(count))
-
-
-@contextmanager
-def _renamed(file: Path) -> Iterator[Path]:
-    """A temporary name for a file, which becomes its own unless something fails."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"partial-{file.name}")  # some writers want the ending
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import base64
 import importlib.metadata
 import io
 import json
+import sys
 import tempfile
 import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -23,6 +24,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.model.card import CARD, ModelCard
+from pipeline.model.weights import import_net
 from pipeline.tracking.registry import make_registered_model, move_alias, version_of
 from pipeline.tracking.store import connect, connect_registry, first_line
 from pipeline.tracking.stores import Stores, shown
@@ -140,6 +142,7 @@ def _log(
             mlflow.pyfunc.save_model(
                 str(folder),
                 python_model=str(_CODE),
+                code_paths=_net_code(card, checkpoint),
                 artifacts={"weights": str(checkpoint / card.weights), "card": str(checkpoint / CARD)},
                 signature=SIGNATURE,
                 input_example=_example(card.transform.resize),
@@ -157,6 +160,16 @@ def _log(
             client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
         raise
     return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+
+
+def _net_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
+    """The code of a net that neither timm nor this project has, which goes with the model; None where there is none."""
+    import_net(card.architecture, checkpoint)
+    module = card.architecture.get("module")
+    if module is None:
+        return None
+    file = Path(str(sys.modules[module.split(".")[0]].__file__))
+    return [str(file.parent if file.name == "__init__.py" else file)]
 
 
 def _example(side: int) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError, UserError
 from pipeline.evaluation.probabilities import card_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
+from pipeline.files import whole_file
 from pipeline.model.card import ModelCard
 
 _NON_FINITE = "NaN or infinities"
@@ -151,10 +151,9 @@ def predict_folder(
     if not len(index) and not faults:
         raise DataError(f"{pictures} holds no files: give a folder with pictures.")
     started, classified, non_finite, total = time.perf_counter(), 0, 0, len(index)
-    temporary = out.with_name(f"{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
+        with whole_file(out) as aside, pq.ParquetWriter(aside, _SCHEMA, compression="zstd") as writer:
             for start in range(0, total, _CHUNK):
                 part = index.subset(np.arange(start, min(start + _CHUNK, total)))
                 told = _progress_from(progress, start, total)
@@ -170,12 +169,8 @@ def predict_folder(
                 writer.write_table(_table(part, given_NK, card.classes, topk))
             rows = [{"image": name, "error": reason} for name, reason in sorted(faults.items())]
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
-        temporary.replace(out)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):  # it is not there where all went well
-            temporary.unlink()
     img_per_s = (classified + non_finite) / (time.perf_counter() - started)
     return FolderPredictions(str(out), classified, len(faults), non_finite, img_per_s, left_out.lines())
 

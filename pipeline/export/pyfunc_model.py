@@ -5,6 +5,7 @@ MLflow runs this file on loading ("models from code"), so that nothing is unpick
 
 import base64
 import binascii
+import importlib
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
+import timm
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
@@ -29,7 +31,6 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from safetensors.torch import load_file
-from timm.models.densenet import DenseNet
 
 _BATCH = 32
 _LUMA = (0.299, 0.587, 0.114)
@@ -246,13 +247,21 @@ def _from_array(value: Any, max_pixels: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 
 
-def network(architecture: dict[str, Any], num_classes: int) -> DenseNet:
-    """timm's DenseNet; with the stem `cifar` it begins with one 3x3 convolution and neither norm nor pooling."""
+def network(architecture: dict[str, Any], num_classes: int) -> torch.nn.Module:
+    """A net of timm's registry (`timm`: its name; `module`: what registers it, if not timm), or timm's DenseNet.
+
+    A DenseNet with the stem `cifar` begins with one 3x3 convolution and neither norm nor pooling.
+    """
     options = dict(architecture)
+    name, module = options.pop("timm", None), options.pop("module", None)
+    if module is not None:
+        importlib.import_module(module)
+    if name is not None:
+        return timm.create_model(name, num_classes=num_classes, **options)
     small = options.get("stem_type") == "cifar"
     if small:
         del options["stem_type"]
-    model = DenseNet(**options, num_classes=num_classes)
+    model = timm.models.DenseNet(**options, num_classes=num_classes)
     if small:
         channels = options.get("in_chans", 3)
         model.features.conv0 = torch.nn.Conv2d(

@@ -1,11 +1,9 @@
-"""DenseNets by name, and their sizes by arithmetic."""
+"""This project's DenseNets by name, and their sizes by arithmetic."""
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Model
-from pipeline.errors import ConfigError
 
 # Huang et al. 2017 (arXiv 1608.06993), table 1, and the DenseNet-BC of table 2 for pictures of 32 pixels, whose stem is
 # one 3x3 convolution. L=22 is not in the paper, and `densenet_tiny` is neither: they are for two CPU cores.
@@ -35,21 +33,8 @@ PAPER: dict[str, str] = {
 }
 
 
-def check_name(name: str) -> None:
-    """Raises `ConfigError` with the nearest names when no DenseNet is called `name`."""
-    if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.5)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"model.name='{name}' is not known.{hint} Known: {', '.join(ARCHITECTURES)}.")
-
-
-def architecture(model: Model) -> dict[str, Any]:
-    """What builds the same network anew, for the model's card: numbers of layers, channels, pooling."""
-    return ARCHITECTURES[model.name] | unusual(model)
-
-
 def unusual(model: Model) -> dict[str, Any]:
-    """What timm has to be told besides the table."""
+    """What timm has to be told besides the name, or the table."""
     options = {"in_chans": (model.in_chans, 3), "global_pool": (model.global_pool, "avg")}
     return {key: value for key, (value, usual) in options.items() if value != usual}
 

@@ -1,4 +1,4 @@
-"""DenseNets by name, through timm's registry and on timm's own `DenseNet` class.
+"""Nets by name, through timm's registry; and the DenseNets that it lacks, on timm's own `DenseNet` class.
 
 `densenet264` is the paper's (growth rate 32); timm's `densenet264d` is another model (growth rate 48, deep stem).
 """
@@ -12,8 +12,10 @@ from timm.models.densenet import _cfg, _create_densenet
 from torch import nn
 
 from pipeline.config import Model
-from pipeline.model.architectures import ARCHITECTURES, check_name, unusual
+from pipeline.errors import ConfigError
+from pipeline.model.architectures import ARCHITECTURES, unusual
 from pipeline.model.memory import save_memory
+from pipeline.model.nets import check_name
 
 
 class CifarDenseNet(DenseNet):
@@ -60,27 +62,38 @@ for _name in (cfg.removesuffix(".untrained") for cfg in list(default_cfgs)):
     register_model(_entry_point(_name))
 
 
-def create(model: Model | str, num_classes: int) -> DenseNet:
-    """Builds a DenseNet with He-initialised convolutions (He et al. 2015, fan-in), in fp32 on torch's default device.
+def create(model: Model | str, num_classes: int) -> nn.Module:
+    """Builds a net with timm's initial weights, in fp32 on torch's default device; `timm.models.DenseNet` for its nets.
+
+    A DenseNet's convolutions are He-initialised (He et al. 2015, fan-in).
 
     Args:
         model: The config's section, or a name, which stands for the section's defaults.
         num_classes: The number of logits.
 
     Returns:
-        A module mapping images [N, 3, H, W] to logits [N, num_classes].
+        A module mapping images [B, C, H, W] to logits [B, num_classes].
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, or the net has not what the section asks for.
     """
     model = Model(name=model) if isinstance(model, str) else model
     check_name(model.name)
-    net = timm.create_model(
-        model.name,
-        num_classes=num_classes,
-        drop_rate=model.drop_rate,
-        proj_drop_rate=model.layer_drop_rate,
-        **unusual(model),
-    )
+    given = {"drop_rate": model.drop_rate, "proj_drop_rate": model.layer_drop_rate}
+    options = unusual(model) | {key: rate for key, rate in given.items() if rate}
+    try:
+        net = timm.create_model(model.name, num_classes=num_classes, **options)
+    except (TypeError, AssertionError) as error:  # in timm's words: an argument that the net does not take
+        raise ConfigError(
+            f"model.name={model.name} cannot be made with {options}, which follow from model.in_chans, global_pool, "
+            f"drop_rate and layer_drop_rate: {error}. Leave out what it does not have."
+        ) from error
+    if not isinstance(net, DenseNet):
+        for key, value in (("layer_drop_rate", model.layer_drop_rate), ("memory", model.memory)):
+            if value not in (0, "none"):
+                raise ConfigError(
+                    f"model.{key}={value} is of DenseNets, and model.name={model.name} is none: leave it out."
+                )
+        return net
     save_memory(net, model.memory)
     return net

@@ -13,8 +13,9 @@ from timm.data.config import resolve_data_config
 
 from pipeline.config import Model
 from pipeline.errors import UserError
-from pipeline.model.architectures import ARCHITECTURES, architecture, size
+from pipeline.model.architectures import ARCHITECTURES, size
 from pipeline.model.card import ModelCard, Transform
+from pipeline.model.nets import architecture
 from pipeline.model.weights import read_weights
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # what no gradient moves

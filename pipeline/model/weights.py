@@ -1,14 +1,16 @@
-"""Weights of a DenseNet from a file: timm's, torchvision's or this project's; and what fine-tuning leaves alone."""
+"""Weights of a net from a file: timm's, torchvision's or this project's; and what fine-tuning leaves alone."""
 
+import importlib
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import DenseNet, group_parameters
+from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,7 +19,6 @@ from pipeline.errors import UserError, listed
 from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
 
-_HEAD = ("classifier.weight", "classifier.bias")
 # Names before torchvision 0.3 (`denselayer1.norm.1.weight`), and what wrappers put in front.
 _OLD_NAME = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
 _WRAPPED = re.compile(r"^(?:module\.|_orig_mod\.)+")
@@ -59,7 +60,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     return {_OLD_NAME.sub(r"\1\2", _WRAPPED.sub("", name)): value for name, value in found.items()}
 
 
-def load_weights(model: DenseNet, place: Path) -> Loaded:
+def load_weights(model: nn.Module, place: Path) -> Loaded:
     """Loads a file, or that of a folder with a model card, into a model.
 
     A classifier for another number of classes keeps its random weights.
@@ -69,9 +70,10 @@ def load_weights(model: DenseNet, place: Path) -> Loaded:
     """
     file = place / ModelCard.read(place).weights if place.is_dir() else place
     given, wanted = read_weights(file), model.state_dict()
-    head = all(name in given and given[name].shape == wanted[name].shape for name in _HEAD)
+    classifier = _classifier(model)
+    head = all(name in given and given[name].shape == wanted[name].shape for name in classifier)
     if not head:
-        given |= {name: wanted[name] for name in _HEAD}
+        given |= {name: wanted[name] for name in classifier}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # absent from old files
     faults = {
         "missing": [name for name in wanted if name not in given and name not in counters],
@@ -89,15 +91,33 @@ def load_weights(model: DenseNet, place: Path) -> Loaded:
     return Loaded(file, head)
 
 
-def load_model(folder: Path) -> DenseNet:
+def load_model(folder: Path) -> nn.Module:
     """The model of a checkpoint's or a registered model's folder, in evaluation mode."""
     card = ModelCard.read(folder)
+    import_net(card.architecture, folder)
     model = create(card.model, card.num_classes)
     load_weights(model, folder)
     return model.eval()
 
 
-def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> DenseNet:
+def import_net(architecture: dict[str, Any], folder: Path) -> None:
+    """Imports the module that a card names for its net, where plain timm has no such net.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module = architecture.get("module")
+    try:
+        if module is not None:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"the net of {folder}, {architecture['timm']}, comes from the module {module}, which cannot be imported "
+            f"({error}): install it, or put its folder into PYTHONPATH."
+        ) from error
+
+
+def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> nn.Module:
     """The model to learn from, without gradients.
 
     Raises:
@@ -119,13 +139,12 @@ def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> Dense
     return model.requires_grad_(False)
 
 
-def freeze(model: DenseNet, finetune: Finetune) -> list[_BatchNorm]:
+def freeze(model: Any, finetune: Finetune) -> list[_BatchNorm]:
     """Takes the gradient from what fine-tuning leaves alone; returns the norms that must stay in evaluation mode."""
     frozen: list[nn.Module] = []
     if finetune.freeze_blocks:
-        names = ["conv0", "norm0"]
-        names += [f"{kind}{i + 1}" for i in range(finetune.freeze_blocks) for kind in ("denseblock", "transition")]
-        frozen += [module for name, module in model.features.named_children() if name in names]
+        ends = (f"denseblock{finetune.freeze_blocks + 1}", "norm5")
+        frozen = [m for _, m in takewhile(lambda child: child[0] not in ends, model.features.named_children())]
     norms = [m for module in frozen for m in module.modules() if isinstance(m, _BatchNorm)]
     if finetune.freeze_batch_norm:
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -134,12 +153,12 @@ def freeze(model: DenseNet, finetune: Finetune) -> list[_BatchNorm]:
     return norms
 
 
-def rate_factors(model: DenseNet, finetune: Finetune) -> dict[str, float]:
+def rate_factors(model: Any, finetune: Finetune) -> dict[str, float]:
     """Each parameter's share of the learning rate; parameters that are left out have all of it.
 
     `layer_decay` is multiplied in for each step from the classifier to the stem; the steps are the classifier with the
     last norm, each dense block with its transition, and the stem (Bao et al. 2022, arXiv 2106.08254, with a dense block
-    as a layer). `head_lr` multiplies the classifier's.
+    as a layer; in other nets timm's stages). `head_lr` multiplies the classifier's.
     """
     factors: dict[str, float] = {}
     if finetune.layer_decay < 1:
@@ -147,8 +166,20 @@ def rate_factors(model: DenseNet, finetune: Finetune) -> dict[str, float]:
         last = max(layers.values())
         factors = {name: finetune.layer_decay ** (last - layer) for name, layer in layers.items()}
     if finetune.head_lr != 1:
-        factors |= {name: factors.get(name, 1) * finetune.head_lr for name in _HEAD}
+        factors |= {name: factors.get(name, 1) * finetune.head_lr for name in _classifier(model)}
     return factors
+
+
+def _classifier(model: Any) -> list[str]:
+    """The names of the classifier's parameters; some nets have two."""
+    found = model.get_classifier()
+    heads = found if isinstance(found, tuple | list) else [found]
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if any(module is head for head in heads)
+        for name, _ in module.named_parameters()
+    ]
 
 
 def _first_line(error: Exception) -> str:

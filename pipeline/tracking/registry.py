@@ -2,7 +2,6 @@
 
 import difflib
 import io
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
+from pipeline.files import whole_folder
 from pipeline.tracking.store import connect, connect_registry, first_line
 from pipeline.tracking.stores import Stores, shown
 
@@ -77,17 +77,17 @@ def download(model_uri: str, stores: Stores, cache: Path) -> Path:
         source = connect_registry(stores).get_model_version_download_uri(model.name, model.version)
         folder, shown_as = cache / f"{model.name}-{model.version}-{model.run_id[:8]}", model.uri
     if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
-            with redirect_stderr(io.StringIO()):  # its progress bar
+            with redirect_stderr(io.StringIO()), whole_folder(folder) as aside:  # its progress bar
+                given = aside / "download"
                 found = download_artifacts(
-                    source, dst_path=str(partial), tracking_uri=server, registry_uri=stores.registry
+                    source, dst_path=str(given), tracking_uri=server, registry_uri=stores.registry
                 )
-            Path(found).rename(folder)
+                for part in list(Path(found).iterdir()):  # which is `given`, or a folder in it
+                    part.rename(aside / part.name)
+                shutil.rmtree(given)
         except Exception as error:  # each kind of artifact store has errors of its own
             raise UserError(f"{model_uri} cannot be read from {shown(store)}: {first_line(error, store)}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     if not (folder / "artifacts" / "model.json").is_file():
         raise UserError(f"{model_uri} ({shown_as} in {shown(store)}) has no model card: it is not of this project.")
     return folder / "artifacts"

@@ -65,7 +65,7 @@ def _connect(stores: Stores, uri: str, ask: Callable[[MlflowClient], object], ot
             client = MlflowClient(tracking_uri=stores.tracking, registry_uri=stores.registry)
             ask(client)
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        raise _told(error, uri, other) from error
+        raise _refusal(error, uri, other) from error
     return client
 
 
@@ -78,7 +78,7 @@ def _check_scheme(uri: str, other: str) -> None:
         )
 
 
-def _told(error: Exception, uri: str, other: str) -> UserError:
+def _refusal(error: Exception, uri: str, other: str) -> UserError:
     """The error for the user: whose turn it is, and what to do."""
     reason = first_line(error, uri)
     if _UNKNOWN.search(str(error)):

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from pipeline.data.dataset import DatasetIndex
 from pipeline.data.staging import is_remote
 from pipeline.evaluation.tables import CONFUSION, read_confusion, write_csv
+from pipeline.files import write_text
 from pipeline.tracking.origin import origin_tags, write_origin
 from pipeline.tracking.plots import confusion_picture, curve, curves
 from pipeline.tracking.run import Tracker
@@ -85,9 +86,7 @@ def attach_samples(tracker: Tracker, setup: RunSetup, best: Path) -> None:
     from pipeline.evaluation.samples import sample_predictions  # torch, timm and DALI: not before the first step
 
     file = setup.run_dir / SAMPLES
-    temporary = file.with_name(f"{SAMPLES}.tmp")
-    temporary.write_text(json.dumps(sample_predictions(best, index)), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, json.dumps(sample_predictions(best, index)))
     tracker.attach(file)
 
 

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_text
+
 MANIFEST = "manifest.json"
 FORMAT = 4
 PREFIX = "samples-"
@@ -41,14 +43,12 @@ def partial(folder: Path) -> Path:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes JSON to a temporary name and renames it.
+    """Writes a whole file of JSON.
 
     Raises:
         ValueError: the content holds NaN or infinities, which JSON does not know.
     """
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def seal(folder: Path) -> None:

@@ -8,6 +8,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.files import write_text
 
 PROBE = "config.yaml"  # in the run's folder, of the driver's making: a node that does not see it has another folder
 
@@ -20,9 +21,7 @@ def claimed(run_dir: Path, config: RunConfig) -> Iterator[None]:
         UserError: another driver has it.
     """
     with locked(run_dir):
-        temporary = run_dir / f"{PROBE}.tmp"
-        temporary.write_text(config.to_yaml(), encoding="utf-8")
-        temporary.replace(run_dir / PROBE)
+        write_text(run_dir / PROBE, config.to_yaml())
         yield
 
 

@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import RunConfig
+from pipeline.model.nets import draws
 
 
 def seed_dropout(config: RunConfig, step: int, micro: int) -> None:
     """Seeds torch for a micro-batch of this rank, where the model drops anything, so that resumed runs repeat it."""
-    if config.model.drop_rate > 0 or config.model.layer_drop_rate > 0:
+    if draws(config.model):
         numbers = np.random.SeedSequence([config.run.seed, step, micro, dist.get_rank()])
         torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))

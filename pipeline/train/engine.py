@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from timm.layers import convert_sync_batchnorm
-from timm.models import DenseNet
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,7 +37,7 @@ class Engine:
         self,
         config: RunConfig,
         derived: Derived,
-        model: DenseNet,
+        model: nn.Module,
         device: torch.device,
         warn: Callable[[str], None] = print,
     ) -> None:

@@ -1,9 +1,7 @@
 """The share of a GPU's peak arithmetic that training uses."""
 
-from functools import cache
-
 from pipeline.config import Model, Precision
-from pipeline.model.architectures import size
+from pipeline.model.nets import size
 
 # NVIDIA's data sheets, TFLOP/s of dense matrices: fp16 or bf16, and what fp32 convolutions use by default in PyTorch
 # (TF32 where there is one). The first name that the GPU's name contains counts.
@@ -34,9 +32,4 @@ def utilization(img_per_s: float, model: Model, num_classes: int, side: int, pea
     Forward and backward pass of a picture are three times the forward pass, a multiply-add is two operations; what
     `model.memory` computes anew does not count.
     """
-    return img_per_s * 6 * _multiply_adds(model, num_classes, side) / peak
-
-
-@cache
-def _multiply_adds(model: Model, num_classes: int, side: int) -> int:
-    return size(model, num_classes, side).multiply_adds
+    return img_per_s * 6 * size(model, num_classes, side).multiply_adds / peak

@@ -7,6 +7,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from pipeline.config import Optim
+from pipeline.seams import OPTIMIZERS
 
 _DECAYED = (nn.Conv2d, nn.Linear)
 _FUSED = ("momentum", "adamw")
@@ -31,22 +32,21 @@ def parameter_groups(model: nn.Module, weight_decay: float, factors: Mapping[str
 
 
 def create_optimizer(groups: list[dict], optim: Optim, fused: bool = False) -> torch.optim.Optimizer:
-    """The optimizer from timm's factory; the loop sets the learning rate before every step.
+    """The optimizer by its name; the loop sets the learning rate before every step.
 
     SGD (without dampening), LARS and Muon take Nesterov's look-ahead where it is asked for. LAMB's own clipping is
     off: `optim.clip_grad_norm` is the only one. `fused` asks for PyTorch's one kernel a
     step, where it has one (SGD, AdamW).
     """
-    options: dict[str, object] = {}
-    name: str = optim.name
-    if name in ("sgd", "lars", "muon"):
-        nesterov = optim.nesterov and optim.momentum > 0
-        name = {"sgd": "momentum"}.get(name, name)
-        options = {"momentum": optim.momentum, "nesterov": nesterov}
-    if name in ("adamw", "lamb", "muon"):
-        options |= {"betas": optim.betas, "eps": optim.eps}
-    if name == "lamb":
+    kind = OPTIMIZERS[optim.name]
+    if kind.build is not None:
+        return kind.build(groups, optim)
+    options: dict[str, object] = {key: getattr(optim, key) for key in kind.reads}
+    if "nesterov" in options:
+        options["nesterov"] = optim.nesterov and optim.momentum > 0
+    if optim.name == "lamb":
         options["max_grad_norm"] = None
+    name = kind.timm or optim.name
     if fused and name in _FUSED:
         options["fused"] = True
     return create_optimizer_v2(groups, opt=name, lr=optim.lr, **options)

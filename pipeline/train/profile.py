@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.files import whole_file
+
 
 class Profile:
     """Traces the steps `first` to `last` (counted from 1) into a file for chrome://tracing or Perfetto.
@@ -37,9 +39,8 @@ class Profile:
             return False
         self._profiler.stop()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f"{self.file.name}.tmp")
-        self._profiler.export_chrome_trace(str(temporary))
-        temporary.replace(self.file)
+        with whole_file(self.file) as aside:
+            self._profiler.export_chrome_trace(str(aside))
         self._profiler = None
         return True
 

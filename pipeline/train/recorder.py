@@ -8,6 +8,7 @@ from pipeline.config import RunConfig
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.system import SystemMetrics
 from pipeline.train.checkpoint import write_json
+from pipeline.train.checkpoint_records import checkpoint_records
 from pipeline.train.events import (
     Diagnosed,
     Evaluated,
@@ -21,7 +22,6 @@ from pipeline.train.events import (
     WorkersLost,
     WorkersStarted,
 )
-from pipeline.train.records import checkpoint_records
 
 _STEP_METRICS = (
     "loss", "skipped_steps", "lr", "grad_norm", "img_per_s", "step_s", "data_wait", "epoch", "loss_scale",

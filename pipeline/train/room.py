@@ -8,18 +8,18 @@ from pathlib import Path
 from pipeline.config import RunConfig
 from pipeline.data.space import gigabytes
 from pipeline.errors import UserError
-from pipeline.model.architectures import size
+from pipeline.model.nets import size
+from pipeline.seams import OPTIMIZERS
 from pipeline.tracking.stores import sqlite_file, stores_of
 from pipeline.train.checkpoint import checkpoint_root, checkpoints
 from pipeline.train.setup import RunSetup
 
 _BYTES = 4  # of a number: checkpoints are in fp32 whatever the precision
-_TWO_MOMENTS = ("adamw", "lamb")
 
 
 def moments(config: RunConfig) -> int:
     """How many numbers the optimizer keeps for each parameter."""
-    return 2 if config.optim.name in _TWO_MOMENTS else 1
+    return OPTIMIZERS[config.optim.name].moments
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import DIGITS, Device, RunConfig
+from pipeline.config import Device, Place, RunConfig
 from pipeline.config_effects import without_effect
 from pipeline.data.dataset import check_classes, check_sizes, open_splits
-from pipeline.data.digits import write_digits
 from pipeline.data.index import DatasetIndex
+from pipeline.data.made import make_data
 from pipeline.data.staging import fetch_indexes, is_remote
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.card import ModelCard
 from pipeline.model.sources import NO_SOURCES, Sources
+from pipeline.places import is_address, with_places
 from pipeline.train.deepspeed_schema import check_deepspeed
-from pipeline.train.locate import ADDRESSES
 from pipeline.train.start import find_checkpoint, find_sources
 from pipeline.train.storage import StorageError, storage_of
 
@@ -52,27 +52,13 @@ def new_name(stem: str) -> str:
 
 def absolute(config: RunConfig, base: Path) -> RunConfig:
     """The config with its paths absolute on this machine; relative ones of what the run writes begin at `base`."""
-    output = str(base / Path(config.run.output).expanduser())
-    root = config.data.root
-    if root is not None and not is_remote(root):
-        root = _absolute(root)
-    stage = config.data.stage
-    storage = config.checkpoint.storage
-    if storage is not None and "://" not in storage:
-        storage = str(base / Path(storage).expanduser())
-    weights, teacher = (
-        place if place is None or place.startswith(ADDRESSES) else _absolute(place)
-        for place in (config.model.weights, config.loss.teacher)
-    )
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"weights": weights}),
-            "loss": config.loss.model_copy(update={"teacher": teacher}),
-            "run": config.run.model_copy(update={"output": output}),
-            "checkpoint": config.checkpoint.model_copy(update={"storage": storage}),
-            "data": config.data.model_copy(update={"root": root, "stage": stage and _absolute(stage)}),
-        }
-    )
+
+    def absolute_place(mark: Place, place: str) -> str:
+        if is_address(place) or mark.kind == "store":  # these are made absolute where they are opened
+            return place
+        return str((base if mark.kind == "output" else Path.cwd()) / Path(place).expanduser())
+
+    return with_places(config, absolute_place)
 
 
 def _absolute(path: str) -> str:
@@ -98,10 +84,9 @@ def set_up(
         UserError: anything that would stop the run later and can be known now.
     """
     output, told = Path(config.run.output), list(warnings)
-    if config.data.root == DIGITS:
-        root = output / "data" / "digits"
-        write_digits(root)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"root": str(root)})})
+    root = make_data(config.data.root, output)
+    if root != config.data.root:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
     train_index, val_index = _open_data(config, output / "index", told.append)
     derived = derive(
         config,

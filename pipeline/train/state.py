@@ -14,9 +14,9 @@ from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.evaluation.counts import EvalResult
-from pipeline.model.architectures import architecture
 from pipeline.model.card import CARD, ModelCard, Transform
 from pipeline.model.densenet import create
+from pipeline.model.nets import architecture
 from pipeline.model.weights import load_weights
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state

@@ -29,13 +29,13 @@ class Storage:
 
     def __init__(self, address: str, name: str) -> None:
         self._address = address
-        with self._told():
+        with self._naming_address():
             self._files, base = fsspec.core.url_to_fs(address)
             self._base = f"{base.rstrip('/')}/{name}"
 
     def names(self) -> list[str]:
         """The names of the checkpoints that are there, oldest first."""
-        with self._told():
+        with self._naming_address():
             self._files.invalidate_cache()
             manifests = self._files.glob(f"{self._base}/{checkpoint.PREFIX}*/{MANIFEST}")
         return sorted(str(path).split("/")[-2] for path in manifests)
@@ -43,7 +43,7 @@ class Storage:
     def check(self) -> None:
         """Writes a small file and removes it again."""
         place = f"{self._base}/.probe"
-        with self._told():
+        with self._naming_address():
             if isinstance(self._files, LocalFileSystem):
                 self._files.makedirs(self._base, exist_ok=True)
             self._files.pipe_file(place, b"densenet")
@@ -52,7 +52,7 @@ class Storage:
     def put(self, folder: Path) -> None:
         """Copies a sealed checkpoint."""
         target = f"{self._base}/{folder.name}"
-        with self._told():
+        with self._naming_address():
             if isinstance(self._files, LocalFileSystem):
                 self._files.makedirs(target, exist_ok=True)
             for name in [*checkpoint.entries(folder), MANIFEST]:
@@ -69,7 +69,7 @@ class Storage:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
-                with self._told():
+                with self._naming_address():
                     self._files.get_file(f"{self._base}/{name}/{MANIFEST}", str(partial / MANIFEST))
                     with contextlib.suppress(ValueError):  # the fault is told below
                         for entry in checkpoint.entries(partial):
@@ -85,12 +85,12 @@ class Storage:
 
     def remove(self, name: str) -> None:
         """Removes a checkpoint."""
-        with self._told():
+        with self._naming_address():
             self._files.rm_file(f"{self._base}/{name}/{MANIFEST}")
             self._files.rm(f"{self._base}/{name}", recursive=True)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _naming_address(self) -> Iterator[None]:
         """Turns what file systems raise into an error that names the address."""
         try:
             yield

@@ -10,9 +10,9 @@ import pytest
 from pipeline.data.class_names import doubts
 from pipeline.data.dataset import open_split, open_splits
 from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.layouts import recognise
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
-from pipeline.data.tools.sources import recognise
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
 from tests.data import made_up
@@ -51,7 +51,7 @@ def test_one_class_is_refused_wherever_it_would_be_learned_from(tmp_path):
         assert [f.kind for f in verify(root, pool).damage] == ["classes"]
         for make in (
             lambda: index_in_place(root, pool),
-            lambda: prepare(root, tmp_path / "made", Options(), pool),
+            lambda: prepare(root, tmp_path / "made", PrepareOptions(), pool),
         ):
             with pytest.raises(DataError, match="has only one class"):
                 make()
@@ -76,7 +76,7 @@ def test_classes_without_validation_images_are_named(tmp_path):
         report = verify(root, pool)
         assert [(f.kind, f.detail) for f in report.findings if f.kind == "absent"] == [("absent", line)]
         assert report.damage == []
-        assert prepare(root, tmp_path / "made", Options(), pool).notes == [line]
+        assert prepare(root, tmp_path / "made", PrepareOptions(), pool).notes == [line]
         assert index_in_place(root, pool)[1] == [line]
     assert told(root) == [line]
 
@@ -133,7 +133,7 @@ def test_a_class_is_the_same_in_every_unicode_normal_form(train, val, tmp_path):
         assert index.labels_N.tolist() == [0, 0, 1, 1]
         assert len(index.read(3))
     with Pool(1) as pool:
-        assert prepare(root, tmp_path / "made", Options(to="folders"), pool).manifest.classes == ("a", NFC)
+        assert prepare(root, tmp_path / "made", PrepareOptions(to="folders"), pool).manifest.classes == ("a", NFC)
     assert {path.name for path in (tmp_path / "made" / "val").iterdir()} == {"a", NFC}
 
 
@@ -200,7 +200,7 @@ def test_other_names_of_the_validation_split_are_found_by_the_tools(tmp_path):
     (root / "extra").mkdir()
     assert recognise(root).name == "folders"
     with Pool(1) as pool:
-        done = prepare(root, tmp_path / "made", Options(), pool)
+        done = prepare(root, tmp_path / "made", PrepareOptions(), pool)
         assert done.notes == ["left out: 1 folders beside the data: extra"]
         assert list(done.manifest.splits) == ["train", "val"]
         index_in_place(root, pool)

@@ -68,7 +68,7 @@ def test_a_broken_cache_is_made_anew(folders):
     for file in (root.parent / "cache").iterdir():
         file.write_bytes(b"no parquet")
     assert open_set(root)[0].fingerprint == first.fingerprint
-    assert not list((root.parent / "cache").glob("*.tmp"))
+    assert not list((root.parent / "cache").glob(".partial-*"))
 
 
 def test_the_fingerprint_tells_data_apart_and_not_places(folders, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, Prepared, prepare
+from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
@@ -19,9 +19,9 @@ from tests.data import made_up
 CLUTTER = {"._a.JPEG": b"x", ".DS_Store": b"x", "__MACOSX/n.JPEG": b"x"}
 
 
-def made(source: Path) -> Prepared:
+def made(source: Path) -> PreparedSet:
     with Pool(1) as pool:
-        return prepare(source, source.parent / "set", Options(), pool)
+        return prepare(source, source.parent / "set", PrepareOptions(), pool)
 
 
 def test_hidden_members_of_imagenets_archives_and_labels_without_a_picture_are_counted(tmp_path):

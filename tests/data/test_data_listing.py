@@ -11,7 +11,7 @@ from pipeline.data.folders import scan_pictures
 from pipeline.data.left_out import LeftOut
 from pipeline.data.listing import HIDDEN, SYSTEM, tree
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
@@ -120,8 +120,8 @@ def test_class_folders_with_what_is_no_file_are_refused_by_name_or_left_out(fold
         assert {f.where: f.detail for f in report.damage} == {f"train/b/{n}": fault for n, fault in faults.items()}
         assert stats(root, 0, pool).splits["train"].unreadable == 7
         with pytest.raises(DataError, match="7 damaged pictures in"):
-            prepare(root, tmp_path / "refused", Options(), pool)
-        done = prepare(root, tmp_path / "made", Options(), pool, skip_damaged=True)
+            prepare(root, tmp_path / "refused", PrepareOptions(), pool)
+        done = prepare(root, tmp_path / "made", PrepareOptions(), pool, skip_damaged=True)
     assert len(done.left_out) == 7
     assert done.manifest.splits["train"].samples == 41
 

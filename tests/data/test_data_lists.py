@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.data.dataset import open_splits
 from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.layouts import recognise
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, Prepared, prepare
-from pipeline.data.tools.sources import recognise
+from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
 from tests.data import made_up
@@ -36,9 +36,9 @@ def lines(name: str, *columns: str, separator: str = ",") -> str:
     return "\n".join([head, *(name.format(split=split, i=i, kind=kind) for split, i, kind in rows)]) + "\n"
 
 
-def made(source: Path) -> Prepared:
+def made(source: Path) -> PreparedSet:
     with Pool(1) as pool:
-        return prepare(source, source.parent / "set", Options(), pool)
+        return prepare(source, source.parent / "set", PrepareOptions(), pool)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_it_is_indexed_where_it_lies_and_prepared_from_there_as_class_folders(im
         assert [(f.kind, f.where) for f in verify(images, pool).damage] == [("unlisted", "val/new.jpg")]
         train, _ = open_splits(str(images), "train", "val", images.parent)
         assert train.labels_N.tolist() == [0, 0, 0, 1, 1, 1]
-        prepare(images, images.parent / "set", Options(to="folders"), pool)
+        prepare(images, images.parent / "set", PrepareOptions(to="folders"), pool)
     found = sorted(path.name for path in (images.parent / "set" / "train" / "cat").iterdir())
     assert found == ["train0.jpg", "train2.jpg", "train4.jpg"]
 
@@ -172,7 +172,7 @@ def test_a_list_that_does_not_fit_is_told(spoil, message, images):
     (images / "labels.csv").write_text(lines("{split}{i}.jpg,{kind}", "file", "label"))
     spoil(images)
     with pytest.raises(DataError) as error, Pool(1) as pool:
-        prepare(images, images.parent / "set", Options(), pool)
+        prepare(images, images.parent / "set", PrepareOptions(), pool)
     assert message in str(error.value)
 
 

@@ -15,7 +15,7 @@ from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, windowed_permutation
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import DataError
 from tests.data import made_up
 
@@ -48,7 +48,7 @@ def run(reader: Loader, plan: TrainPlan, steps: int = 12, batch: int = 6) -> tup
 def make(tmp_path: Path, to: str) -> DatasetIndex:
     made_up.write_folders(tmp_path / "source", made_up.pictures())
     with Pool(1) as pool:
-        prepare(tmp_path / "source", tmp_path / to, Options(to=to, shard_bytes=20_000), pool)
+        prepare(tmp_path / "source", tmp_path / to, PrepareOptions(to=to, shard_bytes=20_000), pool)
     return open_splits(str(tmp_path / to), "train", "val", tmp_path)[0]
 
 

@@ -13,7 +13,7 @@ import pipeline
 from pipeline import Batch, Batches, Dataset
 from pipeline.data.index import DatasetIndex
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import ConfigError, DataError, UserError
 from tests.data.conftest import write_picture
 
@@ -27,7 +27,7 @@ def data(folders, tmp_path) -> Dataset:
 
 def prepared(data: Dataset, target: Path) -> None:
     with Pool(1) as pool:
-        prepare(data.root, target, Options(to="shards"), pool)
+        prepare(data.root, target, PrepareOptions(to="shards"), pool)
 
 
 def together(batches: list[Batch]) -> tuple[torch.Tensor, list[int]]:

@@ -19,17 +19,17 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits, read_manifest
 from pipeline.data.images import quiet
+from pipeline.data.tools.layouts import recognise
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, Prepared, prepare
-from pipeline.data.tools.sources import recognise
+from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
 from pipeline.errors import DataError
 from tests.data import made_up
 from tests.data.made_up import CLASSES
 
-SMALL = Options(shard_bytes=20_000)
+SMALL = PrepareOptions(shard_bytes=20_000)
 
 
-def run(source: Path, target: Path, options: Options = SMALL, **rest: object) -> Prepared:
+def run(source: Path, target: Path, options: PrepareOptions = SMALL, **rest: object) -> PreparedSet:
     with Pool(1) as pool:
         return prepare(source, target, options, pool, **rest)
 
@@ -135,7 +135,7 @@ def test_same_input_and_seed_give_the_same_bytes_at_any_number_of_processes(ilsv
     first = contents(tmp_path / "one")
     assert contents(tmp_path / "three") == first
     assert not any(".prepare" in name for name in first)
-    run(ilsvrc, tmp_path / "other", Options(shard_bytes=20_000, seed=1))
+    run(ilsvrc, tmp_path / "other", PrepareOptions(shard_bytes=20_000, seed=1))
     assert contents(tmp_path / "other")["train/train-000000.tar"] != first["train/train-000000.tar"]
 
 
@@ -149,7 +149,7 @@ def test_class_folders_as_target(ilsvrc, tmp_path):
     tree = made_up.pictures()
     tree["train"]["n01440764"]["a.png"] = made_up.encoded(made_up.picture(80), "PNG")
     made_up.write_ilsvrc(ilsvrc, tree)
-    run(ilsvrc, tmp_path / "set", Options(to="folders"))
+    run(ilsvrc, tmp_path / "set", PrepareOptions(to="folders"))
     root = tmp_path / "set"
     assert (root / "train" / "n01440764" / "n01440764_0.JPEG").read_bytes() == tree["train"]["n01440764"][
         "n01440764_0.JPEG"
@@ -167,13 +167,13 @@ def test_reencoding_limits_the_shorter_side_and_never_grows_a_picture(tmp_path):
     tree["train"]["n01440764"]["big.JPEG"] = made_up.encoded(made_up.picture(90, (800, 600)), quality=98)
     tree["train"]["n01440764"]["rough.JPEG"] = made_up.encoded(made_up.picture(91), quality=20)
     made_up.write_folders(tmp_path / "source", tree)
-    run(tmp_path / "source", tmp_path / "set", Options(shorter_side=48, quality=90))
+    run(tmp_path / "source", tmp_path / "set", PrepareOptions(shorter_side=48, quality=90))
     train, _ = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)
     assert (np.minimum(train.widths_N, train.heights_N) <= 48).all()
     names = train.table["name"].to_pylist()
     big = names.index("n01440764/big.JPEG")
     assert (train.widths_N[big], train.heights_N[big]) == (64, 48)
-    run(tmp_path / "source", tmp_path / "kept", Options(shorter_side=600, quality=90))
+    run(tmp_path / "source", tmp_path / "kept", PrepareOptions(shorter_side=600, quality=90))
     train, _ = open_splits(str(tmp_path / "kept"), "train", "val", tmp_path)
     rough = train.table["name"].to_pylist().index("n01440764/rough.JPEG")
     assert train.read(rough).tobytes() == tree["train"]["n01440764"]["rough.JPEG"]
@@ -181,8 +181,8 @@ def test_reencoding_limits_the_shorter_side_and_never_grows_a_picture(tmp_path):
 
 def test_a_prepared_set_is_a_source_too(ilsvrc, tmp_path):
     for to in ("shards", "folders"):
-        run(ilsvrc, tmp_path / to, Options(to=to))
-        run(tmp_path / to, tmp_path / f"from-{to}", Options(to="folders", shorter_side=40))
+        run(ilsvrc, tmp_path / to, PrepareOptions(to=to))
+        run(tmp_path / to, tmp_path / f"from-{to}", PrepareOptions(to="folders", shorter_side=40))
         assert recognise(tmp_path / to).name == "prepared"
     assert contents(tmp_path / "from-folders" / "train") == contents(tmp_path / "from-shards" / "train")
 
@@ -192,11 +192,11 @@ import sys
 from pathlib import Path
 from pipeline.data.images import quiet
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 
 if __name__ == "__main__":
     with Pool(2, lambda what, done, total: print(what, done, total, flush=True)) as pool:
-        prepare(Path(sys.argv[1]), Path(sys.argv[2]), Options(shard_bytes=60_000, shorter_side=300), pool)
+        prepare(Path(sys.argv[1]), Path(sys.argv[2]), PrepareOptions(shard_bytes=60_000, shorter_side=300), pool)
 """
 
 
@@ -223,11 +223,11 @@ def test_killed_half_way_and_started_again_it_goes_on_and_ends_with_the_same_byt
     assert finished
     (target / ".prepare" / "train-000099.123.tmp").write_bytes(b"half")
     with pytest.raises(DataError, match="unfinished preparation of other pictures, with other options"):
-        run(tmp_path / "source", target, Options(shard_bytes=60_000, shorter_side=200))
-    again = run(tmp_path / "source", target, Options(shard_bytes=60_000, shorter_side=300))
+        run(tmp_path / "source", target, PrepareOptions(shard_bytes=60_000, shorter_side=200))
+    again = run(tmp_path / "source", target, PrepareOptions(shard_bytes=60_000, shorter_side=300))
     assert 0 < again.parts_found < again.parts
     assert {f: f.stat().st_mtime_ns for f in finished} == finished
-    run(tmp_path / "source", tmp_path / "whole", Options(shard_bytes=60_000, shorter_side=300))
+    run(tmp_path / "source", tmp_path / "whole", PrepareOptions(shard_bytes=60_000, shorter_side=300))
     assert contents(target) == contents(tmp_path / "whole")
 
 
@@ -266,7 +266,7 @@ def test_a_finished_set_is_left_alone_and_another_is_refused(ilsvrc, tmp_path):
     assert run(ilsvrc, tmp_path / "set").manifest == first.manifest
     assert contents(tmp_path / "set") == before
     with pytest.raises(DataError, match="holds another data set"):
-        run(ilsvrc, tmp_path / "set", Options(shard_bytes=20_000, seed=9))
+        run(ilsvrc, tmp_path / "set", PrepareOptions(shard_bytes=20_000, seed=9))
 
 
 def test_damaged_pictures_are_all_named_or_left_out(tmp_path):

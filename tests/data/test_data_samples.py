@@ -9,7 +9,7 @@ from pipeline.data.left_out import LeftOut
 from pipeline.data.listing import SYSTEM
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.samples import samples
 from pipeline.data.tools.tars import Member
 from pipeline.data.tools.verify import verify
@@ -125,14 +125,14 @@ def write_shards(root: Path, names: list[str]) -> Path:
 def test_jfif_jpe_and_keys_with_dots_are_taken_and_a_gif_is_named(tmp_path):
     names = ["a0.jpg", "a1.jpg", "a2.jfif", "a3.jpe", "a.5.jpg", "a.6.jpg"]
     with Pool(1) as pool:
-        done = prepare(write_shards(tmp_path / "sound", names), tmp_path / "set", Options(), pool)
+        done = prepare(write_shards(tmp_path / "sound", names), tmp_path / "set", PrepareOptions(), pool)
         assert {name: split.samples for name, split in done.manifest.splits.items()} == {"train": 6, "val": 6}
         index_in_place(tmp_path / "sound", pool)
         assert [len(index) for index in open_splits(str(tmp_path / "sound"), "train", "val", tmp_path)] == [6, 6]
         source = write_shards(tmp_path / "gif", [*names, "a4.gif"])
         message = r"x-train-0.tar: is a GIF file, which is not .*: convert it to JPEG or PNG"
         with pytest.raises(DataError, match=rf"2 damaged pictures .*\n.*a4.gif in .*{message}"):
-            prepare(source, tmp_path / "refused", Options(), pool)
+            prepare(source, tmp_path / "refused", PrepareOptions(), pool)
         with pytest.raises(DataError, match="a4.gif.*is a GIF file"):
             index_in_place(source, pool)
         report = verify(source, pool)
@@ -150,7 +150,7 @@ def test_files_beside_the_shards_are_counted_and_packed_ones_are_told(tmp_path):
     (source / "x-train-0.tar").rename(tmp_path / "elsewhere" / "x-train-1.tar")
     (source / "more" / "linked").symlink_to(tmp_path / "elsewhere")
     with Pool(1) as pool:
-        done = prepare(source, tmp_path / "set", Options(), pool)
+        done = prepare(source, tmp_path / "set", PrepareOptions(), pool)
         assert done.manifest.splits["train"].samples == 2
         assert done.notes == [
             "left out: 1 files and folders of file managers and tools: .DS_Store",
@@ -161,4 +161,4 @@ def test_files_beside_the_shards_are_counted_and_packed_ones_are_told(tmp_path):
         (source / "more" / "linked").unlink()
         (source / "x-train-2.tar.gz").write_bytes(b"x")
         with pytest.raises(DataError, match=r"0 of train, 1 of val. Rename them. Unpack x-train-2.tar.gz first"):
-            prepare(source, tmp_path / "other", Options(), pool)
+            prepare(source, tmp_path / "other", PrepareOptions(), pool)

@@ -12,7 +12,7 @@ from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import fetch_indexes, stage
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import DataError
 from tests.data import made_up
 from tests.servers import s3_store
@@ -22,7 +22,7 @@ from tests.servers import s3_store
 def shards(tmp_path) -> Path:
     made_up.write_folders(tmp_path / "source", made_up.pictures())
     with Pool(1) as pool:
-        prepare(tmp_path / "source", tmp_path / "set", Options(shard_bytes=20_000), pool)
+        prepare(tmp_path / "source", tmp_path / "set", PrepareOptions(shard_bytes=20_000), pool)
     return tmp_path / "set"
 
 
@@ -82,11 +82,11 @@ def test_a_second_start_copies_only_what_is_missing(shards, tmp_path):
     first, second = (staged.root / name for name in list(index.shards)[:2])
     times = first.stat().st_mtime_ns
     second.write_bytes(second.read_bytes()[:100])  # as a kill would leave no shard, but a full disk might
-    second.with_name(f"{second.name}.tmp").write_bytes(b"half")
+    second.with_name(f".partial-{second.name}").write_bytes(b"half")
     stage(index, str(shards), tmp_path / "fast")
     assert first.stat().st_mtime_ns == times
     assert second.stat().st_size == index.shards[f"train/{second.name}"].bytes
-    assert not list(staged.root.rglob("*.tmp"))
+    assert not list(staged.root.rglob(".partial-*"))
 
 
 def _stage(index: DatasetIndex, source: str, base: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.data.images import quiet
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.inspect import KINDS
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.stats import plot, stats
 from pipeline.data.tools.verify import Report, verify
 from pipeline.errors import DataError
@@ -31,7 +31,7 @@ def check(root: Path, **options: object) -> Report:
 def shards(tmp_path) -> Path:
     made_up.write_ilsvrc(tmp_path / "source", made_up.pictures())
     with Pool(1) as pool:
-        prepare(tmp_path / "source", tmp_path / "set", Options(shard_bytes=20_000), pool)
+        prepare(tmp_path / "source", tmp_path / "set", PrepareOptions(shard_bytes=20_000), pool)
     return tmp_path / "set"
 
 
@@ -110,7 +110,7 @@ def test_each_fault_in_shards_is_found(damage, kinds, shards):
 
 def test_an_index_of_other_shards_is_refused(shards, tmp_path):
     with Pool(1) as pool:
-        prepare(tmp_path / "source", tmp_path / "other", Options(shard_bytes=9_000, seed=3), pool)
+        prepare(tmp_path / "source", tmp_path / "other", PrepareOptions(shard_bytes=9_000, seed=3), pool)
     for file in (tmp_path / "other" / "train").iterdir():
         shutil.copy(file, shards / "train")
     with pytest.raises(DataError, match=r"\d of \d shards in .* are not those that were indexed"):

@@ -13,7 +13,7 @@ from pipeline.data.dataset import index_file, open_splits
 from pipeline.data.index import DatasetIndex, load_table, save_table, table_of
 from pipeline.data.plan import EvalPlan, TrainPlan, eval_share, micro_batch, permutation, windowed_permutation
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.tars import Member, members
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DamagedSample, DataError
@@ -132,7 +132,7 @@ def shards(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("prepared")
     made_up.write_folders(root / "source", made_up.pictures())
     with Pool(1) as pool:
-        prepare(root / "source", root / "set", Options(shard_bytes=20_000), pool)
+        prepare(root / "source", root / "set", PrepareOptions(shard_bytes=20_000), pool)
     return root / "set"
 
 

@@ -26,7 +26,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, convert
+from pipeline.data.tools.prepare import PrepareOptions, convert
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError, UserError
@@ -108,8 +108,8 @@ def test_preparing_and_looking_use_the_same_pixels(name, tmp_path):
     if (pixels_HWC == pixels_HWC[..., :1]).all():
         image = image.convert("L")
     with quiet():
-        copied, *size = convert(content, Options())
-        small, *_ = convert(content, Options(shorter_side=HEIGHT, quality=90))
+        copied, *size = convert(content, PrepareOptions())
+        small, *_ = convert(content, PrepareOptions(shorter_side=HEIGHT, quality=90))
     assert size == [WIDTH, HEIGHT]
     options = (encode(image, 95), encode(image.convert("RGB"), 95))  # gray may be kept in three channels
     assert copied == content or copied in options
@@ -185,7 +185,7 @@ def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
     assert finding.kind == "unsupported"
     assert reason in finding.detail
     with pytest.raises(NotAnImage, match=reason):
-        convert(content, Options())
+        convert(content, PrepareOptions())
     _, faults, _ = scan_pictures(tmp_path / "set")
     assert [reason in fault for fault in faults.values()] == [True]
     model = write_model(tmp_path / "model")

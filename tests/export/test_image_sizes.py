@@ -23,7 +23,7 @@ from pipeline.data.plan import EvalPlan
 from pipeline.data.resize import Resizer, resized_region
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Options, convert, prepare
+from pipeline.data.tools.prepare import PrepareOptions, convert, prepare
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError, UserError
 from pipeline.export.open import open_model
@@ -133,7 +133,7 @@ def test_a_prepared_set_is_compared_with_the_limit_too(classes, tmp_path):
         with pytest.raises(DataError, match=f"a/1.png: {SAID}"):
             index_in_place(classes, pool, max_pixels=2000)
         with pytest.raises(DataError, match=f"a/1.png in .*: {SAID}"):
-            prepare(classes, tmp_path / "less", Options(), pool, max_pixels=2000)
+            prepare(classes, tmp_path / "less", PrepareOptions(), pool, max_pixels=2000)
         (finding,) = verify(classes, pool, max_pixels=2000).damage
         assert (finding.kind, finding.where) == ("large", "train/a/1.png")
         index_in_place(classes, pool)
@@ -156,7 +156,7 @@ def test_a_head_of_gigabytes_is_too_large_and_not_damaged(tmp_path):
     (tmp_path / "0.png").write_bytes(large())
     said = "has 20,000 x 20,000 pixels, more than the limit of 178,956,970"
     with pytest.raises(TooLarge, match=said):
-        convert(large(), Options())
+        convert(large(), PrepareOptions())
     model = write_model(tmp_path / "model")
     with pytest.raises(UserError, match=said):
         open_model(model).predict(tmp_path / "0.png")
@@ -181,8 +181,8 @@ def test_a_limit_above_pils_own_is_heeded(tmp_path):
     Image.new("1", (60_000, 3_000)).save(wide)
     assert 60_000 * 3_000 > 178_956_970
     with pytest.raises(TooLarge, match="60,000 x 3,000"):
-        convert(wide.read_bytes(), Options())
-    _, width, height = convert(wide.read_bytes(), Options(shorter_side=16), max_pixels=200_000_000)
+        convert(wide.read_bytes(), PrepareOptions())
+    _, width, height = convert(wide.read_bytes(), PrepareOptions(shorter_side=16), max_pixels=200_000_000)
     assert (width, height) == (320, 16)
 
 

@@ -11,7 +11,8 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.run import JOURNAL, STATE, Tracker
+from pipeline.tracking.mlflow_sink import STATE
+from pipeline.tracking.run import JOURNAL, Tracker
 from pipeline.tracking.stores import stores_of
 from tests.servers import PATIENCE_S, MlflowServer
 

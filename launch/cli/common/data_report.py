@@ -1,7 +1,6 @@
 """What `densenet data` shows: progress, and what has come of it."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +14,18 @@ from pipeline.data.dataset import Manifest
 from pipeline.data.space import gigabytes
 from pipeline.data.tools.inspect import KINDS
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import Prepared
+from pipeline.data.tools.prepare import PreparedSet
 from pipeline.data.tools.stats import Stats
 from pipeline.data.tools.verify import Report
 from pipeline.errors import UserError
+from pipeline.files import write_text
 from pipeline.wording import duration
 
 _SHOWN = 5  # findings of each kind; the JSON report has them all
 _LINE_S = 10  # between progress lines where there is no terminal
 
 
-def print_prepared(console: Console, target: Path, share: tuple[int, int], done: Prepared, seconds: float) -> None:
+def print_prepared(console: Console, target: Path, share: tuple[int, int], done: PreparedSet, seconds: float) -> None:
     """Says what was made of a data set, or of a share of it."""
     print_notes(console, done.notes)
     if done.manifest is None:
@@ -62,11 +62,9 @@ def print_indexed(console: Console, root: Path, manifest: Manifest, notes: list[
 
 
 def write_json(file: Path, content: object) -> None:
-    """Writes a report, to a temporary name first."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    """Writes a report."""
     try:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--json={file} cannot be written: {error.strerror or error}.") from error
 

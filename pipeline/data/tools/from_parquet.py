@@ -19,6 +19,7 @@ from pipeline.data.space import check_space
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Found, Scan, by_number, split_files
 from pipeline.errors import DataError
+from pipeline.files import write_text
 
 _ROWS = 128  # read together: some 15 MB of ImageNet
 _LABELS = ("label", "labels", "fine_label")
@@ -113,9 +114,7 @@ def _spool(task: tuple[Path, Path, Path, _Columns]) -> None:
             raise DataError(f"{file} says that it has {told} rows, {len(rows)} are there: copy it again.")
         out.flush()
         os.fsync(out.fileno())
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows), encoding="utf-8")
-    temporary.replace(record)
+    write_text(record, json.dumps(rows))
 
 
 def _rows(spool: Path, root: Path, file: Path) -> list[tuple[int, Found]]:

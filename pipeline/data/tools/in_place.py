@@ -12,8 +12,8 @@ from pipeline.data.class_names import refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table
 from pipeline.data.tools.inspect import chunks, look
+from pipeline.data.tools.layouts import recognise
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError, listed
 
 

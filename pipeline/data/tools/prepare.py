@@ -32,10 +32,11 @@ from pipeline.data.index import Shard, load_table, rows_of, save_table, table_of
 from pipeline.data.plan import permutation
 from pipeline.data.space import check_space
 from pipeline.data.tools import tars
+from pipeline.data.tools.layouts import recognise
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Scan
-from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError, listed
+from pipeline.files import whole_file, write_text
 
 _WORK = ".prepare"
 _FOLDER_PART = 1000  # pictures
@@ -44,7 +45,7 @@ _PER_SAMPLE = 3 * tars.BLOCK + tars.BLOCK // 2  # two headers, a label and half 
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepareOptions:
     """What decides the bytes that are written.
 
     `shorter_side` (pixels) re-encodes every picture, with the shorter side at most that; a picture that would grow is
@@ -59,7 +60,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSet:
     """What was done: the manifest, the parts of this share, those that an earlier start had written, what is left out
     for damage, and lines on what else is not taken or is doubtful.
 
@@ -83,7 +84,7 @@ class _Part:
     split: str
     number: int
     table: pa.Table
-    options: Options
+    options: PrepareOptions
     skip_damaged: bool
     max_pixels: int
 
@@ -114,13 +115,13 @@ class _Written:
 def prepare(
     source: Path,
     target: Path,
-    options: Options,
+    options: PrepareOptions,
     pool: Pool,
     layout: str | None = None,
     skip_damaged: bool = False,
     share: tuple[int, int] = (0, 1),
     max_pixels: int = MAX_PIXELS,
-) -> Prepared:
+) -> PreparedSet:
     """Makes a data set in `target` from the pictures in `source`.
 
     An interrupted preparation goes on where it was. Damaged pictures, those of kinds that are not used and those of
@@ -144,7 +145,7 @@ def prepare(
         if finished is not None:
             if finished.made.get("job") != job:
                 raise DataError(f"{target} holds another data set (or the same with other options): choose another.")
-            return Prepared(finished, 0, 0, finished.made["left_out"], notes=notes)
+            return PreparedSet(finished, 0, 0, finished.made["left_out"], notes=notes)
         with FileLock(work / "turn"):
             _claim(work, f"{job} {shares}", target)
         parts = [
@@ -172,7 +173,7 @@ def prepare(
             if not manifest and not waiting:
                 manifest = _assemble(scan, parts, target, options, job)
         left_out = manifest.made["left_out"] if manifest else damaged
-        return Prepared(manifest, len(mine), len(mine) - len(todo), left_out, len(waiting), notes)
+        return PreparedSet(manifest, len(mine), len(mine) - len(todo), left_out, len(waiting), notes)
 
 
 def _unread(scan: Scan) -> list[str]:
@@ -206,7 +207,7 @@ def _working(target: Path, share: tuple[int, int]) -> Iterator[Path]:
         raise DataError(f"{error.filename or target}: {error.strerror or error}. What is finished is kept.") from error
 
 
-def _job(scan: Scan, options: Options) -> str:
+def _job(scan: Scan, options: PrepareOptions) -> str:
     """A hash of all that decides the outcome."""
     digest = hashlib.sha256(json.dumps([scan.layout, scan.classes, asdict(options)]).encode())
     for split, table in scan.splits.items():
@@ -222,9 +223,7 @@ def _claim(work: Path, job: str, target: Path) -> None:
     """Binds an unfinished target to its job."""
     record = work / "job"
     if not record.is_file():
-        temporary = record.with_suffix(".tmp")
-        temporary.write_text(job, encoding="utf-8")
-        temporary.replace(record)
+        write_text(record, job)
     elif record.read_text(encoding="utf-8") != job:
         raise DataError(
             f"{target} holds an unfinished preparation of other pictures, with other options or in another number of "
@@ -232,7 +231,9 @@ def _claim(work: Path, job: str, target: Path) -> None:
         )
 
 
-def _parts(scan: Scan, split: str, target: Path, options: Options, skip_damaged: bool, max_pixels: int) -> list[_Part]:
+def _parts(
+    scan: Scan, split: str, target: Path, options: PrepareOptions, skip_damaged: bool, max_pixels: int
+) -> list[_Part]:
     table = scan.splits[split]
     count = len(table)
     if options.to == "shards":
@@ -281,7 +282,7 @@ def _read_record(part: _Part) -> _Written:
     return _Written(**json.loads(pq.read_schema(part.record).metadata[b"written"]))
 
 
-def _check_room(todo: list[_Part], scan: Scan, options: Options, target: Path) -> None:
+def _check_room(todo: list[_Part], scan: Scan, options: PrepareOptions, target: Path) -> None:
     samples = sum(len(part.table) for part in todo)
     size = sum(pc.sum(part.table["length"]).as_py() for part in todo)
     if options.shorter_side is not None and todo:
@@ -289,7 +290,7 @@ def _check_room(todo: list[_Part], scan: Scan, options: Options, target: Path) -
     check_space(target, size + samples * _PER_SAMPLE, "the pictures")
 
 
-def _shrinkage(todo: list[_Part], options: Options) -> float:
+def _shrinkage(todo: list[_Part], options: PrepareOptions) -> float:
     """Which share of the bytes re-encoding leaves, from a few pictures of the first part."""
     table = todo[0].table.slice(0, _SAMPLED)
     before = after = 0
@@ -306,7 +307,7 @@ def _shrinkage(todo: list[_Part], options: Options) -> float:
     return 1.1 * after / before if before else 1.0
 
 
-def convert(content: bytes, options: Options, max_pixels: int = MAX_PIXELS) -> tuple[bytes, int, int]:
+def convert(content: bytes, options: PrepareOptions, max_pixels: int = MAX_PIXELS) -> tuple[bytes, int, int]:
     """A picture as it is stored, a gray or RGB JPEG, with its width and height in pixels.
 
     Raises:
@@ -361,14 +362,19 @@ def _pictures(part: _Part, damaged: list[str]) -> Iterator[tuple[dict[str, Any],
         yield row, stored, stored is not content
 
 
+def _aside(part: _Part) -> Path:
+    """Where a file of a part is written first: among the unfinished work, which the next start clears."""
+    return part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
+
+
 def _write_shard(part: _Part) -> _Written:
     """A WebDataset shard: for each sample NUMBER.jpg and NUMBER.cls, NUMBER being its place in the split's order."""
     rows: list[dict[str, Any]] = []
     damaged: list[str] = []
     converted = 0
     shard = part.target / part.shard
-    temporary = part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
-    with temporary.open("wb") as plain:
+    aside = _aside(part)
+    with aside.open("wb") as plain:
         file = _Hashing(plain)
         for number, (row, stored, changed) in enumerate(_pictures(part, damaged)):
             key = f"{part.number:06d}{number:06d}"
@@ -382,10 +388,10 @@ def _write_shard(part: _Part) -> _Written:
         os.fsync(plain.fileno())
     written = _Written(file.position, file.digest.hexdigest(), converted, damaged)
     if damaged and not part.skip_damaged:
-        temporary.unlink()
+        aside.unlink()
     else:
         _save_record(part, rows, written)
-        temporary.replace(shard)
+        aside.replace(shard)
     return written
 
 
@@ -409,9 +415,8 @@ def _write_folder_part(part: _Part) -> _Written:
         row["path"] = f"{part.split}/{_file_name(row.pop('name'))}"
         file = part.target / row["path"]
         file.parent.mkdir(exist_ok=True)
-        temporary = part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
-        temporary.write_bytes(stored)
-        temporary.replace(file)
+        with whole_file(file, _aside(part)) as aside:
+            aside.write_bytes(stored)
         rows.append(row)
         converted += changed
     written = _Written(sum(row["length"] for row in rows), "", converted, damaged)
@@ -426,7 +431,7 @@ def _save_record(part: _Part, rows: list[dict[str, Any]], written: _Written) -> 
     save_table(table, part.record)
 
 
-def _assemble(scan: Scan, parts: list[_Part], target: Path, options: Options, job: str) -> Manifest:
+def _assemble(scan: Scan, parts: list[_Part], target: Path, options: PrepareOptions, job: str) -> Manifest:
     """Writes the indexes and, last of all, the manifest."""
     splits = {}
     records = {part.record: _read_record(part) for part in parts}

@@ -13,9 +13,10 @@ from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, quiet, to_rgb
 from pipeline.data.plan import permutation
 from pipeline.data.tools.inspect import Chunk, chunks
+from pipeline.data.tools.layouts import recognise
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.sources import recognise
 from pipeline.errors import DataError
+from pipeline.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,8 @@ def plot(result: Stats, file: Path) -> None:
     for axes in (balance, sides, lengths, channels):
         axes.legend(fontsize="small")
     figure.suptitle(f"{result.root} ({result.layout}, {len(result.classes):,} classes)")
-    temporary = file.with_name(f".{file.stem}.tmp{file.suffix or '.png'}")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(file)
+    with whole_file(file) as aside:
+        figure.savefig(aside, dpi=110, format="png")
 
 
 def _histogram(axes: Any, values: NDArray[Any], label: str) -> None:

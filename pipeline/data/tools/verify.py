@@ -18,10 +18,10 @@ from pipeline.data.index import Shard, rows_of
 from pipeline.data.listing import Tree, tree
 from pipeline.data.names import SPLIT_WORDS
 from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
+from pipeline.data.tools.layouts import recognise
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.samples import IMAGE_ENDINGS
 from pipeline.data.tools.scan import Scan
-from pipeline.data.tools.sources import recognise
 from pipeline.data.tools.tars import members
 from pipeline.errors import DataError
 

@@ -1,0 +1,21 @@
+"""Data sets that a data source makes here: `data.root=digits://`, and those of plugins."""
+
+import hashlib
+from pathlib import Path
+
+from pipeline.seams import DATA_SOURCES, is_made
+
+
+def make_data(root: str | None, output: Path) -> str | None:
+    """The folder of a data set that is made, in `output/data`; any other root as it is.
+
+    Raises:
+        DataError: the source refuses what stands behind its name.
+    """
+    if root is None or not is_made(root):
+        return root
+    source, _, rest = root.partition("://")
+    name = source if not rest else f"{source}-{hashlib.sha256(rest.encode()).hexdigest()[:16]}"
+    folder = output / "data" / name
+    DATA_SOURCES[source](rest, folder)
+    return str(folder)

@@ -1,0 +1,178 @@
+"""MLflow as a sink of a run's records: one run, made at once or when its store answers."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
+
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.files import write_text
+from pipeline.tracking.store import connect, experiment_id, first_line
+from pipeline.tracking.stores import shown, stores_of
+
+STATE = "mlflow_run.json"
+
+
+class MlflowSink:
+    """The MLflow run of a folder, whose `mlflow_run.json` holds its id and how much of the journal was `sent`.
+
+    `parent` is the id of the run that it is part of; `told` hears of what is not stored, each once.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, name: str, parent: str | None, told: Callable[[str], None]
+    ) -> None:
+        self.stores = stores_of(config)
+        self.uri = self.stores.tracking
+        self._config, self._name, self._parent, self._told = config, name, parent, told
+        self._state_file = run_dir / STATE
+        state = json.loads(self._state_file.read_text(encoding="utf-8")) if self._state_file.is_file() else {}
+        self.run_id: str | None = state.get("run_id")
+        self.sent: int = state.get("sent", 0)
+        self._client: MlflowClient | None = None
+
+    def open(self) -> MlflowClient:
+        """Connects, and creates the run or finds it.
+
+        Raises:
+            UserError: the store does not answer, cannot be used, refuses the experiment, or has no such run any more.
+        """
+        client = connect(self.uri)
+        self._client = client
+        try:
+            if self.run_id is None:
+                experiment = experiment_id(client, self._config, self.uri)
+                tags = {} if self._parent is None else {"mlflow.parentRunId": self._parent}
+                self.run_id = client.create_run(experiment, run_name=self._name, tags=tags).info.run_id
+                self.save(self.sent)
+            else:
+                self._check_there(client)
+        except (MlflowException, OSError) as error:
+            raise UserError(f"MLflow at {shown(self.uri)} refused the run: {first_line(error, self.uri)}") from error
+        return client
+
+    def _check_there(self, client: MlflowClient) -> None:
+        again = f"or remove {self._state_file}, and all records go to a new run there"
+        try:
+            found = client.get_run(str(self.run_id))
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {shown(self.uri)} has no run {self.run_id}, which this run's folder continues: set "
+                f"tracking.uri to where it is, {again}."
+            ) from error
+        if found.info.lifecycle_stage != "active":
+            raise UserError(
+                f"the run {self.run_id} is deleted in {shown(self.uri)}: `mlflow runs restore --run-id {self.run_id}` "
+                f"brings it back, {again}."
+            )
+
+    def save(self, sent: int) -> None:
+        """Notes that the journal was sent up to this place."""
+        self.sent = sent
+        state = {"run_id": self.run_id, "uri": shown(self.uri), "registry": shown(self.stores.registry), "sent": sent}
+        try:
+            write_text(self._state_file, json.dumps(state) + "\n")
+        except OSError as error:  # the same records may be sent again, which MLflow keeps once
+            self._told(f"{self._state_file} cannot be written: {error.strerror}")
+
+    def failure(self, error: Exception) -> str:
+        """What is wrong where it does not take records."""
+        return f"MLflow at {shown(self.uri)} takes no records ({first_line(error, self.uri)})"
+
+    def check_store(self, file: Path) -> None:
+        """Stores a file as an artifact and asks for models, as the end of a run does: so a refusal comes at the start.
+
+        A tracking store that is away is let be.
+
+        Raises:
+            UserError: the artifact store does not take it, or the server is too old for models.
+        """
+        client = self._client
+        if client is None or self.run_id is None:
+            return
+        try:
+            client.search_logged_models([client.get_run(self.run_id).info.experiment_id], max_results=1)
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {shown(self.uri)} does not list models, which the end of a run stores one of: "
+                f"{first_line(error, self.uri)} A server of MLflow 3 does: upgrade it, or set tracking.uri to another."
+            ) from error
+        try:
+            client.log_artifact(self.run_id, str(file))
+        except Exception as error:  # each kind of artifact store has errors of its own
+            try:
+                where = client.get_run(self.run_id).info.artifact_uri
+            except MlflowException:
+                return
+            raise UserError(
+                f"the artifact store of {shown(self.uri)}, {shown(where)}, takes no files: "
+                f"{first_line(error, self.uri)} Checkpoints' records and the model go there: let this user write, "
+                f"or set tracking.experiment to one whose artifacts are elsewhere."
+            ) from error
+
+    def deliver(self, records: list[dict[str, Any]]) -> None:
+        """Stores records of one kind; the run is made first, where it could not be before."""
+        client = self._client if self._client is not None and self.run_id is not None else self.open()
+        run_id, first = str(self.run_id), records[0]
+        match first["kind"]:
+            case "metrics":
+                metrics = (
+                    Metric(key, value, record["time_ms"], record["samples_seen"])
+                    for record in records
+                    for key, value in record["values"].items()
+                )
+                while part := list(islice(metrics, MAX_METRICS_PER_BATCH)):
+                    client.log_batch(run_id, metrics=part, synchronous=True)
+            case "tags":
+                _log_tags(client, run_id, {key: text for record in records for key, text in record["values"].items()})
+            case "params":
+                _log_params(client, run_id, first["values"])
+            case "artifact":
+                self._log_artifact(client, run_id, first["file"], first["folder"])
+            case "dataset":
+                dataset = Dataset(
+                    first["name"],
+                    first["digest"][:36],
+                    source_type="local",
+                    source=json.dumps({"uri": first["source"]}),
+                    profile=first["profile"],
+                )
+                tag = InputTag("mlflow.data.context", first["context"])
+                client.log_inputs(run_id, [DatasetInput(dataset, [tag])])
+            case "status" if first["status"] == "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            case "status":
+                client.set_terminated(run_id, first["status"], end_time=first["time_ms"])
+
+    def _log_artifact(self, client: MlflowClient, run_id: str, file: str, folder: str | None) -> None:
+        """Stores a file; one that the artifact store does not take is left where it is, while the server answers."""
+        try:
+            client.log_artifact(run_id, file, folder)
+        except Exception as error:  # each kind of artifact store has errors of its own
+            client.get_run(run_id)
+            self._told(f"{file} was not stored with the run in MLflow: {first_line(error, self.uri)}")
+
+
+def _log_params(client: MlflowClient, run_id: str, values: dict[str, str]) -> None:
+    logged = client.get_run(run_id).data.params
+    new = (Param(key, text) for key, text in values.items() if key not in logged)
+    while part := list(islice(new, MAX_PARAMS_TAGS_PER_BATCH)):
+        client.log_batch(run_id, params=part, synchronous=True)
+    _log_tags(
+        client,
+        run_id,
+        {f"changed.{key}": text for key, text in values.items() if key in logged and logged[key] != text},
+    )
+
+
+def _log_tags(client: MlflowClient, run_id: str, values: dict[str, str]) -> None:
+    tags: Iterator[RunTag] = (RunTag(key, text) for key, text in values.items())
+    while part := list(islice(tags, MAX_PARAMS_TAGS_PER_BATCH)):
+        client.log_batch(run_id, tags=part, synchronous=True)

@@ -1,0 +1,114 @@
+"""`docs/extending.md`: a plugin put together of the page's blocks, outside the package, adds one of each."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cluster.submit import package
+from pipeline.config_file import load_config
+from pipeline.errors import ConfigError
+from pipeline.places import places
+from tests.conftest import PROJECT
+
+NAME, NET = "plugin_of_the_page", "net_of_the_page"  # in a process each is imported once
+CHOICES = {
+    "model.name": "plain",
+    "optim.name": "signum",
+    "schedule.name": "square-root",
+    "augment.also": "[rotate]",
+    "tracking.also": "[lines]",
+    "data.root": "noise://40",
+}
+OPTIONS = [f"{key}={value}" for key, value in CHOICES.items()]
+OPTIONS += ["optim.lr=0.001", "schedule.warmup_epochs=0", "train.global_batch_size=16", "cluster.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's blocks as one file; beside it the last one, a net, which goes where this project is not."""
+    file = tmp_path_factory.mktemp("plugin") / f"{NAME}.py"
+    *blocks, net = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "extending.md").read_text(), re.DOTALL)
+    file.write_text("\n\n".join(blocks))
+    (file.parent / f"{NET}.py").write_text(net)
+    return file
+
+
+def plugins(plugin: Path) -> str:
+    return f"run.plugins=[{plugin},{plugin.with_name(f'{NET}.py')}]"
+
+
+def test_without_the_plugin_its_names_are_refused(shell):
+    """In a process of its own: a plugin stays where it was imported."""
+    for option in OPTIONS[:6]:
+        done = shell("densenet", "plan", "demo", option)
+        assert done.returncode == 2, option
+        assert option.partition("=")[0].split(".")[1] in done.stdout, done.stdout
+
+
+def test_a_plan_knows_what_the_plugin_adds_and_what_reads_which_key(plugin, densenet):
+    code, told = densenet("plan", "demo", plugins(plugin), *OPTIONS, "optim.eps=1e-4", "schedule.end=0.1")
+    assert code == 0, told
+    assert "0.001, signum, schedule square-root" in told
+    assert "optim.eps=0.0001 has no effect: it is of adamw, lamb and muon, optim.name is signum" in told
+    assert "schedule.end" not in told.partition("warning")[2]
+    code, told = densenet("plan", "demo", f"run.plugins=[{plugin}]", "optim.name=signumm")
+    assert (code, "did you mean 'signum'?" in told) == (2, True), told
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
+    (tmp_path / "wrong_plugin.py").write_text("1 / 0\n")
+    (tmp_path / "pytest.py").touch()
+    for name, reason in (
+        (tmp_path / "wrong_plugin.py", "ZeroDivisionError: division by zero"),
+        (tmp_path / "gone_plugin.py", "there is no such file"),
+        (tmp_path / "pytest.py", "another module is called pytest: rename the file"),
+        ("gone_module", "No module named 'gone_module'"),
+    ):
+        with pytest.raises(ConfigError, match=rf"run.plugins: plugin {name} cannot be imported: .*{reason}"):
+            load_config("demo", [f"run.plugins=[{name}]"])
+
+
+def test_a_job_carries_the_plugin_as_a_module(plugin, tmp_path):
+    config = load_config("demo", [f"run.plugins=[{plugin}]", "optim.name=signum"])
+    assert ("run.plugins", str(plugin)) in [(key, place) for key, _, place in places(config)]
+    package(tmp_path, config)
+    assert (tmp_path / plugin.name).read_text() == plugin.read_text()
+    assert load_config(tmp_path / "job.yaml").run.plugins == (NAME,)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_the_plugin_trains_and_its_model_goes_its_own_way(plugin, shell, tmp_path):
+    given = [plugins(plugin), f"run.output={tmp_path}", *OPTIONS, "run.name=run", "train.log_every_steps=1"]
+    done = shell("densenet", "train", "demo", *given, "train.epochs=1")
+    assert done.returncode == 0, done.stdout
+    assert "model        plain version 1, alias candidate" in done.stdout
+
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines if "train/loss" in line] == [16, 32, 48]
+    journal = tmp_path / "run" / "tracking.jsonl"
+    assert json.loads((tmp_path / "run" / "tracker-lines.json").read_text())["sent"] == journal.stat().st_size
+
+    # Its code is with the model: this process has neither the plugin nor this project.
+    (tmp_path / "empty").mkdir()
+    picture = next(tmp_path.glob("data/noise-*/val/class1/*.png"))
+    shutil.copy(picture, tmp_path / "empty" / "picture.png")
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import mlflow, pandas, pathlib\n"
+        f"mlflow.set_tracking_uri('sqlite:///{tmp_path}/mlflow.db')\n"
+        "model = mlflow.pyfunc.load_model('models:/plain@candidate')\n"
+        "print(model.unwrap_python_model().predict(None, pandas.DataFrame({'image': [pathlib.Path('picture.png')]})))\n"
+    )
+    outer = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "empty", env=outer, capture_output=True, text=True
+    )
+    assert "class_name" in loaded.stdout, loaded.stderr
