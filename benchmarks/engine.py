@@ -23,7 +23,9 @@ from pipeline.model.densenet import create
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root
 from pipeline.train.engine import Engine
+from pipeline.train.events import Event, FirstStep, Saved, Step
 from pipeline.train.group import process_group
+from pipeline.train.inputs import Inputs
 from pipeline.train.loss import Criterion
 from pipeline.train.optim import create_optimizer, parameter_groups
 from pipeline.train.trainer import Trainer
@@ -174,17 +176,18 @@ def run_with_checkpoints(model: str, batch: int, rounds: int) -> None:
         )
         sizes = {"train_samples": len(indexes[0]), "val_samples": len(indexes[1]), "num_classes": 2}
         derived = derive(config, workers=1, cpus_per_worker=2, device="cpu", **sizes)
-        marks = {"begin": time.perf_counter()}
+        marks: dict[type, float] = {}
+        begin = time.perf_counter()
         stalls: list[float] = []
 
-        def event(told: dict) -> None:
-            marks[told["kind"]] = time.perf_counter()
-            if told["kind"] == "checkpoint":
-                stalls.append(told["stall_s"])
+        def event(told: Event) -> None:
+            marks[type(told)] = time.perf_counter()
+            if isinstance(told, Saved):
+                stalls.append(told.stall_s)
 
-        trainer = Trainer(config, derived, *indexes, folder / case, CPU, event, resume=resume)
-        trainer.fit()
-        return marks["first_step"] - marks["begin"], marks["step"] - marks["first_step"], sum(stalls[:-1])
+        inputs = Inputs(config, derived, *indexes, CPU)
+        Trainer(config, derived, inputs, run_dir=folder / case, device=CPU, report=event, resume=resume).fit()
+        return marks[FirstStep] - begin, marks[Step] - marks[FirstStep], sum(stalls[:-1])
 
     values: dict[str, list[float]] = {}
     for number in range(rounds):

@@ -36,7 +36,10 @@ BEHIND = """## Behind, and why
 - **Re-encoding** decodes and encodes as Pillow does, and then writes and hashes shards on the same cores.
 - **A served picture** pays HTTP, JSON and base64; several in a request share it.
 - **Memory modes** buy memory with time; that is their purpose.
-- **ZeRO 1 on one rank** has partitions and nobody to share them with; `auto` takes it from two ranks on.
+- **ZeRO 1** keeps the host busy with partitions; `auto` is stage 0.
+- **Training fed from JPEGs on a GPU** shares the device with the decoder's kernels and the interpreter with the reading
+  threads; which of the two costs the quarter is not known yet. DenseNet-264 and -169 wait for the host, and so does
+  the bare loop.
 """
 
 

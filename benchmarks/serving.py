@@ -21,11 +21,12 @@ from torchvision.io import decode_image
 
 from benchmarks.common import in_turns, report, seconds, write_pictures
 from benchmarks.tracking import write_model
-from launch.net import free_port
+from launch.cluster.net import free_port
 from pipeline.config import RunConfig
 from pipeline.export.formats import OnnxModel, to_int8, to_onnx
+from pipeline.export.open import open_model
 from pipeline.export.package import register
-from pipeline.export.predict import predict_folder
+from pipeline.model.card import ModelCard
 from pipeline.model.weights import load_model
 from pipeline.tracking.run import Tracker
 
@@ -123,7 +124,7 @@ def folders(model: Path, name: str, pictures: list[Path], rounds: int) -> None:
     plain, out = Plain(model, name), model / "answers.parquet"
 
     def ours() -> float:
-        return predict_folder(model, pictures[0].parent, out, batch_size=_BATCH).img_per_s
+        return open_model(model).predict_folder(pictures[0].parent, out, batch_size=_BATCH).img_per_s
 
     def theirs() -> float:
         started = time.perf_counter()
@@ -139,7 +140,8 @@ def forms(folder: Path, model: Path, name: str, rounds: int) -> None:
     """The forward pass alone: ONNX and int8 by onnxruntime beside torch."""
     rng = np.random.default_rng(0)
     images_NCHW = torch.from_numpy(rng.standard_normal((_BATCH, 3, 224, 224), np.float32))
-    net, onnx_file = load_model(model), to_onnx(model, folder)
+    net = load_model(model)
+    onnx_file = to_onnx(net, ModelCard.read(model), folder)
     exported = OnnxModel(onnx_file)
     quantised = OnnxModel(to_int8(onnx_file, folder, lambda: iter([images_NCHW.numpy()])))
 

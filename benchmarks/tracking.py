@@ -4,7 +4,6 @@ python -m benchmarks.tracking [--model densenet121] [--batch 8] [--rounds 9]
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from benchmarks.engine import CLASSES, CPU, engine_step, pictures, settings
 from pipeline.config import RunConfig
 from pipeline.export.package import register
 from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.card import ModelCard, Transform
 from pipeline.model.densenet import create
 from pipeline.tracking.run import Tracker
 from pipeline.train.engine import Engine
@@ -95,25 +95,15 @@ def write_model(folder: Path, name: str) -> Path:
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     save_file(create(name, CLASSES).state_dict(), folder / "model.safetensors")
-    card = {
-        "name": name,
-        "architecture": ARCHITECTURES[name],
-        "num_classes": CLASSES,
-        "classes": [f"class {i}" for i in range(CLASSES)],
-        "weights": "model.safetensors",
-        "transform": {
-            "resize": 256,
-            "crop": 224,
-            "interpolation": "bilinear",
-            "mean": [0.485, 0.456, 0.406],
-            "std": [0.229, 0.224, 0.225],
-        },
-        "metrics": None,
-        "samples_seen": 0,
-        "epoch": 0.0,
-        "config_hash": "none",
-    }
-    (folder / "model.json").write_text(json.dumps(card), encoding="utf-8")
+    ModelCard(
+        name=name,
+        architecture=ARCHITECTURES[name],
+        num_classes=CLASSES,
+        classes=tuple(f"class {i}" for i in range(CLASSES)),
+        weights="model.safetensors",
+        transform=Transform(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        config_hash="none",
+    ).write(folder)
     return folder
 
 

@@ -124,6 +124,11 @@ _RULES = (
         "the optimizer's state is in the CPU's memory anyhow: this run is on the CPU",
     ),
     _Rule(
+        ("engine.deterministic", "engine.tf32"),
+        lambda c, d: d.device == "cuda",
+        "it is of GPUs, this run is on the CPU",
+    ),
+    _Rule(
         ("engine.sync_batch_norm",),
         lambda c, d: d.workers > 1 and not c.finetune.freeze_batch_norm,
         "there is one worker, or finetune.freeze_batch_norm is true",

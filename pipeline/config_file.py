@@ -7,7 +7,6 @@ unless its key holds text, which is taken as it is: `run.name=007`, `data.root=a
 
 import difflib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin
@@ -57,16 +56,20 @@ def included(path: Path) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file with its includes, applies `key=value` overrides and validates the result.
+def load_config(source: str | Path | dict[str, Any], *overrides: str) -> RunConfig:
+    """Reads a config with its includes, applies `key=value` overrides and validates the result.
 
-    `path` may be the name of a built-in config, see `find_config`.
+    Args:
+        source: A YAML file; the name of a built-in config, such as `demo` or `densenet121`; or the content as nested
+            dictionaries, whose `include` names built-in configs or files.
+        overrides: Such as `train.epochs=3`, as on the command line.
 
     Raises:
         ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of range or left to the
             user (`???`); all the faults found are in the message.
     """
-    merged = _read(find_config(path), seen=(), files=[])
+    path = "the config" if isinstance(source, dict) else source
+    merged = _of_dict(source) if isinstance(source, dict) else _read(find_config(source), seen=(), files=[])
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
@@ -141,6 +144,18 @@ def _read(path: Path, seen: tuple[Path, ...], files: list[Path]) -> DictConfig:
         includes = [includes]
     parts = [_read(path.parent / include, (*seen, path), files) for include in includes]
     return cast(DictConfig, OmegaConf.merge(*parts, content))
+
+
+def _of_dict(source: dict[str, Any]) -> DictConfig:
+    """A dictionary's content over that of its includes."""
+    content = dict(source)
+    includes = content.pop("include", [])
+    names = [includes] if isinstance(includes, str | Path) else includes
+    try:
+        own = cast(DictConfig, OmegaConf.create(content))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"the config cannot be read: {_first_line(error)}.") from error
+    return cast(DictConfig, OmegaConf.merge(*[_read(find_config(name), seen=(), files=[]) for name in names], own))
 
 
 def _faults(error: ValidationError) -> list[str]:

@@ -1,8 +1,9 @@
 """Small models for tests: a folder with a card and weights, and a store to register them in."""
 
-import json
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,11 +11,18 @@ from timm.models import DenseNet
 
 from pipeline.config import RunConfig
 from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.card import ModelCard, Transform
 from pipeline.model.densenet import create
 from pipeline.tracking.run import Tracker
 
 CLASSES = ("cat", "dog", "eel")
-TRANSFORM = {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
+TRANSFORM: dict[str, Any] = {
+    "resize": 40,
+    "crop": 32,
+    "interpolation": "bilinear",
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.3, 0.25],
+}
 
 
 def network(num_classes: int = len(CLASSES), seed: int = 0) -> DenseNet:
@@ -27,23 +35,23 @@ def network(num_classes: int = len(CLASSES), seed: int = 0) -> DenseNet:
     return made.eval()
 
 
-def write_model(folder: Path, classes: Sequence[str] = CLASSES, seed: int = 0, **changes: object) -> Path:
+def write_model(folder: Path, classes: Sequence[str] = CLASSES, seed: int = 0, **changes: Any) -> Path:
     """Writes `network(len(classes), seed)` as a checkpoint's folder, as far as it is a model."""
     folder.mkdir(parents=True)
     save_file(network(len(classes), seed).state_dict(), folder / "model.safetensors")
-    card = {
-        "name": "densenet_tiny",
-        "architecture": ARCHITECTURES["densenet_tiny"],
-        "num_classes": len(classes),
-        "classes": list(classes),
-        "weights": "model.safetensors",
-        "transform": TRANSFORM,
-        "metrics": {"top1_correct": 3, "top5_correct": 4, "top5_k": 5, "total": 5, "loss": 0.5},
-        "samples_seen": 123,
-        "epoch": 1.5,
-        "config_hash": "abc",
-    }
-    (folder / "model.json").write_text(json.dumps(card | changes))
+    card = ModelCard(
+        name="densenet_tiny",
+        architecture=ARCHITECTURES["densenet_tiny"],
+        num_classes=len(classes),
+        classes=tuple(classes),
+        weights="model.safetensors",
+        transform=Transform(**TRANSFORM),
+        metrics={"top1_correct": 3, "top5_correct": 4, "top5_k": 5, "total": 5, "loss": 0.5},
+        samples_seen=123,
+        epoch=1.5,
+        config_hash="abc",
+    )
+    dataclasses.replace(card, **changes).write(folder)
     return folder
 
 

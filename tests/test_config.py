@@ -33,7 +33,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(file, tmp_path):
 def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
     (tmp_path / "base.yaml").write_text("train: {epochs: 1, global_batch_size: 8}\noptim: {lr: 0.5}\n")
     (tmp_path / "run.yaml").write_text("include: base.yaml\ntrain: {epochs: 2}\n")
-    config = load_config(tmp_path / "run.yaml", ["optim.lr=1e-3"])
+    config = load_config(tmp_path / "run.yaml", "optim.lr=1e-3")
     assert (config.train.epochs, config.train.global_batch_size, config.optim.lr) == (2, 8, 0.001)
 
 
@@ -81,13 +81,13 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
 )
 def test_a_wrong_override_is_named_with_what_is_allowed(override, message):
     with pytest.raises(ConfigError, match=message) as error:
-        load_config(CONFIGS / "densenet121.yaml", re.split(r" (?=\w+\.\w+=)", override))
+        load_config(CONFIGS / "densenet121.yaml", *re.split(r" (?=\w+\.\w+=)", override))
     assert "hunter2" not in str(error.value)
 
 
 def test_all_faults_are_told_at_once():
     with pytest.raises(ConfigError) as error:
-        load_config(CONFIGS / "densenet121.yaml", ["train.epochs=-1", "optim.momentum=2"])
+        load_config(CONFIGS / "densenet121.yaml", "train.epochs=-1", "optim.momentum=2")
     assert "train.epochs" in str(error.value)
     assert "optim.momentum" in str(error.value)
 
@@ -174,14 +174,12 @@ def test_a_memory_mode_that_a_zero_stage_cannot_serve_is_refused():
     ("workers", "sections", "stage"),
     [
         (1, {}, 0),
-        (2, {}, 1),
+        (2, {}, 0),
         (2, {"engine": {"zero_stage": 3}}, 3),
         (1, {"engine": {"offload_optimizer": True}}, 1),
-        (2, {"optim": {"name": "muon"}}, 0),
-        (2, {"train": {"epochs": 99, "precision": "fp16"}}, 0),
     ],
 )
-def test_the_zero_stage_follows_from_workers_optimizer_and_precision(workers, sections, stage):
+def test_the_zero_stage_follows_from_what_is_offloaded(workers, sections, stage):
     config = RunConfig.model_validate({"train": {"epochs": 99}} | sections)
     sizes = {"train_samples": 1000, "val_samples": 10, "num_classes": 10}
     assert derive(config, workers=workers, cpus_per_worker=1, device="cpu", **sizes).zero_stage == stage
@@ -253,7 +251,7 @@ def test_any_file_is_a_config_or_an_error(content, tmp_path_factory):
 )
 def test_a_key_that_holds_text_takes_it_as_it_is_and_keeps_it(text, tmp_path):
     """As YAML, `007` is 7, and what follows ` #` is a comment: another folder than was named."""
-    config = load_config(CONFIGS / "demo.yaml", [f"data.root={text}", f"cluster.env.ANY={text}"])
+    config = load_config(CONFIGS / "demo.yaml", f"data.root={text}", f"cluster.env.ANY={text}")
     assert (config.data.root, config.cluster.env["ANY"]) == (text, text)
     (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(tmp_path / "again.yaml") == config
@@ -262,7 +260,7 @@ def test_a_key_that_holds_text_takes_it_as_it_is_and_keeps_it(text, tmp_path):
 def test_text_may_be_left_out_quoted_or_point_to_another_key():
     overrides = ["run.name=null", "model.weights=", "tracking.experiment='null'"]
     overrides += ["run.output=there", "data.root=${run.output}/x"]
-    config = load_config(CONFIGS / "demo.yaml", overrides)
+    config = load_config(CONFIGS / "demo.yaml", *overrides)
     assert (config.run.name, config.model.weights) == (None, None)
     assert (config.tracking.experiment, config.data.root) == ("null", "there/x")
 
@@ -271,7 +269,7 @@ def test_text_may_be_left_out_quoted_or_point_to_another_key():
 @given(override=st.text(max_size=40))
 def test_any_override_is_taken_or_an_error(override):
     try:
-        load_config(CONFIGS / "demo.yaml", [override])
+        load_config(CONFIGS / "demo.yaml", override)
     except ConfigError as error:
         assert str(error)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import package
+from launch.cluster.submit import package
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.places import places
@@ -71,11 +71,11 @@ def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
         ("gone_module", "No module named 'gone_module'"),
     ):
         with pytest.raises(ConfigError, match=rf"run.plugins: plugin {name} cannot be imported: .*{reason}"):
-            load_config("demo", [f"run.plugins=[{name}]"])
+            load_config("demo", f"run.plugins=[{name}]")
 
 
 def test_a_job_carries_the_plugin_as_a_module(plugin, tmp_path):
-    config = load_config("demo", [f"run.plugins=[{plugin}]", "optim.name=signum"])
+    config = load_config("demo", f"run.plugins=[{plugin}]", "optim.name=signum")
     assert ("run.plugins", str(plugin)) in [(key, place) for key, _, place in places(config)]
     package(tmp_path, config)
     assert (tmp_path / plugin.name).read_text() == plugin.read_text()

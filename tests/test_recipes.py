@@ -4,17 +4,17 @@ import io
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
-from launch.plan import print_plan
-from launch.prepare import prepare, read_config
-from launch.resources import Resources
+from launch.cluster.capacity import Resources
+from launch.run.plan import print_plan
+from launch.run.prepare import prepare, read_config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.train.checkpoint import best_checkpoint
-from pipeline.train.trainer import Trainer
+from pipeline.train.events import Evaluated, Event, Saved
+from tests.train.settings import new_trainer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -41,7 +41,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(file: Path, pictures: Path, output: Path, *overrides: str) -> tuple[list[dict], Path, str]:
+def run(file: Path, pictures: Path, output: Path, *overrides: str) -> tuple[list[Event], Path, str]:
     """Two steps by a config; its events, its run's folder and the printed plan."""
     config = read_config(file, [*SMALL, f"data.root={pictures}", f"run.output={output}", "run.name=run", *overrides])
     if config.data.progressive:
@@ -51,18 +51,9 @@ def run(file: Path, pictures: Path, output: Path, *overrides: str) -> tuple[list
     console = Console(width=200, file=io.StringIO())
     print_plan(console, prepared)
     derived = prepared.derived.model_copy(update={"total_steps": 2, "total_samples": 8})
-    events: list[dict] = []
-    trainer = Trainer(
-        prepared.config,
-        derived,
-        prepared.train_index,
-        prepared.val_index,
-        prepared.run_dir,
-        torch.device("cpu"),
-        events.append,
-        prepared.sources,
-    )
-    trainer.fit()
+    events: list[Event] = []
+    indexes = prepared.train_index, prepared.val_index
+    new_trainer(prepared.config, derived, indexes, prepared.run_dir, events.append, sources=prepared.sources).fit()
     return events, prepared.run_dir, console.file.getvalue()
 
 
@@ -77,8 +68,8 @@ def test_a_shipped_config_plans_and_trains(file, pictures, tmp_path, one_rank):
     elif file.parent.name == "recipes":
         start = ["model.name=densenet_tiny"]
     events, run_dir, plan = run(file, pictures, tmp_path, *start, *digits)
-    assert "checkpoint" in [event["kind"] for event in events]
-    evaluated = [e["weights"] for e in events if e["kind"] == "eval"]
+    assert any(isinstance(event, Saved) for event in events)
+    evaluated = [e.weights for e in events if isinstance(e, Evaluated)]
     config = read_config(best_checkpoint(run_dir) / "config.yaml", [])
     assert evaluated == (["raw"] if config.ema.decay is None else ["raw", "ema"])
     assert f"{config.optim.name}, schedule {config.schedule.name}" in plan

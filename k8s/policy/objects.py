@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from launch.manifests import K8S, kustomize
+from launch.kubernetes.kubectl import kustomize
+from launch.kubernetes.manifests import K8S
 
 
 def main() -> None:

@@ -1,5 +1,9 @@
-"""Augmentations of whole batches on their device: colour, erasing, mixing; all that is random about them is planned."""
+"""Augmentations of whole batches on their device: colour, erasing, mixing; all that is random about them is planned.
 
+A fixed number of kernels for a batch of any size, and nothing that makes the host wait for the device.
+"""
+
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -9,9 +13,11 @@ from numpy.typing import NDArray
 
 from pipeline.config import Rgb
 from pipeline.data.augment import Augmentations, Colour, Erase, Mix
+from pipeline.data.philox import Ints
 from pipeline.seams import AUGMENTATIONS
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
+_NOISE_STARTS = 2**22  # places in the noise at which an image's part of it may begin
 
 
 def apply(
@@ -47,7 +53,7 @@ def colour(images_NCHW: torch.Tensor, planned: Colour, mean: Rgb, std: Rgb) -> t
     which saturation keeps too. So the whole is one affine map of RGB for each picture,
     y = b (c S x + (1 - c) m) + lighting with S x = s x + (1 - s) luma(x), here applied to normalised values.
     """
-    mean_C, std_C, luma_C = (images_NCHW.new_tensor(values) for values in (mean, std, _LUMA))
+    mean_C, std_C, luma_C = (_constant(values, images_NCHW.device, images_NCHW.dtype) for values in (mean, std, _LUMA))
     b_N11, c_N11, s_N11 = (
         _to(values, images_NCHW)[:, None, None]
         for values in (planned.brightness_B, planned.contrast_B, planned.saturation_B)
@@ -66,23 +72,31 @@ def grey(images_NCHW: torch.Tensor, std: Rgb) -> torch.Tensor:
     With x = (p - mean) / std in each channel, luma(p) is normalised by luma(mean) and luma(std), which leaves the mean
     of x weighted by luma times std.
     """
-    weights_C = images_NCHW.new_tensor(_LUMA) * images_NCHW.new_tensor(std)
+    luma_C, std_C = (_constant(values, images_NCHW.device, images_NCHW.dtype) for values in (_LUMA, std))
+    weights_C = luma_C * std_C
     return torch.einsum("nchw,c->nhw", images_NCHW, weights_C / weights_C.sum())[:, None]
 
 
 def erase(images_NCHW: torch.Tensor, planned: Erase, fill: Literal["mean", "noise"]) -> torch.Tensor:
-    """Fills the planned boxes, in place, with the mean colour or with normal noise of the pictures' own deviation."""
-    for image_CHW, (top, left, height, width), seed in zip(
-        images_NCHW, planned.boxes_B4.tolist(), planned.seeds_B.tolist(), strict=True
-    ):
-        if not height:
-            continue
-        box_CHW = image_CHW[:, top : top + height, left : left + width]
-        if fill == "mean":
-            box_CHW.zero_()
-        else:
-            box_CHW.normal_(generator=torch.Generator(images_NCHW.device).manual_seed(seed))
-    return images_NCHW
+    """Fills the planned boxes, in place, with the mean colour or with normal noise of the images' own deviation.
+
+    The noise is one fixed sequence, of which each image takes the part that begins where its seed says.
+    """
+    rows_E = np.flatnonzero(planned.boxes_B4[:, 2])
+    if not len(rows_E):
+        return images_NCHW
+    device = images_NCHW.device
+    index_E = _integers(rows_E, device)
+    erased_ECHW = images_NCHW[index_E]
+    inside_E1HW = _inside(planned.boxes_B4[rows_E], erased_ECHW)
+    if fill == "mean":
+        erased_ECHW.masked_fill_(inside_E1HW, 0)
+    else:
+        size = erased_ECHW[0].numel()
+        starts_E = _integers(planned.seeds_B[rows_E] % _NOISE_STARTS, device)
+        noise_ECHW = _noise(size, device).unfold(0, size, 1)[starts_E].view_as(erased_ECHW)
+        erased_ECHW = torch.where(inside_E1HW, noise_ECHW, erased_ECHW)
+    return images_NCHW.index_copy_(0, index_E, erased_ECHW)
 
 
 def mix(
@@ -91,13 +105,34 @@ def mix(
     """Blends rows 2k and 2k + 1 with each other, or pastes a box of each into the other; targets are class shares."""
     assert len(images_NCHW) % 2 == 0, "pictures are mixed in pairs"
     blend_N111 = _to(planned.blend_B, images_NCHW)[:, None, None, None]
-    mixed_NCHW = torch.lerp(_partners(images_NCHW), images_NCHW, blend_N111)
-    for i, (top, left, height, width) in enumerate(planned.boxes_B4.tolist()):
-        if height:
-            box = (slice(None), slice(top, top + height), slice(left, left + width))
-            mixed_NCHW[i][box] = images_NCHW[i ^ 1][box]
+    partners_NCHW = _partners(images_NCHW)
+    mixed_NCHW = torch.lerp(partners_NCHW, images_NCHW, blend_N111)
+    if planned.boxes_B4[:, 2].any():
+        mixed_NCHW = torch.where(_inside(planned.boxes_B4, images_NCHW), partners_NCHW, mixed_NCHW)
     shares_NK = F.one_hot(labels_N, num_classes).to(images_NCHW.dtype)
     return mixed_NCHW, torch.lerp(_partners(shares_NK), shares_NK, _to(planned.weight_B, images_NCHW)[:, None])
+
+
+def _inside(boxes_B4: Ints, images_BCHW: torch.Tensor) -> torch.Tensor:
+    """Which pixels lie in the boxes: bool [B, 1, H, W]."""
+    top_B11, left_B11, height_B11, width_B11 = _integers(boxes_B4, images_BCHW.device)[:, :, None, None].unbind(1)
+    y_H1 = torch.arange(images_BCHW.shape[2], device=images_BCHW.device)[:, None]
+    x_W = torch.arange(images_BCHW.shape[3], device=images_BCHW.device)
+    rows_BH1 = (y_H1 >= top_B11) & (y_H1 < top_B11 + height_B11)
+    columns_B1W = (x_W >= left_B11) & (x_W < left_B11 + width_B11)
+    return (rows_BH1 & columns_B1W)[:, None]
+
+
+@lru_cache(maxsize=4)
+def _noise(size: int, device: torch.device) -> torch.Tensor:
+    """Normal numbers, the same on every device, of which parts of `size` may begin at `_NOISE_STARTS` places."""
+    return torch.randn(_NOISE_STARTS + size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@lru_cache
+def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The values on the device; copied there once, since each such copy makes the host wait."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _partners(rows: torch.Tensor) -> torch.Tensor:
@@ -107,3 +142,7 @@ def _partners(rows: torch.Tensor) -> torch.Tensor:
 
 def _to(values: NDArray[np.float32], like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(values).to(like.device, like.dtype, non_blocking=True)
+
+
+def _integers(values: Ints, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)

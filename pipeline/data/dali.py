@@ -432,6 +432,7 @@ def _decoded(encoded: Any, start: Any, shape: Any, decoder: str) -> Any:
         output_type=types.RGB,
         adjust_orientation=False,
         use_fast_idct=False,
+        jpeg_fancy_upsampling=True,  # chroma as libjpeg and PIL make it; the CPU's decoder does so anyway
     )
 
 

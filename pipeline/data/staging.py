@@ -28,13 +28,18 @@ def is_remote(root: str | None) -> bool:
     return root is not None and "://" in root and not is_made(root)
 
 
+def remote_folder(root: str, cache: Path) -> Path:
+    """Where manifest and indexes of a data set at an address are kept."""
+    return cache / f"remote-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
+
+
 def fetch_indexes(root: str, splits: tuple[str, ...], cache: Path) -> list[DatasetIndex]:
     """Indexes of a data set at an address; they lead nowhere until they are staged.
 
     Raises:
         DataError: nothing is there, or it is no prepared data set in shards.
     """
-    folder = cache / f"remote-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
+    folder = remote_folder(root, cache)
     (folder / "index").mkdir(parents=True, exist_ok=True)
     with _naming_address(root):
         files, base = fsspec.core.url_to_fs(root)

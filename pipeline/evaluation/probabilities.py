@@ -2,19 +2,19 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.config import Device, Interpolation, Rgb, describe_transform
+from pipeline.config import Device
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, eval_share
-from pipeline.model.sources import read_card
+from pipeline.model.card import ModelCard, Transform
 from pipeline.model.weights import load_model
 
 # Test-time augmentations: where the crops lie (0: top or left, 1: bottom or right), each also mirrored.
@@ -23,29 +23,6 @@ VIEWS: dict[str, tuple[tuple[float, float], ...]] = {
     "flip": (CENTRE,),
     "ten-crop": (CENTRE, (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)),
 }
-
-
-@dataclass(frozen=True)
-class Transform:
-    """The evaluation transform; as in a model's card."""
-
-    resize: int
-    crop: int
-    interpolation: Interpolation
-    mean: Rgb
-    std: Rgb
-
-    @property
-    def description(self) -> str:
-        """The transform in one line, to stand beside every accuracy."""
-        return describe_transform(self.resize, self.interpolation, self.crop)
-
-    def at(self, crop: int | None, resize: int | None, interpolation: Interpolation | None) -> "Transform":
-        """With other sizes or another filter; a crop alone keeps the ratio of crop to resize."""
-        if crop is not None and resize is None:
-            resize = int(crop * self.resize / self.crop)
-        changes = {"crop": crop, "resize": resize, "interpolation": interpolation}
-        return replace(self, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
 
 
 def model_probabilities(
@@ -58,14 +35,35 @@ def model_probabilities(
     progress: Callable[[int], None] = lambda pictures: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """`probabilities` of the model in a folder with a card, by the card's transform unless another is given."""
-    card = read_card(folder)
-    return probabilities(
+    return card_probabilities(
         load_model(folder),
+        ModelCard.read(folder),
         index,
-        transform or Transform(**card["transform"]),
+        transform,
+        views=views,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def card_probabilities(
+    model: nn.Module,
+    card: ModelCard,
+    index: DatasetIndex,
+    transform: Transform | None = None,
+    *,
+    views: str | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda pictures: None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """`probabilities` of a model on this machine's best device, by its card's transform unless another is given."""
+    return probabilities(
+        model,
+        index,
+        transform or card.transform,
         views=views,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        channels=card["architecture"].get("in_chans", 3),
+        channels=card.in_chans,
         threads=len(os.sched_getaffinity(0)),
         batch_size=batch_size,
         progress=progress,
@@ -80,7 +78,7 @@ def probabilities(
     *,
     views: str | None,
     device: Device,
-    channels: int,
+    channels: Literal[1, 3],
     threads: int,
     batch_size: int,
     progress: Callable[[int], None] = lambda pictures: None,
@@ -105,7 +103,7 @@ def probabilities(
         interpolation=transform.interpolation,
         mean=transform.mean,
         std=transform.std,
-        channels=1 if channels == 1 else 3,
+        channels=channels,
     ) as loader:
         for anchor in anchors:
             plan = EvalPlan(index.widths_N, index.heights_N, transform.resize, transform.crop, anchor)

@@ -12,7 +12,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
-from pipeline.model.sources import read_card
+from pipeline.model.card import ModelCard
 
 _LOOKED_AT = 96
 _SIDE = 128  # pixels
@@ -27,7 +27,7 @@ def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> li
     """
     rows = np.unique(np.linspace(0, len(index) - 1, min(_LOOKED_AT, len(index))).astype(np.int64))
     subset = index.subset(rows)
-    classes = read_card(folder)["classes"]
+    classes = ModelCard.read(folder).classes
     given_NK, _ = model_probabilities(folder, subset)
     labels_N, best_N = labels_of(subset, classes), best_class(given_NK)
     order = np.argsort(-given_NK.max(axis=1), kind="stable")

@@ -5,27 +5,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.evaluation.counts import EvalResult
+
 NO_CLASS = -1  # of a picture for which the model gave NaN or infinities
 _BINS = 15
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Counts over `total` pictures.
+class Scores(EvalResult):
+    """An evaluation's counts, and the expected calibration error over 15 bins of equal width.
 
-    `top5_correct` counts those whose label is among the `top5_k = min(5, classes)` best. `non_finite` counts those with
-    NaN among their probabilities: they are misses, and the next two are of the others, None where there are none.
-    `loss` is the mean cross-entropy; `calibration_error` is the expected calibration error over 15 bins of equal width,
-    in [0, 1] (Guo et al. 2017, arXiv 1706.04599).
+    It is in [0, 1] (Guo et al. 2017, arXiv 1706.04599), of the pictures with finite outputs; None where there are none.
     """
 
-    total: int
-    top1_correct: int
-    top5_correct: int
-    top5_k: int
-    loss: float | None
-    calibration_error: float | None
-    non_finite: int
+    calibration_error: float | None = None
 
 
 def score(probabilities_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Scores:

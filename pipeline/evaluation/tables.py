@@ -1,7 +1,8 @@
-"""Tables as CSV files."""
+"""Tables as CSV files, and results as JSON."""
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.files import whole_file
+from pipeline.files import whole_file, write_text
 
 CONFUSION = Path("evaluation", "confusion.csv")  # in a run's folder: that of the best evaluation
 
@@ -34,3 +35,8 @@ def read_confusion(text: str) -> tuple[list[str], NDArray[np.int64]]:
     """Classes and matrix, from the text that `write_confusion` has written."""
     header, *rows = csv.reader(io.StringIO(text))
     return header[1:], np.array([row[1:] for row in rows], np.int64)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a whole file of JSON."""
+    write_text(file, json.dumps(content, indent=2) + "\n")

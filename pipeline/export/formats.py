@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from torch import nn
 
 from pipeline.errors import TrainingError, UserError
 from pipeline.files import whole_file, write_text
-from pipeline.model.sources import read_card
-from pipeline.model.weights import load_model
+from pipeline.model.card import ModelCard
 
 OPSET = 20
 TOLERANCE = 1e-4  # between the logits of an exported model and torch's
@@ -48,15 +48,15 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(self._session.run([_OUTPUT], {_INPUT: images_NCHW.numpy()})[0])
 
 
-def to_onnx(folder: Path, out: Path) -> Path:
-    """Writes `out/model.onnx` of the model in `folder`: opset 20, any batch size, the card as metadata.
+def to_onnx(model: nn.Module, card: ModelCard, out: Path) -> Path:
+    """Writes `out/model.onnx` of a model: opset 20, any batch size, the card as metadata.
 
     It maps `images`, fp32 [N, C, crop, crop] after the card's transform, to `logits`, fp32 [N, K].
 
     Raises:
         TrainingError: its logits are not those of torch.
     """
-    card, model, file = read_card(folder), load_model(folder), out / "model.onnx"
+    file = out / "model.onnx"
     example_NCHW = _example(card, 2)
     with _quiet():
         program = torch.onnx.export(
@@ -71,7 +71,7 @@ def to_onnx(folder: Path, out: Path) -> Path:
         )
     assert program is not None
     proto = program.model_proto
-    known = {key: card[key] for key in ("name", "classes", "transform")}
+    known = {"name": card.name, "classes": card.classes, "transform": asdict(card.transform)}
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
     with whole_file(file) as aside:
         onnx.save(proto, aside)
@@ -79,13 +79,13 @@ def to_onnx(folder: Path, out: Path) -> Path:
     return file
 
 
-def to_torch(folder: Path, out: Path) -> Path:
+def to_torch(model: nn.Module, card: ModelCard, out: Path) -> Path:
     """Writes `out/model.pt2`, for `torch.export.load`: any batch size, inputs and outputs as `to_onnx`.
 
     Raises:
         TrainingError: its logits are not those of torch.
     """
-    card, model, file = read_card(folder), load_model(folder), out / "model.pt2"
+    file = out / "model.pt2"
     program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with whole_file(file) as aside:
         torch.export.save(program, aside)
@@ -93,7 +93,7 @@ def to_torch(folder: Path, out: Path) -> Path:
     return file
 
 
-def to_timm(folder: Path, out: Path) -> Path:
+def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
     """Writes `out/timm` with `model.safetensors` and `config.json`, for `timm.create_model("local-dir:...")`.
 
     It is also what timm's models on a hub look like; the label names and the transform are in the configuration.
@@ -102,33 +102,31 @@ def to_timm(folder: Path, out: Path) -> Path:
         UserError: plain timm has no such net.
         TrainingError: its logits are not those of torch.
     """
-    card, model, place = read_card(folder), load_model(folder), out / "timm"
-    arguments, transform = dict(card["architecture"]), card["transform"]
-    if arguments.get("stem_type") == "cifar":
-        raise UserError(f"timm has no net with the stem of {card['name']}: export it as onnx or torch.")
+    place = out / "timm"
+    transform = card.transform
+    if card.small_stem:
+        raise UserError(f"timm has no net with the stem of {card.name}: export it as onnx or torch.")
+    arguments: dict[str, Any] = dict(card.architecture)
     name = arguments.pop("timm", _DENSENET)
     if "module" in arguments:
-        raise UserError(
-            f"plain timm has no net {name}, {arguments['module']} registers it: export it as onnx or torch."
-        )
+        raise UserError(f"timm itself has no net {name}, {arguments['module']} has: export it as onnx or torch.")
     place.mkdir(parents=True, exist_ok=True)
-    channels = arguments.get("in_chans", 3)
     names: Any = model.pretrained_cfg
     config = {
         "architecture": name,
-        "num_classes": card["num_classes"],
+        "num_classes": card.num_classes,
         "num_features": model.num_features,
-        "label_names": card["classes"],
+        "label_names": card.classes,
         "model_args": arguments,
         "pretrained_cfg": {
-            "tag": card["config_hash"],
-            "num_classes": card["num_classes"],
-            "input_size": [channels, transform["crop"], transform["crop"]],
-            "crop_pct": _crop_pct(transform["crop"], transform["resize"]),
+            "tag": card.config_hash,
+            "num_classes": card.num_classes,
+            "input_size": [card.in_chans, transform.crop, transform.crop],
+            "crop_pct": _crop_pct(transform.crop, transform.resize),
             "crop_mode": "center",
-            "interpolation": transform["interpolation"],
-            "mean": transform["mean"],
-            "std": transform["std"],
+            "interpolation": transform.interpolation,
+            "mean": transform.mean,
+            "std": transform.std,
             "first_conv": names["first_conv"],
             "classifier": names["classifier"],
         },
@@ -183,7 +181,7 @@ def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[n
     return file
 
 
-def _compare(card: dict[str, Any], model: nn.Module, exported: nn.Module, kind: str) -> None:
+def _compare(card: ModelCard, model: nn.Module, exported: nn.Module, kind: str) -> None:
     for count in _CHECKED:
         images_NCHW = _example(card, count)
         with torch.no_grad():
@@ -191,15 +189,15 @@ def _compare(card: dict[str, Any], model: nn.Module, exported: nn.Module, kind: 
         largest = (wanted_NK - given_NK).abs().max().item()
         if not largest <= TOLERANCE:  # NaN is no agreement
             raise TrainingError(
-                f"the {kind} export of {card['name']} gives logits that differ by {largest:.2g} from torch's, "
+                f"the {kind} export of {card.name} gives logits that differ by {largest:.2g} from torch's, "
                 f"{TOLERANCE:g} is allowed; nothing is written."
             )
 
 
-def _example(card: dict[str, Any], count: int) -> torch.Tensor:
+def _example(card: ModelCard, count: int) -> torch.Tensor:
     """Images [count, C, crop, crop] of noise, always the same."""
-    crop, channels = card["transform"]["crop"], card["architecture"].get("in_chans", 3)
-    return torch.randn((count, channels, crop, crop), generator=torch.Generator().manual_seed(count))
+    crop = card.transform.crop
+    return torch.randn((count, card.in_chans, crop, crop), generator=torch.Generator().manual_seed(count))
 
 
 @contextmanager

@@ -8,9 +8,8 @@ import sys
 import tempfile
 import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pandas as pd
@@ -24,6 +23,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.model.card import CARD, ModelCard
 from pipeline.model.weights import import_net
 from pipeline.tracking.registry import make_registered_model, move_alias, version_of
 from pipeline.tracking.store import connect, connect_registry, first_line
@@ -80,7 +80,7 @@ def register(
     Raises:
         UserError: a store refuses the model; the checkpoint is untouched.
     """
-    card = json.loads((checkpoint / "model.json").read_text(encoding="utf-8"))
+    card = ModelCard.read(checkpoint)
     tags = _tags(card, data_fingerprint) | ({} if data_license is None else {"data.license": data_license})
     tags["checkpoint"] = checkpoint.name
     version = version_of(run_id, name, tags, stores)
@@ -98,7 +98,7 @@ def register(
 
 
 def _make_version(
-    checkpoint: Path, card: dict[str, Any], stores: Stores, run_id: str, name: str, tags: dict[str, str]
+    checkpoint: Path, card: ModelCard, stores: Stores, run_id: str, name: str, tags: dict[str, str]
 ) -> str:
     """Stores the model with its run, and makes a version of it."""
     connect(stores.tracking)
@@ -130,7 +130,7 @@ def _log(
     run_id: str | None,
     params: dict[str, str],
     checkpoint: Path,
-    card: dict[str, Any],
+    card: ModelCard,
     folder: Path,
 ) -> LoggedModel:
     """Packages a checkpoint in `folder` and stores it as a model of an experiment, and of a run where there is one."""
@@ -143,9 +143,9 @@ def _log(
                 str(folder),
                 python_model=str(_CODE),
                 code_paths=_net_code(card, checkpoint),
-                artifacts={"weights": str(checkpoint / card["weights"]), "card": str(checkpoint / "model.json")},
+                artifacts={"weights": str(checkpoint / card.weights), "card": str(checkpoint / CARD)},
                 signature=SIGNATURE,
-                input_example=_example(card["transform"]["resize"]),
+                input_example=_example(card.transform.resize),
                 pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _REQUIREMENTS],
                 mlflow_model=Model(
                     artifact_path=logged.artifact_location,
@@ -162,10 +162,10 @@ def _log(
     return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
 
-def _net_code(card: dict[str, Any], checkpoint: Path) -> list[str] | None:
+def _net_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
     """The code of a net that neither timm nor this project has, which goes with the model; None where there is none."""
-    import_net(card["architecture"], checkpoint)
-    module = card["architecture"].get("module")
+    import_net(card, checkpoint)
+    module = card.architecture.get("module")
     if module is None:
         return None
     file = Path(str(sys.modules[module.split(".")[0]].__file__))
@@ -179,18 +179,18 @@ def _example(side: int) -> pd.DataFrame:
     return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
 
 
-def _tags(card: dict[str, Any], data_fingerprint: str) -> dict[str, str]:
+def _tags(card: ModelCard, data_fingerprint: str) -> dict[str, str]:
     """What a reader of the registry asks first: how good, measured how, trained on what."""
-    metrics = card["metrics"]
+    metrics = card.metrics
     results = {key: metrics[key] for key in ("top1_correct", "top5_correct", "top5_k", "total")} if metrics else {}
     tags = {
         **results,
-        "architecture": card["name"],
-        "weights": card["weights"],
-        "samples_seen": card["samples_seen"],
-        "epoch": f"{card['epoch']:g}",
-        "transform": json.dumps(card["transform"]),
+        "architecture": card.name,
+        "weights": card.weights,
+        "samples_seen": card.samples_seen,
+        "epoch": f"{card.epoch:g}",
+        "transform": json.dumps(asdict(card.transform)),
         "data.fingerprint": data_fingerprint,
-        "config_hash": card["config_hash"],
+        "config_hash": card.config_hash,
     }
     return {key: str(value) for key, value in tags.items()}

@@ -1,28 +1,29 @@
-"""Predictions by a model in a folder: of some pictures by the packaged code, of many by DALI into a table."""
+"""Predictions: of some pictures by the code that is packaged with models, of many by DALI into a table."""
 
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline.data.folders import scan_pictures
 from pipeline.data.images import NotAnImage, decode
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError, UserError
-from pipeline.evaluation.probabilities import Transform, model_probabilities
+from pipeline.evaluation.probabilities import card_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.files import whole_file
-from pipeline.model.sources import read_card
+from pipeline.model.card import ModelCard
 
 _NON_FINITE = "NaN or infinities"
 _CHUNK = 8192  # pictures whose probabilities are held at a time
@@ -39,22 +40,34 @@ _SCHEMA = pa.schema(
 )
 
 
+Picture = str | Path | bytes | NDArray[np.uint8]
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """An image's most probable classes with their probabilities in [0, 1], best first."""
+    """An image's most probable classes with their probabilities in [0, 1], best first.
 
-    path: Path
-    classes: list[tuple[str, float]]
+    `image` is its path, or says which one it is of those that were given without.
+    """
+
+    image: str
+    classes: dict[str, float]
+
+    @property
+    def best(self) -> str:
+        """The most probable class."""
+        return next(iter(self.classes))
 
 
 @dataclass(frozen=True)
-class FolderSummary:
+class FolderPredictions:
     """What came of a folder: pictures classified, files that are no sound pictures, images per second in all.
 
-    `non_finite` counts the pictures for which the model gives NaN or infinities, which have no class; `left_out` are
-    lines on the hidden files.
+    `out` is the table. `non_finite` counts the pictures for which the model gives NaN or infinities, which have no
+    class; `left_out` are lines on the hidden files.
     """
 
+    out: str
     classified: int
     damaged: int
     non_finite: int
@@ -62,57 +75,79 @@ class FolderSummary:
     left_out: list[str]
 
 
-def predict_files(folder: Path, images: Sequence[Path], top: int = 5) -> list[Prediction]:
-    """Classifies image files with the model in a folder with a card, by the code that is packaged with models.
+class Predictor:
+    """A model as it is packaged, which takes a few pictures at once; `model` names it in errors."""
 
-    Raises:
-        UserError: a file is missing or is not an image, or the model gives NaN or infinities for it.
-    """
-    for path in images:
-        if not path.exists():
-            raise UserError(f"{path} does not exist.")
-        if not path.is_file():
-            raise UserError(f"{path} is not a file: give image files, or a folder with --batch.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's advice on type hints
-        from pipeline.export.pyfunc_model import Classifier
+    def __init__(self, card: ModelCard, weights: dict[str, torch.Tensor], model: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow's advice on type hints
+            from pipeline.export.pyfunc_model import Classifier
 
-    model, card = Classifier(), read_card(folder)
-    artifacts = {"card": str(folder / "model.json"), "weights": str(folder / card["weights"])}
-    model.load_context(SimpleNamespace(artifacts=artifacts))
-    found = []
-    for path in images:
+        self._name, self._classifier = model, Classifier()
+        self._classifier.load(asdict(card), weights)
+
+    def predict(self, images: Sequence[Picture], topk: int) -> list[Prediction]:
+        """The `topk` most probable classes of each picture.
+
+        Raises:
+            UserError: a file is missing or is not an image, or the model gives NaN or infinities for it.
+        """
+        named = [_named(image, place) for place, image in enumerate(images)]
         try:
-            (row_K,) = model.predict(None, pd.DataFrame({"image": [path]}))["probabilities"]
+            rows = self._probabilities([value for _, value in named])
+        except MlflowException:  # one by one, to tell which it is
+            rows = [self._one(name, value) for name, value in named]
+        classes = self._classifier.classes
+        return [
+            Prediction(name, {classes[k]: float(row_K[k]) for k in _best(row_K, topk)})
+            for (name, _), row_K in zip(named, rows, strict=True)
+        ]
+
+    def _one(self, name: str, value: object) -> NDArray[np.float64]:
+        try:
+            return self._probabilities([value])[0]
         except MlflowException as error:
             if error.error_code == "INTERNAL_ERROR":
-                raise UserError(f"{path}: the model in {folder} gives {_NON_FINITE}: it cannot be used.") from error
+                raise UserError(f"{name}: the model in {self._name} gives {_NON_FINITE}: it cannot be used.") from error
             reason = str(error.__cause__).replace("is not a picture", "is not an image that can be read")
-            raise UserError(f"{path} {reason}.") from error
-        found.append(Prediction(path, [(model.classes[k], float(row_K[k])) for k in _best(row_K, top)]))
-    return found
+            raise UserError(f"{name} {reason}.") from error
+
+    def _probabilities(self, values: list[object]) -> list[NDArray[np.float64]]:
+        return list(self._classifier.predict(None, pd.DataFrame({"image": values}))["probabilities"])
+
+
+def _named(image: Picture, place: int) -> tuple[str, object]:
+    """What a picture is called in results and errors, and what the packaged model is given."""
+    if not isinstance(image, str | Path):
+        return f"image {place}", image
+    path = Path(image)
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give image files, or a folder with --batch.")
+    return str(path), path
 
 
 def predict_folder(
-    folder: Path,
+    model: nn.Module,
+    card: ModelCard,
     pictures: Path,
     out: Path,
     *,
-    top: int = 5,
+    topk: int = 5,
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> FolderSummary:
-    """Classifies all files below `pictures` with the model in `folder`, by the loader that evaluation uses.
+) -> FolderPredictions:
+    """Classifies all files below `pictures` with a model, by the loader that evaluation uses.
 
-    Writes a Parquet file with a row for each: `image` (its path below `pictures`), the best class, the `top` best ones,
-    or what is wrong with the file, or that the model gives NaN for it, in `error`. `progress` is told how many of how
-    many are done.
+    Writes a Parquet file with a row for each: `image` (its path below `pictures`), the best class, the `topk` best
+    ones, or what is wrong with the file, or that the model gives NaN for it, in `error`. `progress` is told how many of
+    how many are done.
 
     Raises:
         UserError: there are no files, or `out` cannot be written.
     """
-    card = read_card(folder)
-    index, faults, left_out = scan_pictures(pictures, card["max_pixels"])
+    index, faults, left_out = scan_pictures(pictures, card.max_pixels)
     if not len(index) and not faults:
         raise DataError(f"{pictures} holds no files: give a folder with pictures.")
     started, classified, non_finite, total = time.perf_counter(), 0, 0, len(index)
@@ -123,21 +158,21 @@ def predict_folder(
                 part = index.subset(np.arange(start, min(start + _CHUNK, total)))
                 told = _progress_from(progress, start, total)
                 try:
-                    given_NK = _given(folder, card, part, batch_size, told)
+                    given_NK = _given(model, card, part, batch_size, told)
                 except DataError:  # damage that only a whole decoding shows: found one by one
                     sound, unsound = _looked_through(part)
                     faults |= unsound
                     part = part.subset(sound)
-                    given_NK = _given(folder, card, part, batch_size, _progress_from(progress, start, total))
+                    given_NK = _given(model, card, part, batch_size, _progress_from(progress, start, total))
                 none = int((best_class(given_NK) == NO_CLASS).sum())
                 classified, non_finite = classified + len(part) - none, non_finite + none
-                writer.write_table(_table(part, given_NK, card["classes"], top))
+                writer.write_table(_table(part, given_NK, card.classes, topk))
             rows = [{"image": name, "error": reason} for name, reason in sorted(faults.items())]
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}.") from error
     img_per_s = (classified + non_finite) / (time.perf_counter() - started)
-    return FolderSummary(classified, len(faults), non_finite, img_per_s, left_out.lines())
+    return FolderPredictions(str(out), classified, len(faults), non_finite, img_per_s, left_out.lines())
 
 
 def _progress_from(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
@@ -153,12 +188,11 @@ def _progress_from(progress: Callable[[int, int], None], start: int, total: int)
 
 
 def _given(
-    folder: Path, card: dict[str, Any], index: DatasetIndex, batch_size: int, told: Callable[[int], None]
+    model: nn.Module, card: ModelCard, index: DatasetIndex, batch_size: int, told: Callable[[int], None]
 ) -> NDArray[np.float32]:
     if not len(index):
-        return np.zeros((0, card["num_classes"]), np.float32)
-    transform = Transform(**card["transform"])
-    return model_probabilities(folder, index, transform, batch_size=batch_size, progress=told)[0]
+        return np.zeros((0, card.num_classes), np.float32)
+    return card_probabilities(model, card, index, batch_size=batch_size, progress=told)[0]
 
 
 def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, str]]:
@@ -173,7 +207,7 @@ def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, s
     return np.array(sound, np.int64), faults
 
 
-def _table(index: DatasetIndex, given_NK: NDArray[np.float32], classes: list[str], top: int) -> pa.Table:
+def _table(index: DatasetIndex, given_NK: NDArray[np.float32], classes: Sequence[str], top: int) -> pa.Table:
     order_NK = np.argsort(-given_NK, axis=1, kind="stable")[:, :top]
     probabilities_NK = np.take_along_axis(given_NK, order_NK, axis=1)
     best_N = best_class(given_NK).tolist()

@@ -83,13 +83,17 @@ class Classifier(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Reads the card and the weights; MLflow calls it once, before `predict`."""
         card = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
-        self.classes: list[str] = card["classes"]
+        self.load(card, load_file(context.artifacts["weights"]))
+
+    def load(self, card: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
+        """Makes the model of a card's content and a state dict."""
+        self.classes: list[str] = list(card["classes"])
         self.transform: dict[str, Any] = card["transform"]
         self.channels: int = card["architecture"].get("in_chans", 3)
         self.max_pixels: int = card.get("max_pixels", _MAX_PIXELS)
         with _one_thread():
             self.model = network(card["architecture"], card["num_classes"])
-            self.model.load_state_dict(load_file(context.artifacts["weights"]))
+            self.model.load_state_dict(weights)
             self.model.eval()
         self._worker = ThreadPoolExecutor(1, "classifier")
 

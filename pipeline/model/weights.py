@@ -14,10 +14,10 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.config import Finetune, Model
+from pipeline.config import Finetune
 from pipeline.errors import UserError, listed
+from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
-from pipeline.model.sources import read_card
 
 # Names before torchvision 0.3 (`denselayer1.norm.1.weight`), and what wrappers put in front.
 _OLD_NAME = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
@@ -68,7 +68,7 @@ def load_weights(model: nn.Module, place: Path) -> Loaded:
     Raises:
         UserError: names are missing or not expected, or shapes differ; the message lists them.
     """
-    file = place / read_card(place)["weights"] if place.is_dir() else place
+    file = place / ModelCard.read(place).weights if place.is_dir() else place
     given, wanted = read_weights(file), model.state_dict()
     classifier = _classifier(model)
     head = all(name in given and given[name].shape == wanted[name].shape for name in classifier)
@@ -93,27 +93,26 @@ def load_weights(model: nn.Module, place: Path) -> Loaded:
 
 def load_model(folder: Path) -> nn.Module:
     """The model of a checkpoint's or a registered model's folder, in evaluation mode."""
-    card = read_card(folder)
-    import_net(card["architecture"], folder)
-    usual = {key: card["architecture"][key] for key in ("in_chans", "global_pool") if key in card["architecture"]}
-    model = create(Model(name=card["name"], **usual), card["num_classes"])
+    card = ModelCard.read(folder)
+    import_net(card, folder)
+    model = create(card.model, card.num_classes)
     load_weights(model, folder)
     return model.eval()
 
 
-def import_net(architecture: dict[str, Any], folder: Path) -> None:
+def import_net(card: ModelCard, folder: Path) -> None:
     """Imports the module that a card names for its net, where plain timm has no such net.
 
     Raises:
         UserError: it cannot be imported.
     """
-    module = architecture.get("module")
+    module = card.architecture.get("module")
     try:
         if module is not None:
             importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"the net of {folder}, {architecture['timm']}, comes from the module {module}, which cannot be imported "
+            f"the net of {folder}, {card.name}, comes from the module {module}, which cannot be imported "
             f"({error}): install it, or put its folder into PYTHONPATH."
         ) from error
 
@@ -129,13 +128,13 @@ def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> nn.Mo
             f"loss.teacher={folder} is a file of weights alone: give a checkpoint, a run, or models:/NAME@ALIAS, which "
             f"know their classes."
         )
-    card, model = read_card(folder), load_model(folder)
-    if card["classes"] != list(classes):
+    card, model = ModelCard.read(folder), load_model(folder)
+    if card.classes != classes:
         raise UserError(
-            f"loss.teacher in {folder} tells {len(card['classes'])} classes apart ({listed(card['classes'])}), the "
+            f"loss.teacher in {folder} tells {len(card.classes)} classes apart ({listed(card.classes)}), the "
             f"data have {len(classes)} ({listed(classes)}): both must be the same list."
         )
-    if card["architecture"].get("in_chans", 3) != in_chans:
+    if card.in_chans != in_chans:
         raise UserError(f"loss.teacher in {folder} takes pictures of other channels than model.in_chans={in_chans}.")
     return model.requires_grad_(False)
 

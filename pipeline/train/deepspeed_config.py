@@ -39,6 +39,7 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": derived.precision != "fp32", "dtype": HALF[derived.precision]},
         "steps_per_print": 2**62,
+        "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the device twice a step
     }
     if config.engine.communication != "auto":
         told["communication_data_type"] = config.engine.communication

@@ -49,8 +49,10 @@ class Engine:
         self._deepspeed = deepspeed
         self.stage = derived.zero_stage
         # Of the features alone: DeepSpeed takes weights in no other order than the usual one.
-        self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+        self._format = torch.channels_last if derived.channels_last else torch.contiguous_format
         self._autocast = autocast(derived, device)
+        if device.type == "cuda":
+            choose_kernels(config)
         model = model.to(device)
         if config.engine.sync_batch_norm:
             model = convert_sync_batchnorm(model)
@@ -64,7 +66,9 @@ class Engine:
             with self._autocast:
                 compile_model(model, example_NCHW, warn if config.engine.compile == "try" else None)
         groups = parameter_groups(model, config.optim.weight_decay, rate_factors(model, config.finetune))
-        optimizer = create_optimizer(groups, config.optim)
+        # Not in fp16: a fused optimizer unscales and skips by itself, so that nobody else learns of an overflow.
+        fused = device.type == "cuda" and derived.precision != "fp16" and not config.engine.offload_optimizer
+        optimizer = create_optimizer(groups, config.optim, fused)
         self._skip = self._measure = self._applied = False
         self._norm: torch.Tensor | None = None
         optimizer.step = self._gated(optimizer.step)  # type: ignore[method-assign]
@@ -74,6 +78,10 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=told)
         if self.stage == 0 and config.optim.clip_grad_norm:  # DeepSpeed's own keeps no norm
             self._engine.clip_fp32_gradients = partial(self._clip, config.optim.clip_grad_norm)
+        if self.ema is not None:
+            pairs = list(zip(_tensors(self.ema.module), _tensors(self.module), strict=True))
+            self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+            self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
         # What the forward pass in training mode changes.
         self._statistics = [b for m in self.module.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
         self._kept = [torch.empty_like(buffer) for buffer in self._statistics]
@@ -160,7 +168,13 @@ class Engine:
         """Moves the average towards the weights, once for each step that moved them; `steps` have been made."""
         if self.ema is not None:
             with self._gathered():
-                self.ema.update(self.module, steps)
+                self._move_average(1 - self.ema.get_decay(steps))
+
+    @torch.no_grad()
+    def _move_average(self, weight: float) -> None:
+        """As `ModelEmaV3.update`, in a handful of kernels in the place of one for each of batch norm's counters."""
+        torch._foreach_lerp_([e for e, _ in self._floats], [m for _, m in self._floats], weight=weight)
+        torch._foreach_copy_([e for e, _ in self._counters], [m for _, m in self._counters])
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the rate of each parameter group to `rate` times the group's own factor."""
@@ -221,6 +235,22 @@ def autocast(derived: Derived, device: torch.device) -> torch.autocast:
 
 def _on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+
+
+def choose_kernels(config: RunConfig) -> None:
+    """Sets PyTorch's global switches for CUDA kernels.
+
+    cuDNN's search for the fastest algorithm stays off: on an H200 it gained nothing, and its choices differ between
+    starts.
+    """
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = config.engine.deterministic
+    torch.backends.cudnn.allow_tf32 = config.engine.tf32
+    torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def average_batch_norm(model: nn.Module) -> None:

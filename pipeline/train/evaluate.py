@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,35 +11,10 @@ from numpy.typing import NDArray
 
 from pipeline.data.dali import Loader
 from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.evaluation.counts import EvalResult
 
 _MOST_CLASSES = 2000  # the matrix of more would be of gigabytes
 Forward = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Counts over the whole evaluation split.
-
-    `top5_correct` counts the images whose label is among the `top5_k` best classes, `top5_k = min(5, classes)`.
-    `non_finite` counts the images for which the model gave NaN or infinities: they are misses. `loss` is the mean
-    cross-entropy over the others, without label smoothing; None where there are none.
-    """
-
-    total: int
-    top1_correct: int
-    top5_correct: int
-    top5_k: int
-    loss: float | None
-    non_finite: int = 0
-
-    def better_than(self, other: "EvalResult") -> bool:
-        """Finite outputs for all images; among equals more top-1 hits, then the lower loss."""
-        return self._rank > other._rank
-
-    @property
-    def _rank(self) -> tuple[bool, int, float]:
-        loss = math.inf if self.loss is None else self.loss
-        return self.non_finite == 0, self.top1_correct, -loss
 
 
 class Counter:
@@ -48,7 +22,8 @@ class Counter:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.top5_k = min(5, num_classes)
-        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self._total = 0
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._matrix_KK: torch.Tensor | None = None
         if num_classes <= _MOST_CLASSES:
@@ -60,17 +35,18 @@ class Counter:
         finite_N = logits_NK.isfinite().all(dim=1) & loss_N.isfinite()
         best_NK = logits_NK.topk(self.top5_k).indices
         hits_NK = (best_NK == labels_N[:, None]) & finite_N[:, None]
-        n = torch.tensor(len(labels_N), device=labels_N.device)
-        self._counts += torch.stack([n, hits_NK[:, 0].sum(), hits_NK.sum(), finite_N.sum()])
+        self._total += len(labels_N)
+        self._counts += torch.stack([hits_NK[:, 0].sum(), hits_NK.sum(), finite_N.sum()])
         self._loss += torch.where(finite_N, loss_N, 0).sum()
         if self._matrix_KK is not None:
             self._matrix_KK.index_put_((labels_N, best_NK[:, 0]), finite_N.long(), accumulate=True)
 
     def result(self) -> tuple[EvalResult, NDArray[np.int64] | None]:
         """Adds up all ranks; every rank returns the same result, and the confusion matrix."""
-        dist.all_reduce(self._counts)
+        counts = torch.cat([self._counts, self._counts.new_tensor([self._total])])
+        dist.all_reduce(counts)
         dist.all_reduce(self._loss)
-        total, top1, top5, finite = self._counts.tolist()
+        top1, top5, finite, total = counts.tolist()
         if self._matrix_KK is not None:
             dist.all_reduce(self._matrix_KK)
         matrix_KK = None if self._matrix_KK is None else self._matrix_KK.cpu().numpy()

@@ -18,11 +18,14 @@ _COPIES = 6  # of the weights, besides weights and gradients: fp32 parts, a buck
 def fitting(config: RunConfig, derived: Derived, device: torch.device, warn: Callable[[str], None]) -> Derived:
     """`derived`, or the same global batch in smaller device batches where it does not fit (a collective).
 
-    Tries a forward and a backward pass of the bare model, which all ranks can fail at without waiting for each other.
+    Tries a forward and a backward pass of the bare model, which all ranks can fail at without waiting for each other;
+    nothing where `train.on_out_of_memory` is not `halve`.
 
     Raises:
         UserError: no device batch fits.
     """
+    if config.train.on_out_of_memory != "halve":
+        return derived
     tried = derived
     while not _fits_all(config, tried, device):
         smaller = halved(tried, config)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 
@@ -21,7 +22,8 @@ def process_group(store: Path, rank: int = 0, workers: int = 1, backend: str = "
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=workers)
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=workers, device_id=device)
     try:
         yield
     finally:

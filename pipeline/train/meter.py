@@ -1,8 +1,10 @@
 """Loss and speed between two log lines, without touching the device in between."""
 
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -14,11 +16,33 @@ from pipeline.derived import Derived
 SLOW = 1.2
 
 
-class Meter:
-    """Sums losses on the device and times on the host, and reads both at the log interval."""
+@dataclass(frozen=True)
+class Reading:
+    """What the meter knows of an interval, over all ranks.
 
-    def __init__(self, derived: Derived, device: torch.device) -> None:
-        self._derived = derived
+    `skipped_steps` counts the steps that moved no weights, also before an evaluation; `all_skipped` says that all since
+    then were such. The mean `loss` is None where no step has any. `data_wait` is the largest share over the ranks, in
+    [0, 1]: the slowest rank holds up all of them. `eta_s` are the seconds left in training.
+    """
+
+    loss: float | None
+    skipped_steps: int
+    all_skipped: bool
+    img_per_s: float
+    img_per_s_worker: float
+    step_s: float
+    data_wait: float
+    eta_s: float
+
+
+class Meter:
+    """Sums losses on the device and times on the host, and reads both at the log interval.
+
+    `warn` is told of ranks that hold up the others. Making one is a collective.
+    """
+
+    def __init__(self, derived: Derived, device: torch.device, warn: Callable[[str], None]) -> None:
+        self._derived, self._stragglers = derived, Stragglers(derived.workers, warn)
         self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # the sum, and of how many micro-batches
         self._of_step = torch.zeros_like(self._loss)
         self._skipped = 0  # steps since the last log line
@@ -86,20 +110,17 @@ class Meter:
         total, count = sums.tolist()
         return total / count if count else None
 
-    def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[dict[str, Any], list[bool]]:
-        """Closes the interval (a collective): the mean loss over all ranks, images/s, data wait share, seconds left.
+    def read(self, step: int, wishes: Sequence[bool] = ()) -> tuple[Reading, list[bool]]:
+        """Closes the interval, and begins the next one (a collective).
 
-        `skipped_steps` counts those that moved no weights, also before an evaluation; `all_skipped` says that all since
-        then were such. The loss is None where no step has any.
-        `data_wait` is the largest share over the ranks, in [0, 1]: the slowest rank holds up all of them. `slow_ranks`
-        are those that take `SLOW` times as long as the median rank, or longer, until their losses are known, with
-        that ratio. Each of the `wishes` comes back true on all ranks where it was true on any.
+        Each of the `wishes` comes back true on all ranks where it was true on any.
         """
         loss = self._mean_loss()  # waits for the device, so the elapsed time includes all the work
         elapsed_s = time.perf_counter() - self._started
         own_R = torch.zeros(self._derived.workers, device=self._loss.device)
         own_R[dist.get_rank()] = self._own_s()
         dist.all_reduce(own_R)
+        self._stragglers.look(own_R.tolist())
         largest = torch.tensor([self._waited_s / elapsed_s, *map(float, wishes)], device=self._loss.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         wait, *agreed = largest.tolist()
@@ -108,26 +129,48 @@ class Meter:
         self._images += images
         self._seconds += elapsed_s
         img_per_s = images / elapsed_s
-        record = {
-            "loss": loss,
-            "skipped_steps": self._skipped,
-            "all_skipped": self._applied == 0,
-            "img_per_s": img_per_s,
-            "img_per_s_worker": img_per_s / self._derived.workers,
-            "slow_ranks": _slow(own_R.tolist()),
-            "step_s": elapsed_s / steps,
-            "data_wait": wait,
-            "eta_s": (self._derived.total_steps - step) * elapsed_s / steps,
-        }
+        reading = Reading(
+            loss=loss,
+            skipped_steps=self._skipped,
+            all_skipped=self._applied == 0,
+            img_per_s=img_per_s,
+            img_per_s_worker=img_per_s / self._derived.workers,
+            step_s=elapsed_s / steps,
+            data_wait=wait,
+            eta_s=(self._derived.total_steps - step) * elapsed_s / steps,
+        )
         self.restart()
         self._skipped = 0
-        return record, [wish > 0 for wish in agreed]
+        return reading, [wish > 0 for wish in agreed]
 
     def mean_img_per_s(self) -> float:
         """Images per second over all closed intervals and all workers."""
         return self._images / self._seconds
 
 
-def _slow(own: list[float]) -> dict[int, float]:
-    usual = median(own)
-    return {rank: spent / usual for rank, spent in enumerate(own) if usual > 0 and spent >= SLOW * usual}
+class Stragglers:
+    """Tells `warn` of a rank that holds up the others for the second time in a row, once.
+
+    Such a rank takes `SLOW` times as long as the median rank, or longer, until its losses are known. Making one is a
+    collective: the ranks tell each other their hosts.
+    """
+
+    def __init__(self, workers: int, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._hosts = [""] * workers
+        dist.all_gather_object(self._hosts, socket.gethostname())
+        self._slow: set[int] = set()
+        self._named: set[int] = set()
+
+    def look(self, own_s: list[float]) -> None:
+        """Takes the seconds that each rank took by itself."""
+        usual_s = median(own_s)
+        slow = {rank for rank, spent_s in enumerate(own_s) if usual_s > 0 and spent_s >= SLOW * usual_s}
+        for rank in sorted((slow & self._slow) - self._named):
+            self._named.add(rank)
+            ratio = own_s[rank] / usual_s
+            self._warn(
+                f"rank {rank} on {self._hosts[rank]} is slow: it takes {ratio:.1f} times as long as the median "
+                f"rank to its loss, and the others wait for it"
+            )
+        self._slow = slow

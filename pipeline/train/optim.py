@@ -10,6 +10,7 @@ from pipeline.config import Optim
 from pipeline.seams import OPTIMIZERS
 
 _DECAYED = (nn.Conv2d, nn.Linear)
+_FUSED = ("momentum", "adamw")
 _NO_FACTORS: Mapping[str, float] = {}
 
 
@@ -30,11 +31,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, factors: Mapping[str
     return [{"params": p, "weight_decay": decay, "lr_scale": factor} for (decay, factor), p in groups.items()]
 
 
-def create_optimizer(groups: list[dict], optim: Optim) -> torch.optim.Optimizer:
+def create_optimizer(groups: list[dict], optim: Optim, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer by its name; the loop sets the learning rate before every step.
 
     SGD (without dampening), LARS and Muon take Nesterov's look-ahead where it is asked for. LAMB's own clipping is
-    off: `optim.clip_grad_norm` is the only one.
+    off: `optim.clip_grad_norm` is the only one. `fused` asks for PyTorch's one kernel a
+    step, where it has one (SGD, AdamW).
     """
     kind = OPTIMIZERS[optim.name]
     if kind.build is not None:
@@ -44,4 +46,6 @@ def create_optimizer(groups: list[dict], optim: Optim) -> torch.optim.Optimizer:
         options["nesterov"] = optim.nesterov and optim.momentum > 0
     if optim.name == "lamb":
         options["max_grad_norm"] = None
+    if fused and kind.timm in _FUSED:
+        options["fused"] = True
     return create_optimizer_v2(groups, opt=kind.timm or optim.name, lr=optim.lr, **options)

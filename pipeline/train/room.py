@@ -1,9 +1,18 @@
-"""The room that a run's checkpoints and its registered model take on a disk, by arithmetic."""
+"""The room that a run's checkpoints and its registered model take on a disk, by arithmetic, and whether it is there."""
 
 import math
+import shutil
+import tempfile
+from pathlib import Path
 
 from pipeline.config import RunConfig
+from pipeline.data.space import gigabytes
+from pipeline.errors import UserError
+from pipeline.model.nets import size
 from pipeline.seams import OPTIMIZERS
+from pipeline.tracking.stores import sqlite_file, stores_of
+from pipeline.train.checkpoint import checkpoint_root, checkpoints
+from pipeline.train.setup import RunSetup
 
 _BYTES = 4  # of a number: checkpoints are in fp32 whatever the precision
 
@@ -31,3 +40,40 @@ def kept_checkpoints(config: RunConfig) -> int:
 def package_bytes(parameters: int) -> int:
     """The size of the model as it is registered."""
     return _BYTES * parameters
+
+
+def check_room(setup: RunSetup) -> None:
+    """Looks whether the disks hold the run's checkpoints and the model's package.
+
+    Raises:
+        UserError: one does not; the message says what takes how much.
+    """
+    config, run_dir = setup.config, setup.run_dir
+    parameters = size(config.model, setup.derived.num_classes, config.data.image_size).parameters
+    each, package = checkpoint_bytes(config, parameters), package_bytes(parameters)
+    kept = max(1, kept_checkpoints(config) - len(checkpoints(checkpoint_root(run_dir))))
+    file = sqlite_file(stores_of(config).tracking)
+    artifacts = Path(config.run.output) if file is None else file.parent
+    wanted = [
+        (Path(config.run.output), kept * each, f"{kept} checkpoints of {gigabytes(each)} (checkpoint.keep_last, ...)"),
+        (
+            Path(tempfile.gettempdir()),
+            package,
+            f"the model's package of {gigabytes(package)} while it is made (TMPDIR)",
+        ),
+    ]
+    if file is not None:
+        wanted.append((artifacts, package, f"the registered model of {gigabytes(package)}"))
+    disks: dict[int, list[tuple[Path, int, str]]] = {}
+    for place, needed, what in wanted:
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        disks.setdefault(there.stat().st_dev, []).append((there, needed, what))
+    for on_disk in disks.values():
+        place, needed = on_disk[0][0], sum(of for _, of, _ in on_disk)
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise UserError(
+                f"run.output={config.run.output}: the disk of {place} has {gigabytes(free)} free, this run needs about "
+                f"{gigabytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Make room, keep fewer "
+                f"checkpoints, or choose another place."
+            )

@@ -4,23 +4,27 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pipeline.config import Identity, RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
+from pipeline.evaluation.counts import EvalResult
+from pipeline.model.card import CARD, ModelCard, Transform
+from pipeline.model.densenet import create
 from pipeline.model.nets import architecture
+from pipeline.model.weights import load_weights
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
 from pipeline.train.engine import Engine
-from pipeline.train.evaluate import EvalResult
+from pipeline.train.events import Weights
 from pipeline.train.storage import Storage, StorageError, storage_of
 from pipeline.train.writer import Contents, Writer
 
-Weights = Literal["raw", "ema"]
 _OPTIMIZER = "optimizer.safetensors"
 _FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 
@@ -73,14 +77,13 @@ def save(
     contents = Contents(
         tensors={name: values for name, values in tensors.items() if values},
         trees={
-            "model.json": _model_card(config, derived, state, train_index.classes, text),
             "state.json": asdict(state)
             | {
                 "identity": _identity(config, derived, train_index),
                 "loss_scaler": engine.loss_scaler and engine.loss_scaler.state_dict(),
             },
         },
-        texts={"config.yaml": text},
+        texts={CARD: _model_card(config, derived, state, train_index.classes, text).to_json(), "config.yaml": text},
     )
     best, every = state.best_at, config.checkpoint.keep_every_epochs
 
@@ -159,7 +162,29 @@ def resumed(config: RunConfig, derived: Derived, train_index: DatasetIndex, fold
     return RunState(**known)
 
 
-def load_into(engine: Engine, folder: Path) -> None:
+def new_engine(
+    config: RunConfig,
+    derived: Derived,
+    device: torch.device,
+    warn: Callable[[str], None],
+    *,
+    weights: Path | None = None,
+    checkpoint: Path | None = None,
+) -> Engine:
+    """An engine with the weights and all else of a checkpoint, or with weights from elsewhere, or new ones."""
+    torch.manual_seed(config.run.seed)
+    model = create(config.model, derived.num_classes)
+    if checkpoint is not None:
+        load_weights(model, checkpoint / _FILES["raw"])
+    elif weights is not None:
+        load_weights(model, weights)
+    engine = Engine(config, derived, model, device, warn)
+    if checkpoint is not None:
+        _load_into(engine, checkpoint)
+    return engine
+
+
+def _load_into(engine: Engine, folder: Path) -> None:
     """Gives the engine, whose model has the checkpoint's weights already, what else it needs to go on."""
     engine.load_optimizer(folder / _OPTIMIZER)
     engine.load_ema(folder / _FILES["ema"])
@@ -182,28 +207,26 @@ def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) ->
     }
 
 
-def _model_card(
-    config: RunConfig, derived: Derived, state: RunState, classes: tuple[str, ...], text: str
-) -> dict[str, Any]:
+def _model_card(config: RunConfig, derived: Derived, state: RunState, classes: tuple[str, ...], text: str) -> ModelCard:
     """What the packaged model needs, see `pipeline.export.package`; `text` is the config as YAML."""
     evaluated = state.last if state.last_at == state.samples_seen else None
     unused = [f"(unused {i})" for i in range(len(classes), derived.num_classes)]
-    return {
-        "name": config.model.name,
-        "architecture": architecture(config.model),
-        "num_classes": derived.num_classes,
-        "classes": [*classes, *unused],
-        "weights": _FILES[state.last_of if evaluated else "raw"],
-        "transform": {
-            "resize": config.eval.resize,
-            "crop": config.eval.crop,
-            "interpolation": config.eval.interpolation,
-            "mean": config.data.mean,
-            "std": config.data.std,
-        },
-        "max_pixels": config.data.max_pixels,
-        "metrics": asdict(evaluated) if evaluated else None,
-        "samples_seen": state.samples_seen,
-        "epoch": state.samples_seen / derived.train_samples,
-        "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
-    }
+    return ModelCard(
+        name=config.model.name,
+        architecture=architecture(config.model),
+        num_classes=derived.num_classes,
+        classes=(*classes, *unused),
+        weights=_FILES[state.last_of if evaluated else "raw"],
+        transform=Transform(
+            resize=config.eval.resize,
+            crop=config.eval.crop,
+            interpolation=config.eval.interpolation,
+            mean=config.data.mean,
+            std=config.data.std,
+        ),
+        max_pixels=config.data.max_pixels,
+        metrics=asdict(evaluated) if evaluated else None,
+        samples_seen=state.samples_seen,
+        epoch=state.samples_seen / derived.train_samples,
+        config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )

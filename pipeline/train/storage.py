@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -10,7 +10,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import RunConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import TrainingError, UserError
 from pipeline.extras import advice
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import MANIFEST
@@ -124,3 +124,20 @@ def fetch(config: RunConfig, run_dir: Path) -> None:
         best = checkpoint.best_name(root / there[-1])
         if best in there:
             storage.get(best, root)
+
+
+def fetch_best(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) -> None:
+    """As `fetch`, after the training; a place that is away is told to `warn` where this machine has checkpoints.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        fetch(config, run_dir)
+    except StorageError as error:
+        if not checkpoint.checkpoints(checkpoint.checkpoint_root(run_dir)):
+            raise UserError(
+                f"{error}. The training is complete, its checkpoints are there; when it answers, `densenet models "
+                f"register {run_dir}` registers the best one without training again."
+            ) from error
+        warn(f"{error}; the checkpoints on this machine are used")

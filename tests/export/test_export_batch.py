@@ -18,7 +18,7 @@ from pipeline.data.dataset import open_split
 from pipeline.data.folders import scan_pictures
 from pipeline.errors import DataError
 from pipeline.evaluation.probabilities import model_probabilities
-from pipeline.export.predict import predict_files, predict_folder
+from pipeline.export.open import open_model
 from tests.models import CLASSES, spoil, write_model
 
 
@@ -50,8 +50,8 @@ def test_a_folder_gets_the_probabilities_of_the_evaluation(densenet, pictures, t
         assert row["probability"] == pytest.approx(row_K.max(), abs=1e-5)
         assert row["top_class_ids"] == np.argsort(-row_K)[:2].tolist()
         assert row["error"] is None
-        (packaged,) = predict_files(model, [index.path(i)], top=3)  # by Pillow, not by DALI
-        for name, probability in packaged.classes:
+        (packaged,) = open_model(model).predict(index.path(i), 3)  # by Pillow, not by DALI
+        for name, probability in packaged.classes.items():
             assert row_K[CLASSES.index(name)] == pytest.approx(probability, abs=2e-3)
 
 
@@ -82,7 +82,7 @@ def test_a_file_that_goes_meanwhile_is_a_row(pictures, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr("pipeline.export.predict.scan_pictures", listed_before)
-    done = predict_folder(model, pictures, out)
+    done = open_model(model).predict_folder(pictures, out)
     assert (done.classified, done.damaged) == (9, 1)
     (fault,) = [row for row in pq.read_table(out).to_pylist() if row["error"]]
     assert (fault["image"], fault["error"]) == ("dog/1.png", f"{gone} cannot be read: No such file or directory.")

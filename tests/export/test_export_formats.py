@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from pipeline.errors import TrainingError
 from pipeline.export.formats import OnnxModel, _compare, _crop_pct, to_onnx
+from pipeline.export.open import open_model
 from pipeline.export.package import register
-from pipeline.export.predict import predict_files
 from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
-from pipeline.model.sources import read_card
 from tests.kinds import KINDS
 from tests.models import CLASSES, TRANSFORM, network, start_run, write_model
 
@@ -79,8 +79,8 @@ def test_pixels_by_the_documented_code_give_predicts_answers_for_every_kind_of_i
         done: dict[str, Any] = {}
         exec(code, done)
         probabilities_K = torch.from_numpy(done["logits_NK"][0]).softmax(0).sort(descending=True).values.tolist()
-        (predicted,) = predict_files(model, [Path("IMAGE")], top=len(CLASSES))
-        assert probabilities_K == pytest.approx([share for _, share in predicted.classes], abs=1e-4), name
+        (predicted,) = open_model(model).predict("IMAGE", len(CLASSES))
+        assert probabilities_K == pytest.approx(list(predicted.classes.values()), abs=1e-4), name
 
 
 def test_timms_transform_of_an_exported_folder_is_that_of_the_model(densenet, tmp_path):
@@ -152,10 +152,10 @@ def test_it_is_attached_to_the_version(densenet, tmp_path):
 
 
 def test_logits_that_differ_are_refused(tmp_path):
-    card, other = read_card(write_model(tmp_path / "model")), network(seed=1)
+    card = ModelCard.read(write_model(tmp_path / "model"))
     with pytest.raises(TrainingError, match=r"the ONNX export of densenet_tiny gives logits that differ by"):
-        _compare(card, network(), other, "ONNX")
-    assert to_onnx(tmp_path / "model", tmp_path / "out").is_file()
+        _compare(card, network(), network(seed=1), "ONNX")
+    assert to_onnx(network(), card, tmp_path / "out").is_file()
 
 
 def test_bad_input_is_told(densenet, tmp_path):

@@ -20,16 +20,16 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from launch.net import free_port
-from launch.sources import locate
+from launch.cluster.net import free_port
 from pipeline.data.batch_ops import grey
 from pipeline.errors import UserError
+from pipeline.export.open import open_model
 from pipeline.export.package import Registered, register
-from pipeline.export.predict import predict_files
 from pipeline.model.architectures import ARCHITECTURES
 from pipeline.model.densenet import create
 from pipeline.model.weights import load_model
 from pipeline.tracking.stores import Stores
+from pipeline.train.locate import locate
 from tests.conftest import BIN
 from tests.export.test_image_sizes import large
 from tests.kinds import KINDS, REFUSED
@@ -76,10 +76,10 @@ def test_predictions_equal_plain_timm_after_torchvisions_transform(registered, t
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
     for name in (model.uri, "models:/tiny/1", f"runs:/{run_id}/model", str(folder / "checkpoint")):
         place = locate(name, "MODEL", tmp_path, Stores(uri, uri))
-        (prediction,) = predict_files(place, [folder / "picture.jpg"], top=99)
+        (prediction,) = open_model(place).predict(folder / "picture.jpg", 99)
         probabilities = expected(folder / "picture.jpg")
-        assert [p for _, p in prediction.classes] == sorted((p for _, p in prediction.classes), reverse=True)
-        for class_name, probability in prediction.classes:
+        assert [*prediction.classes.values()] == sorted(prediction.classes.values(), reverse=True)
+        for class_name, probability in prediction.classes.items():
             assert probability == pytest.approx(probabilities[CLASSES.index(class_name)].item(), abs=1e-6)
         assert len(prediction.classes) == len(CLASSES)
 
@@ -237,7 +237,7 @@ def test_files_that_are_no_pictures_are_named(registered):
         ("notes.txt", "not an image"),
     ):
         with pytest.raises(UserError, match=f"{file} .*{message}|{file} {message}"):
-            predict_files(folder / "checkpoint", [folder / file])
+            open_model(folder / "checkpoint").predict(folder / file)
 
 
 @pytest.mark.parametrize("name", ["densenet121", "densenet_bc_l40_k12"])

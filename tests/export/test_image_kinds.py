@@ -31,7 +31,7 @@ from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError, UserError
 from pipeline.evaluation.samples import _thumbnail
-from pipeline.export.predict import predict_files, predict_folder
+from pipeline.export.open import open_model
 from tests.kinds import HEIGHT, KINDS, REFUSED, UNKNOWN, WIDTH
 from tests.models import write_model
 
@@ -144,13 +144,13 @@ def test_predictions_by_every_form_and_by_the_folder_agree(tmp_path):
         file.write_bytes(KINDS[name].content)
     import pyarrow.parquet as pq
 
-    done = predict_folder(model, folder, tmp_path / "out.parquet", top=3)
+    done = open_model(model).predict_folder(folder, tmp_path / "out.parquet", topk=3)
     assert (done.classified, done.damaged) == (len(KINDS), 0)
     rows = {row["image"]: row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
-    for prediction, name in zip(predict_files(model, list(files.values()), top=3), files, strict=True):
+    for prediction, name in zip(open_model(model).predict(list(files.values()), 3), files, strict=True):
         row = rows[NAMES[name]]
-        assert row["class_name"] == prediction.classes[0][0], name
-        assert row["probability"] == pytest.approx(prediction.classes[0][1], abs=3e-3), name
+        assert row["class_name"] == prediction.best, name
+        assert row["probability"] == pytest.approx(max(prediction.classes.values()), abs=3e-3), name
 
 
 def packaged_model(folder: Path, **card: object) -> Classifier:
@@ -190,7 +190,7 @@ def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
     assert [reason in fault for fault in faults.values()] == [True]
     model = write_model(tmp_path / "model")
     with pytest.raises(UserError, match=f"1.img has pixels of .*{cure}"):
-        predict_files(model, [odd])
+        open_model(model).predict(odd)
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)

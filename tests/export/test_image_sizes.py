@@ -26,7 +26,8 @@ from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, convert, prepare
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError, UserError
-from pipeline.export.predict import predict_files, predict_folder
+from pipeline.export.open import open_model
+from pipeline.model.card import ModelCard
 from tests.conftest import PROJECT
 from tests.kinds import chunk
 from tests.models import write_model
@@ -64,11 +65,11 @@ MEASURED = """
 import resource, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
-from pipeline.export.predict import predict_files, predict_folder
+from pipeline.export.open import open_model
 model, folder = Path(sys.argv[1]), Path(sys.argv[2])
 def run(name):
-    predict_folder(model, folder / name, folder / "out.parquet", batch_size=4)
-    predict_files(model, sorted((folder / name).iterdir()))
+    open_model(model).predict_folder(folder / name, folder / "out.parquet", batch_size=4)
+    open_model(model).predict(sorted((folder / name).iterdir()))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(run("small"), run("long"))
 """
@@ -144,8 +145,8 @@ def test_a_prepared_set_is_compared_with_the_limit_too(classes, tmp_path):
 def test_the_model_keeps_the_limit(classes, tmp_path):
     model = write_model(tmp_path / "model", max_pixels=2000)
     with pytest.raises(UserError, match=r"1.png has 60 x 50 pixels, more than the limit of 2,000 \(max_pixels in the"):
-        predict_files(model, [classes / "train" / "a" / "1.png"])
-    done = predict_folder(model, classes, tmp_path / "out.parquet")
+        open_model(model).predict(classes / "train" / "a" / "1.png")
+    done = open_model(model).predict_folder(classes, tmp_path / "out.parquet")
     assert (done.classified, done.damaged) == (4, 1)
     (error,) = [row["error"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist() if row["error"]]
     assert "has 60 x 50 pixels, more than the limit of 2,000" in error
@@ -158,10 +159,12 @@ def test_a_head_of_gigabytes_is_too_large_and_not_damaged(tmp_path):
         convert(large(), PrepareOptions())
     model = write_model(tmp_path / "model")
     with pytest.raises(UserError, match=said):
-        predict_files(model, [tmp_path / "0.png"])
+        open_model(model).predict(tmp_path / "0.png")
     packaged = Classifier()
     card = json.loads((model / "model.json").read_text())
-    assert "max_pixels" not in card, "as cards were before"
+    del card["max_pixels"]  # as cards were before
+    (model / "model.json").write_text(json.dumps(card))
+    assert ModelCard.read(model).max_pixels == 178_956_970
 
     class Context:
         artifacts = {"card": str(model / "model.json"), "weights": str(model / "model.safetensors")}  # noqa: RUF012

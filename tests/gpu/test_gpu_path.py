@@ -34,7 +34,7 @@ def test_mixed_decode_is_close_to_the_cpus(imagenet_samples: Path, tmp_path: Pat
             (batch,) = loader.run([plan.batch(np.arange(len(index)))])
         assert batch.images_NCHW.device.type == batch.labels_N.device.type == device
         images[device] = batch.images_NCHW.cpu()
-    assert (images["cpu"] - images["cuda"]).abs().mean() < 2
+    assert (images["cpu"] - images["cuda"]).abs().mean() < 0.2  # 0.16 on an H200
 
 
 def test_the_demo_trains_on_the_gpu_in_bf16(shell, tmp_path: Path):

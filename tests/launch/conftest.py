@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 
-from launch.net import answers, free_port
+from launch.cluster.net import answers, free_port
 from tests.conftest import BIN
 
 PATIENCE_S = 300  # a condition that holds ends a wait at once; a busy machine needs minutes for what takes seconds

@@ -1,6 +1,5 @@
 """Weights from files: names of other projects, other classes, faults; models to learn from."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,10 @@ from timm.models import DenseNet
 
 from pipeline.errors import UserError
 from pipeline.model.architectures import ARCHITECTURES
+from pipeline.model.card import ModelCard, Transform
 from pipeline.model.densenet import create
 from pipeline.model.weights import load_model, load_teacher, load_weights
+from tests.models import TRANSFORM
 
 
 def other(num_classes: int = 5, **options: object) -> DenseNet:
@@ -118,14 +119,14 @@ def folder(place: Path, classes: tuple[str, ...], **options: object) -> Path:
     place.mkdir()
     model = other(len(classes), **options)
     save_file(model.state_dict(), place / "ema.safetensors")
-    card = {
-        "name": "densenet_tiny",
-        "architecture": ARCHITECTURES["densenet_tiny"] | options,
-        "num_classes": len(classes),
-        "classes": classes,
-        "weights": "ema.safetensors",
-    }
-    (place / "model.json").write_text(json.dumps(card))
+    ModelCard(
+        name="densenet_tiny",
+        architecture=ARCHITECTURES["densenet_tiny"] | options,
+        num_classes=len(classes),
+        classes=classes,
+        weights="ema.safetensors",
+        transform=Transform(**TRANSFORM),
+    ).write(place)
     return place
 
 

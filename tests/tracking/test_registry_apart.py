@@ -8,13 +8,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from launch.sources import find_sources, locate
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import Registered, register
 from pipeline.tracking.registry import check_rights, tag_version
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores
+from pipeline.train.locate import locate
+from pipeline.train.start import find_sources
 from tests.models import write_model
 from tests.servers import MlflowServer
 

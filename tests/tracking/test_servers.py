@@ -8,7 +8,6 @@ import fsspec
 import pytest
 from mlflow.tracking import MlflowClient
 
-from launch.sources import locate
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import register
@@ -16,6 +15,7 @@ from pipeline.tracking.look import metric_history, read_artifact
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import connect
 from pipeline.tracking.stores import Stores
+from pipeline.train.locate import locate
 from tests.models import write_model
 from tests.servers import PATIENCE_S, MlflowServer, postgres, s3_store
 

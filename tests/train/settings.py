@@ -1,8 +1,19 @@
-"""A run's settings for a small picture set."""
+"""A run's settings for a small picture set, and its trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived, derive
+from pipeline.train.events import Report, Warned
+from pipeline.train.fitting import fitting
+from pipeline.train.inputs import Inputs
+from pipeline.train.trainer import Trainer
+
+CPU = torch.device("cpu")
 
 
 def settings(
@@ -31,3 +42,17 @@ def settings(
         num_classes=len(train_index.classes),
     )
     return config, derived
+
+
+def new_trainer(
+    config: RunConfig,
+    derived: Derived,
+    indexes: tuple[DatasetIndex, DatasetIndex],
+    run_dir: Path,
+    report: Report,
+    **options: Any,
+) -> Trainer:
+    """A trainer of this rank on the CPU; `options` are its further arguments."""
+    derived = fitting(config, derived, CPU, lambda text: report(Warned(text)))
+    inputs = Inputs(config, derived, *indexes, CPU)
+    return Trainer(config, derived, inputs, run_dir=run_dir, device=CPU, report=report, **options)

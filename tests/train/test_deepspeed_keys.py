@@ -11,10 +11,9 @@ from pipeline.train import deepspeed_keys
 from pipeline.train.deepspeed_schema import _Recorded, check_deepspeed, import_deepspeed
 
 
-def settings(further: dict[str, Any], **engine: Any) -> tuple[RunConfig, Derived]:
-    config = RunConfig.model_validate(
-        {"engine": {"deepspeed": further} | engine, "train": {"global_batch_size": 8}, "cluster": {"workers": 2}}
-    )
+def settings(further: dict[str, Any], zero_stage: int = 1) -> tuple[RunConfig, Derived]:
+    engine = {"deepspeed": further, "zero_stage": zero_stage}
+    config = RunConfig.model_validate({"engine": engine, "train": {"global_batch_size": 8}, "cluster": {"workers": 2}})
     derived = derive(config, workers=2, cpus_per_worker=1, device="cpu", train_samples=40, val_samples=8, num_classes=3)
     return config, derived
 

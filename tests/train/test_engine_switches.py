@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._inductor import config as inductor
 
+from pipeline.derived import for_workers
 from pipeline.errors import UserError
 from pipeline.model.densenet import create
 from pipeline.train.engine import Engine
@@ -18,9 +19,12 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile
 def make(stage: int, sections: dict, warn=print, accumulation: int = 1) -> Engine:
     config, d = settings(stage)
     updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    d = d.model_copy(update={"device_batch_size": d.device_batch_size // accumulation, "accumulation": accumulation})
+    config = config.model_copy(update=updates)
+    d = for_workers(d, config, d.workers).model_copy(
+        update={"device_batch_size": d.device_batch_size // accumulation, "accumulation": accumulation}
+    )
     torch.manual_seed(0)
-    return Engine(config.model_copy(update=updates), d, create("densenet_tiny", d.num_classes), CPU, warn)
+    return Engine(config, d, create("densenet_tiny", d.num_classes), CPU, warn)
 
 
 def backward(engine: Engine, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> float:

@@ -9,9 +9,10 @@ from torchvision.transforms import functional as tv
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan
+from pipeline.evaluation.counts import EvalResult
 from pipeline.model.densenet import create
 from pipeline.train.engine import Engine
-from pipeline.train.evaluate import Counter, EvalResult, evaluate
+from pipeline.train.evaluate import Counter, evaluate
 from tests.train.settings import settings
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,10 @@ from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
+from pipeline.train.events import Evaluated, Event, Step, Warned
 from pipeline.train.meter import Meter
 from pipeline.train.trainer import Trainer
-from tests.train.settings import settings
+from tests.train.settings import new_trainer, settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
@@ -31,13 +31,13 @@ def run(
     rank: int = 0,
     resume: Path | None = None,
     **sections: dict,
-) -> list[dict[str, Any]]:
+) -> list[Event]:
     """A run in which the first loss of the `spoiled` steps of a rank is no number; returns the events."""
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     defaults = {"train": OFTEN, "checkpoint": {"every_samples": 8, "keep_last": 99}, "ema": {"decay": 0.5}}
     merged = {name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections}
     config, derived = settings(*indexes, torch.distributed.get_world_size(), **merged)
-    trainer = Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append, resume=resume)
+    trainer = new_trainer(config, derived, indexes, run_dir, events.append, resume=resume)
     forward, first = trainer.criterion, trainer.state.samples_seen // 8 * derived.accumulation
     count = iter(range(first, 10**9))
 
@@ -60,8 +60,8 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def warnings(events: list[dict[str, Any]]) -> list[str]:
-    return [event["message"] for event in events if event["kind"] == "warning"]
+def warnings(events: list[Event]) -> list[str]:
+    return [event.message for event in events if isinstance(event, Warned)]
 
 
 def test_a_run_stops_before_the_step_and_tells_what_the_layers_gave(one_rank, indexes, tmp_path):
@@ -90,12 +90,12 @@ def test_a_step_can_be_left_out_and_changes_nothing(one_rank, indexes, tmp_path)
     """Weights, averages' weights and statistics before and after it are the same, and so is momentum."""
     data = indexes()
     events = run(data, tmp_path, (2, 4), train=OFTEN | {"on_nan": "skip", "nan_limit": 2})
-    assert [event["step"] for event in events if event["kind"] == "step"] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events if isinstance(event, Step)] == [1, 2, 3, 4, 5]
     assert [re.sub(", see .*", "", text) for text in warnings(events)] == [
         "the training loss is no number at step 2 (epoch 0.20) on rank 0: the step is left out (1 of at most 2",
         "the training loss is no number at step 4 (epoch 0.60) on rank 0: the step is left out (2 of at most 2",
     ]
-    windows = [(e["skipped_steps"], e["loss"] is None) for e in events if e["kind"] == "step"]
+    windows = [(e.skipped_steps, e.loss is None) for e in events if isinstance(e, Step)]
     assert windows == [(0, False), (1, True), (0, False), (1, True), (0, False)]
     for file in FILES:
         assert equal(weights(tmp_path, 16, file), weights(tmp_path, 8, file))
@@ -139,13 +139,11 @@ def test_a_return_needs_a_checkpoint(one_rank, indexes, tmp_path):
         run(indexes(), tmp_path, (1,), train=OFTEN | {"on_nan": "rewind"})
 
 
-def spoiling_trainer(
-    indexes: Indexes, run_dir: Path, events: list[dict[str, Any]], after: int, on_nan: str = "stop"
-) -> Trainer:
+def spoiling_trainer(indexes: Indexes, run_dir: Path, events: list[Event], after: int, on_nan: str = "stop") -> Trainer:
     """A trainer one of whose weights is NaN from the step after so many samples on."""
     train = OFTEN | {"on_nan": on_nan}
     config, derived = settings(*indexes, train=train, checkpoint={"every_samples": 8, "keep_last": 99})
-    trainer = Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append)
+    trainer = new_trainer(config, derived, indexes, run_dir, events.append)
     step = trainer.engine.step
 
     def spoiling(**options: bool) -> bool:
@@ -163,7 +161,7 @@ def spoiling_trainer(
     [("stop", ""), ("skip", ", and leaving out steps cannot help any more: classifier.weight itself is not finite")],
 )
 def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(one_rank, indexes, tmp_path, on_nan, reason):
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     trainer = spoiling_trainer(indexes(), tmp_path, events, after=8, on_nan=on_nan)
     with pytest.raises(UserError, match=f"the training loss is no number at step 3 .* on rank 0{reason}: lower"):
         trainer.fit()
@@ -175,7 +173,7 @@ def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(one_rank, in
 
 
 def test_a_run_whose_last_weights_are_not_finite_has_no_result(one_rank, indexes, tmp_path):
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     trainer = spoiling_trainer(indexes(), tmp_path, events, after=32)
     with pytest.raises(
         UserError,
@@ -183,13 +181,13 @@ def test_a_run_whose_last_weights_are_not_finite_has_no_result(one_rank, indexes
         r".safetensors holds values that are no numbers. The training has diverged, and nothing is reg",
     ):
         trainer.fit()
-    (evaluation,) = [event for event in events if event["kind"] == "eval"]
-    assert (evaluation["non_finite"], evaluation["top1_correct"], evaluation["loss"]) == (13, 0, None)
+    (evaluation,) = [event for event in events if isinstance(event, Evaluated)]
+    assert (evaluation.result.non_finite, evaluation.result.top1_correct, evaluation.result.loss) == (13, 0, None)
     assert [checkpoint.samples_of(f) for f in checkpoint.checkpoints(checkpoint_root(tmp_path))] == [8, 16, 24, 32]
 
 
 def test_losses_of_a_step_that_is_left_out_have_no_part_in_the_mean(one_rank):
-    meter = Meter(two_micro_batches(), torch.device("cpu"))
+    meter = Meter(two_micro_batches(), torch.device("cpu"), print)
     for losses, end in (((1.0, 3.0), "stepped"), ((100.0, float("nan")), "left_out"), ((5.0, 7.0), "overflowed")):
         meter.begin()
         for loss in losses:
@@ -200,14 +198,14 @@ def test_losses_of_a_step_that_is_left_out_have_no_part_in_the_mean(one_rank):
             meter.restart()  # an evaluation: the steps before it are not forgotten
         else:
             meter.stepped(applied=end == "stepped")
-    record, _ = meter.read(3)
-    assert (record["loss"], record["skipped_steps"]) == (6.0, 2)
+    reading, _ = meter.read(3)
+    assert (reading.loss, reading.skipped_steps) == (6.0, 2)
     meter.begin()
     meter.add(torch.tensor(1.0))
     meter.add(torch.tensor(1.0))
     meter.forwarded()
     meter.stepped(applied=True)
-    assert meter.read(4)[0]["skipped_steps"] == 0
+    assert meter.read(4)[0].skipped_steps == 0
 
 
 def two_micro_batches() -> Derived:
@@ -220,7 +218,7 @@ def test_fp16_that_overflows_in_every_step_ends_the_run_and_moves_nothing(one_ra
     data, events = indexes(), []
     config, derived = settings(*data, train=OFTEN | {"epochs": 2}, ema={"decay": 0.5})
     half = derived.model_copy(update={"precision": "fp16"})
-    trainer = Trainer(config, half, *data, tmp_path, torch.device("cpu"), events.append)
+    trainer = new_trainer(config, half, data, tmp_path, events.append)
     scaler = trainer.engine.loss_scaler
     scaler.load_state_dict(scaler.state_dict() | {"scale": 4.0})
     trainer.engine.module.classifier.weight.register_hook(lambda gradient: gradient * float("inf"))
@@ -230,8 +228,8 @@ def test_fp16_that_overflows_in_every_step_ends_the_run_and_moves_nothing(one_ra
         UserError, match="fp16 gradients overflowed in every step up to step 3, although .* fallen to 0.5"
     ):
         trainer.fit()
-    steps = [event for event in events if event["kind"] == "step"]
-    assert [event["skipped_steps"] for event in steps] == [1, 1]
-    assert all(event["loss"] is not None for event in steps)
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [event.skipped_steps for event in steps] == [1, 1]
+    assert all(event.loss is not None for event in steps)
     for then, now in zip(before, (trainer.engine.full_state(), trainer.engine.ema_state()), strict=True):
         assert all(torch.equal(then[name], now[name]) for name in then if "running" not in name and "num_" not in name)

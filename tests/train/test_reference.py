@@ -14,7 +14,8 @@ from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import TrainPlan
 from pipeline.derived import derive
-from pipeline.train.trainer import Trainer
+from pipeline.train.events import Event, Step
+from tests.train.settings import new_trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "recipes" / "cifar.yaml"
 STEPS = 15
@@ -60,13 +61,13 @@ def reference(train_index: DatasetIndex, epochs: float) -> list[float]:
 
 def trained(train_index: DatasetIndex, val_index: DatasetIndex, epochs: float, run_dir: Path) -> list[float]:
     """Losses of the trainer."""
-    config = load_config(RECIPE, [*OVERRIDES, f"train.epochs={epochs}"])
+    config = load_config(RECIPE, *OVERRIDES, f"train.epochs={epochs}")
     sizes = {"train_samples": len(train_index), "val_samples": len(val_index), "num_classes": len(train_index.classes)}
     derived = derive(config, workers=1, cpus_per_worker=1, device="cpu", **sizes)
     derived = derived.model_copy(update={"total_steps": STEPS})
-    events: list[dict] = []
-    Trainer(config, derived, train_index, val_index, run_dir, torch.device("cpu"), events.append).fit()
-    return [event["loss"] for event in events if event["kind"] == "step"]
+    events: list[Event] = []
+    new_trainer(config, derived, (train_index, val_index), run_dir, events.append).fit()
+    return [event.loss for event in events if isinstance(event, Step)]
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
-from pipeline.train.trainer import Trainer
+from pipeline.train.events import Event, Resumed, Step, Stopped, Warned
 from pipeline.train.watchdog import Watchdog
-from tests.train.settings import settings
+from tests.train.settings import new_trainer, settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
 WEIGHTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -34,14 +33,13 @@ PLAN: dict[str, dict] = {
 
 def run(
     indexes: Indexes, run_dir: Path, resume: Path | None = None, options: dict | None = None, **sections: dict
-) -> list[dict[str, Any]]:
+) -> list[Event]:
     """The plan, or the rest of it, on each rank; returns the events."""
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     merged = {name: PLAN.get(name, {}) | sections.get(name, {}) for name in PLAN | sections}
     workers = torch.distributed.get_world_size()
     config, derived = settings(*indexes, workers, **merged)
-    cpu = torch.device("cpu")
-    Trainer(config, derived, *indexes, run_dir, cpu, events.append, resume=resume, **(options or {})).fit()
+    new_trainer(config, derived, indexes, run_dir, events.append, resume=resume, **(options or {})).fit()
     return events
 
 
@@ -49,8 +47,8 @@ def at(run_dir: Path, samples: int) -> Path:
     return checkpoint_root(run_dir) / checkpoint.folder_name(samples)
 
 
-def losses(events: list[dict[str, Any]]) -> dict[int, float]:
-    return {e["step"]: e["loss"] for e in events if e["kind"] == "step"}
+def losses(events: list[Event]) -> dict[int, float]:
+    return {e.step: e.loss for e in events if isinstance(e, Step)}
 
 
 def every_case(indexes: Indexes, folder: Path) -> list[str]:
@@ -110,7 +108,7 @@ def test_a_wish_to_stop_ends_the_run_after_a_checkpoint_from_which_it_goes_on(on
     whole = run(data, tmp_path / "whole")
     asked = iter([False, False, False, False, True])
     stopped = run(data, tmp_path / "stopped", options={"should_stop": lambda: next(asked)})
-    assert {"kind": "stopped", "samples_seen": 40} in stopped
+    assert Stopped(40) in stopped
     assert checkpoint.fault(at(tmp_path / "stopped", 40)) is None
     rest = run(data, tmp_path / "stopped", at(tmp_path / "stopped", 40))
     assert losses(stopped) | losses(rest) == losses(whole)
@@ -135,15 +133,15 @@ def full_disk(indexes: Indexes, run_dir: Path) -> tuple[list[str], str, list[str
     """Warnings, the error at the end, and what is on the disk, where no file may have more than 100 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     config, derived = settings(*indexes, **PLAN)
-    trainer = Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append)
+    trainer = new_trainer(config, derived, indexes, run_dir, events.append)
     error = ""
     try:
         trainer.fit()
     except UserError as caught:
         error = str(caught)
-    warnings = [event["message"] for event in events if event["kind"] == "warning"]
+    warnings = [event.message for event in events if isinstance(event, Warned)]
     return warnings, error, [str(path) for path in checkpoint_root(run_dir).iterdir()]
 
 
@@ -189,7 +187,7 @@ def test_what_must_not_change_can_be_allowed_by_name(one_rank, indexes, tmp_path
         run(data, tmp_path / "second", middle, run={"seed": 6})
     allowed = PLAN["checkpoint"] | {"allow_changed": ["run.seed"]}
     events = run(data, tmp_path / "second", middle, run={"seed": 6}, checkpoint=allowed)
-    assert events[0]["kind"] == "resumed"
+    assert isinstance(events[0], Resumed)
 
 
 def hanging(indexes: Indexes, run_dir: Path) -> None:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,26 +12,26 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
+from pipeline.train.events import Event, Resumed, Warned
 from pipeline.train.state import newest_checkpoint
 from pipeline.train.storage import Storage, StorageError, fetch
-from pipeline.train.trainer import Trainer
 from tests.servers import s3_store
-from tests.train.settings import settings
+from tests.train.settings import new_trainer, settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
 END = checkpoint.folder_name(80)
 
 
-def run(indexes: Indexes, run_dir: Path, storage: str, **sections: dict) -> list[dict[str, Any]]:
+def run(indexes: Indexes, run_dir: Path, storage: str, **sections: dict) -> list[Event]:
     """A run that goes on from its newest checkpoint wherever that is; returns the events."""
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     config, derived = settings(*indexes, **sections_of(storage, **sections))
 
     def warn(message: str) -> None:
-        events.append({"kind": "warning", "message": message})
+        events.append(Warned(message))
 
     newest = newest_checkpoint(config, run_dir, warn)
-    Trainer(config, derived, *indexes, run_dir, torch.device("cpu"), events.append, resume=newest).fit()
+    new_trainer(config, derived, indexes, run_dir, events.append, resume=newest).fit()
     return events
 
 
@@ -49,8 +48,8 @@ def names(run_dir: Path) -> list[str]:
     return [folder.name for folder in checkpoint.checkpoints(checkpoint_root(run_dir))]
 
 
-def warnings(events: list[dict[str, Any]]) -> list[str]:
-    return [event["message"] for event in events if event["kind"] == "warning"]
+def warnings(events: list[Event]) -> list[str]:
+    return [event.message for event in events if isinstance(event, Warned)]
 
 
 def test_a_run_whose_disk_is_lost_goes_on_from_the_copies(one_rank, indexes, tmp_path):
@@ -63,11 +62,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_copies(one_rank, indexes, tmp
         storage.remove(name)
     (first,) = storage.names()
     events = run(data, tmp_path / "rest", str(tmp_path / "store"))
-    assert events[0] == {
-        "kind": "resumed",
-        "samples_seen": int(first.removeprefix("samples-")),
-        "checkpoint": str(checkpoint_root(tmp_path / "rest") / first),
-    }
+    assert events[0] == Resumed(int(first.removeprefix("samples-")), checkpoint_root(tmp_path / "rest") / first)
     ends = [load_file(checkpoint_root(folder) / END / "model.safetensors") for folder in (whole, tmp_path / "rest")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
@@ -101,8 +96,8 @@ def every_rank(indexes: Indexes, folder: Path) -> list[str]:
     for end in (1, 2):
         shorter = config.model_copy(update={"train": config.train.model_copy(update={"epochs": end})})
         newest = newest_checkpoint(shorter, run_dir, print)
-        cpu, told = torch.device("cpu"), derived.model_copy(update={"total_steps": 5 * end})
-        Trainer(shorter, told, *indexes, run_dir, cpu, lambda event: None, resume=newest).fit()
+        told = derived.model_copy(update={"total_steps": 5 * end})
+        new_trainer(shorter, told, indexes, run_dir, lambda event: None, resume=newest).fit()
         torch.distributed.barrier()
     return names(run_dir)
 
@@ -116,9 +111,9 @@ def test_each_node_gets_the_checkpoint_that_it_lacks(run_ranks, indexes, tmp_pat
 
 def test_a_place_that_takes_nothing_is_told_and_ends_the_run_at_its_end_alone(one_rank, indexes, tmp_path):
     store = tmp_path / "store"
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     config, derived = settings(*indexes(), **sections_of(str(store)))
-    trainer = Trainer(config, derived, *indexes(), tmp_path, torch.device("cpu"), events.append)
+    trainer = new_trainer(config, derived, indexes(), tmp_path, events.append)
     store.touch()  # a file where the folder should be
     with pytest.raises(UserError, match=r"last checkpoint copies could not be brought up to date: checkpoint.storage="):
         trainer.fit()
@@ -145,7 +140,7 @@ def test_a_bucket_keeps_what_the_run_keeps(one_rank, indexes, tmp_path, bucket):
     assert storage.names() == names(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     events = run(data, tmp_path / "run", bucket)
-    assert events[0]["samples_seen"] == 80
+    assert events[0].samples_seen == 80
     storage.remove(END)
     assert END not in storage.names()
     with pytest.raises(StorageError, match=r"checkpoint.storage=s3://gone/runs: "):

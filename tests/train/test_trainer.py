@@ -18,8 +18,8 @@ from pipeline.model.sources import Sources
 from pipeline.model.weights import load_model
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
-from pipeline.train.trainer import Trainer
-from tests.train.settings import settings
+from pipeline.train.events import Evaluated, Event, Profiled, Resumed, Saved, Step, Warned
+from tests.train.settings import new_trainer, settings
 
 CPU = torch.device("cpu")
 EVERYTHING = {  # every source of randomness, and pictures that grow in the middle of the run
@@ -39,15 +39,15 @@ EVERYTHING = {  # every source of randomness, and pictures that grow in the midd
 }
 
 
-def run(indexes: tuple, run_dir: Path, resume: Path | None = None, **sections: dict) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = []
+def run(indexes: tuple, run_dir: Path, resume: Path | None = None, **sections: dict) -> list[Event]:
+    events: list[Event] = []
     config, derived = settings(*indexes, **sections)
-    Trainer(config, derived, *indexes, run_dir, CPU, events.append, resume=resume).fit()
+    new_trainer(config, derived, indexes, run_dir, events.append, resume=resume).fit()
     return events
 
 
-def losses(events: list[dict[str, Any]]) -> dict[int, float]:
-    return {e["step"]: e["loss"] for e in events if e["kind"] == "step"}
+def losses(events: list[Event]) -> dict[int, float]:
+    return {e.step: e.loss for e in events if isinstance(e, Step)}
 
 
 @pytest.mark.slow
@@ -57,13 +57,13 @@ def test_a_run_in_two_parts_equals_one_in_one_bit_for_bit(one_rank, indexes, tmp
     middle = checkpoint_root(tmp_path / "whole") / checkpoint.folder_name(40)
     assert checkpoint.fault(middle) is None
     rest = run(data, tmp_path / "rest", resume=middle, checkpoint={"keep_last": 9}, **EVERYTHING)
-    assert rest[0] == {"kind": "resumed", "samples_seen": 40, "checkpoint": str(middle)}
+    assert rest[0] == Resumed(40, middle)
     assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 5}
     for file in ("model.safetensors", "ema.safetensors"):
         ends = [load_file(best_or_last(tmp_path / name) / file) for name in ("whole", "rest")]
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0]), file
     assert not torch.equal(ends[0]["classifier.weight"], load_file(middle / "ema.safetensors")["classifier.weight"])
-    evaluations = [[(e["weights"], e["loss"]) for e in events if e["kind"] == "eval"] for events in (whole, rest)]
+    evaluations = [[(e.weights, e.result.loss) for e in events if isinstance(e, Evaluated)] for events in (whole, rest)]
     assert [weights for weights, _ in evaluations[0]] == ["raw", "ema"] * 2
     assert evaluations[1] == evaluations[0][2:]
 
@@ -76,19 +76,19 @@ def best_or_last(run_dir: Path) -> Path:
 def test_events_checkpoints_and_the_model_card(one_rank, indexes, tmp_path):
     train_index, val_index = data = indexes()
     events = run(data, tmp_path, train={"max_device_batch_size": 4})  # two micro-batches a step
-    steps = [e for e in events if e["kind"] == "step"]
-    assert [e["step"] for e in steps] == [2, 4, 6, 8, 10]
-    assert [e["samples_seen"] for e in steps] == [16, 32, 48, 64, 80]
-    assert all(0 <= e["data_wait"] <= 1 and e["img_per_s"] > 0 for e in steps)
-    evals = [e for e in events if e["kind"] == "eval"]
-    assert [(e["samples_seen"], e["total"], e["top5_k"]) for e in evals] == [(40, 13, 3), (80, 13, 3)]
-    saved = [Path(e["checkpoint"]) for e in events if e["kind"] == "checkpoint"]
+    steps = [e for e in events if isinstance(e, Step)]
+    assert [e.step for e in steps] == [2, 4, 6, 8, 10]
+    assert [e.samples_seen for e in steps] == [16, 32, 48, 64, 80]
+    assert all(0 <= e.data_wait <= 1 and e.img_per_s > 0 for e in steps)
+    evals = [e for e in events if isinstance(e, Evaluated)]
+    assert [(e.samples_seen, e.result.total, e.result.top5_k) for e in evals] == [(40, 13, 3), (80, 13, 3)]
+    saved = [e.checkpoint for e in events if isinstance(e, Saved)]
     assert saved == checkpoint.checkpoints(checkpoint_root(tmp_path))
     best = best_checkpoint(tmp_path)
     card = json.loads((best / "model.json").read_text())
     assert card["classes"] == list(train_index.classes)
     assert card["metrics"]["total"] == len(val_index)
-    assert card["metrics"]["top1_correct"] == max(e["top1_correct"] for e in evals)
+    assert card["metrics"]["top1_correct"] == max(e.result.top1_correct for e in evals)
     create("densenet_tiny", 3).load_state_dict(load_file(best / "model.safetensors"), strict=True)
 
 
@@ -105,7 +105,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(one_rank, i
 def test_the_better_of_weights_and_average_is_the_one_of_the_card(one_rank, indexes, tmp_path):
     data = indexes()
     events = run(data, tmp_path, ema={"decay": 0.5}, checkpoint={"keep_last": 9}, model={"in_chans": 1})
-    evals = {(e["samples_seen"], e["weights"]): (e["top1_correct"], -e["loss"]) for e in events if e["kind"] == "eval"}
+    found = [e for e in events if isinstance(e, Evaluated)]
+    evals = {(e.samples_seen, e.weights): (e.result.top1_correct, -e.result.loss) for e in found}
     for samples in (40, 80):
         folder = checkpoint_root(tmp_path) / checkpoint.folder_name(samples)
         card = json.loads((folder / "model.json").read_text())
@@ -130,8 +131,8 @@ def test_a_run_from_weights_with_a_teacher_starts_there_and_learns_from_it(one_r
         finetune={"freeze_batch_norm": True},
         train={"log_every_steps": 1},
     )
-    events: list[dict[str, Any]] = []
-    Trainer(config, derived, *data, tmp_path / "student", CPU, events.append, Sources(teacher, teacher)).fit()
+    events: list[Event] = []
+    new_trainer(config, derived, data, tmp_path / "student", events.append, sources=Sources(teacher, teacher)).fit()
     assert all(loss == pytest.approx(0, abs=1e-6) for loss in losses(events).values())
 
 
@@ -149,16 +150,16 @@ def test_more_logits_than_classes_are_trained_and_named_as_unused(one_rank, inde
 def test_some_steps_are_profiled(one_rank, indexes, tmp_path):
     train = {"epochs": 1, "profile_steps": [2, 3]}
     events = run(indexes(), tmp_path, train=train)
-    (file,) = [Path(event["file"]) for event in events if event["kind"] == "profile"]
+    (file,) = [event.file for event in events if isinstance(event, Profiled)]
     names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
     assert "aten::conv2d" in names
 
 
 def held_up(indexes: tuple, run_dir: Path) -> list[str]:
     """Warnings of rank 0 in a run whose rank 1 takes a while for each loss."""
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     config, derived = settings(*indexes, 2, train={"epochs": 1, "log_every_steps": 1})
-    trainer = Trainer(config, derived, *indexes, run_dir, CPU, events.append)
+    trainer = new_trainer(config, derived, indexes, run_dir, events.append)
     criterion, slow = trainer.criterion, torch.distributed.get_rank() == 1
 
     def criterion_that_waits(*inputs: torch.Tensor) -> torch.Tensor:
@@ -167,7 +168,7 @@ def held_up(indexes: tuple, run_dir: Path) -> list[str]:
 
     trainer.criterion = criterion_that_waits  # type: ignore[assignment]
     trainer.fit()
-    return [event["message"] for event in events if event["kind"] == "warning"]
+    return [event.message for event in events if isinstance(event, Warned)]
 
 
 @pytest.mark.slow
@@ -181,7 +182,7 @@ def test_a_rank_that_holds_up_the_others_is_named_once(run_ranks, indexes, tmp_p
 def test_too_little_memory_is_told_with_a_batch_that_keeps_the_global_one(one_rank, indexes, tmp_path):
     data = indexes()
     config, derived = settings(*data)
-    trainer = Trainer(config, derived, *data, tmp_path, CPU, [].append)
+    trainer = new_trainer(config, derived, data, tmp_path, [].append)
 
     def no_room(*inputs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -210,7 +211,7 @@ def test_a_device_batch_that_fits_is_found_before_training(one_rank, indexes, tm
 
     monkeypatch.setattr(fitting_module, "create", create_with_little_room)
     events = run(data, tmp_path / "halved", train={"epochs": 1, "on_out_of_memory": "halve"})
-    (warning,) = [event["message"] for event in events if event["kind"] == "warning"]
+    (warning,) = [event.message for event in events if isinstance(event, Warned)]
     assert warning == (
         "the memory does not hold 8 pictures at once: 2 are taken, with 4 accumulated; the global batch stays 8, batch "
         "norm's statistics are of 2"

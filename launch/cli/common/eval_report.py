@@ -1,0 +1,72 @@
+"""`densenet eval`: a model's accuracy on a split, and what lies behind it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from pipeline.config import Interpolation
+from pipeline.evaluation.counts import accuracy
+from pipeline.evaluation.evaluate import Evaluation
+from pipeline.evaluation.scores import Scores
+from pipeline.export.open import TrainedModel, open_model
+from pipeline.tracking.stores import Stores
+from pipeline.wording import number
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `densenet eval` may be told; None: as in the model's card."""
+
+    split: str
+    crop: int | None
+    resize: int | None
+    interpolation: Interpolation | None
+    tta: str | None
+    labels: Path | None
+    out: Path | None
+    batch_size: int
+
+
+def eval_command(console: Console, model: str, root: Path, options: Options, stores: Stores, as_json: bool) -> None:
+    """Prints the scores of a checkpoint, a run or a registered model, and writes the tables to `options.out`.
+
+    Raises:
+        UserError: there is no such model or split, or its classes, sizes or labels do not fit.
+    """
+    opened = open_model(model, stores=stores)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluating", total=None)
+        found = opened.evaluate(
+            root,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **vars(options),
+        )
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    _print(console, opened, found)
+    if options.out is not None:
+        console.print(f"tables in {options.out}", markup=False, soft_wrap=True)
+
+
+def _print(console: Console, model: TrainedModel, found: Evaluation) -> None:
+    lines = [
+        ("model", f"{model.place} ({model.weights})"),
+        ("data", f"{found.total:,} images in {Path(found.data).absolute()}"),
+        ("as", found.transform),
+    ]
+    for name, scores in found.scores.items():
+        if isinstance(scores, Scores):
+            text = (
+                f"{accuracy(scores)}, loss {number(scores.loss)}, calibration error {number(scores.calibration_error)}"
+            )
+            lines.append((name, text))
+        else:
+            share = f"{scores.top1_correct}/{scores.total} = {100 * scores.top1_correct / max(1, scores.total):.2f} %"
+            without = found.total - scores.total
+            lines.append((name, f"top-1 {share} by {scores.file}, {without} images without label"))
+    for name, text in lines:
+        console.print(f"{name:10}{text}", markup=False, soft_wrap=True)

@@ -1,0 +1,56 @@
+"""`densenet export`: a model as ONNX, torch.export, a timm folder, or quantised to int8."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.errors import UserError
+from pipeline.export.open import FORMATS, Exported, open_model
+from pipeline.tracking.registry import attach_to_version, check_attachable
+from pipeline.tracking.stores import Stores
+from pipeline.wording import speed
+
+
+def export_command(
+    console: Console,
+    model: str,
+    to: str,
+    out: Path,
+    data: Path | None,
+    split: str,
+    calibrate: str,
+    images: int,
+    attach: bool,
+    stores: Stores,
+) -> None:
+    """Writes the model to the folder `out`; int8 is calibrated and measured on `data`.
+
+    Raises:
+        UserError: bad input.
+        TrainingError: the exported model does not give torch's logits.
+    """
+    if to not in FORMATS:  # before anything is downloaded
+        raise UserError(f"--to={to} is not known: use {', '.join(FORMATS)}.")
+    if to == "int8" and data is None:
+        raise UserError("--to int8 needs --data, a data set to calibrate and measure with.")
+    if attach and not model.startswith("models:/"):
+        raise UserError(f"--attach adds files to a model version: give models:/NAME@ALIAS, not {model}.")
+    if attach:
+        check_attachable(model, stores)
+    done = open_model(model, stores=stores).export(to, out, data=data, split=split, calibrate=calibrate, images=images)
+    _print(console, done)
+    if attach:
+        place = attach_to_version(model, to, Path(done.file), stores)
+        console.print(f"attached to {model} as {place}", soft_wrap=True)
+
+
+def _print(console: Console, done: Exported) -> None:
+    if done.fp32 is None or done.int8 is None:
+        about = "" if done.opset is None else f", opset {done.opset}"
+        console.print(f"{done.file}{about}: logits equal torch's to {done.tolerance:g}", soft_wrap=True)
+        return
+    for name, found in (("fp32", done.fp32), ("int8", done.int8)):
+        share = f"{found.top1_correct}/{found.total} = {found.top1:.2f} %"
+        console.print(f"{name}: top-1 {share}, {speed(found.img_per_s)}, {found.bytes / 1e6:.1f} MB")
+    lost, ratio = done.fp32.top1 - done.int8.top1, done.int8.img_per_s / done.fp32.img_per_s
+    console.print(f"{done.file}: {lost:.2f} points of top-1 lost, {ratio:.2f} times the speed", soft_wrap=True)

@@ -1,0 +1,65 @@
+"""`densenet configs`: the configs that come with the package."""
+
+import re
+import sys
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.config_file import BUILT_IN, built_in, find_config, included
+from pipeline.errors import UserError
+
+app = typer.Typer(
+    name="configs", help="List, show and copy the built-in configs.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Name = Annotated[str, typer.Argument(help="as `densenet configs list` shows it")]
+
+
+@app.command("list")
+def list_configs() -> None:
+    """List the built-in configs, and the recipes that they include.
+
+    Example: densenet configs list
+    """
+    found = built_in()
+    width = max(map(len, found)) + 2
+    for name, file in found.items():
+        print(f"{name:{width}}{_about(file)}")
+
+
+def _about(file: Path) -> str:
+    """The first clause of the comment at a config's head."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return re.split(r": |\. |\.$", " ".join(line.removeprefix("# ") for line in lines), maxsplit=1)[0]
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a built-in config as it is written.
+
+    Example: densenet configs show densenet121
+    """
+    sys.stdout.write(find_config(name).read_text(encoding="utf-8"))
+
+
+@app.command()
+def copy(name: Name, folder: Annotated[Path, typer.Argument(help="made if missing")] = Path()) -> None:
+    """Copy a built-in config, and the recipes that it includes, to change them.
+
+    Example: densenet configs copy densenet121 my-configs
+    """
+    root = BUILT_IN.resolve()
+    copies = {file: folder / file.relative_to(root) for file in included(find_config(name))}
+    there = [str(file) for file in copies.values() if file.exists()]
+    if there:
+        raise UserError(f"{', '.join(there)} exists: remove it, or copy to another folder.")
+    try:
+        for source, target in copies.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+            print(target)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error

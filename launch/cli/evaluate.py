@@ -1,0 +1,38 @@
+"""`densenet eval`: a model's accuracy on a split, and what lies behind it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.cli.common.options import AsJson, Model, RegistryUri, Uri
+from launch.cli.common.output import console
+from pipeline.tracking.stores import given_stores
+
+app = typer.Typer()
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="a data set's folder, or a folder with class folders")],
+    split: Annotated[str, typer.Option(help="of the data set")] = "val",
+    crop: Annotated[int | None, typer.Option(min=8, max=1024, help="centre crop's side; default: the model's")] = None,
+    resize: Annotated[int | None, typer.Option(min=8, max=2048, help="shorter side; default: by the crop")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="bilinear or bicubic; default: the model's")] = None,
+    tta: Annotated[str | None, typer.Option(help="flip or ten-crop: averaged views, as a second result")] = None,
+    labels: Annotated[Path | None, typer.Option(help="JSON with the classes that count as right, as ReaL's")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for classes, confusion and predictions as CSV")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    uri: Uri = None,
+    registry_uri: RegistryUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count a model's hits on a data set.
+
+    Example: densenet eval models:/densenet121@champion --data /data/imagenet --tta flip
+    """
+    from launch.cli.common.eval_report import Options, eval_command
+
+    options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
+    eval_command(console, model, data, options, given_stores(uri, registry_uri), as_json)

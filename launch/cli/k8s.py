@@ -1,0 +1,86 @@
+"""`densenet k8s`: manifests for KubeRay."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.cli.common.options import Config, Overrides
+from pipeline.errors import UserError
+from pipeline.extras import extra
+
+app = typer.Typer(
+    name="k8s", help="Render, check and compare Kubernetes manifests.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Overlay = Annotated[str, typer.Option(help="a folder of k8s/overlays, as multi-node")]
+Image = Annotated[str, typer.Option(help="REPOSITORY:TAG or a digest")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="nodes, gpus-per-node, cpus-per-node, memory, storage-class, stage-class, secret or namespace, "
+        "as nodes=4; repeatable",
+    ),
+]
+
+
+@app.command()
+def render(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
+    """Print the manifests of a training.
+
+    Example: densenet k8s render densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
+    """
+    sys.stdout.write(_rendered(config, overlay, image, overrides, settings))
+
+
+@app.command()
+def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
+    """Show what applying them would change in the cluster.
+
+    The cluster is that of kubectl's context. Exit code 1 where something would change, 2 where it cannot be asked.
+
+    Example: densenet k8s diff densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
+    """
+    from launch.kubernetes import kubectl
+
+    raise typer.Exit(kubectl.diff(_rendered(config, overlay, image, overrides, settings)))
+
+
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="YAML files")],
+    crds: Annotated[Path | None, typer.Option(help="folder with definitions of custom kinds")] = None,
+) -> None:
+    """Check manifests against the schemas of their kinds.
+
+    Unknown fields are errors.
+
+    Example: densenet k8s validate first.yaml --crds CRDS
+    """
+    with extra("kubernetes"):
+        from launch.kubernetes.schemas import faults_of, read_documents
+
+    documents = read_documents(files)
+    faults = faults_of(documents, crds)
+    if faults:
+        raise UserError(f"{len(faults)} faults in {len(documents)} objects:\n  " + "\n  ".join(faults))
+    print(f"{len(documents)} objects are valid")
+
+
+def _rendered(config: Path, overlay: str, image: str, overrides: list[str] | None, settings: list[str] | None) -> str:
+    from launch.kubernetes.manifests import Settings, render
+
+    given: dict[str, int | str] = {}
+    for text in settings or []:
+        key, sign, value = text.partition("=")
+        name = key.replace("-", "_")
+        if not sign or name not in Settings.__annotations__ or name == "image":
+            known = ", ".join(n.replace("_", "-") for n in Settings.__annotations__ if n != "image")
+            raise UserError(f"--set {text} is not known: use KEY=VALUE with a KEY of {known}.")
+        number = name in ("nodes", "gpus_per_node", "cpus_per_node")
+        if number and (not value.isdecimal() or int(value) < 1):
+            raise UserError(f"--set {text}: {key} is a whole number of at least 1.")
+        given[name] = int(value) if number else value
+    return render(config, overrides or [], overlay, Settings(image=image, **given))  # type: ignore[arg-type]

@@ -1,0 +1,98 @@
+"""`densenet plan`: what a run will do, or would take on a cluster that is not here."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch.cli.common.options import Address, AsJson, Config, Overrides
+from launch.cli.common.output import console
+from launch.cli.common.tables import print_table
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.run.estimate import Estimate
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    cluster: Annotated[str | None, typer.Option(help="estimate ImageNet on NODESxGPUSxTYPE, as 8x8xH100")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the config and all that follows from it.
+
+    Example: densenet plan densenet121 data.root=/data/imagenet
+    """
+    from launch.run import plan
+    from launch.run.prepare import read_config
+
+    read = read_config(config, overrides or [])
+    if as_json and cluster is not None:
+        raise UserError("--json is for what a run will do; the estimate of --cluster is for people: leave one out.")
+    if cluster is not None:
+        _print_estimate(read, cluster)
+        return
+    prepared = plan.plan(read, address)
+    if as_json:
+        print(json.dumps(plan.as_tree(prepared), indent=2))
+        return
+    console.print(prepared.config.to_yaml(), highlight=False, markup=False, end="", soft_wrap=True)
+    plan.print_plan(console, prepared)
+    plan.print_warnings(console, prepared)
+
+
+def _print_estimate(config: RunConfig, cluster: str) -> None:
+    """Prints the estimate for ImageNet on the cluster, and for smaller and larger ones of the same kind."""
+    from launch.run.estimate import HOP_S, IMAGENET, LAUNCH_S, REACHED, estimate, scaling  # torch takes seconds
+    from pipeline.wording import duration
+
+    e = estimate(config, cluster)
+    d = e.derived
+    stages = ", ".join(f"stage {stage}: {size / 1e9:.1f}" for stage, size in e.memory.items())
+    console.rule("estimate, not a measurement", style="yellow")
+    rows = [
+        ("cluster", f"{e.nodes} nodes with {d.workers // e.nodes} {e.kind} each, {d.workers} workers"),
+        ("data", f"{IMAGENET[0]:,} training pictures of {IMAGENET[3] / 1e3:.0f} kB"),
+        ("batch", f"{d.global_batch_size} = {d.device_batch_size} per device x {d.accumulation} x {d.workers}"),
+        ("speed", f"{e.img_per_s:,.0f} img/s, {1000 * e.step_s:.1f} ms a step, bound by {e.bound}"),
+        ("communication", f"{e.share:.0%} of a step"),
+        ("an epoch", duration(e.epoch_s)),
+        ("to the end", f"{duration(e.total_s)} for {config.train.epochs:g} epochs with their evaluations"),
+        ("reading", f"{e.read_per_node / 1e6:,.0f} MB/s and {e.cores_per_node:.0f} cores of decoding per node"),
+        ("a checkpoint", f"{e.checkpoint / 1e6:,.0f} MB"),
+        ("memory", f"{stages} of {e.gpu.memory / 1e9:.0f} GB"),
+        ("assumed", f"{REACHED:.0%} of peak and bandwidth, {LAUNCH_S * 1e6:g} us a kernel, {HOP_S * 1e6:g} us a hop"),
+    ]
+    for name, text in rows:
+        console.print(f"{name:14}{text}", markup=False, soft_wrap=True)
+    _print_scaling(scaling(config, cluster))
+
+
+def _print_scaling(found: "list[tuple[int, Estimate | None]]") -> None:
+    from pipeline.wording import duration
+
+    rows: list[tuple[str, ...]] = []
+    first: float | None = None
+    for gpus, of in found:
+        if of is None:
+            rows.append((f"{gpus}", "the global batch cannot be split so far"))
+            continue
+        first = first or of.img_per_s
+        rows.append(
+            (
+                f"{gpus}",
+                f"{of.derived.device_batch_size} x {of.derived.accumulation}",
+                f"{of.img_per_s:,.0f}",
+                f"{of.img_per_s / first / gpus:.0%}",
+                f"{of.share:.0%}",
+                of.bound,
+                duration(of.epoch_s),
+            )
+        )
+    print_table(console, ("GPUs", "batch per GPU", "img/s", "of linear", "communication", "bound by", "an epoch"), rows)

@@ -1,0 +1,31 @@
+"""`densenet report`: runs as one HTML page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.cli.common.options import Experiment, Uri
+from launch.cli.common.output import console
+from pipeline.tracking.stores import given_stores
+
+app = typer.Typer()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="names or ids of runs")],
+    out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
+    uri: Uri = None,
+    experiment: Experiment = "densenet",
+) -> None:
+    """Write runs as one HTML page.
+
+    It has curves, differences, checkpoints and sample predictions.
+
+    Example: densenet report first second --out report.html
+    """
+    from launch.run.runs_page import write_page
+
+    size = write_page(runs, out, given_stores(uri, None).tracking, experiment)
+    console.print(f"{out}: {len(runs)} runs, {size / 1e6:.1f} MB", soft_wrap=True)

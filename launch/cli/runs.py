@@ -1,0 +1,140 @@
+"""`densenet runs`: past runs in the terminal."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launch.cli.common.options import AsJson, Experiment, Uri
+from launch.cli.common.output import console
+from launch.cli.common.tables import print_table
+from pipeline.tracking.stores import given_stores, shown
+
+app = typer.Typer(name="runs", help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
+
+_LAST = (
+    "val/top1",
+    "val/top5",
+    "val/loss",
+    "val_ema/top1",
+    "train/loss",
+    "train/img_per_s",
+    "restarts",
+    "lost_samples",
+)
+_TAGS = ("restart.", "checkpoint.", "data.", "eval.", "machine.", "version.", "mlflow.source.git", "git.", "changed.")
+_SHOWN = 40  # characters of a value in a comparison
+
+
+@app.command("list")
+def list_runs(
+    limit: Annotated[int, typer.Option(min=1, help="newest runs to show")] = 20,
+    uri: Uri = None,
+    experiment: Experiment = "densenet",
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest runs.
+
+    Example: densenet runs list --limit 5
+    """
+    from pipeline.tracking.look import past_runs
+
+    found = past_runs(_uri(uri), experiment)[:limit]
+    if as_json:
+        print(json.dumps([asdict(run) for run in found], indent=2))
+        return
+    rows = [
+        (
+            run.name,
+            run.status,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started)),
+            "" if run.minutes is None else f"{run.minutes:.1f}",
+            run.params.get("model.name", ""),
+            _number(run.metrics.get("train/epoch")),
+            _number(run.metrics.get("val/top1")),
+            run.id,
+        )
+        for run in found
+    ]
+    columns = ("run", "status", "started", "minutes", "model", "epochs", "top-1 %", "id")
+    print_table(console, columns, rows)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="name or id")],
+    uri: Uri = None,
+    experiment: Experiment = "densenet",
+    as_json: AsJson = False,
+) -> None:
+    """Show a run.
+
+    Results, what it was trained on, restarts, versions.
+
+    Example: densenet runs show first
+    """
+    from pipeline.tracking.look import past_run
+
+    found = past_run(_uri(uri), experiment, run)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.started))
+    rows: list[tuple[str, Any]] = [("run", found.name), ("id", found.id), ("status", found.status), ("started", began)]
+    rows += [(key, _number(found.metrics[key])) for key in _LAST if key in found.metrics]
+    rows += [(key, value) for key, value in sorted(found.tags.items()) if key.startswith(_TAGS)]
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        console.print(f"{name:{width}}{value}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="names or ids of two runs or more")],
+    uri: Uri = None,
+    experiment: Experiment = "densenet",
+) -> None:
+    """Show what differs between runs.
+
+    Parameters, and the last results.
+
+    Example: densenet runs compare first second
+    """
+    from pipeline.tracking.look import differences, past_run
+
+    found = [past_run(_uri(uri), experiment, run) for run in runs]
+    rows = [
+        (key, *(_number(run.metrics.get(key)) for run in found))
+        for key in _LAST
+        if any(key in run.metrics for run in found)
+    ]
+    rows += [(key, *(value[:_SHOWN] for value in values)) for key, values in differences(found)]
+    print_table(console, ("", *(run.name for run in found)), rows)
+
+
+@app.command()
+def sync(
+    folder: Annotated[Path, typer.Argument(help="a run's folder, as outputs/RUN")],
+    patience: Annotated[float, typer.Option(min=0, help="seconds to wait for the store")] = 60,
+) -> None:
+    """Send a run's records that its tracking store did not take.
+
+    Example: densenet runs sync outputs/first
+    """
+    from launch.run.register import send_records
+
+    tracker = send_records(
+        folder, patience, console.print, lambda text: console.print(text, style="yellow", soft_wrap=True)
+    )
+    console.print(f"all records of {folder} are in {shown(tracker.uri)}, run {tracker.run_id}", soft_wrap=True)
+
+
+def _uri(given: str | None) -> str:
+    return given_stores(given, None).tracking
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

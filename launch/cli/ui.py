@@ -1,0 +1,40 @@
+"""`densenet ui`: the MLflow UI on loopback."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from launch.cli.common.options import RegistryUri, Uri
+from launch.cli.common.output import console
+from launch.cluster.net import HOST, check_port
+from pipeline.tracking.stores import given_stores, shown
+
+app = typer.Typer()
+
+_SERVERS = ("http://", "https://")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, uri: Uri = None, registry_uri: RegistryUri = None
+) -> None:
+    """Open the MLflow UI on this machine.
+
+    Example: densenet ui --port 5000
+    """
+    stores = given_stores(uri, registry_uri)
+    tracking, registry = stores.tracking, stores.registry
+    if stores.apart and registry.startswith(_SERVERS):  # a remote server has its UI at its own address
+        console.print(f"the registry's UI is at {shown(registry)}", soft_wrap=True)
+        registry = tracking
+    if tracking.startswith(_SERVERS):
+        console.print(f"the tracking server's UI is at {shown(tracking)}")
+        return
+    check_port(port, "--port")
+    console.print(f"MLflow UI at http://{HOST}:{port} for {shown(tracking)}; stop it with Ctrl-C", soft_wrap=True)
+    # One worker: several are ended by their supervisor where a busy machine takes five seconds to start them.
+    arguments = ["server", "--backend-store-uri", tracking, "--registry-store-uri", registry]
+    arguments += ["--host", HOST, "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])  # in this process's place

@@ -1,0 +1,55 @@
+"""Addresses and ports; known without Ray."""
+
+import os
+import socket
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+HOST = "127.0.0.1"
+DASHBOARD = f"http://{HOST}:8265"  # where Ray puts it
+_TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+
+
+def cluster_address(option: str | None) -> str | None:
+    """The address of the Ray cluster to join: the option, else RAY_ADDRESS (set inside a Ray job), else None."""
+    return option or os.environ.get("RAY_ADDRESS") or None
+
+
+def dashboard_address(option: str | None) -> str:
+    """The address of a cluster's dashboard: the option, else RAY_API_SERVER_ADDRESS, else Ray's own default.
+
+    Also makes Ray use a token where there is one, which it looks at on import: to be called before that.
+    """
+    if os.environ.keys() & _TOKENS or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    return option or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int, option: str) -> None:
+    """Raises `UserError` naming `option` when `port` of 127.0.0.1 cannot be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(
+                f"{option}={port} cannot be used on {HOST}: {error.strerror}. "
+                f"Choose another, for example {free_port()}."
+            ) from error
+
+
+def answers(host: str, port: int, timeout_s: float) -> bool:
+    """Whether something accepts connections at `host`:`port`."""
+    try:
+        socket.create_connection((host, port), timeout_s).close()
+    except OSError:
+        return False
+    return True

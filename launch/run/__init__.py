@@ -1,0 +1,1 @@
+"""The driver of a training, and what goes before and after it."""

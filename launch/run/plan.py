@@ -1,0 +1,105 @@
+"""Everything that a run will do, before it does anything."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch.cluster.capacity import this_machine
+from launch.cluster.net import cluster_address
+from launch.cluster.prepared import Prepared
+from launch.run.prepare import prepare
+from pipeline.config import RunConfig
+from pipeline.derived import Derived
+from pipeline.model.nets import size
+from pipeline.tracking.stores import shown, stores_of
+from pipeline.train.setup import check_writable
+
+
+def plan(config: RunConfig, address: str | None) -> Prepared:
+    """Prepares a run as its training would; starts nothing but a look at the cluster.
+
+    Raises:
+        UserError: anything that would stop the run, or no cluster answers at `address`.
+    """
+    address = cluster_address(address)
+    if address is None:
+        return prepare(config, this_machine())
+    from launch.cluster.connect import joined, offered_by_cluster  # Ray takes seconds to import
+
+    output = Path(config.run.output)
+    check_writable(output)
+    with joined(address, output / "ray.log"):
+        return prepare(config, offered_by_cluster(address))
+
+
+def as_tree(prepared: Prepared) -> dict[str, Any]:
+    """The whole plan, for JSON."""
+    return {
+        "config": prepared.config.model_dump(mode="json"),
+        "derived": prepared.derived.model_dump(mode="json"),
+        "stores": _stores(prepared.config),
+        "start": prepared.start,
+        "warnings": prepared.warnings,
+    }
+
+
+def print_plan(console: Console, prepared: Prepared) -> None:
+    """Prints the derived values, one a line."""
+    config, d = prepared.config, prepared.derived
+    model = size(config.model, d.num_classes, config.data.image_size)
+    rows = [
+        ("run", f"{config.run.name} in {prepared.run_dir}"),
+        (
+            "model",
+            f"{config.model.name}, {model.parameters:,} parameters, {d.num_classes} classes, "
+            f"{model.multiply_adds / 1e9:.3g} G multiply-adds at {config.data.image_size} pixels",
+        ),
+        ("weights", prepared.start),
+        ("data", f"{d.train_samples:,} training and {d.val_samples:,} evaluation images in {config.data.root}"),
+        ("workers", f"{d.workers} on {d.device}, {d.cpus_per_worker} CPU cores each"),
+        (
+            "global batch",
+            f"{d.global_batch_size} = {d.device_batch_size} per device x {d.accumulation} accumulated "
+            f"x {d.workers} workers",
+        ),
+        (
+            "steps",
+            f"{d.total_steps:,} in all = {config.train.epochs:g} epochs of {d.steps_per_epoch:,.2f}, "
+            f"{d.total_samples:,} samples",
+        ),
+        ("peak rate", _learning_rate(config, d)),
+        ("precision", f"{d.precision}, ZeRO stage {d.zero_stage}"),
+        ("evaluation", config.eval.description),
+        *_stores(config).items(),
+    ]
+    if prepared.sources.teacher is not None:
+        rows.append(("teacher", str(prepared.sources.teacher)))
+    for name, text in rows:
+        console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
+
+
+def _stores(config: RunConfig) -> dict[str, str]:
+    """Where the run is recorded, and where its model is registered."""
+    stores, tracking = stores_of(config), config.tracking
+    model = f"{tracking.register_as or config.model.name}@{tracking.alias}"
+    return {
+        "tracking": f"experiment {tracking.experiment} in {shown(stores.tracking)}",
+        "registry": f"{model} in {shown(stores.registry)}",
+    }
+
+
+def print_warnings(console: Console, prepared: Prepared) -> None:
+    """Prints what the user may not have meant."""
+    for warning in prepared.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _learning_rate(config: RunConfig, d: Derived) -> str:
+    optim, schedule = config.optim, config.schedule
+    scaled = ""
+    if optim.lr_scaling != "none":
+        ratio = f"{d.global_batch_size} / {optim.lr_base_batch}"
+        scaled = f" = {optim.lr:g} x {ratio if optim.lr_scaling == 'linear' else f'sqrt({ratio})'}"
+    warmup = f", after {schedule.warmup_epochs:g} epochs of warm-up" if schedule.warmup_epochs else ""
+    return f"{d.peak_lr:g}{scaled}, {optim.name}, schedule {schedule.name}{warmup}"

@@ -1,0 +1,88 @@
+"""A finished run's records and best checkpoint reach their stores: at the end of its training, or later."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.config_file import load_config
+from pipeline.errors import UserError
+from pipeline.export.package import Registered
+from pipeline.export.registration import not_a_candidate, send_and_register
+from pipeline.tracking.mlflow_sink import STATE
+from pipeline.tracking.run import Tracker
+from pipeline.tracking.store import wait_for
+from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Stores, shown, stores_of
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
+from pipeline.train.claim import claimed, locked
+from pipeline.train.storage import fetch
+
+
+def register_run(
+    folder: Path, overrides: Sequence[str], told: Callable[[str], None], patience_s: float
+) -> tuple[Registered, str]:
+    """Registers the best checkpoint of a run that was trained before; returns it, and the registry's address.
+
+    Raises:
+        UserError: it is no run's folder, has no checkpoint, is being trained, or a store refuses it.
+    """
+    config = run_config(folder, overrides)
+    folder = folder.absolute()
+    with locked(folder):
+        fetch(config, folder)
+        if not checkpoint.checkpoints(checkpoint_root(folder)):
+            raise UserError(f"{folder} has no checkpoint to register: train the run first.")
+        reason = not_a_candidate(best_checkpoint(folder))
+        if reason is not None:
+            raise UserError(f"the model of {folder} is not registered: {reason}. Train again with a lower optim.lr.")
+        tracker = Tracker(config, folder, folder.name, told, running=False)
+        try:
+            registered = send_and_register(config, folder, tracker, told, patience_s)
+        finally:
+            tracker.close(patience_s)
+    return registered, shown(tracker.stores.registry)
+
+
+def send_records(folder: Path, patience_s: float, told: Callable[[str], None], warn: Callable[[str], None]) -> Tracker:
+    """Sends a run's records that its tracking store did not take; returns the tracker, which is closed.
+
+    Raises:
+        UserError: it is no run's folder, is being trained, or the store does not take them in time.
+    """
+    config = run_config(folder)
+    uri = stores_of(config).tracking
+    wait_for(Stores(uri, uri), patience_s, warn)
+    with claimed(folder, config):
+        tracker = Tracker(config, folder, str(config.run.name or folder.name), told, running=False)
+        tracker.close(patience_s)
+    if tracker.unsent:
+        raise UserError(f"{shown(tracker.uri)} did not take {tracker.unsent} records within {patience_s:g} s.")
+    return tracker
+
+
+def run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run's folder, with overrides, and the stores that it has used.
+
+    Raises:
+        UserError: it is none, or an override is wrong.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run's folder: it has no config.yaml. Give one as outputs/RUN.")
+    config = load_config(folder / "config.yaml", *overrides)
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update=_addresses(config, folder))})
+
+
+def _addresses(config: RunConfig, folder: Path) -> dict[str, str]:
+    """The stores that the run has used, where neither its config nor this environment names others."""
+    file = folder / STATE
+    used = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if used.get("registry") == used.get("uri"):
+        used.pop("registry", None)  # it follows the tracking store
+    found = {}
+    for key, kept, variable in (("uri", "uri", TRACKING_VARIABLE), ("registry_uri", "registry", REGISTRY_VARIABLE)):
+        place = used.get(kept)
+        if getattr(config.tracking, key) is None and not os.environ.get(variable) and place and ":***@" not in place:
+            found[key] = place
+    return found

@@ -1,0 +1,234 @@
+"""The driver of one training: prepare, track, run on Ray, register, sum up."""
+
+import os
+import shlex
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.cluster.capacity import this_machine
+from launch.cluster.job_env import check_secrets
+from launch.cluster.net import check_port, cluster_address, free_port
+from launch.cluster.prepared import Prepared
+from launch.run.plan import print_plan, print_warnings
+from launch.run.prepare import prepare, read_config
+from launch.run.progress import Clock
+from launch.run.witness import witness
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.evaluation.counts import EvalResult, accuracy
+from pipeline.export.package import Registered
+from pipeline.export.tracked import TrackedRun, tracked
+from pipeline.tracking.run import Tracker
+from pipeline.tracking.stores import Stores, shown
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import checkpoint_root, read_state
+from pipeline.train.claim import claimed
+from pipeline.train.events import Event, FirstStep, Trained, WorkersStarted
+from pipeline.train.progress import WEIGHTS, Display
+from pipeline.train.room import check_room
+from pipeline.train.setup import check_writable
+from pipeline.wording import speed
+
+_PHASES = {WorkersStarted: "worker start", FirstStep: "first step"}
+
+
+def train_command(
+    console: Console,
+    path: Path,
+    overrides: list[str],
+    address: str | None,
+    resume: str | None = None,
+    wait: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Trains as `densenet train` does, and prints the summary; with `wait` once the cluster has room.
+
+    With `quiet` only warnings and the summary are printed.
+
+    Raises:
+        UserError: bad input; nothing is left running.
+        TrainingError: the workers failed for another reason.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM or 129 after SIGHUP, and the checkpoint that follows it.
+    """
+    try:
+        _train_command(console, path, overrides, address, resume, wait, quiet)
+    except KeyboardInterrupt:
+        console.print("interrupted: checkpoints and records so far are kept", style="yellow")
+        raise SystemExit(130) from None
+
+
+def _train_command(
+    console: Console,
+    path: Path,
+    overrides: list[str],
+    address: str | None,
+    resume: str | None,
+    wait: bool,
+    quiet: bool,
+) -> None:
+    clock = Clock()
+    check_secrets()
+    config = read_config(path, overrides)
+    check_writable(Path(config.run.output))
+    address = cluster_address(address)
+    if wait and address is None:
+        raise UserError("--wait waits for room on a cluster: give its --address, or leave --wait out.")
+    log_file = Path(config.run.output) / str(config.run.name) / "logs" / "ray.log"
+    ended = (
+        f"training failed: the driver was killed, or Ray's core has ended it. The same command with "
+        f"run.name={config.run.name} goes on from the newest checkpoint."
+    )
+    with ExitStack() as stack:
+        stack.enter_context(witness(ended))  # the last to leave: Ray's core may also end the driver while it shuts down
+        if address is None:
+            dashboard_port = _dashboard_port(config)
+            prepared = prepare(config, this_machine(), resume)
+        else:
+            from launch.cluster.connect import joined, offered_by_cluster, wait_for_room  # Ray takes seconds to import
+
+            dashboard = stack.enter_context(joined(address, log_file))
+            if wait:
+                wait_for_room(config, address, lambda text: console.print(text, style="yellow", soft_wrap=True))
+            prepared = prepare(config, offered_by_cluster(address), resume)
+        config, run_dir = prepared.config, prepared.run_dir
+        if not quiet:
+            print_plan(console, prepared)
+        print_warnings(console, prepared)
+        check_room(prepared)
+        stack.enter_context(claimed(run_dir, config))
+        display = _display(console, prepared, quiet)
+        run = stack.enter_context(tracked(prepared, display.warning))
+        tracker = run.tracker
+        clock.ended("prepare")
+        with display:
+            if address is None:
+                display.status("starting Ray")
+                from launch.cluster.connect import embedded
+
+                cpus = max(prepared.derived.workers * prepared.derived.cpus_per_worker, this_machine().cpus)
+                dashboard = stack.enter_context(embedded(cpus, dashboard_port, log_file))
+                clock.ended("Ray start")
+            display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
+            try:
+                img_per_s = _train(prepared, run, display, clock)
+            except Exception:  # of whatever kind, it goes on up
+                run.attach_logs()
+                raise
+            clock.ended("training")
+            run.attach_curves()
+            if display.stopped_at is None:
+                display.status("registering the model")
+                best, registered = run.register()
+                clock.ended("registration")
+        if display.stopped_at is not None:
+            console.print(
+                f"stopped by {display.stopped_by.name} at {display.stopped_at:,} samples, after a checkpoint; the same "
+                f"command with run.name={config.run.name} goes on",
+                style="yellow",
+                soft_wrap=True,
+            )
+            raise SystemExit(128 + display.stopped_by)
+        results, commands = _summary(prepared, tracker.stores, best, registered, img_per_s, clock)
+        tracker.tags({"mlflow.note.content": "\n".join(f"- **{name}**: {text}" for name, text in results)})
+    _print_end(console, run_dir, results + commands, tracker, display)
+
+
+def _dashboard_port(config: RunConfig) -> int:
+    port = config.cluster.dashboard_port
+    if port == "auto":
+        return free_port()
+    check_port(port, "cluster.dashboard_port")
+    return port
+
+
+def _display(console: Console, prepared: Prepared, quiet: bool) -> Display:
+    derived = prepared.derived
+    return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers, quiet)
+
+
+def _train(prepared: Prepared, tracked_run: TrackedRun, display: Display, clock: Clock) -> float | None:
+    """Trains on the connected cluster; returns the mean speed in images/s, or None when nothing was left to train."""
+    img_per_s: float | None = None
+
+    def on_event(event: Event) -> None:
+        nonlocal img_per_s
+        tracked_run.on_event(event)
+        phase = _PHASES.get(type(event))
+        if phase is not None and phase not in clock.phases:
+            clock.ended(phase)
+        if isinstance(event, Trained):
+            img_per_s = event.img_per_s
+        display.on_event(event)
+
+    from launch.cluster.training import run
+
+    run(prepared, on_event)
+    return img_per_s
+
+
+def _print_end(
+    console: Console, run_dir: Path, lines: list[tuple[str, str]], tracker: Tracker, display: Display
+) -> None:
+    """Prints the summary, and warnings of what the run has borne."""
+    console.rule("done")
+    for name, text in lines:
+        console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
+    if display.skipped:
+        console.print(
+            f"warning: {len(display.skipped)} damaged training pictures were replaced by others; they are named in "
+            f"{run_dir / 'logs'}",
+            style="yellow",
+            soft_wrap=True,
+        )
+    if tracker.unsent:
+        console.print(
+            f"warning: {tracker.unsent} records did not reach {shown(tracker.uri)}; they are in "
+            f"{tracker.journal.file}, and `densenet runs sync {run_dir}` sends them",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _summary(
+    prepared: Prepared,
+    stores: Stores,
+    best: Path,
+    registered: Registered | None,
+    img_per_s: float | None,
+    clock: Clock,
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The run in a few named lines: results and where things are, and the two commands that come next."""
+    newest = checkpoint.checkpoints(checkpoint_root(prepared.run_dir))[-1]
+    state = read_state(newest)
+    program = shlex.quote(sys.argv[0]) if shutil.which("densenet") is None else "densenet"
+    picture = "IMAGE"
+    if not prepared.val_index.in_shards:
+        file = prepared.val_index.path(0)
+        picture = shlex.quote(min(str(file), os.path.relpath(file), key=len))
+    results = [
+        (
+            when,
+            f"{accuracy(EvalResult(**state[when]))}, {WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
+        )
+        for when in ("best", "last")
+    ]
+    results += [
+        ("evaluated as", prepared.config.eval.description),
+        ("speed", "nothing was left to train" if img_per_s is None else f"{speed(img_per_s)} in training"),
+        ("time", str(clock)),
+        ("checkpoint", str(best)),
+    ]
+    commands = [("MLflow UI", f"{program} ui{stores.options()}")]
+    if registered is None:
+        return [*results, ("model", "not registered")], commands
+    where = f" in {shown(stores.registry)}" if stores.apart else ""
+    about = f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri}){where}"
+    results += [("model", about)]
+    commands += [
+        ("predict", f"{program} predict {shlex.quote(registered.uri)} {picture}{stores.options()}"),
+    ]
+    return results, commands

@@ -1,0 +1,95 @@
+"""A model quantised to int8, and what that costs and gains: calibrated and measured on a data set."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.data.dali import Loader
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.evaluation.labels import labels_of
+from pipeline.evaluation.probabilities import probabilities
+from pipeline.evaluation.scores import best_class
+from pipeline.export.formats import OnnxModel, to_int8, to_onnx
+from pipeline.model.card import ModelCard
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An ONNX file's hits among `total` pictures, its speed on this machine with one thread of decoding, its bytes."""
+
+    file: str
+    top1_correct: int
+    total: int
+    img_per_s: float
+    bytes: int
+
+    @property
+    def top1(self) -> float:
+        """`top1_correct` in percent of `total`."""
+        return 100 * self.top1_correct / self.total
+
+
+def quantise(
+    model: nn.Module, card: ModelCard, out: Path, calibration: DatasetIndex, index: DatasetIndex, images: int
+) -> tuple[Measured, Measured]:
+    """Writes `out/model.onnx` and `out/model.int8.onnx`; returns both, measured on all pictures of `index`.
+
+    The ranges of the latter are those over `images` pictures of `calibration`.
+
+    Raises:
+        DataError: the model does not know the classes of the data.
+        TrainingError: the logits of the plain file are not torch's.
+    """
+    labels_N = labels_of(index, card.classes)
+    plain = to_onnx(model, card, out)
+    quantised = to_int8(plain, out, _calibration(calibration, card, images))
+    return _measured(plain, card, index, labels_N), _measured(quantised, card, index, labels_N)
+
+
+def _measured(file: Path, card: ModelCard, index: DatasetIndex, labels_N: NDArray[np.int64]) -> Measured:
+    started = time.perf_counter()
+    given_NK, _ = probabilities(
+        OnnxModel(file),
+        index,
+        card.transform,
+        views=None,
+        device="cpu",
+        channels=card.in_chans,
+        threads=1,
+        batch_size=_BATCH,
+    )
+    hits = int((best_class(given_NK) == labels_N).sum())
+    img_per_s = len(index) / (time.perf_counter() - started)
+    return Measured(str(file), hits, len(index), img_per_s, file.stat().st_size)
+
+
+def _calibration(index: DatasetIndex, card: ModelCard, images: int) -> Callable[[], Iterator[NDArray[np.float32]]]:
+    """Batches of evenly spread images after the card's evaluation transform."""
+    rows_N = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).astype(np.int64))
+    subset, transform = index.subset(rows_N), card.transform
+
+    def batches() -> Iterator[NDArray[np.float32]]:
+        with Loader(
+            subset,
+            device="cpu",
+            device_id=None,
+            threads=1,
+            max_batch_size=_BATCH,
+            interpolation=transform.interpolation,
+            mean=transform.mean,
+            std=transform.std,
+            channels=card.in_chans,
+        ) as loader:
+            plan = EvalPlan(subset.widths_N, subset.heights_N, transform.resize, transform.crop)
+            for batch in loader.run(plan.batch(ids_B) for ids_B in eval_share(len(subset), 0, 1, _BATCH)):
+                yield batch.images_NCHW.numpy()
+
+    return batches

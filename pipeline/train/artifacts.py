@@ -1,0 +1,95 @@
+"""What a run leaves in its MLflow run besides its events: what it was made from, and what came of it."""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from pipeline.data.dataset import DatasetIndex
+from pipeline.data.staging import is_remote
+from pipeline.evaluation.tables import CONFUSION, read_confusion, write_csv
+from pipeline.files import write_text
+from pipeline.tracking.origin import origin_tags, write_origin
+from pipeline.tracking.plots import confusion_picture, curve, curves
+from pipeline.tracking.run import Tracker
+from pipeline.train.checkpoint import write_json
+from pipeline.train.deepspeed_config import deepspeed_config
+from pipeline.train.schedule import learning_rate
+from pipeline.train.setup import RunSetup
+
+SAMPLES = "samples.json"
+_PLOTTED = 1000
+_CURVES = {
+    "loss.png": ("loss", ("train/loss", "val/loss", "val_ema/loss")),
+    "accuracy.png": ("top-1 %", ("val/top1", "val_ema/top1")),
+}
+
+
+def begin(tracker: Tracker, setup: RunSetup) -> None:
+    """Records the config, what follows from it, data, code, versions and machine."""
+    config, derived, run_dir = setup.config, setup.derived, setup.run_dir
+    tracker.params(config.model_dump(mode="json") | {"derived": derived.model_dump(mode="json")})
+    tracker.tags(
+        origin_tags()
+        | {
+            "data.train.fingerprint": setup.train_index.fingerprint,
+            "data.val.fingerprint": setup.val_index.fingerprint,
+            "eval.transform": config.eval.description,
+        }
+    )
+    for context, split, index in (
+        ("training", config.data.train, setup.train_index),
+        ("validation", config.data.val, setup.val_index),
+    ):
+        name = f"{Path(str(config.data.root)).name}/{split}"
+        profile = {"images": len(index), "classes": len(index.classes), "bytes": index.total_bytes}
+        tracker.dataset(context, name, index.fingerprint, str(config.data.root), profile)
+    write_json(run_dir / "deepspeed.json", deepspeed_config(config, derived))
+    for file in (run_dir / "config.yaml", run_dir / "deepspeed.json", *write_origin(run_dir)):
+        tracker.attach(file)
+    stride = max(1, derived.total_steps // _PLOTTED)
+    samples = [step * derived.global_batch_size for step in range(0, derived.total_steps, stride)]
+    rates = [learning_rate(config.schedule, derived, seen) for seen in samples]
+    epochs = [seen / derived.train_samples for seen in samples]
+    _attach_picture(tracker, curve(epochs, rates, "epoch", "learning rate"), run_dir / "learning_rate.png")
+
+
+def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
+    """Records all metrics as a table, and pictures of losses, accuracies and the best evaluation's confusion matrix."""
+    run_dir = setup.run_dir
+    rows = [
+        (record["samples_seen"], record["time_ms"], key, value)
+        for record in tracker.journal.records()
+        if record["kind"] == "metrics"
+        for key, value in record["values"].items()
+    ]
+    write_csv(run_dir / "metrics.csv", ("samples_seen", "time_ms", "metric", "value"), rows)
+    tracker.attach(run_dir / "metrics.csv")
+    for file, (label, keys) in _CURVES.items():
+        lines = {
+            key: [(seen / setup.derived.train_samples, value) for seen, _, of, value in rows if of == key]
+            for key in keys
+        }
+        lines = {key: points for key, points in lines.items() if points}
+        _attach_picture(tracker, curves(lines, "epoch", label), run_dir / file)
+    if (run_dir / CONFUSION).is_file():
+        tracker.attach(run_dir / CONFUSION)
+        classes, matrix_KK = read_confusion((run_dir / CONFUSION).read_text(encoding="utf-8"))
+        _attach_picture(tracker, confusion_picture(classes, matrix_KK), run_dir / "confusion.png")
+
+
+def attach_samples(tracker: Tracker, setup: RunSetup, best: Path) -> None:
+    """Records the best model's answers to some pictures, where the driver's node sees them."""
+    index: DatasetIndex = setup.val_index
+    if is_remote(str(setup.config.data.root)):
+        return
+    from pipeline.evaluation.samples import sample_predictions  # torch, timm and DALI: not before the first step
+
+    file = setup.run_dir / SAMPLES
+    write_text(file, json.dumps(sample_predictions(best, index)))
+    tracker.attach(file)
+
+
+def _attach_picture(tracker: Tracker, figure: Figure, file: Path) -> None:
+    figure.savefig(file, dpi=120)
+    tracker.attach(file)

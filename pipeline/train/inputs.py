@@ -1,0 +1,107 @@
+"""What a rank reads: the plans of the data and the loaders that follow them."""
+
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from pipeline.config import Augment, Interpolation, RunConfig
+from pipeline.data.dali import Batch, Loader
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
+from pipeline.derived import Derived
+
+
+class Inputs:
+    """A rank's micro-batches of the training split, and the loader and plan of the evaluation split; close it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        derived: Derived,
+        train_index: DatasetIndex,
+        val_index: DatasetIndex,
+        device: torch.device,
+    ) -> None:
+        data = config.data
+        self._config, self._derived, self._device = config, derived, device
+        self.train_index = train_index
+        self.plan = TrainPlan(
+            seed=config.run.seed,
+            widths_N=train_index.widths_N,
+            heights_N=train_index.heights_N,
+            crop_area=data.crop_area,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+            files_N=train_index.files_N if data.shuffle == "windowed" else None,
+            window=data.window,
+            augment=config.augment,
+        )
+        self.eval_plan = EvalPlan(val_index.widths_N, val_index.heights_N, config.eval.resize, config.eval.crop)
+        self.loader = self._loader(
+            train_index,
+            derived.device_batch_size,
+            data.interpolation,
+            augment=config.augment,
+            skip_by=self.plan if data.on_corrupt == "skip" else None,
+        )
+        self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.interpolation)
+        self._told = 0  # of the skipped samples
+
+    def close(self) -> None:
+        """Ends both loaders."""
+        self.eval_loader.close()
+        self.loader.close()
+
+    def batches(self, first_step: int) -> Generator[Batch]:
+        """This rank's micro-batches from `first_step` to the end of the run."""
+        return self.loader.run(self._planned(first_step))
+
+    def pictures(self, step: int) -> list[str]:
+        """The pictures of this rank in a step, in words."""
+        positions = np.concatenate([self._positions(step, micro) for micro in range(self._derived.accumulation)])
+        return [self.train_index.describe(sample) for sample in self.plan.locate(positions)[1]]
+
+    def newly_skipped(self) -> Iterator[tuple[int, str]]:
+        """The damaged training pictures that were met and replaced since the last call, each with its fault."""
+        for sample in list(self.loader.skipped)[self._told :]:
+            self._told += 1
+            yield sample, self.loader.skipped[sample]
+
+    def _positions(self, step: int, micro: int) -> NDArray[np.int64]:
+        d = self._derived
+        return micro_batch(step, micro, dist.get_rank(), d.workers, d.device_batch_size, d.accumulation)
+
+    def _planned(self, first_step: int) -> Iterator[PlannedBatch]:
+        d = self._derived
+        for step in range(first_step, d.total_steps):
+            side = self._config.data.side_at(step * d.global_batch_size / d.train_samples)
+            for micro in range(d.accumulation):
+                yield self.plan.batch(self._positions(step, micro), side)
+
+    def _loader(
+        self,
+        index: DatasetIndex,
+        batch_size: int,
+        interpolation: Interpolation,
+        augment: Augment | None = None,
+        skip_by: TrainPlan | None = None,
+    ) -> Loader:
+        data, derived = self._config.data, self._derived
+        return Loader(
+            index,
+            device=derived.device,
+            device_id=self._device.index if derived.device == "cuda" else None,
+            threads=derived.cpus_per_worker if data.threads == "auto" else data.threads,
+            readers=data.readers,
+            max_batch_size=batch_size,
+            interpolation=interpolation,
+            mean=data.mean,
+            std=data.std,
+            augment=augment,
+            skip_by=skip_by,
+            channels=self._config.model.in_chans,
+            num_classes=derived.num_classes,
+        )

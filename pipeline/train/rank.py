@@ -1,0 +1,66 @@
+"""One rank's part of a run, from its newest checkpoint to the end, wherever the process was started."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from pipeline.config import RunConfig
+from pipeline.data.index import DatasetIndex
+from pipeline.derived import Derived
+from pipeline.model.sources import NO_SOURCES, Sources
+from pipeline.train.events import Report, Warned
+from pipeline.train.fitting import fitting
+from pipeline.train.inputs import Inputs
+from pipeline.train.state import newest_checkpoint
+from pipeline.train.trainer import Trainer
+from pipeline.train.watchdog import Watchdog
+
+
+def train_rank(
+    config: RunConfig,
+    derived: Derived,
+    train_index: DatasetIndex,
+    val_index: DatasetIndex,
+    *,
+    run_dir: Path,
+    device: torch.device,
+    report: Report,
+    sources: Sources = NO_SOURCES,
+    resume: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    should_save: Callable[[], bool] = lambda: False,
+    hang_timeout_s: float | None = None,
+) -> None:
+    """Trains in a process group that exists already; see `pipeline.train.trainer.Trainer`.
+
+    The run goes on from its own newest checkpoint that verifies, where it has any, else from `resume`. With
+    `hang_timeout_s` a process that has no batch for so long ends, after it has told where it is.
+
+    Raises:
+        UserError: what the user can mend.
+    """
+    torch.set_num_threads(derived.cpus_per_worker)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+    def warn(message: str) -> None:
+        report(Warned(message))
+
+    newest = newest_checkpoint(config, run_dir, warn)
+    with nullcontext() if hang_timeout_s is None else Watchdog(hang_timeout_s) as watchdog:
+        derived = fitting(config, derived, device, warn)
+        Trainer(
+            config,
+            derived,
+            Inputs(config, derived, train_index, val_index, device),
+            run_dir=run_dir,
+            device=device,
+            report=report,
+            sources=sources,
+            resume=newest or resume,
+            should_stop=should_stop,
+            should_save=should_save,
+            alive=watchdog.alive if watchdog is not None else lambda: None,
+        ).fit()

@@ -1,0 +1,162 @@
+"""Bad input at the command line: one short message that says what to do, exit code 2, and nothing started."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+DEMO = str(CONFIGS / "demo.yaml")
+
+
+@pytest.fixture
+def refused(densenet) -> Callable[..., str]:
+    """Like `densenet`, for calls that must be refused before anything is started; returns the message."""
+
+    def run(*arguments: str) -> str:
+        code, printed = densenet(*arguments)
+        assert code == 2, printed
+        assert "error: " in printed
+        assert "Traceback" not in printed
+        assert len(printed.splitlines()) <= 24, "more than a screen"
+        assert not ray.is_initialized()
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A sound set of 8 + 4 pictures in two classes."""
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((40, 40, 3), 20 * i, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / split / name / f"{i}.jpg")
+    return tmp_path / "set"
+
+
+def train(pictures: Path, *overrides: str) -> list[str]:
+    output = f"run.output={pictures.parent / 'out'}"
+    return ["train", DEMO, f"data.root={pictures}", "train.global_batch_size=4", output, *overrides]
+
+
+def test_a_missing_folder(refused, pictures):
+    assert "is not a folder: give one that holds" in refused(*train(pictures / "gone"))
+    assert "data.root is not set" in refused("plan", str(CONFIGS / "densenet121.yaml"))
+
+
+def test_an_empty_class_folder(refused, pictures):
+    (pictures / "train" / "eel").mkdir()
+    assert "class folders without files: eel" in refused(*train(pictures))
+
+
+def test_one_class_and_images_with_their_labels_in_a_file(refused, pictures):
+    for split in ("train", "val"):
+        (pictures / split / "cat").rename(pictures / split / "images")
+        shutil.rmtree(pictures / split / "dog")
+    (pictures / "labels.csv").write_text("file,label\n0.jpg,cat\n1.jpg,dog\n")
+    message = refused(*train(pictures))
+    assert "train has only one class, images" in message
+    assert "labels.csv may hold them" in message
+
+
+def test_a_fifo_and_a_link_that_leads_nowhere_in_a_class_folder(refused, pictures):
+    os.mkfifo(pictures / "train" / "cat" / "fifo.jpg")
+    (pictures / "train" / "cat" / "lost.jpg").symlink_to("gone.jpg")
+    message = refused(*train(pictures))
+    assert "train/cat/fifo.jpg: is a FIFO, not a file" in message
+    assert "train/cat/lost.jpg: is a link that leads nowhere, to gone.jpg" in message
+
+
+def test_a_val_class_that_train_lacks(refused, pictures):
+    (pictures / "val" / "dog").rename(pictures / "val" / "eel")
+    assert "classes that the training split lacks: eel" in refused(*train(pictures))
+
+
+def test_a_file_that_is_no_image_and_one_cut_short(refused, pictures):
+    (pictures / "train" / "cat" / "notes.txt").write_text("feed the cat")
+    whole = (pictures / "val" / "cat" / "0.jpg").read_bytes()
+    assert "cat/notes.txt: is not an image" in refused(*train(pictures))
+    (pictures / "train" / "cat" / "notes.txt").unlink()
+    (pictures / "val" / "cat" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    assert "cat/0.jpg: is a JPEG that is cut short" in refused(*train(pictures))
+
+
+def test_a_typo_and_a_value_of_the_wrong_type(refused, pictures):
+    assert "did you mean 'optim.lr'?" in refused(*train(pictures, "optim.lrr=1"))
+    assert "must be a valid number" in refused(*train(pictures, "optim.lr=fast"))
+    assert "Did you mean 'densenet121'?" in refused(*train(pictures, "model.name=densenet12"))
+
+
+def test_weights_and_teachers_that_do_not_fit(refused, pictures, tmp_path):
+    file = tmp_path / "other.safetensors"
+    save_file({"features.conv0.weight": torch.zeros(8, 3, 7, 7)}, file)
+    message = refused(*train(pictures, f"model.weights={file}"))
+    assert "features.conv0.weight [8, 3, 7, 7] for [24, 3, 7, 7]" in message
+    assert "model.weights=/nowhere is no model" in refused(*train(pictures, "model.weights=/nowhere"))
+    assert "is a file of weights alone" in refused(*train(pictures, f"loss.teacher={file}"))
+    assert "no model named 'big' in" in refused(*train(pictures, "loss.teacher=models:/big@champion"))
+
+
+def test_more_epochs_of_schedule_than_of_training(refused, pictures):
+    message = refused("plan", str(CONFIGS / "densenet121.yaml"), f"data.root={pictures}", "train.epochs=20")
+    assert "schedule.milestones=[30.0, 60.0] must lie before train.epochs=20" in message
+    message = refused(*train(pictures, "model.num_classes=1"))
+    assert "model.num_classes=1 is less than the 2 classes in data.root" in message
+
+
+def test_a_dashboard_port_in_use(refused, pictures):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = refused(*train(pictures, f"cluster.dashboard_port={port}"))
+        assert f"cluster.dashboard_port={port} cannot be used on 127.0.0.1: Address already in use" in message
+        assert f"--port={port} cannot be used" in refused("ui", "--port", str(port))
+
+
+def test_an_output_folder_that_cannot_be_written(refused, pictures):
+    assert "run.output=/proc/runs cannot be written" in refused(*train(pictures, "run.output=/proc/runs"))
+    file = pictures.parent / "file"
+    file.touch()
+    assert f"run.output={file} cannot be written" in refused(*train(pictures, f"run.output={file}"))
+
+
+def test_batches_and_workers_that_do_not_fit(refused, pictures):
+    assert "cannot be divided among 3 workers" in refused(*train(pictures, "cluster.workers=3"))
+    assert "more than the 8 training images" in refused(*train(pictures, "train.global_batch_size=16"))
+    assert "device=cuda needs GPUs" in refused(*train(pictures, "device=cuda"))
+
+
+def test_an_address_where_no_cluster_answers(refused, pictures):
+    message = refused(*train(pictures), "--address", "127.0.0.1:9")
+    assert "nothing answers at the Ray address 127.0.0.1:9" in message
+
+
+def test_a_tracking_server_that_does_not_answer(refused, pictures):
+    message = refused(*train(pictures, "tracking.uri=http://127.0.0.1:9"))
+    assert "no MLflow store answers at http://127.0.0.1:9" in message
+
+
+def test_more_cores_than_there_are_is_a_warning_with_an_embedded_ray(densenet, pictures):
+    code, printed = densenet("plan", *train(pictures, "cluster.workers=4", "cluster.cpus_per_worker=64")[1:])
+    assert code == 0
+    assert "warning: 4 workers with 64 CPU cores each need 256" in printed
+    assert "global batch 4 = 1 per device x 1 accumulated x 4 workers" in printed
+
+
+def test_unknown_options_and_commands_are_explained(densenet):
+    code, printed = densenet("trian")
+    assert code == 2
+    assert "No such command 'trian'" in printed
+    assert "Did you mean" in printed

@@ -1,0 +1,106 @@
+"""`densenet data` as a user meets it."""
+
+import json
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.data import made_up
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.mark.slow
+def test_from_archives_to_a_verified_and_described_set(shell, tmp_path):
+    made_up.write_ilsvrc(tmp_path / "source", made_up.pictures())
+    root = tmp_path / "set"
+    done = shell("densenet", "data", "prepare", str(tmp_path / "source"), str(root))
+    assert done.returncode == 0, done.stdout
+    assert "train 32 pictures" in done.stdout
+    assert "3 classes; 3 pictures encoded anew" in done.stdout
+    assert "is complete already" in shell("densenet", "data", "prepare", str(tmp_path / "source"), str(root)).stdout
+    report = tmp_path / "report.json"
+    done = shell("densenet", "data", "verify", str(root), "--json", str(report))
+    assert done.returncode == 0, done.stdout
+    assert "no damage" in done.stdout
+    assert json.loads(report.read_text())["splits"]["train"]["samples"] == 32
+    done = shell("densenet", "data", "stats", str(root), "--plot", str(tmp_path / "plot.png"))
+    assert done.returncode == 0, done.stdout
+    assert "train: 32 pictures" in done.stdout and "8 to 16 per class" in done.stdout
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.format == "PNG"
+    shard = root / "train" / "train-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[1500] ^= 0xFF
+    shard.write_bytes(content)
+    done = shell("densenet", "data", "verify", str(root), "--json", str(report))
+    assert done.returncode == 1
+    assert "checksum: 1" in done.stdout and "damaged: " in done.stdout
+    assert json.loads(report.read_text())["damaged"] is True
+
+
+@pytest.mark.slow
+def test_class_folders_are_indexed_in_place(shell, tmp_path):
+    made_up.write_folders(tmp_path / "set", made_up.pictures())
+    (tmp_path / "set" / "test").mkdir()
+    told = "left out: 1 folders beside the data: test"
+    assert told in shell("densenet", "data", "verify", str(tmp_path / "set")).stdout
+    assert told in shell("densenet", "data", "prepare", str(tmp_path / "set"), str(tmp_path / "made")).stdout
+    plot = str(tmp_path / "plot.png")
+    assert told in shell("densenet", "data", "stats", str(tmp_path / "set"), "--plot", plot).stdout
+    done = shell("densenet", "data", "index", str(tmp_path / "set"))
+    assert done.returncode == 0, done.stdout
+    assert told in done.stdout
+    assert f"can be trained on: data.root={tmp_path / 'set'}" in done.stdout
+    assert (tmp_path / "set" / "dataset.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prepare", "/gone", "/tmp/x"), "error: /gone is not a folder"),
+        (("prepare", "/proc", "{tmp}/x", "--to", "zip"), "error: --to=zip is not known: use shards or folders"),
+        (("prepare", "{tmp}", "{tmp}/x", "--share", "8/8"), "error: --share=8/8 is not known: use K/N with K from 0"),
+        (("prepare", "{tmp}", "/proc/x", "--layout", "folders"), "error: /proc/x"),
+        (("verify", "{tmp}"), "is in no layout that is known; in it: nothing"),
+        (("stats", "{tmp}", "--layout", "nope"), "layout 'nope' is not known"),
+        (("index", "{tmp}"), "is in no layout that is known"),
+    ],
+)
+def test_bad_input_is_told_in_words(arguments, message, shell, tmp_path):
+    done = shell("densenet", "data", *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert done.returncode == 2, done.stdout
+    assert message in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_preparation_and_its_processes_and_the_next_start_goes_on(shell, tmp_path):
+    tree = made_up.pictures()
+    for i in range(300):
+        tree["train"]["n01440764"][f"more_{i}.JPEG"] = made_up.encoded(made_up.picture(i % 7, (1200, 900)))
+    made_up.write_ilsvrc(tmp_path / "source", tree)
+    command = ["data", "prepare", str(tmp_path / "source"), str(tmp_path / "set")]
+    options = ["--shorter-side", "600", "--shard-size", "0.4", "--workers", "2"]
+    with subprocess.Popen(
+        [str(BIN / "densenet"), *command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    ) as process:
+        while not list((tmp_path / "set").glob("train/*.tar")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate()  # which returns when the workers, who share the pipe, have ended
+    assert process.returncode == 130, output
+    told = output.splitlines()  # on a busy machine lines of progress come before
+    assert told[-1] == "interrupted: what is finished is kept; the same command goes on from there"
+    done = shell("densenet", *command, *options)
+    assert done.returncode == 0, done.stdout
+    assert "of them by an earlier start" in done.stdout

@@ -1,0 +1,93 @@
+"""Shell manners: help that fits and groups, examples that parse, JSON for scripts."""
+
+import json
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import typer
+
+from launch import cli
+from launch.cli import GROUPS, app, names
+from tests.conftest import PROJECT
+
+DEMO = PROJECT / "configs" / "demo.yaml"
+ROOT = typer.main.get_command(app)
+
+
+def commands(group: typer.core.TyperGroup = ROOT, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all commands."""
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def test_every_command_is_in_a_group_and_the_help_fits_a_screen(densenet):
+    assert sorted(name for group in GROUPS for name in names(group)) == sorted(ROOT.commands)
+    code, printed = densenet("--help")
+    assert code == 0
+    assert len(printed.splitlines()) <= 40
+    assert "..." not in printed.partition("Data and plan")[2], "a line is cut short"
+    assert "Exit codes: 0 done, 1 training failed, 2 bad input" in printed
+
+
+def test_every_module_of_the_command_line_has_an_app_and_is_in_a_group():
+    modules = {module.name for module in pkgutil.iter_modules(cli.__path__)} - {"__main__", "common"}
+    assert modules == {module.__name__.rpartition(".")[2] for group in GROUPS.values() for module in group}
+
+
+@pytest.mark.parametrize("path", list(commands()), ids=" ".join)
+def test_every_command_has_an_example_that_parses(path):
+    group = ROOT
+    for name in path:
+        command = group.commands[name]
+        group = command
+    (example,) = re.findall(r"Example: (densenet .*)$", command.help or "", re.MULTILINE)
+    words = shlex.split(example)[1:]
+    assert tuple(words[: len(path)]) == path
+    command.make_context(path[-1], words[len(path) :])
+
+
+def test_verbose_tells_what_lies_behind_an_error(shell):
+    for more in ([], ["--verbose"]):
+        done = shell("densenet", *more, "plan", "missing.yaml")
+        assert done.returncode == 2
+        assert "error: " in done.stdout
+        assert ("in load_config" in done.stdout) == bool(more)
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(densenet, monkeypatch):
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.run.plan.plan", interrupted)
+    assert densenet("plan", DEMO) == (130, "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch is asked for its CUDA devices")
+def test_a_plan_imports_nothing_that_takes_seconds(tmp_path):
+    program = "import sys; from launch.cli import app\n"
+    program += "app(sys.argv[1:], standalone_mode=False); print(*sys.modules, file=sys.stderr)"
+    words = ["plan", str(DEMO), f"run.output={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "timm", "nvidia.dali", "ray", "mlflow", "deepspeed"} & set(done.stderr.split())
+
+
+def test_a_plan_as_json_is_the_whole_plan(densenet, tmp_path):
+    code, printed = densenet("plan", DEMO, f"run.output={tmp_path}", "run.name=x", "--json")
+    assert code == 0
+    plan = json.loads(printed)
+    assert plan["config"]["run"]["name"] == "x"
+    d = plan["derived"]
+    assert d["device_batch_size"] * d["accumulation"] * d["workers"] == plan["config"]["train"]["global_batch_size"]
+    assert plan["start"] == "random, from seed 0"
+    code, printed = densenet("plan", DEMO, "--cluster", "1x1xH100", "--json")
+    assert (code, "leave one out" in printed) == (2, True)

@@ -1,0 +1,151 @@
+"""What KubeRay and Kueue do to a job, done to processes: the manifests' own commands, in a clean environment."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from mlflow.tracking import MlflowClient
+
+from launch.cluster.net import free_port
+from launch.kubernetes.kubectl import kustomize
+from launch.kubernetes.manifests import K8S
+from tests.conftest import BIN
+from tests.launch.cluster.test_cluster import alive
+from tests.launch.conftest import PATIENCE_S, Cluster, wait_until
+from tests.servers import postgres
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+CLEAN = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": "/tmp"}  # what the image has
+
+
+class Job:
+    """A RayJob of the overlay `local-cpu`: its pods are Ray nodes, its entrypoint is submitted as KubeRay does."""
+
+    def __init__(self, folder: Path, shell: Callable[..., Any]) -> None:
+        self._shell, self.runs, self._tries = shell, folder / "runs", 0
+        documents = kustomize(K8S / "overlays" / "local-cpu")
+        (spec,) = [document["spec"] for document in documents if document["kind"] == "RayJob"]
+        (config,) = [document["data"]["train.yaml"] for document in documents if document["kind"] == "ConfigMap"]
+        file = folder / "train.yaml"
+        longer = {"train": yaml.safe_load(config)["train"] | {"epochs": 90, "log_every_steps": 5}}
+        file.write_text(yaml.safe_dump(yaml.safe_load(config.replace("/runs", str(self.runs))) | longer))
+        self.entrypoint = shlex.split(spec["entrypoint"].replace("/etc/densenet/train.yaml", str(file)))
+        cluster = spec["rayClusterSpec"]
+        self._head_cpus = int(cluster["headGroupSpec"]["rayStartParams"]["num-cpus"])
+        (group,) = cluster["workerGroupSpecs"]
+        (container,) = group["template"]["spec"]["containers"]
+        self._worker_cpus = int(container["resources"]["limits"]["cpu"])
+        self._hook = container["lifecycle"]["preStop"]["exec"]["command"]
+
+    def start(self) -> None:
+        """A cluster of the job's own, and the entrypoint on it: the first start, a retry, or after a suspension."""
+        self._tries += 1
+        self.cluster = Cluster(cpus=self._head_cpus)
+        self.cluster.add_node(cpus=self._worker_cpus)
+        self.id = f"training-{self._tries}"
+        options = ["--address", self.cluster.dashboard, "--no-wait", "--submission-id", self.id]
+        done = self._shell("ray", "job", "submit", *options, "--", *self.entrypoint, env=self.cluster.env)
+        assert done.returncode == 0, done.stdout
+
+    def delete_worker(self) -> str:
+        """As the kubelet does: the hook, SIGTERM, and what is left is killed; then KubeRay makes another pod."""
+        (node,) = [node for node, _, is_head in alive(self.cluster, self._shell) if not is_head]
+        hook = [word.replace("/runs", str(self.runs)) for word in self._hook[1:]]
+        env = self.cluster.env | {"RAY_ADDRESS": self.cluster.address}
+        left = self._shell("python", *hook, "--node-id", node, env=env)
+        number = len(self.cluster.nodes) - 1
+        self.cluster.nodes[number].terminate()
+        try:
+            self.cluster.nodes[number].wait(30)
+        except subprocess.TimeoutExpired:
+            self.cluster.kill_node(number)
+        self.cluster.add_node(cpus=self._worker_cpus)
+        return left.stdout
+
+    def output(self) -> str:
+        return self._shell(
+            "ray", "job", "logs", "--address", self.cluster.dashboard, self.id, env=self.cluster.env
+        ).stdout
+
+    def wait_for(self, text: str, patience_s: float = PATIENCE_S) -> None:
+        def look() -> bool:
+            printed = self.output()
+            assert "training failed" not in printed, printed
+            return text in printed
+
+        wait_until(look, self.output, patience_s)
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.runs.glob("demo/checkpoints/samples-*/manifest.json"))
+
+
+@pytest.mark.timeout(2400)
+def test_a_job_over_a_deleted_worker_a_lost_head_and_a_suspension(shell, tmp_path):
+    job = Job(tmp_path, shell)
+    job.start()
+    try:
+        wait_until(job.checkpoints, job.output, PATIENCE_S)
+        left = job.delete_worker()
+        assert re.search(r"^the checkpoint .*/samples-\d+ is written$", left, re.MULTILINE), left
+        job.wait_for("resumed at")
+
+        job.cluster.kill_node(0)  # the head: KubeRay ends the cluster and retries with a new one
+        job.cluster.close()
+        job.start()
+        job.wait_for("resumed at")
+
+        job.cluster.close()  # Kueue suspends the job: all of its pods go
+        job.start()
+        job.wait_for("resumed at")
+        job.wait_for("models:/densenet_tiny@candidate", patience_s=900)
+    finally:
+        job.cluster.close()
+    client = MlflowClient(f"sqlite:///{job.runs}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "densenet"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    restarts = [run.data.tags[key] for key in sorted(run.data.tags) if key.startswith("restart.")]
+    assert len(restarts) >= 3, restarts
+    assert sum("the driver was started again" in text for text in restarts) == 2, restarts
+
+
+def test_the_tracking_servers_commands_run_on_an_empty_database(tmp_path):
+    """The commands of `k8s/mlflow` as they are, on other ports: tables, server, and the names that it answers to."""
+    (deployment,) = [d for d in kustomize(K8S / "mlflow") if d["kind"] == "Deployment"]
+    pod = deployment["spec"]["template"]["spec"]
+    (migrate,), (server,) = pod["initContainers"], pod["containers"]
+    port = free_port()
+    with postgres(tmp_path) as backend:
+        env = CLEAN | {"BACKEND_STORE_URI": backend, "ARTIFACTS_DESTINATION": str(tmp_path / "artifacts")}
+        done = subprocess.run(migrate["command"], env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        command = [
+            part.replace("--host 0.0.0.0 --port 5000", f"--host 127.0.0.1 --port {port}") for part in server["command"]
+        ]
+        with (tmp_path / "server.log").open("w") as log:
+            started = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+        address = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            assert started.poll() is None, (tmp_path / "server.log").read_text()
+            try:
+                return requests.get(f"{address}/health", headers={"Host": "10.1.2.3:5000"}, timeout=5).ok
+            except requests.ConnectionError:
+                return False
+
+        try:
+            wait_until(answers, lambda: (tmp_path / "server.log").read_text(), PATIENCE_S)
+            for host, status in (("mlflow:5000", 200), ("mlflow.densenet.svc:5000", 200), ("evil.example", 403)):
+                asked = requests.get(
+                    f"{address}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": host}, timeout=30
+                )
+                assert asked.status_code == status, (host, asked.text)
+        finally:
+            subprocess.run(["kill", "-9", "--", f"-{started.pid}"], check=True)
+            started.wait()

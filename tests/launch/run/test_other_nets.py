@@ -1,0 +1,40 @@
+"""Nets of timm that are no DenseNets: trained, gone on with, evaluated, exported and used as DenseNets are."""
+
+import json
+
+import pytest
+
+from pipeline.model.card import ModelCard
+from pipeline.train.checkpoint import checkpoint_root, checkpoints
+
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(2400)]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "rdnet_tiny"])
+def test_they_train_the_demo_go_on_and_predict(name, shell, densenet, tmp_path):
+    output = tmp_path / "outputs"
+    options = [f"model.name={name}", "optim.lr=0.01", "schedule.warmup_epochs=0", "cluster.workers=1"]
+    options.append(f"run.output={output}")
+    done = shell("densenet", "train", "demo", *options, "train.epochs=0.08", "run.name=first")
+    assert f"{name} version 1, alias candidate" in done.stdout, done.stdout
+    first = checkpoints(checkpoint_root(output / "first"))[-1]
+    assert ModelCard.read(first).architecture == {"timm": name}
+
+    done = shell("densenet", "train", "demo", *options, "train.epochs=0.12", "run.name=second", "--resume", str(first))
+    assert done.returncode == 0, done.stdout
+    assert "step 3/3" in done.stdout
+    second = checkpoints(checkpoint_root(output / "second"))[-1]
+    measured = ModelCard.read(second).metrics
+    assert measured is not None
+
+    digits = output / "data" / "digits"
+    code, told = densenet("eval", second, "--data", digits, "--json")
+    assert code == 0, told
+    scores = json.loads(told)["scores"]["plain"]
+    assert [scores["top1_correct"], scores["total"]] == [measured["top1_correct"], measured["total"]]
+
+    code, told = densenet("predict", f"models:/{name}@candidate", min(digits.glob("val/3/*.jpg")), "--json")
+    assert code == 0, told
+    code, told = densenet("export", second, "--to", "timm", "--out", "exported")
+    assert code == 0, told
+    assert json.loads((tmp_path / "exported" / "timm" / "config.json").read_text())["architecture"] == name
