@@ -143,7 +143,8 @@ def _device(config: RunConfig) -> Device:
 
 def _tracking_asked(config: RunConfig) -> bool:
     variables = any(os.environ.get(name) for name in (TRACKING_VARIABLE, REGISTRY_VARIABLE))
-    return variables or config.tracking.uri is not None or config.tracking.registry_uri is not None
+    tracking = config.tracking
+    return variables or tracking.uri is not None or tracking.registry_uri is not None or bool(tracking.also)
 
 
 def _tracked(setup: RunSetup, warn: Callable[[str], None]) -> "AbstractContextManager[TrackedRun]":
@@ -151,8 +152,8 @@ def _tracked(setup: RunSetup, warn: Callable[[str], None]) -> "AbstractContextMa
         from pipeline.export.tracked import tracked  # MLflow need not be there where it is not asked for
     except ModuleNotFoundError as error:
         raise UserError(
-            f"tracking.uri, tracking.registry_uri or their variables name a store, which needs the package "
-            f"{error.name}, that is not installed: pip install mlflow, or leave them out."
+            f"tracking.uri, tracking.registry_uri, their variables or tracking.also ask for records, which needs the "
+            f"package {error.name}, that is not installed: pip install mlflow, or leave them out."
         ) from error
     return tracked(setup, warn)
 

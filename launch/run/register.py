@@ -10,7 +10,8 @@ from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.export.package import Registered
 from pipeline.export.registration import not_a_candidate, send_and_register
-from pipeline.tracking.run import STATE, Tracker
+from pipeline.tracking.mlflow_sink import STATE
+from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import wait_for
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Stores, shown, stores_of
 from pipeline.train import checkpoint

@@ -6,13 +6,13 @@ from pathlib import Path
 from pipeline.seams import DATA_SOURCES, is_made
 
 
-def make_data(root: str | None, output: Path) -> str | None:
+def make_data(root: str, output: Path) -> str:
     """The folder of a data set that is made, in `output/data`; any other root as it is.
 
     Raises:
         DataError: the source refuses what stands behind its name.
     """
-    if root is None or not is_made(root):
+    if not is_made(root):
         return root
     source, _, rest = root.partition("://")
     name = source if not rest else f"{source}-{hashlib.sha256(rest.encode()).hexdigest()[:16]}"

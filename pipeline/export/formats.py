@@ -102,15 +102,14 @@ def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
         UserError: plain timm has no such net.
         TrainingError: its logits are not those of torch.
     """
-    place, transform = out / "timm", card.transform
+    place = out / "timm"
+    transform = card.transform
     if card.small_stem:
         raise UserError(f"timm has no net with the stem of {card.name}: export it as onnx or torch.")
-    arguments = dict(card.architecture)
+    arguments: dict[str, Any] = dict(card.architecture)
     name = arguments.pop("timm", _DENSENET)
     if "module" in arguments:
-        raise UserError(
-            f"plain timm has no net {name}, {arguments['module']} registers it: export it as onnx or torch."
-        )
+        raise UserError(f"timm itself has no net {name}, {arguments['module']} has: export it as onnx or torch.")
     place.mkdir(parents=True, exist_ok=True)
     names: Any = model.pretrained_cfg
     config = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from timm.models import DenseNet
+from torch import nn
 
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
@@ -38,7 +38,7 @@ class Measured:
 
 
 def quantise(
-    model: DenseNet, card: ModelCard, out: Path, calibration: DatasetIndex, index: DatasetIndex, images: int
+    model: nn.Module, card: ModelCard, out: Path, calibration: DatasetIndex, index: DatasetIndex, images: int
 ) -> tuple[Measured, Measured]:
     """Writes `out/model.onnx` and `out/model.int8.onnx`; returns both, measured on all pictures of `index`.
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm.models import DenseNet
+from torch import nn
 
 from pipeline.config import Interpolation
 from pipeline.data.dataset import open_split
@@ -97,7 +97,7 @@ class TrainedModel:
         return self._folder if self._folder.is_file() else self._folder / self.card.weights
 
     @cached_property
-    def module(self) -> DenseNet:
+    def module(self) -> nn.Module:
         """The torch module, in evaluation mode: images [N, C, H, W] after the card's transform to logits [N, K]."""
         if not self._folder.is_file():
             return load_model(self._folder)

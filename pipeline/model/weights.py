@@ -94,25 +94,25 @@ def load_weights(model: nn.Module, place: Path) -> Loaded:
 def load_model(folder: Path) -> nn.Module:
     """The model of a checkpoint's or a registered model's folder, in evaluation mode."""
     card = ModelCard.read(folder)
-    import_net(card.architecture, folder)
+    import_net(card, folder)
     model = create(card.model, card.num_classes)
     load_weights(model, folder)
     return model.eval()
 
 
-def import_net(architecture: dict[str, Any], folder: Path) -> None:
+def import_net(card: ModelCard, folder: Path) -> None:
     """Imports the module that a card names for its net, where plain timm has no such net.
 
     Raises:
         UserError: it cannot be imported.
     """
-    module = architecture.get("module")
+    module = card.architecture.get("module")
     try:
         if module is not None:
             importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"the net of {folder}, {architecture['timm']}, comes from the module {module}, which cannot be imported "
+            f"the net of {folder}, {card.name}, comes from the module {module}, which cannot be imported "
             f"({error}): install it, or put its folder into PYTHONPATH."
         ) from error
 

@@ -15,7 +15,6 @@ from pipeline.files import write_text
 from pipeline.seams import TRACKERS, Sink
 from pipeline.tracking.database import Unreachable
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.mlflow_sink import STATE as STATE
 from pipeline.tracking.mlflow_sink import MlflowSink
 from pipeline.tracking.sender import Sender
 
