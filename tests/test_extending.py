@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from launch.cluster.submit import package
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 from pipeline.places import places
+from pipeline.seams import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS
 from tests.conftest import PROJECT
 
-NAME, NET = "plugin_of_the_page", "net_of_the_page"  # in a process each is imported once
+NAME, NET = "plugin_of_the_page", "net_of_the_page"
 CHOICES = {
     "model.name": "plain",
     "optim.name": "signum",
@@ -27,6 +29,16 @@ CHOICES = {
 }
 OPTIONS = [f"{key}={value}" for key, value in CHOICES.items()]
 OPTIONS += ["optim.lr=0.001", "schedule.warmup_epochs=0", "train.global_batch_size=16", "cluster.workers=1"]
+
+
+@pytest.fixture(autouse=True)
+def other_tests_have_no_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A plugin stays in the process that has imported it: here it goes with each test."""
+    for table in (OPTIMIZERS, SCHEDULES, AUGMENTATIONS, DATA_SOURCES, TRACKERS):
+        monkeypatch.setattr(table, "_known", dict(table._known))
+    yield
+    for name in (NAME, NET):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
