@@ -11,7 +11,9 @@ from PIL import Image
 from benchmarks import page
 from pipeline.config_file import describe
 from pipeline.data.tools.inspect import KINDS
+from pipeline.export.package import register
 from tests.data import made_up
+from tests.models import start_run, write_model
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text()
@@ -74,6 +76,20 @@ def test_kubernetes_commands_render(shell):
         done = shell(*words)
         assert done.returncode == 0, done.stdout
         assert "kind: RayJob" in done.stdout
+
+
+def test_the_api_page_runs(tmp_path, monkeypatch, one_rank):
+    """Its blocks, one after the other, with a small model in the place of the one that a training registers."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = write_model(tmp_path / "checkpoint", tuple("0123456789"))
+    with start_run(tmp_path / "outputs") as tracker:
+        names = {"name": "densenet_tiny", "alias": "candidate", "data_fingerprint": "f00d"}
+        register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)
+    blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "api.md").read_text(), re.DOTALL)
+    assert len(blocks) == 6
+    names = {}
+    for block in blocks:
+        exec(block, names)
 
 
 def test_data_commands_run(shell, tmp_path):

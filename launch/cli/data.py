@@ -56,11 +56,11 @@ def prepare(
     Example: densenet data prepare /downloads /data/imagenet
     """
     from launch.cli.common.data_report import pool, print_prepared
-    from pipeline.data.tools import prepare
+    from pipeline.data.tools.prepare import PrepareOptions, prepare
 
     if to not in ("shards", "folders"):
         raise UserError(f"--to={to} is not known: use shards or folders.")
-    options = prepare.PrepareOptions(
+    options = PrepareOptions(
         to=to,  # type: ignore[arg-type]
         seed=seed,
         shard_bytes=round(shard_size * 1e6),
@@ -73,7 +73,7 @@ def prepare(
     of = int(index), int(shares)
     started = time.perf_counter()
     with pool(console, workers) as processes:
-        done = prepare.prepare(source, target, options, processes, layout, skip_damaged, of, max_pixels)
+        done = prepare(source, target, options, processes, layout, skip_damaged, of, max_pixels)
     print_prepared(console, target, of, done, time.perf_counter() - started)
 
 

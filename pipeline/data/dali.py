@@ -5,7 +5,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -18,16 +17,14 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from pipeline.config import Augment, Device, Interpolation, Rgb
 from pipeline.data import batch_ops
 from pipeline.data.auto_augment import augmented
-from pipeline.data.images import NotAnImage, in_common, netpbm, quiet
 from pipeline.data.index import DatasetIndex
 from pipeline.data.philox import Ints
 from pipeline.data.plan import PlannedBatch, TrainPlan
+from pipeline.data.reading import ReadBatch, Reader
 from pipeline.data.resize import Resizer
-from pipeline.errors import DamagedSample, DataError, listed
+from pipeline.errors import DataError, listed
 
 _AHEAD = 2  # batches read ahead of DALI, which holds as many more
-_NOTHING = np.empty(0, np.uint8)
-_ODD = np.zeros(1, np.uint8)  # no image
 _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -49,10 +46,9 @@ class Loader:
     """Turns planned batches into pixels; use as a context manager, or close it.
 
     Reading runs ahead in threads of its own (`readers` of them; with 0 the planning thread reads) and DALI decodes
-    ahead in others, so the caller waits only when both are slower than it is. What DALI may decode to other pixels than
-    PIL is decoded by PIL in the reading threads. There is no state from one `run` to the next but which samples are
-    damaged, and which DALI has refused. With `skip_by`, the plan of the batches, damaged samples are replaced by others
-    that follow from the seed, the epoch and the sample alone, and are listed in `skipped`; without it they are errors.
+    ahead in others, so the caller waits only when both are slower than it is. There is no state from one `run` to the
+    next but which samples are damaged, and which DALI has refused. With `skip_by`, the plan of the batches, damaged
+    samples are replaced and listed in `skipped`, see `pipeline.data.reading`; without it they are errors.
     `num_classes` is the number of classes in the targets, the index's by default.
     """
 
@@ -76,14 +72,11 @@ class Loader:
         augment = augment or Augment()
         self.index = index
         self.device = torch.device(device) if device_id is None else torch.device(device, device_id)
-        self.skipped: dict[int, str] = {}
         self.channels = channels
-        self._skip_by = skip_by
-        self._by_pil: set[int] = set()
         self._labels_N = torch.from_numpy(index.labels_N)
         self._planner = ThreadPoolExecutor(1, "plan")
-        self._num_readers = max(1, readers)
-        self._readers = ThreadPoolExecutor(readers, "read") if readers else None
+        self._reader = Reader(index, readers, skip_by)
+        self.skipped = self._reader.skipped
         self._std = std
         self._augmented = partial(
             batch_ops.apply,
@@ -130,8 +123,7 @@ class Loader:
         self._closed = True
         self._current = None
         self._planner.shutdown(cancel_futures=True)
-        if self._readers is not None:
-            self._readers.shutdown(cancel_futures=True)
+        self._reader.close()
         if self._resizer is not None:
             self._resizer.close()
         self._pipeline = None
@@ -182,16 +174,16 @@ class Loader:
 
     def _recover(self, run: "_Run", error: RuntimeError) -> None:
         """After DALI met something that it cannot decode: goes on without it, or with PIL's pixels, or names it."""
-        damaged, refused = self._damaged(run), set()
+        damaged, refused = self._reader.damaged(run.samples()), set()
         if not damaged and "fn.decoders" in str(error):
             refused = self._refused(run)
-        if damaged and self._skip_by is None:
+        if damaged and not self._reader.replaces:
             raise DataError(
                 "damaged image files:\n  " + listed(list(damaged.values()), "\n  ") + "\nReplace or remove them."
             ) from error
         if damaged or refused:
-            self.skipped |= damaged
-            self._by_pil |= refused
+            self.skipped.update(damaged)
+            self._reader.by_pil |= refused
             run.again.extendleft(loaded.wanted for loaded in reversed(run.in_dali))
             run.in_dali.clear()
             self._pipeline = self._new_pipeline()
@@ -208,7 +200,7 @@ class Loader:
         """Those of the samples in DALI that it cannot decode by themselves, although PIL can."""
         found = set()
         for sample in run.samples():
-            if sample in self._by_pil:
+            if sample in self._reader.by_pil:
                 continue
             alone = _whole_pipeline(
                 self.index.read(sample), self._decoder, batch_size=1, num_threads=1, device_id=self._device_id
@@ -219,77 +211,13 @@ class Loader:
                 found.add(sample)
         return found
 
-    def _damaged(self, run: "_Run") -> dict[int, str]:
-        """Those of the samples in DALI that PIL cannot decode, and why."""
-        found = {}
-        with quiet():
-            for sample in run.samples():
-                size = int(self.index.widths_N[sample]), int(self.index.heights_N[sample])
-                try:
-                    netpbm(self.index.read(sample).tobytes(), *size)
-                except NotAnImage as error:
-                    found[sample] = f"{self.index.describe(sample)}: {error}"
-        return found
-
     def _load_next(self, run: "_Run") -> None:
         run.ahead.append(self._planner.submit(self._load, run.batches))
 
-    def _load(self, batches: Iterator[PlannedBatch]) -> "_Input | None":
+    def _load(self, batches: Iterator[PlannedBatch]) -> ReadBatch | None:
         """Plans and reads the next batch (in the planner's thread); None after the last one."""
         planned = next(batches, None)
-        return None if planned is None else self._read(planned)
-
-    def _read(self, planned: PlannedBatch) -> "_Input":
-        shares = [slice(i, None, self._num_readers) for i in range(self._num_readers)]
-        each = map if self._readers is None else self._readers.map
-        ids_B, encoded = planned.ids_B.copy(), [_NOTHING] * len(planned)
-        for share, read in zip(shares, each(partial(self._read_share, planned), shares), strict=True):
-            ids_B[share] = [sample for sample, _ in read]
-            encoded[share] = [content for _, content in read]
-        taken = planned
-        if self._skip_by is not None and (ids_B != planned.ids_B).any():
-            taken = self._skip_by.replaced(planned, ids_B)
-        return _Input(taken, planned, encoded)
-
-    def _read_share(self, planned: PlannedBatch, share: slice) -> list[tuple[int, NDArray[np.uint8]]]:
-        """One thread's share of a batch: the samples read, and what DALI is to decode."""
-        if self._skip_by is None:
-            return [(sample, self._encoded_or_odd(sample)) for sample in planned.ids_B[share].tolist()]
-        samples = zip(planned.epochs_B[share].tolist(), planned.ids_B[share].tolist(), strict=True)
-        return [self._read_or_replace(self._skip_by, epoch, sample) for epoch, sample in samples]
-
-    def _encoded(self, sample: int) -> NDArray[np.uint8]:
-        """A sample's bytes, or its pixels as PIL decodes them where DALI's might be others.
-
-        Raises:
-            DamagedSample: as the index's `read`.
-            NotAnImage: PIL cannot decode it.
-        """
-        content = self.index.read(sample)
-        if sample not in self._by_pil and in_common(content.data):
-            return content
-        size = int(self.index.widths_N[sample]), int(self.index.heights_N[sample])
-        return np.frombuffer(netpbm(content.tobytes(), *size), np.uint8)
-
-    def _encoded_or_odd(self, sample: int) -> NDArray[np.uint8]:
-        """`_encoded`, or what DALI refuses too, so that the fault is told when the batch is asked for."""
-        try:
-            return self._encoded(sample)
-        except NotAnImage:
-            return _ODD
-
-    def _read_or_replace(self, plan: TrainPlan, epoch: int, sample: int) -> tuple[int, NDArray[np.uint8]]:
-        """The sample, or the first sound one of those that take its place."""
-        for candidate in chain([sample], plan.replacements(epoch, sample)):
-            if candidate in self.skipped:
-                continue
-            try:
-                return candidate, self._encoded(candidate)
-            except DamagedSample as error:
-                self.skipped[candidate] = str(error)
-            except NotAnImage as error:
-                self.skipped[candidate] = f"{self.index.describe(candidate)}: {error}"
-        raise DataError(f"{self.skipped[sample]} All that were to take its place are damaged too.")
+        return None if planned is None else self._reader.read(planned)
 
     def _next_input(self) -> tuple[Any, ...]:
         """DALI's request for the next batch."""
@@ -297,7 +225,7 @@ class Loader:
         if run is None:
             raise StopIteration
         if run.again:
-            loaded: _Input | None = self._read(run.again.popleft())
+            loaded: ReadBatch | None = self._reader.read(run.again.popleft())
         elif not run.ahead:
             raise StopIteration
         else:
@@ -376,8 +304,8 @@ class _Run:
     """What is under way: the plan, batches that are being read, those that DALI holds, those that it must get again."""
 
     batches: Iterator[PlannedBatch]
-    ahead: "deque[Future[_Input | None]]" = field(default_factory=deque)
-    in_dali: "deque[_Input]" = field(default_factory=deque)
+    ahead: deque[Future[ReadBatch | None]] = field(default_factory=deque)
+    in_dali: deque[ReadBatch] = field(default_factory=deque)
     again: deque[PlannedBatch] = field(default_factory=deque)
 
     def samples(self) -> list[int]:
@@ -385,32 +313,7 @@ class _Run:
         return sorted({int(sample) for loaded in self.in_dali for sample in loaded.planned.ids_B})
 
 
-@dataclass(frozen=True)
-class _Input:
-    """A planned batch with the encoded bytes of its samples; `wanted` is the plan before damaged ones were replaced."""
-
-    planned: PlannedBatch
-    wanted: PlannedBatch
-    encoded: list[NDArray[np.uint8]]
-
-    def windows(self) -> tuple[Any, ...]:
-        """What decoding needs."""
-        return self.encoded, self.planned.window_starts_B2, self.planned.window_shapes_B2
-
-    def pixels(self) -> tuple[Any, ...]:
-        """What comes after it."""
-        p = self.planned
-        starts_B2, ends_B2 = p.regions()
-        side_B2 = np.full((len(p), 2), p.side, np.int32)
-        return starts_B2.astype(np.float32), ends_B2.astype(np.float32), side_B2, p.flips_B
-
-    def auto(self) -> tuple[Any, ...]:
-        """Which augmentations DALI is to apply, where it is to."""
-        planned = self.planned.augmentations.auto
-        return () if planned is None else (planned.ops_BM, planned.bins_BM, planned.signs_BM)
-
-
-_WINDOWS = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1)]  # types and dimensions of `_Input.windows`
+_WINDOWS = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1)]  # types and dimensions of `ReadBatch.windows`
 _PIXELS = [(types.FLOAT, 1), (types.FLOAT, 1), (types.INT32, 1), (types.INT32, 0)]
 _AUTO = [(types.INT32, 1)] * 3
 

@@ -38,5 +38,5 @@ def read_confusion(text: str) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a whole file of JSON."""
+    """Writes a whole JSON file."""
     write_text(file, json.dumps(content, indent=2) + "\n")

@@ -104,11 +104,10 @@ def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
         UserError: plain timm has no such net.
         TrainingError: its logits are not those of torch.
     """
-    place = out / "timm"
-    transform = card.transform
+    place, transform = out / "timm", card.transform
     if card.small_stem:
         raise UserError(f"timm has no net with the stem of {card.name}: export it as onnx or torch.")
-    arguments: dict[str, Any] = dict(card.architecture)
+    arguments = dict(card.architecture)
     name = arguments.pop("timm", _DENSENET)
     if "module" in arguments:
         raise UserError(f"timm itself has no net {name}, {arguments['module']} has: export it as onnx or torch.")

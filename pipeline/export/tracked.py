@@ -35,7 +35,7 @@ class TrackedRun:
 
     def attach_curves(self) -> None:
         """Records the run's curves."""
-        with _adornment(self._warn):
+        with _only_warns(self._warn):
             attach_curves(self.tracker, self._setup)
 
     def register(self) -> tuple[Path, Registered | None]:
@@ -48,7 +48,7 @@ class TrackedRun:
         fetch_best(config, run_dir, self._warn)
         self._recorder.checkpoints()
         best = best_checkpoint(run_dir)
-        with _adornment(self._warn):
+        with _only_warns(self._warn):
             attach_samples(self.tracker, self._setup, best)
         reason = not_a_candidate(best)
         if reason is not None:
@@ -69,13 +69,13 @@ def tracked(setup: RunSetup, warn: Callable[[str], None]) -> Iterator[TrackedRun
     check_registry(config, warn)
     with Tracker(config, run_dir, str(config.run.name), warn) as tracker:
         tracker.check_store(run_dir / PROBE)
-        with _adornment(warn):
+        with _only_warns(warn):
             begin(tracker, setup)
         yield TrackedRun(setup, tracker, warn)
 
 
 @contextmanager
-def _adornment(warn: Callable[[str], None]) -> Iterator[None]:
+def _only_warns(warn: Callable[[str], None]) -> Iterator[None]:
     """Makes what only adorns a run a warning where it fails."""
     try:
         yield

@@ -1,0 +1,29 @@
+"""The notebooks run from an empty folder, and what they keep is what they give."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import notebooks
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.ipynb"))
+
+
+def outputs(notebook: dict[str, Any], kind: str) -> list[Any]:
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return [[out for out in cell["outputs"] if out["output_type"] == kind] for cell in cells]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_a_notebook_runs_and_keeps_its_outputs(file, tmp_path, monkeypatch):
+    kept, ran = json.loads(file.read_text(encoding="utf-8")), json.loads(file.read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    notebooks.run(ran)
+    assert file.stat().st_size < 1_000_000
+    pictures = [len(found) for found in outputs(kept, "display_data")]
+    assert pictures == [len(found) for found in outputs(ran, "display_data")]
+    assert sum(pictures) > 0
+    assert all(bool(a) == bool(b) for a, b in zip(outputs(kept, "stream"), outputs(ran, "stream"), strict=True))
