@@ -152,8 +152,8 @@ def _tracked(setup: RunSetup, warn: Callable[[str], None]) -> "AbstractContextMa
         from pipeline.export.tracked import tracked  # MLflow need not be there where it is not asked for
     except ModuleNotFoundError as error:
         raise UserError(
-            f"tracking.uri, tracking.registry_uri, their variables or tracking.also ask for records, which needs the "
-            f"package {error.name}, that is not installed: pip install mlflow, or leave them out."
+            f"tracking.uri, tracking.registry_uri or their variables name a store, or tracking.also a tracker, which "
+            f"needs the package {error.name}, that is not installed: pip install mlflow, or leave them out."
         ) from error
     return tracked(setup, warn)
 
