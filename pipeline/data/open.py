@@ -49,7 +49,7 @@ def open_dataset(
 
 def data_folder(place: str | Path, cache: Path) -> Path:
     """The folder that a user means; data sets that are made (`digits://`) are written below `cache` first."""
-    return Path(str(make_data(str(place), cache))).expanduser()
+    return Path(make_data(str(place), cache)).expanduser()
 
 
 class Dataset:

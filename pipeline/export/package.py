@@ -164,7 +164,7 @@ def _log(
 
 def _net_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
     """The code of a net that neither timm nor this project has, which goes with the model; None where there is none."""
-    import_net(card.architecture, checkpoint)
+    import_net(card, checkpoint)
     module = card.architecture.get("module")
     if module is None:
         return None

@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, place: Path) -> Loaded:
 def load_model(folder: Path) -> nn.Module:
     """The model of a checkpoint's or a registered model's folder, in evaluation mode."""
     card = ModelCard.read(folder)
-    import_net(card.architecture, folder)
+    import_net(card, folder)
     model = create(card.model, card.num_classes)
     load_weights(model, folder)
     return model.eval()

@@ -60,13 +60,6 @@ def absolute(config: RunConfig, base: Path) -> RunConfig:
 
     return with_places(config, absolute_place)
 
-    def of_this_machine(mark: Place, place: str) -> str:
-        if is_address(place) or mark.kind == "store":  # these are made absolute where they are opened
-            return place
-        return str((base if mark.kind == "output" else Path.cwd()) / Path(place).expanduser())
-
-    return with_places(config, of_this_machine)
-
 
 def set_up(
     config: RunConfig,
@@ -87,8 +80,8 @@ def set_up(
         UserError: anything that would stop the run later and can be known now.
     """
     output, told = Path(config.run.output), list(warnings)
-    root = make_data(config.data.root, output)
-    if root != config.data.root:
+    if config.data.root is not None:
+        root = make_data(config.data.root, output)
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
     train_index, val_index = _open_data(config, output / "index", told.append)
     derived = derive(
