@@ -1,4 +1,4 @@
-"""What tests share: the command line, one-rank process groups, and worlds of several ranks."""
+"""What tests share: the command line, a small image set, one-rank process groups, and worlds of several ranks."""
 
 import multiprocessing
 import os
@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from hypothesis import settings
+from PIL import Image
 
+from pipeline.data.dataset import open_splits
+from pipeline.data.index import DatasetIndex
 from pipeline.train.group import process_group
 
 # Ranks are forked from a server that has imported the heavy packages once and has started no threads.
@@ -51,6 +55,25 @@ def cifar10() -> Path:
     if not folder.is_dir():
         pytest.skip("the CIFAR-10 pictures are not on this machine (../shared/data/cifar10-jpeg)")
     return folder
+
+
+@pytest.fixture
+def indexes(tmp_path: Path) -> Callable[..., tuple[DatasetIndex, DatasetIndex]]:
+    """`indexes(train=N, val=M, classes=K)`: pictures of 32 pixels whose brightness tells the class."""
+
+    def make(train: int = 40, val: int = 13, classes: int = 3) -> tuple[DatasetIndex, DatasetIndex]:
+        rng = np.random.default_rng(0)
+        for split, count in (("train", train), ("val", val)):
+            for i in range(count):
+                label = i % classes
+                file = tmp_path / "set" / split / f"class{label}" / f"{i:03d}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                light = 40 + 170 * label / (classes - 1)
+                pixels = np.clip(rng.normal(light, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(file, quality=95)
+        return open_splits(str(tmp_path / "set"), "train", "val", tmp_path / "cache")
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,7 @@ from PIL import Image
 from benchmarks import page
 from pipeline.config_file import describe
 from pipeline.data.tools.inspect import KINDS
-from pipeline.export.package import register
 from tests.data import made_up
-from tests.models import start_run, write_model
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text()
@@ -78,18 +77,16 @@ def test_kubernetes_commands_render(shell):
         assert "kind: RayJob" in done.stdout
 
 
-def test_the_api_page_runs(tmp_path, monkeypatch, one_rank):
-    """Its blocks, one after the other, with a small model in the place of the one that a training registers."""
-    monkeypatch.chdir(tmp_path)
-    checkpoint = write_model(tmp_path / "checkpoint", tuple("0123456789"))
-    with start_run(tmp_path / "outputs") as tracker:
-        names = {"name": "densenet_tiny", "alias": "candidate", "data_fingerprint": "f00d"}
-        register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)
+@pytest.mark.slow
+def test_the_api_page_runs(tmp_path):
+    """Its blocks, one after the other, in a process and a folder of their own."""
     blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "api.md").read_text(), re.DOTALL)
     assert len(blocks) == 6
-    names = {}
-    for block in blocks:
-        exec(block, names)
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"top-1 \d+/360 = ", done.stdout)
+    assert "train.epochs: must be greater than 0" in done.stdout
 
 
 def test_data_commands_run(shell, tmp_path):

@@ -18,7 +18,7 @@ def outputs(notebook: dict[str, Any], kind: str) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
-def test_a_notebook_runs_and_keeps_its_outputs(file, tmp_path, monkeypatch):
+def test_a_notebook_runs_and_keeps_its_outputs(file, tmp_path, monkeypatch, one_rank):
     kept, ran = json.loads(file.read_text(encoding="utf-8")), json.loads(file.read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
     notebooks.run(ran)

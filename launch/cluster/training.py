@@ -51,7 +51,7 @@ def run(prepared: Prepared, on_event: Report) -> None:
                 run_dir=run_dir,
                 train_index=ray.put(prepared.train_index),
                 val_index=ray.put(prepared.val_index),
-                code=code_version(prepared.config.run.plugins),
+                code=code_version(config.run.plugins),
                 hub=hub,
             )
         },

@@ -83,7 +83,7 @@ def _train(task: Task, report: Report) -> None:
     config, run_dir, derived, context = task.config, task.run_dir, task.derived, ray.train.get_context()
     if context.get_world_size() != derived.workers:
         derived = for_workers(derived, config, context.get_world_size())
-    _check_code(task.code, task.config.run.plugins)
+    _check_code(task.code, config.run.plugins)
     _check_output(config, run_dir)
     train_index, val_index = (_on_this_node(config, ray.get(index)) for index in (task.train_index, task.val_index))
     train_rank(
@@ -121,8 +121,8 @@ def _node() -> str:
 def _check_code(expected: str, plugins: Sequence[str]) -> None:
     if code_version(plugins) != expected:
         raise UserError(
-            f"{_node()} has other code in {Path(__file__).parents[2]} or of a plugin than the driver: "
-            f"bring all nodes to the same version, or submit the run as a job, which carries its code."
+            f"{_node()} has other code in {Path(__file__).parents[2]} or of a plugin than the driver: bring all "
+            f"nodes to the same version, or submit the run as a job, which carries its code."
         )
 
 

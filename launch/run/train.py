@@ -13,9 +13,9 @@ from launch.cluster.capacity import this_machine
 from launch.cluster.job_env import check_secrets
 from launch.cluster.net import check_port, cluster_address, free_port
 from launch.cluster.prepared import Prepared
+from launch.run.clock import Clock
 from launch.run.plan import print_plan, print_warnings
 from launch.run.prepare import prepare, read_config
-from launch.run.progress import Clock
 from launch.run.witness import witness
 from pipeline.config import RunConfig
 from pipeline.errors import UserError

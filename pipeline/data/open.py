@@ -48,7 +48,7 @@ def open_dataset(
 
 
 def data_folder(place: str | Path, cache: Path) -> Path:
-    """The folder that a user means; data sets that are made (`digits://`) are written below `cache` first."""
+    """The folder that a user means; the pictures of a data source (`digits://`) are made below `cache` first."""
     return Path(make_data(str(place), cache)).expanduser()
 
 

@@ -73,7 +73,6 @@ def to_onnx(model: nn.Module, card: ModelCard, out: Path) -> Path:
     proto = program.model_proto
     known = {"name": card.name, "classes": card.classes, "transform": asdict(card.transform)}
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
-    out.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as aside:
         onnx.save(proto, aside)
         _compare(card, model, OnnxModel(aside), "ONNX")
@@ -88,7 +87,6 @@ def to_torch(model: nn.Module, card: ModelCard, out: Path) -> Path:
     """
     file = out / "model.pt2"
     program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    out.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as aside:
         torch.export.save(program, aside)
         _compare(card, model, torch.export.load(aside).module(), "torch.export")
@@ -104,10 +102,11 @@ def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
         UserError: plain timm has no such net.
         TrainingError: its logits are not those of torch.
     """
-    place, transform = out / "timm", card.transform
+    place = out / "timm"
+    transform = card.transform
     if card.small_stem:
         raise UserError(f"timm has no net with the stem of {card.name}: export it as onnx or torch.")
-    arguments = dict(card.architecture)
+    arguments: dict[str, Any] = dict(card.architecture)
     name = arguments.pop("timm", _DENSENET)
     if "module" in arguments:
         raise UserError(f"timm itself has no net {name}, {arguments['module']} has: export it as onnx or torch.")

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from pipeline.config import Augment, Interpolation, RunConfig
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
+from pipeline.data.open import eval_plan, train_plan
+from pipeline.data.plan import PlannedBatch, TrainPlan, micro_batch
 from pipeline.derived import Derived
 
 
@@ -28,18 +29,8 @@ class Inputs:
         data = config.data
         self._config, self._derived, self._device = config, derived, device
         self.train_index = train_index
-        self.plan = TrainPlan(
-            seed=config.run.seed,
-            widths_N=train_index.widths_N,
-            heights_N=train_index.heights_N,
-            crop_area=data.crop_area,
-            crop_ratio=data.crop_ratio,
-            flip=data.flip,
-            files_N=train_index.files_N if data.shuffle == "windowed" else None,
-            window=data.window,
-            augment=config.augment,
-        )
-        self.eval_plan = EvalPlan(val_index.widths_N, val_index.heights_N, config.eval.resize, config.eval.crop)
+        self.plan = train_plan(config, train_index)
+        self.eval_plan = eval_plan(config, val_index)
         self.loader = self._loader(
             train_index,
             derived.device_batch_size,

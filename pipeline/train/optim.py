@@ -46,7 +46,6 @@ def create_optimizer(groups: list[dict], optim: Optim, fused: bool = False) -> t
         options["nesterov"] = optim.nesterov and optim.momentum > 0
     if optim.name == "lamb":
         options["max_grad_norm"] = None
-    name = kind.timm or optim.name
-    if fused and name in _FUSED:
+    if fused and kind.timm in _FUSED:
         options["fused"] = True
-    return create_optimizer_v2(groups, opt=name, lr=optim.lr, **options)
+    return create_optimizer_v2(groups, opt=kind.timm or optim.name, lr=optim.lr, **options)

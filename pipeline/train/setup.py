@@ -53,12 +53,12 @@ def new_name(stem: str) -> str:
 def absolute(config: RunConfig, base: Path) -> RunConfig:
     """The config with its paths absolute on this machine; relative ones of what the run writes begin at `base`."""
 
-    def absolute_place(mark: Place, place: str) -> str:
+    def of_this_machine(mark: Place, place: str) -> str:
         if is_address(place) or mark.kind == "store":  # these are made absolute where they are opened
             return place
         return str((base if mark.kind == "output" else Path.cwd()) / Path(place).expanduser())
 
-    return with_places(config, absolute_place)
+    return with_places(config, of_this_machine)
 
 
 def set_up(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import RunConfig
+from pipeline.config import Device, RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived, derive
 from pipeline.train.events import Report, Warned
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def settings(
-    train_index: DatasetIndex, val_index: DatasetIndex, workers: int = 1, **sections: dict
+    train_index: DatasetIndex, val_index: DatasetIndex, workers: int = 1, device: Device = "cpu", **sections: dict
 ) -> tuple[RunConfig, Derived]:
     """A config for the picture set, and what follows from it."""
     tree: dict = {
@@ -36,7 +36,7 @@ def settings(
         config,
         workers=workers,
         cpus_per_worker=1,
-        device="cpu",
+        device=device,
         train_samples=len(train_index),
         val_samples=len(val_index),
         num_classes=len(train_index.classes),
@@ -52,7 +52,8 @@ def new_trainer(
     report: Report,
     **options: Any,
 ) -> Trainer:
-    """A trainer of this rank on the CPU; `options` are its further arguments."""
-    derived = fitting(config, derived, CPU, lambda text: report(Warned(text)))
-    inputs = Inputs(config, derived, *indexes, CPU)
-    return Trainer(config, derived, inputs, run_dir=run_dir, device=CPU, report=report, **options)
+    """A trainer of this rank, on the CPU or the first GPU; `options` are its further arguments."""
+    device = CPU if derived.device == "cpu" else torch.device("cuda", 0)
+    derived = fitting(config, derived, device, lambda text: report(Warned(text)))
+    inputs = Inputs(config, derived, *indexes, device)
+    return Trainer(config, derived, inputs, run_dir=run_dir, device=device, report=report, **options)
