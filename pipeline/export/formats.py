@@ -73,6 +73,7 @@ def to_onnx(model: nn.Module, card: ModelCard, out: Path) -> Path:
     proto = program.model_proto
     known = {"name": card.name, "classes": card.classes, "transform": asdict(card.transform)}
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
+    out.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as aside:
         onnx.save(proto, aside)
         _compare(card, model, OnnxModel(aside), "ONNX")
@@ -87,6 +88,7 @@ def to_torch(model: nn.Module, card: ModelCard, out: Path) -> Path:
     """
     file = out / "model.pt2"
     program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    out.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as aside:
         torch.export.save(program, aside)
         _compare(card, model, torch.export.load(aside).module(), "torch.export")

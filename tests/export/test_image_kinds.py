@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import Augment
-from pipeline.data import dali
+from pipeline.data import reading
 from pipeline.data.augment import Augmentations, Auto
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Loader
@@ -228,7 +228,7 @@ def test_what_dali_refuses_is_decoded_by_pil(tmp_path, monkeypatch):
     index, _, _ = scan_pictures(tmp_path)
     planned = EvalPlan(index.widths_N, index.heights_N, HEIGHT, CROP).batch(np.arange(3))
     expected = loaded(index, planned)
-    monkeypatch.setattr(dali, "in_common", lambda content: True)
+    monkeypatch.setattr(reading, "in_common", lambda content: True)
     assert np.array_equal(loaded(index, planned), expected)
 
 

@@ -132,7 +132,13 @@ def test_jobs_that_cannot_be_submitted_are_told_why(cluster, shell, tmp_path, mo
     where = ["--address", cluster.dashboard]
     told = {
         ("submit", "configs/demo.yaml", "run.output=here", *where): "run.output=here must be an absolute path",
-        ("submit", "configs/demo.yaml", "data.root=x", *where): "data.root=x must be an absolute path, or an address",
+        (
+            "submit",
+            "configs/demo.yaml",
+            f"run.output={tmp_path}",
+            "data.root=x",
+            *where,
+        ): "data.root=x must be an absolute path, or an address",
         ("submit", "configs/demo.yaml", f"run.output={tmp_path}", "--env", "A_TOKEN=3", *where): "use --secret NAME",
         ("submit", "configs/demo.yaml", f"run.output={tmp_path}", "--env", "A", *where): "not of the form NAME=VALUE",
         ("jobs", "stop", "nothing", *where): "there is no job nothing; there are: ",
