@@ -162,11 +162,15 @@ def test_a_killed_driver_and_a_lost_ray_change_nothing_about_the_end(tmp_path, o
 def test_a_terminal_that_closes_ends_a_run_after_a_checkpoint_and_one_under_nohup_goes_on(tmp_path):
     """The kernel sends SIGHUP to the driver and to the processes of its Ray, and what is printed then has no place."""
 
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
     def started(name: str, *before: object) -> tuple[subprocess.Popen, int]:
         ours, theirs = os.openpty()
         options = [*OVERRIDES, f"run.output={tmp_path}", f"run.name={name}", "train.epochs=99"]
         command = [*before, BIN / "densenet", "train", PROJECT / "configs/demo.yaml", "--quiet", *options]
-        own_terminal = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+        own_terminal = {"start_new_session": True, "preexec_fn": take_terminal}
         files = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
         process = subprocess.Popen(command, cwd=tmp_path, **files, **own_terminal)
         os.close(theirs)
