@@ -32,8 +32,10 @@ def export(
 
     Example: densenet export models:/densenet121@champion --to onnx --out exported
     """
-    with extra("export"):
-        from launch.cli.common.export_report import export_command
+    from launch.cli.common.export_report import export_command
+
+    with extra("export"):  # before anything is downloaded
+        import pipeline.export.formats  # noqa: F401
 
     stores = given_stores(uri, registry_uri)
     export_command(console, model, to, out, data, split, calibrate, images, attach, stores)
