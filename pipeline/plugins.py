@@ -46,6 +46,6 @@ def _import_file(file: Path) -> None:
     module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # goes on up: a module that is half imported must not be found the next time
         del sys.modules[file.stem]
         raise

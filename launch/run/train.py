@@ -115,7 +115,7 @@ def _train_command(
             display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
             try:
                 img_per_s = _train(prepared, run, display, clock)
-            except Exception:  # of whatever kind, it goes on up
+            except Exception:  # whatever it is, it goes on up: the logs are for whoever looks for its cause
                 run.attach_logs()
                 raise
             clock.ended("training")

@@ -70,12 +70,12 @@ class Evaluation:
     @property
     def top1(self) -> float:
         """`top1_correct` in percent of `total`."""
-        return 100 * self.top1_correct / self.total
+        return self.plain.top1
 
     @property
     def top5(self) -> float:
         """`top5_correct` in percent of `total`."""
-        return 100 * self.top5_correct / self.total
+        return self.plain.top5
 
     @property
     def loss(self) -> float | None:
