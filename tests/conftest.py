@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
-from pipeline.train.group import process_group
+from pipeline.train.group import VARIABLES, process_group
 
 # Ranks are forked from a server that has imported the heavy packages once and has started no threads.
 multiprocessing.set_forkserver_preload(["torch", "timm", "deepspeed", "pipeline.train.trainer"])
@@ -77,10 +77,17 @@ def indexes(tmp_path: Path) -> Callable[..., tuple[DatasetIndex, DatasetIndex]]:
 
 
 @pytest.fixture(scope="session")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone; one for all tests, since DeepSpeed remembers its groups."""
+def _group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """One group for all tests, since DeepSpeed remembers its groups; gives the variables that announce it."""
     with process_group(tmp_path_factory.mktemp("group") / "store"):
-        yield
+        yield {name: os.environ.pop(name) for name in VARIABLES}
+
+
+@pytest.fixture
+def one_rank(_group_of_one: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group of this process alone. Processes that later tests start do not inherit its variables."""
+    for name, value in _group_of_one.items():
+        monkeypatch.setenv(name, value)
 
 
 def _rank_main(rank: int, function: Callable[..., Any], workers: int, folder: Path, args: tuple[Any, ...]) -> None:

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import UserError
-from pipeline.train.group import process_group
+from pipeline.train.group import VARIABLES, process_group
 
-_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _kept: dict[str, str] = {}  # the variables of this process's group, while there is one
 
 
@@ -31,7 +30,7 @@ def alone(device: torch.device) -> Iterator[None]:
             f"pipeline.fit trains in one process, and this one is rank {dist.get_rank()} of {dist.get_world_size()}: "
             f"call it without torchrun, or train with `densenet train`, which starts its workers itself."
         )
-    before, threads = {name: os.environ.get(name) for name in _VARIABLES}, torch.get_num_threads()
+    before, threads = {name: os.environ.get(name) for name in VARIABLES}, torch.get_num_threads()
     try:
         if not dist.is_initialized():
             _join("nccl" if device.type == "cuda" else "gloo")
@@ -50,4 +49,4 @@ def _join(backend: str) -> None:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="densenet"))
     stack.enter_context(process_group(Path(folder) / "store", backend=backend))
     atexit.register(stack.close)
-    _kept.update({name: os.environ[name] for name in _VARIABLES})
+    _kept.update({name: os.environ[name] for name in VARIABLES})

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @contextmanager
 def process_group(store: Path, rank: int = 0, workers: int = 1, backend: str = "gloo") -> Iterator[None]:
