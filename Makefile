@@ -47,8 +47,8 @@ policy: $(READY) $(POLICY)/.ready  ## check the Kubernetes manifests and the Doc
 	@cp k8s/images/Dockerfile $(POLICY)/objects
 	$(POLICY)/bin/checkov --config-file k8s/policy/checkov.yaml --directory $(POLICY)/objects
 
-bench: $(READY)  ## run the benchmarks, or ONLY="NAME..." of them, with made-up JPEGs or those in PICTURES=FOLDER
-	$(BIN)/python -m benchmarks $(ONLY) $(if $(PICTURES),--pictures $(PICTURES))
+bench: $(READY)  ## run the benchmarks, or ONLY="NAME..." of them, with made-up JPEGs or those in IMAGES=FOLDER
+	$(BIN)/python -m benchmarks $(ONLY) $(if $(IMAGES),--images $(IMAGES))
 
 gpu: $(READY)  ## on a machine with CUDA: the tests and benchmarks that need it
 	$(BIN)/python -m pytest tests/gpu

@@ -86,7 +86,7 @@ def keep(
         )
 
 
-def write_pictures(folder: Path, count: int) -> list[Path]:
+def write_images(folder: Path, count: int) -> list[Path]:
     """JPEGs of ImageNet's usual size and weight, 500 x 375 pixels and about 110 kB."""
     folder.mkdir()
     rng, files = np.random.default_rng(0), []
@@ -97,10 +97,10 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def take_pictures(given: Path | None, folder: Path) -> list[Path]:
+def take_images(given: Path | None, folder: Path) -> list[Path]:
     """The JPEGs in the folder `given`, or made-up ones below `folder`."""
     if given is None:
-        return write_pictures(folder / "made-up", 64)
+        return write_images(folder / "made-up", 64)
     return sorted(file for file in given.iterdir() if file.suffix.lower() in (".jpg", ".jpeg"))
 
 

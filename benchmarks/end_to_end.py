@@ -1,8 +1,8 @@
 """Files to weights, and files to hits: training and evaluation with their loaders, beside torchvision's and timm's.
 
-    python -m benchmarks.end_to_end [--pictures FOLDER] [--model densenet_tiny] [--rounds 5]
+    python -m benchmarks.end_to_end [--images FOLDER] [--model densenet_tiny] [--rounds 5]
 
-All train the same net on the same JPEGs at 224 pixels with SGD in one process, or count its hits; the small net leaves
+All train the same model on the same JPEGs at 224 pixels with SGD in one process, or count its hits; the small model leaves
 the loaders something to do on a CPU.
 """
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.common import in_turns, report, take_pictures
+from benchmarks.common import in_turns, report, take_images
 from benchmarks.engine import CPU, engine_step
 from benchmarks.loader import MEAN, STD, timm_loader, torchvision_loader, write_class_folders
 from pipeline.config import RunConfig
@@ -36,21 +36,21 @@ from pipeline.train.evaluate import evaluate
 from pipeline.train.group import process_group
 from pipeline.train.optim import create_optimizer, parameter_groups
 
-BATCH, PICTURES, SIDE, CLASSES = 32, 512, 224, 8
+BATCH, IMAGES, SIDE, CLASSES = 32, 512, 224, 8
 CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
     """Measures training, then evaluation."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--images", type=Path)
     parser.add_argument("--model", default="densenet_tiny")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, process_group(Path(folder, "store")):
         root = Path(folder, "set")
-        write_class_folders(take_pictures(options.pictures, Path(folder)), root, PICTURES)
+        write_class_folders(take_images(options.images, Path(folder)), root, IMAGES)
         index, _ = open_splits(str(root), "train", "val", Path(folder))
         name = options.model
         training = {
@@ -75,14 +75,14 @@ def ours(index: DatasetIndex, name: str) -> Callable[[], float]:
     config = RunConfig.model_validate(
         {"model": {"name": name}, "train": {"epochs": 1, "global_batch_size": BATCH}, "engine": {"zero_stage": 0}}
     )
-    sizes = {"train_samples": PICTURES, "val_samples": 1, "num_classes": CLASSES}
+    sizes = {"train_samples": IMAGES, "val_samples": 1, "num_classes": CLASSES}
     derived = derive(config, workers=1, cpus_per_worker=CORES, device="cpu", **sizes)
     engine = Engine(config, derived, create(name, CLASSES), CPU)
     plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     loader = loader_of(index)
 
     def epoch() -> None:
-        steps = range(PICTURES // BATCH)
+        steps = range(IMAGES // BATCH)
         for batch in loader.run(plan.batch(micro_batch(step, 0, 0, 1, BATCH, 1), SIDE) for step in steps):
             engine_step(engine, config, batch.images_NCHW, batch.labels_N)
 
@@ -93,7 +93,7 @@ def speed(epoch: Callable[[], None]) -> Callable[[], float]:
     def measured() -> float:
         started = time.perf_counter()
         epoch()
-        return PICTURES / (time.perf_counter() - started)
+        return IMAGES / (time.perf_counter() - started)
 
     return measured
 

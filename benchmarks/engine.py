@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def settings(name: str, batch: int, workers: int, stage: int = 1) -> tuple[RunConfig, Derived]:
-    """A config for some steps on pictures in memory."""
+    """A config for some steps on images in memory."""
     config = RunConfig.model_validate(
         {
             "model": {"name": name},
@@ -62,7 +62,7 @@ def settings(name: str, batch: int, workers: int, stage: int = 1) -> tuple[RunCo
     return config, derive(config, workers=workers, cpus_per_worker=1, device="cpu", **sizes)
 
 
-def pictures(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def images(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 3, SIDE, SIDE), torch.randint(0, CLASSES, (batch,))
 
 
@@ -77,7 +77,7 @@ def engine_step(engine: Engine, config: RunConfig, images_NCHW: torch.Tensor, la
 
 def overhead(name: str, batch: int, rounds: int) -> None:
     """A step of each ZeRO stage that one rank has a use for, and of a bare loop with the same optimizer."""
-    images_NCHW, labels_N = pictures(batch)
+    images_NCHW, labels_N = images(batch)
     model = create(name, CLASSES).train()
     config, _ = settings(name, batch, 1)
     optimizer = create_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
@@ -119,7 +119,7 @@ def _rank(rank: int, workers: int, folder: Path, name: str, batch: int, rounds: 
     with process_group(folder / "store", rank, workers):
         config, derived = settings(name, batch, workers)
         engine = Engine(config, derived, create(name, CLASSES), CPU)
-        images_NCHW, labels_N = pictures(batch)
+        images_NCHW, labels_N = images(batch)
         engine_step(engine, config, images_NCHW, labels_N)
         dist.barrier()
         started = time.perf_counter()
@@ -135,7 +135,7 @@ def stall(name: str, batch: int, rounds: int) -> None:
     """What a checkpoint holds up (the copy), and what goes on beside training (files, hashes, rename)."""
     config, derived = settings(name, batch, 1)
     engine = Engine(config, derived, create(name, CLASSES), CPU)
-    engine_step(engine, config, *pictures(batch))
+    engine_step(engine, config, *images(batch))
     writes: list[float] = []
     copies: list[float] = []
     root = Path(tempfile.mkdtemp())
@@ -198,12 +198,12 @@ def run_with_checkpoints(model: str, batch: int, rounds: int) -> None:
         names = ("first step, new", "no checkpoint", "nine checkpoints", "held up by nine", "first step, resumed")
         for name, value in zip(names, (start_s, seldom_s, often_s, held_s, resume_s), strict=True):
             values.setdefault(name, []).append(value)
-    run_of = f"19 steps, {model}, batch {batch} at {SIDE} px"
-    report(run_of, {n: values[n] for n in ("nine checkpoints", "no checkpoint")}, "s", "nine checkpoints")
+    get_run = f"19 steps, {model}, batch {batch} at {SIDE} px"
+    report(get_run, {n: values[n] for n in ("nine checkpoints", "no checkpoint")}, "s", "nine checkpoints")
     shares = [
         100 * held / whole for held, whole in zip(values["held up by nine"], values["nine checkpoints"], strict=True)
     ]
-    keep(run_of, "share that nine checkpoints hold up", statistics.median(shares), "%", rounds=len(shares))
+    keep(get_run, "share that nine checkpoints hold up", statistics.median(shares), "%", rounds=len(shares))
     resumed = {n: values[n] for n in ("first step, resumed", "first step, new")}
     report(f"start to first step, {model}", resumed, "s", "first step, resumed")
 

@@ -1,10 +1,10 @@
 """What only a GPU can show, with whatever is installed: each case says which package it lacks instead of failing.
 
-    python -m benchmarks.gpu [--batch 128] [--rounds 5] [--pictures FOLDER] [--only NAME...]
+    python -m benchmarks.gpu [--batch 128] [--rounds 5] [--images FOLDER] [--only NAME...]
 
 Cases: `decode` (DALI on the GPU beside its CPU decoder and beside torchvision), `precision` (fp32, bf16, fp16; timm's
 published RTX 3090 rates stand beside them), `memory` (rate and peak of each mode), `compile`, `stages` (DeepSpeed's
-ZeRO 0 to 3 beside a bare loop), `feed` (the loader alone beside the net that it feeds), `nccl` (two GPUs beside one).
+ZeRO 0 to 3 beside a bare loop), `feed` (the loader alone beside the model that it feeds), `nccl` (two GPUs beside one).
 `--device cpu` tries the script itself: its figures mean nothing and are not kept.
 """
 
@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import common
-from benchmarks.common import in_turns, keep, machine, report, seconds, take_pictures
+from benchmarks.common import in_turns, keep, machine, report, seconds, take_images
 
 CLASSES = 1000
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 MODELS = ("densenet121", "densenet169", "densenet201", "densenet264")
 # timm's results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv, images per second of training at 224 pixels; its
-# `densenet264` is another net.
+# `densenet264` is another model.
 TIMM_RTX3090 = {"densenet121": 913.65, "densenet169": 752.52, "densenet201": 562.52}
 Step = Callable[[], object]
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="in a round")
     parser.add_argument("--side", type=int, default=224, help="pixels")
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--images", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
@@ -59,7 +59,7 @@ def main() -> None:
             CASES[name](options)
         except ImportError as error:  # each case imports what it needs, before it begins
             if (error.name or "").startswith(("pipeline", "benchmarks")):
-                raise  # a fault of ours is no lack of a package
+                raise  # a problem of ours is no lack of a package
             print(f"\n{name}: skipped, not installed or not working here: {error}")
 
 
@@ -86,7 +86,7 @@ def rate(options: argparse.Namespace, step: Step, images: int = 0) -> Callable[[
 def training(
     options: argparse.Namespace, name: str, half: torch.dtype | None, memory: str = "none", compiled: bool = False
 ) -> Step:
-    """A net and its training step, bare: autocast, channels last, SGD, a loss scale for fp16."""
+    """A model and its training step, bare: autocast, channels last, SGD, a loss scale for fp16."""
     from pipeline.config import Model
     from pipeline.model.densenet import create
 
@@ -94,7 +94,7 @@ def training(
     model = model.to(options.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True)
-    images_NCHW, labels_N = pictures(options)
+    images_NCHW, labels_N = images(options)
     images_NCHW = images_NCHW.to(memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(options.device, enabled=half == torch.float16)
 
@@ -109,7 +109,7 @@ def training(
     return step
 
 
-def pictures(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+def images(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     images_NCHW = torch.randn(options.batch, 3, options.side, options.side, device=options.device)
     return images_NCHW, torch.randint(0, CLASSES, (options.batch,), device=options.device)
 
@@ -130,7 +130,7 @@ def memory(options: argparse.Namespace) -> None:
     for name in (options.models[0], options.models[-1]):
         rates: dict[str, Callable[[], float]] = {}
         peaks: dict[str, float] = {}
-        for mode in ("none", "checkpoint", "shared-stats"):
+        for mode in ("none", "activation-checkpointing", "shared-stats"):
             before = torch.cuda.memory_allocated()
             step = training(options, name, torch.bfloat16, mode)
             if options.device == "cuda":
@@ -139,7 +139,7 @@ def memory(options: argparse.Namespace) -> None:
             peaks[mode] = (torch.cuda.max_memory_allocated() - before) / 1e6
             rates[mode] = rate(options, step)
         values = in_turns(rates, options.rounds)
-        for mode in ("checkpoint", "shared-stats"):
+        for mode in ("activation-checkpointing", "shared-stats"):
             what = f"{name}, model.memory={mode}, batch {options.batch}, bf16"
             report(f"step, {what}", {m: values[m] for m in (mode, "none")}, "img/s", mode)
             if options.device == "cuda":
@@ -170,7 +170,7 @@ def stages(options: argparse.Namespace) -> None:
         values: dict[str, list[float]] = {}
         for stage in (0, 1, 2, 3):
             engine, config = engine_of(options, 1, stage)
-            images_NCHW, labels_N = pictures(options)
+            images_NCHW, labels_N = images(options)
 
             def step(engine: Any = engine, config: Any = config, pixels: Any = images_NCHW, of: Any = labels_N) -> None:
                 engine_step(engine, config, pixels, of)
@@ -211,7 +211,7 @@ def batches_of(options: argparse.Namespace, root: Path, device: str) -> tuple[An
 
     folder = root / "set"
     if not folder.exists():
-        write_class_folders(take_pictures(options.pictures, root), folder, max(8, options.steps * options.batch))
+        write_class_folders(take_images(options.images, root), folder, max(8, options.steps * options.batch))
     index, _ = open_splits(str(folder), "train", "val", root)
     plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     cores = len(os.sched_getaffinity(0))
@@ -264,7 +264,7 @@ def decode(options: argparse.Namespace) -> None:
 
 
 def feed(options: argparse.Namespace) -> None:
-    """Whether the loader is faster than the net that it feeds."""
+    """Whether the loader is faster than the model that it feeds."""
     name = options.models[0]
     with tempfile.TemporaryDirectory() as folder:
         loader, batches = batches_of(options, Path(folder), options.device)
@@ -301,7 +301,7 @@ def _rank(rank: int, workers: int, folder: Path, options: argparse.Namespace) ->
         torch.cuda.set_device(rank)
     with process_group(folder / "store", rank, workers, backend=BACKENDS[options.device]):
         engine, config = engine_of(options, workers, 1)
-        images_NCHW, labels_N = pictures(options)
+        images_NCHW, labels_N = images(options)
         measured = rate(options, lambda: engine_step(engine, config, images_NCHW, labels_N), options.batch * workers)
         measured()
         speed = measured()

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def write_set(root: Path) -> None:
-    """A data set's folder without any pictures."""
+    """A data set's folder without any images."""
     classes = tuple(f"n{i:08d}" for i in range(1000))
     rng = np.random.default_rng(0)
     splits = {}

@@ -1,9 +1,9 @@
-"""Training pictures per second, 224 pixels: this loader beside torchvision, timm, webdataset and DALI's own reader.
+"""Training images per second, 224 pixels: this loader beside torchvision, timm, webdataset and DALI's own reader.
 
-    python -m benchmarks.loader [--pictures FOLDER] [--rounds 5]
+    python -m benchmarks.loader [--images FOLDER] [--rounds 5]
 
 The folder's JPEGs (made-up ones without it) are copied to some thousand in class folders, prepared as shards, and once
-more with a shorter side of 400 pixels. All loaders decode the same pictures with the same cores, random-resized crop
+more with a shorter side of 400 pixels. All loaders decode the same images with the same cores, random-resized crop
 and flip.
 """
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.common import in_turns, report, seconds, take_pictures
+from benchmarks.common import in_turns, report, seconds, take_images
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.plan import TrainPlan, micro_batch
@@ -29,20 +29,20 @@ from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIDE, BATCH, PICTURES = 224, 64, 2048
+SIDE, BATCH, IMAGES = 224, 64, 2048
 CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
-    """Measures original pictures, then those with a shorter side of 400."""
+    """Measures original images, then those with a shorter side of 400."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--images", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_class_folders(take_pictures(options.pictures, root), root / "original", PICTURES)
+        write_class_folders(take_images(options.images, root), root / "original", IMAGES)
         measure("loader, original JPEGs", root / "original", root / "original-shards", options.rounds)
         with Pool(CORES) as pool:
             small = PrepareOptions(to="folders", shorter_side=400, quality=90)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write_class_folders(files: list[Path], root: Path, count: int) -> None:
-    """Copies of the pictures in turn, `count` of them, in eight classes; and a token evaluation split."""
+    """Copies of the images in turn, `count` of them, in eight classes; and a token evaluation split."""
     for split, number in (("train", count), ("val", 8)):
         for i in range(number):
             target = root / split / f"n{i % 8:08d}" / f"{i:05d}.JPEG"
@@ -60,7 +60,7 @@ def write_class_folders(files: list[Path], root: Path, count: int) -> None:
 
 
 def measure(name: str, folders: Path, shards: Path, rounds: int) -> None:
-    """All loaders on the same pictures."""
+    """All loaders on the same images."""
     with Pool(CORES) as pool:
         prepare(folders, shards, PrepareOptions(shard_bytes=16_000_000), pool)
     cases = {
@@ -76,7 +76,7 @@ def measure(name: str, folders: Path, shards: Path, rounds: int) -> None:
 
 
 def timed_case(run: Callable[[], Iterable[int]]) -> Callable[[], float]:
-    """Pictures per second over one whole pass; worker processes are there already, from the round that is not kept."""
+    """Images per second over one whole pass; worker processes are there already, from the round that is not kept."""
 
     def measured() -> float:
         counts: list[int] = []
@@ -102,8 +102,8 @@ def ours(root: Path) -> Callable[[], Iterable[int]]:
     rounds = iter(range(1000))
 
     def run() -> Iterable[int]:
-        first = next(rounds) * PICTURES // BATCH
-        steps = range(first, first + PICTURES // BATCH)
+        first = next(rounds) * IMAGES // BATCH
+        steps = range(first, first + IMAGES // BATCH)
         return (
             len(batch.labels_N)
             for batch in loader.run(plan.batch(micro_batch(step, 0, 0, 1, BATCH, 1), SIDE) for step in steps)
@@ -113,7 +113,7 @@ def ours(root: Path) -> Callable[[], Iterable[int]]:
 
 
 def dali_reader(split: Path) -> Callable[[], Iterable[int]]:
-    """NVIDIA's own recipe: the file reader, `image_random_crop`, resize, normalise."""
+    """NVIDIA's own recipe: the file reader, `image_random_crop`, resize, normalize."""
     import nvidia.dali.types as types
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy

@@ -19,7 +19,7 @@ from benchmarks.common import report, seconds
 from pipeline.config import Model
 from pipeline.model.densenet import create
 
-MODES = ("none", "checkpoint", "shared-stats")
+MODES = ("none", "activation-checkpointing", "shared-stats")
 
 
 def main() -> None:

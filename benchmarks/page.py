@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its picture, from the newest results of each benchmark.
+"""docs/benchmarks.md and its image, from the newest results of each benchmark.
 
 python -m benchmarks.page
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
-from pipeline.files import whole_file, write_text
+from pipeline.files import atomic_file, write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-PICTURE = PAGE.with_name("benchmarks.png")
+IMAGE = PAGE.with_name("benchmarks.png")
 _RATES = ("img/s", "samples/s")  # more is better; of all other units, less is
 
 HEAD = """# Benchmarks
@@ -22,7 +22,7 @@ HEAD = """# Benchmarks
 This page is written by `make bench` from `benchmarks/results.csv`, where every run has appended its rows with commit,
 versions and machine. A benchmark runs this project and its peer in turns on the same machine, the first round is not
 kept; the ratio is the median over the rounds, with the least and the most of them. `make bench ONLY="loader engine"`
-runs some, `make bench PICTURES=FOLDER` takes your JPEGs in the place of made-up ones. GPU figures come from `make gpu`.
+runs some, `make bench IMAGES=FOLDER` takes your JPEGs in the place of made-up ones. GPU figures come from `make gpu`.
 
 ![Ratios to the peers](benchmarks.png)
 
@@ -34,7 +34,7 @@ BEHIND = """## Behind, and why
 - **The start** is, beside what a plain script does: Ray with its dashboard, MLflow's store (whose tables a first start
   makes), Ray Train's controller, and more to import in each worker. The line `time` at a run's end has the seconds.
 - **Re-encoding** decodes and encodes as Pillow does, and then writes and hashes shards on the same cores.
-- **A served picture** pays HTTP, JSON and base64; several in a request share it.
+- **A served image** pays HTTP, JSON and base64; several in a request share it.
 - **Memory modes** buy memory with time; that is their purpose.
 - **ZeRO 1** keeps the host busy with partitions; `auto` is stage 0.
 - **Training fed from JPEGs on a GPU** shares the device with the decoder's kernels and the interpreter with the reading
@@ -125,7 +125,7 @@ def _amount(row: Row) -> str:
     return f"{row.value:,.{digits}f} {row.unit}"
 
 
-def picture(rows: list[Row]) -> Figure:
+def image(rows: list[Row]) -> Figure:
     """How many times better than each peer, with the spread over the rounds."""
     shown = [row for row in rows if row.ratio is not None and row.case != row.ours][::-1]
     figure = Figure(figsize=(9, 0.28 * len(shown) + 1), layout="constrained")
@@ -147,8 +147,8 @@ def write() -> None:
     """Writes both files."""
     rows = newest()
     write_text(PAGE, text(rows))
-    with whole_file(PICTURE) as aside:
-        picture(rows).savefig(aside, dpi=110)
+    with atomic_file(IMAGE) as aside:
+        image(rows).savefig(aside, dpi=110)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ BATCH, STEPS = 32, 10
 
 
 def main() -> None:
-    """Trains a net of the demo's size for some steps, and tells of each."""
+    """Trains a model of the demo's size for some steps, and tells of each."""
     dist.init_process_group("gloo")
     transform = v2.Compose([v2.RandomResizedCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     dataset = ImageFolder(sys.argv[1], transform)
     loader = DataLoader(dataset, BATCH, sampler=DistributedSampler(dataset), num_workers=1, drop_last=True)
-    net = DenseNet(block_config=(3, 3, 3), growth_rate=12, num_classes=len(dataset.classes))
-    model = DistributedDataParallel(net)
+    densenet = DenseNet(block_config=(3, 3, 3), growth_rate=12, num_classes=len(dataset.classes))
+    model = DistributedDataParallel(densenet)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for step, (images_NCHW, labels_N) in zip(range(1, STEPS + 1), loader, strict=False):
         loss = F.cross_entropy(model(images_NCHW), labels_N)

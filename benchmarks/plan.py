@@ -25,10 +25,10 @@ def main() -> None:
         contrast=0.4,
         saturation=0.4,
         lighting=0.1,
-        auto="randaugment",
-        erase=0.25,
-        mixup=0.2,
-        cutmix=1.0,
+        auto_augment="randaugment",
+        erase_prob=0.25,
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
     )
     cases = {"crop and flip": planned(Augment()), "all augmentations": planned(everything)}
     values = in_turns(cases, options.rounds)

@@ -1,6 +1,6 @@
-"""Preparation from ImageNet's archives: pictures per second, and the peak of memory.
+"""Preparation from ImageNet's archives: images per second, and the peak of memory.
 
-    python -m benchmarks.prepare [--pictures FOLDER] [--rounds 3]
+    python -m benchmarks.prepare [--images FOLDER] [--rounds 3]
 
 The folder's JPEGs (made-up ones without it) are copied to some thousand in archives like ILSVRC2012's. Copying is
 measured beside a plain loop over `tarfile`, re-encoding beside Pillow's own decode, resize and encode in as many
@@ -25,23 +25,23 @@ import psutil
 from PIL import Image
 from scipy.io import savemat
 
-from benchmarks.common import in_turns, keep, report, seconds, take_pictures
+from benchmarks.common import in_turns, keep, report, seconds, take_images
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 
-CLASSES, PER_CLASS, SHARD, PER_SHARD = 8, 256, 16_000_000, 160  # pictures of 0.1 MB
+CLASSES, PER_CLASS, SHARD, PER_SHARD = 8, 256, 16_000_000, 160  # images of 0.1 MB
 CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
     """Measures copying, then re-encoding to a shorter side of 400 at quality 90."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--images", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
-        write_archives(take_pictures(options.pictures, Path(folder)), source)
+        write_archives(take_images(options.images, Path(folder)), source)
         copying = {
             "densenet data prepare": prepared(source, Path(folder), PrepareOptions(shard_bytes=SHARD)),
             "plain tarfile loop": timed(lambda: tarfile_loop(source, Path(folder, "plain"))),
@@ -76,7 +76,7 @@ def memory(source: Path, target: Path) -> dict[str, float]:
 
 
 def write_archives(files: list[Path], root: Path) -> None:
-    """Archives like ILSVRC2012's, with copies of the pictures in turn."""
+    """Archives like ILSVRC2012's, with copies of the images in turn."""
     root.mkdir()
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
         for label in range(CLASSES):
@@ -123,26 +123,26 @@ def _start(task: int) -> None:
     """Brings a worker to life."""
 
 
-def inner_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
+def inner_images(source: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(source / "ILSVRC2012_img_train.tar") as outer:
         for member in outer:
             stream = outer.extractfile(member)
             assert stream is not None
             with tarfile.open(fileobj=io.BytesIO(stream.read())) as inner:
-                for picture in inner:
-                    content = inner.extractfile(picture)
+                for image in inner:
+                    content = inner.extractfile(image)
                     assert content is not None
-                    yield picture.name, content.read()
+                    yield image.name, content.read()
 
 
 def tarfile_loop(source: Path, target: Path) -> None:
     """What a short script does: read the nested archives, write shards in the order of reading; on disk at the end."""
     target.mkdir(exist_ok=True)
-    pictures = list(inner_pictures(source))
-    for number, start in enumerate(range(0, len(pictures), PER_SHARD)):
+    images = list(inner_images(source))
+    for number, start in enumerate(range(0, len(images), PER_SHARD)):
         with (target / f"{number}.tar").open("wb") as file:
             with tarfile.open(fileobj=file, mode="w") as out:
-                for name, content in pictures[start : start + PER_SHARD]:
+                for name, content in images[start : start + PER_SHARD]:
                     add(out, name, content)
                     add(out, name.replace(".JPEG", ".cls"), name[1:9].encode())
             file.flush()
@@ -150,9 +150,9 @@ def tarfile_loop(source: Path, target: Path) -> None:
 
 
 def pillow(source: Path) -> None:
-    """Decode, resize, encode of the same pictures, in as many processes, with nothing written."""
+    """Decode, resize, encode of the same images, in as many processes, with nothing written."""
     with multiprocessing.get_context("fork").Pool(CORES) as pool:
-        for _ in pool.imap_unordered(_pillow, (content for _, content in inner_pictures(source)), chunksize=16):
+        for _ in pool.imap_unordered(_pillow, (content for _, content in inner_images(source)), chunksize=16):
             pass
 
 

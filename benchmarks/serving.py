@@ -19,9 +19,9 @@ import torch
 import torchvision.transforms.v2 as transforms
 from torchvision.io import decode_image
 
-from benchmarks.common import in_turns, report, seconds, write_pictures
+from benchmarks.common import in_turns, report, seconds, write_images
 from benchmarks.tracking import write_model
-from launch.cluster.net import free_port
+from launch.cluster.ports import free_port
 from pipeline.config import RunConfig
 from pipeline.export.formats import OnnxModel, to_int8, to_onnx
 from pipeline.export.open import open_model
@@ -43,9 +43,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     model = write_model(folder / "checkpoint", options.model)
-    pictures = write_pictures(folder / "pictures", options.images)
-    served(folder, model, options.model, pictures, options.rounds)
-    folders(model, options.model, pictures, max(3, options.rounds // 2))
+    images = write_images(folder / "images", options.images)
+    served(folder, model, options.model, images, options.rounds)
+    folders(model, options.model, images, max(3, options.rounds // 2))
     forms(folder, model, options.model, options.rounds)
 
 
@@ -53,8 +53,8 @@ class Plain:
     """A timm model after torchvision's transforms: what a short script does."""
 
     def __init__(self, model: Path, name: str) -> None:
-        self.net = timm.create_model(name, num_classes=1000).eval()
-        self.net.load_state_dict(load_model(model).state_dict())
+        self.network = timm.create_model(name, num_classes=1000).eval()
+        self.network.load_state_dict(load_model(model).state_dict())
         self.transform = transforms.Compose(
             [
                 transforms.Resize(256),
@@ -67,11 +67,11 @@ class Plain:
     def __call__(self, files: list[Path]) -> torch.Tensor:
         with torch.inference_mode():
             images = [self.transform(decode_image(str(file), mode="RGB")) for file in files]
-            return self.net(torch.stack(images)).softmax(dim=1)
+            return self.network(torch.stack(images)).softmax(dim=1)
 
 
-def served(folder: Path, model: Path, name: str, pictures: list[Path], rounds: int) -> None:
-    """One picture, and sixteen in a request, by `mlflow models serve` on loopback beside plain timm in this process."""
+def served(folder: Path, model: Path, name: str, images: list[Path], rounds: int) -> None:
+    """One image, and sixteen in a request, by `mlflow models serve` on loopback beside plain timm in this process."""
     tree = {"run": {"output": str(folder)}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
     with Tracker(RunConfig.model_validate(tree), folder / "run", "benchmark", print) as tracker:
         names = {"name": name, "alias": "candidate", "data_fingerprint": "f00d"}
@@ -89,7 +89,7 @@ def served(folder: Path, model: Path, name: str, pictures: list[Path], rounds: i
     try:
         wait(f"{address}/ping")
         for count in (1, _BATCH):
-            rows = [[base64.b64encode(file.read_bytes()).decode()] for file in pictures[:count]]
+            rows = [[base64.b64encode(file.read_bytes()).decode()] for file in images[:count]]
             asked = {"dataframe_split": {"columns": ["image"], "data": rows}}
 
             def ask(asked: dict = asked) -> None:
@@ -97,10 +97,10 @@ def served(folder: Path, model: Path, name: str, pictures: list[Path], rounds: i
 
             cases = {
                 "served": lambda ask=ask, count=count: seconds(ask) / count,  # type: ignore[misc]
-                "plain timm": lambda count=count: seconds(lambda: plain(pictures[:count])) / count,  # type: ignore[misc]
+                "plain timm": lambda count=count: seconds(lambda: plain(images[:count])) / count,  # type: ignore[misc]
             }
             values = {case: [1000 * value for value in of] for case, of in in_turns(cases, rounds).items()}
-            report(f"a picture, {count} in a request, {name}", values, "ms", "served")
+            report(f"an image, {count} in a request, {name}", values, "ms", "served")
     finally:
         os.killpg(server.pid, 9)
         server.wait()
@@ -119,37 +119,37 @@ def wait(address: str) -> None:
         time.sleep(0.2)
 
 
-def folders(model: Path, name: str, pictures: list[Path], rounds: int) -> None:
-    """All pictures of a folder into a table, beside plain timm with pictures decoded one after the other."""
+def folders(model: Path, name: str, images: list[Path], rounds: int) -> None:
+    """All images of a folder into a table, beside plain timm with images decoded one after the other."""
     plain, out = Plain(model, name), model / "answers.parquet"
 
     def ours() -> float:
-        return open_model(model).predict_folder(pictures[0].parent, out, batch_size=_BATCH).img_per_s
+        return open_model(model).predict_folder(images[0].parent, out, batch_size=_BATCH).img_per_s
 
     def theirs() -> float:
         started = time.perf_counter()
-        for start in range(0, len(pictures), _BATCH):
-            plain(pictures[start : start + _BATCH])
-        return len(pictures) / (time.perf_counter() - started)
+        for start in range(0, len(images), _BATCH):
+            plain(images[start : start + _BATCH])
+        return len(images) / (time.perf_counter() - started)
 
     values = in_turns({"predict --batch": ours, "plain timm": theirs}, rounds)
-    report(f"a folder of {len(pictures)} pictures, {name}", values, "img/s", "predict --batch")
+    report(f"a folder of {len(images)} images, {name}", values, "img/s", "predict --batch")
 
 
 def forms(folder: Path, model: Path, name: str, rounds: int) -> None:
     """The forward pass alone: ONNX and int8 by onnxruntime beside torch."""
     rng = np.random.default_rng(0)
     images_NCHW = torch.from_numpy(rng.standard_normal((_BATCH, 3, 224, 224), np.float32))
-    net = load_model(model)
-    onnx_file = to_onnx(net, ModelCard.read(model), folder)
+    network = load_model(model)
+    onnx_file = to_onnx(network, ModelCard.read(model), folder)
     exported = OnnxModel(onnx_file)
-    quantised = OnnxModel(to_int8(onnx_file, folder, lambda: iter([images_NCHW.numpy()])))
+    quantized = OnnxModel(to_int8(onnx_file, folder, lambda: iter([images_NCHW.numpy()])))
 
     def speed(forward: torch.nn.Module) -> float:
         with torch.inference_mode():
             return _BATCH / seconds(lambda: forward(images_NCHW))
 
-    cases = {"torch": lambda: speed(net), "ONNX": lambda: speed(exported), "int8": lambda: speed(quantised)}
+    cases = {"torch": lambda: speed(network), "ONNX": lambda: speed(exported), "int8": lambda: speed(quantized)}
     values = in_turns(cases, rounds)
     for ours in ("ONNX", "int8"):
         pair = {ours: values[ours], "torch": values["torch"]}

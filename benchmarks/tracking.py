@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import in_turns, keep, machine, report, seconds
-from benchmarks.engine import CLASSES, CPU, engine_step, pictures, settings
+from benchmarks.engine import CLASSES, CPU, engine_step, images, settings
 from pipeline.config import RunConfig
 from pipeline.export.package import register
 from pipeline.model.architectures import ARCHITECTURES
@@ -46,7 +46,7 @@ def main() -> None:
 
 def overhead(name: str, batch: int, rounds: int, tracker: Tracker) -> None:
     """Steps whose ten metrics are recorded at every step, in the training process itself, beside steps without."""
-    images_NCHW, labels_N = pictures(batch)
+    images_NCHW, labels_N = images(batch)
     config, derived = settings(name, batch, 1, 0)
     engine = Engine(config, derived, create(name, CLASSES), CPU)
     seen = 0
@@ -91,7 +91,7 @@ def registration(folder: Path, name: str, rounds: int, tracker: Tracker) -> None
 
 
 def write_model(folder: Path, name: str) -> Path:
-    """A checkpoint's folder with new weights, as far as it is a model for pictures of 224 pixels."""
+    """A checkpoint's folder with new weights, as far as it is a model for images of 224 pixels."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     save_file(create(name, CLASSES).state_dict(), folder / "model.safetensors")

@@ -14,16 +14,16 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.choices import Choices
-from pipeline.names import alias_fault, experiment_fault, model_fault
+from pipeline.extension_points import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS, is_generated
+from pipeline.names import alias_error, experiment_error, model_name_error
 from pipeline.plugins import import_plugins, is_file
-from pipeline.seams import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS, is_made
 
 MAX_PIXELS = 178_956_970  # of an image where nothing else is said: PIL's own limit
 
 Auto = Literal["auto"]
 Device = Literal["cpu", "cuda"]
 Interpolation = Literal["bilinear", "bicubic"]
-Memory = Literal["none", "checkpoint", "shared-stats"]
+Memory = Literal["none", "activation-checkpointing", "shared-stats"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -51,11 +51,11 @@ def _check_scheme(root: str) -> None:
         raise ValueError(f"root={root}: there is no data source and no file system of that name; {hint}")
 
 
-def _without(fault: Callable[[str], str | None]) -> AfterValidator:
-    """A check that refuses a name of which `fault` says what is wrong with it."""
+def _without(problem: Callable[[str], str | None]) -> AfterValidator:
+    """A check that refuses a name of which `problem` says what is wrong with it."""
 
     def check(name: str) -> str:
-        wrong = fault(name)
+        wrong = problem(name)
         if wrong is not None:
             raise ValueError(wrong)
         return name
@@ -72,8 +72,8 @@ Address = Annotated[str, AfterValidator(_no_password)]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Marks a key whose value is a path or an address, by what it is to a run; see `pipeline.places`.
+class Location:
+    """Marks a key whose value is a path or an address, by what it is to a run; see `pipeline.locations`.
 
     `input` and `output` must be the same for all nodes, `local` is on each node's own disk, `store` is one of MLflow's.
     Values for which `holds` is false are no places.
@@ -111,12 +111,12 @@ class Run(Section):
     """`run.*`: name, place and seed of a run."""
 
     name: Name | None = Field(None, description="run folder under `output`; default: CONFIG-YYYYmmdd-HHMMSS-XXXXXX")
-    output: Annotated[str, Place("output")] = Field(
+    output: Annotated[str, Location("output")] = Field(
         "outputs", description="folder for runs, the data index and the default tracking store"
     )
     seed: int = Field(0, ge=0, lt=2**64, description="fixes the weights, the sample order and every augmentation")
-    plugins: Annotated[tuple[str, ...], AfterValidator(_imported), Place("input", is_file)] = Field(
-        (), description="modules, or .py files, that register optimizers, nets, ... of your own (docs/extending.md)"
+    plugins: Annotated[tuple[str, ...], AfterValidator(_imported), Location("input", is_file)] = Field(
+        (), description="modules, or .py files, that register optimizers, models, ... of your own (docs/extending.md)"
     )
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
@@ -126,20 +126,20 @@ class Run(Section):
 
 
 class Model(Section):
-    """`model.*`: the net, and what it starts from."""
+    """`model.*`: the model, and what it starts from."""
 
     name: str = Field("densenet121", description="a DenseNet, or any other image classifier in timm's registry")
     num_classes: Count | None = Field(None, description="logits; default: the classes of the data")
-    in_chans: Literal[1, 3] = Field(3, description="3: RGB, 1: grey (ITU-R BT.601 luma)")
+    in_chans: Literal[1, 3] = Field(3, description="3: RGB, 1: gray (ITU-R BT.601 luma)")
     global_pool: Literal["avg", "max", "avgmax", "catavgmax"] = Field(
-        "avg", description="pooling before the classifier; avg: the net's own"
+        "avg", description="pooling before the classifier; avg: the model's own"
     )
     drop_rate: float = Field(0, ge=0, lt=1, description="dropout before the classifier")
     layer_drop_rate: float = Field(0, ge=0, lt=1, description="dropout after each dense layer, of DenseNets")
     memory: Memory = Field(
         "none", description="what the backward pass of DenseNets computes anew instead of keeping it"
     )
-    weights: Annotated[str | None, Place("input")] = Field(
+    weights: Annotated[str | None, Location("input")] = Field(
         None, description="start from a .safetensors or .pth file, a checkpoint or run folder, or models:/NAME@ALIAS"
     )
 
@@ -154,33 +154,33 @@ class Finetune(Section):
     layer_decay: float = Field(
         1, gt=0, le=1, description="rate's factor for each dense block, or stage, further from the head"
     )
-    head_lr: float = Field(1, gt=0, description="rate's factor for the classifier")
+    head_lr_mult: float = Field(1, gt=0, description="rate's factor for the classifier")
 
 
 class Data(Section):
-    """`data.*`: the data set, and how its pictures are read and cut."""
+    """`data.*`: the data set, and how its images are read and cut."""
 
-    root: Annotated[Address | None, Place("input")] = Field(
+    root: Annotated[Address | None, Location("input")] = Field(
         None,
         description="a prepared data set's folder or address (s3://...), or a folder with class folders in each split",
     )
     train: Name = Field("train", description="name of the training split")
     val: Name = Field("val", description="name of the evaluation split")
-    license: str | None = Field(None, description="licence of the data, told with the registered model")
-    stage: Annotated[str | None, Place("local")] = Field(
+    license: str | None = Field(None, description="license of the data, told with the registered model")
+    stage: Annotated[str | None, Location("local")] = Field(
         None, description="folder on each node's own disk, to which shards are copied first"
     )
-    on_corrupt: Literal["error", "skip"] = Field("error", description="damaged training pictures: end, or replace them")
-    max_pixels: Count = Field(MAX_PIXELS, description="pictures of more pixels are refused; the model's card keeps it")
+    on_corrupt: Literal["error", "skip"] = Field("error", description="corrupt training images: end, or replace them")
+    max_pixels: Count = Field(MAX_PIXELS, description="images of more pixels are refused; the model's card keeps it")
     shuffle: Literal["full", "windowed"] = Field("full", description="`windowed`: within windows of shards")
     window: Count = Field(16, description="shards in a window of the windowed shuffle")
-    image_size: int = Field(224, ge=8, le=1024, description="training picture side, pixels")
-    progressive: tuple[tuple[float, int], ...] = Field(
-        (), description="[epoch, side] pairs: pictures of that side until that epoch, `image_size` afterwards"
+    image_size: int = Field(224, ge=8, le=1024, description="training image side, pixels")
+    progressive_resize: tuple[tuple[float, int], ...] = Field(
+        (), description="[epoch, side] pairs: images of that side until that epoch, `image_size` afterwards"
     )
-    crop_area: tuple[float, float] = Field((0.08, 1.0), description="random crop's share of the picture's area")
-    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="random crop's width / height")
-    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    scale: tuple[float, float] = Field((0.08, 1.0), description="random crop's share of the image's area")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="random crop's width / height")
+    hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
     mean: Rgb = Field((0.485, 0.456, 0.406), description="per channel, of pixel values in [0, 1]")
     std: Rgb = Field((0.229, 0.224, 0.225), description="per channel, of pixel values in [0, 1]")
     interpolation: Interpolation = Field("bilinear", description="filter of the resize, always antialiased")
@@ -191,80 +191,88 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _ranges(self) -> "Data":
-        low, high = self.crop_area
+        low, high = self.scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_area={[low, high]} must be two numbers with 0 < low <= high <= 1")
-        low, high = self.crop_ratio
+            raise ValueError(f"scale={[low, high]} must be two numbers with 0 < low <= high <= 1")
+        low, high = self.ratio
         if not 0 < low <= high:
-            raise ValueError(f"crop_ratio={[low, high]} must be two numbers with 0 < low <= high")
+            raise ValueError(f"ratio={[low, high]} must be two numbers with 0 < low <= high")
         if min(self.std) <= 0:
             raise ValueError(f"std={list(self.std)} must be positive")
-        if self.root is not None and "://" in self.root and not is_made(self.root):
+        if self.root is not None and "://" in self.root and not is_generated(self.root):
             _check_scheme(self.root)
             if self.stage is None:
                 raise ValueError(f"root={self.root} is an address: set stage to a folder on each node's own disk")
-        epochs = [epoch for epoch, _ in self.progressive]
-        if epochs != sorted(set(epochs)) or any(e <= 0 for e in epochs) or any(s < 8 for _, s in self.progressive):
-            pairs = [list(pair) for pair in self.progressive]
-            raise ValueError(f"progressive={pairs} must be [epoch, side] pairs with rising epochs and sides from 8")
+        epochs = [epoch for epoch, _ in self.progressive_resize]
+        if (
+            epochs != sorted(set(epochs))
+            or any(e <= 0 for e in epochs)
+            or any(s < 8 for _, s in self.progressive_resize)
+        ):
+            pairs = [list(pair) for pair in self.progressive_resize]
+            raise ValueError(
+                f"progressive_resize={pairs} must be [epoch, side] pairs with rising epochs and sides from 8"
+            )
         return self
 
     @property
     def largest_side(self) -> int:
-        """The largest training picture's side, pixels."""
-        return max(self.image_size, *(side for _, side in self.progressive), 0)
+        """The largest training image's side, pixels."""
+        return max(self.image_size, *(side for _, side in self.progressive_resize), 0)
 
     def side_at(self, epoch: float) -> int:
-        """The training picture's side, pixels, at a point of the run."""
-        return next((side for until, side in self.progressive if epoch < until), self.image_size)
+        """The training image's side, pixels, at a point of the run."""
+        return next((side for until, side in self.progressive_resize if epoch < until), self.image_size)
 
 
 class Augment(Section):
-    """`augment.*`: what is done to a training picture besides crop and flip."""
+    """`augment.*`: what is done to a training image besides crop and flip."""
 
     brightness: Fraction = Field(0, description="factor uniform in 1 +- this, on top of crop and flip")
     contrast: Fraction = Field(0, description="factor uniform in 1 +- this")
     saturation: Fraction = Field(0, description="factor uniform in 1 +- this")
     lighting: float = Field(0, ge=0, description="standard deviation of AlexNet's PCA lighting; the paper's is 0.1")
-    auto: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="DALI's suites of operators")
-    auto_ops: int = Field(2, ge=1, le=8, description="operators one after another in `randaugment`")
-    auto_magnitude: int = Field(9, ge=0, le=30, description="strength of each in `randaugment`, 0 to 30")
-    erase: Fraction = Field(0, description="probability of erasing a box")
-    erase_area: tuple[float, float] = Field((0.02, 1 / 3), description="box's share of the picture's area")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field(
+        "none", description="DALI's suites of operators"
+    )
+    randaugment_num_ops: int = Field(2, ge=1, le=8, description="operators one after another in `randaugment`")
+    randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength of each in `randaugment`, 0 to 30")
+    erase_prob: Fraction = Field(0, description="probability of erasing a box")
+    erase_scale: tuple[float, float] = Field((0.02, 1 / 3), description="box's share of the image's area")
     erase_ratio: tuple[float, float] = Field((0.3, 3.3), description="box's height / width")
     erase_fill: Literal["mean", "noise"] = Field("mean", description="what the box is filled with")
-    mixup: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no mixup")
-    cutmix: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no CutMix")
-    mix_probability: Fraction = Field(1, description="share of the pairs of pictures that are mixed")
-    cutmix_share: Fraction = Field(0.5, description="share of CutMix where mixup is on too")
-    also: tuple[Annotated[str, _one_of(AUGMENTATIONS)], ...] = Field(
-        (), description="augmentations of plugins, by name, one after another before pictures are mixed"
+    mixup_alpha: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no mixup")
+    cutmix_alpha: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no CutMix")
+    mix_prob: Fraction = Field(1, description="share of the pairs of images that are mixed")
+    mix_switch_prob: Fraction = Field(0.5, description="share of CutMix where mixup is on too")
+    custom: tuple[Annotated[str, _one_of(AUGMENTATIONS)], ...] = Field(
+        (), description="augmentations of plugins, by name, one after another before images are mixed"
     )
 
     @model_validator(mode="after")
     def _ranges(self) -> "Augment":
-        low, high = self.erase_area
+        low, high = self.erase_scale
         if not 0 < low <= high < 1:
-            raise ValueError(f"erase_area={[low, high]} must be two numbers with 0 < low <= high < 1")
+            raise ValueError(f"erase_scale={[low, high]} must be two numbers with 0 < low <= high < 1")
         low, high = self.erase_ratio
         if not 0 < low <= high:
             raise ValueError(f"erase_ratio={[low, high]} must be two numbers with 0 < low <= high")
         return self
 
     @property
-    def colours(self) -> bool:
-        """Whether pictures' colours are changed."""
+    def colors(self) -> bool:
+        """Whether images' colors are changed."""
         return bool(self.brightness or self.contrast or self.saturation or self.lighting)
 
     @property
-    def auto_stages(self) -> int:
+    def auto_augment_stages(self) -> int:
         """Operators of `auto` that come one after another; 0 where it is off."""
-        return {"none": 0, "randaugment": self.auto_ops, "trivialaugment": 1}[self.auto]
+        return {"none": 0, "randaugment": self.randaugment_num_ops, "trivialaugment": 1}[self.auto_augment]
 
     @property
     def mixes(self) -> bool:
-        """Whether pictures are mixed with each other, in pairs."""
-        return bool(self.mixup or self.cutmix)
+        """Whether images are mixed with each other, in pairs."""
+        return bool(self.mixup_alpha or self.cutmix_alpha)
 
 
 _EVAL_PRESETS: dict[str, tuple[float, Interpolation]] = {  # crop / resize, filter
@@ -275,7 +283,7 @@ _EVAL_PRESETS: dict[str, tuple[float, Interpolation]] = {  # crop / resize, filt
 
 def describe_transform(resize: int, interpolation: Interpolation, crop: int) -> str:
     """An evaluation transform in one line, to stand beside every accuracy."""
-    return f"resize {resize} {interpolation} antialias, centre crop {crop}, no EXIF rotation"
+    return f"resize {resize} {interpolation} antialias, center crop {crop}, no EXIF rotation"
 
 
 class Eval(Section):
@@ -284,12 +292,12 @@ class Eval(Section):
     transform: Literal["torchvision", "timm"] = Field(
         "torchvision", description="whose sizes and filter are the defaults of the next keys"
     )
-    crop: int = Field(224, ge=8, le=1024, description="centre crop's side, pixels")
+    crop: int = Field(224, ge=8, le=1024, description="center crop's side, pixels")
     resize: int = Field(256, ge=8, le=2048, description="shorter side after the resize, pixels; default: crop / 0.875")
     interpolation: Interpolation = Field(
         "bilinear", description="filter of the resize, always antialiased; default: bilinear, bicubic for `timm`"
     )
-    batch_size: Count | Auto = Field("auto", description="pictures per worker and batch; auto: as in training")
+    batch_size: Count | Auto = Field("auto", description="images per worker and batch; auto: as in training")
     every_epochs: Count = Field(1, description="epochs between evaluations; the end of the run is always evaluated")
 
     @model_validator(mode="before")
@@ -322,14 +330,15 @@ class Train(Section):
     """`train.*`: length, batch, precision, and what happens where it goes wrong."""
 
     epochs: float = Field(90, gt=0, description="passes over the training split; fractions are allowed")
-    global_batch_size: Count = Field(256, description="pictures per optimizer step over all workers")
-    max_device_batch_size: Count = Field(64, description="most pictures that one device holds at once")
+    global_batch_size: Count = Field(256, description="images per optimizer step over all workers")
+    max_device_batch_size: Count = Field(64, description="most images that one device holds at once")
     precision: Auto | Precision = Field(
         "auto", description="auto: bf16 on CUDA, fp32 on the CPU; fp16 (with loss scaling) needs ZeRO stage 0"
     )
     log_every_steps: Count = Field(10, description="optimizer steps between log lines")
     on_nan: Literal["stop", "skip", "rewind"] = Field(
-        "stop", description="a loss that is no number: end, leave the step out, or go back to the newest checkpoint"
+        "stop",
+        description="a loss that is NaN or infinite: end, leave the step out, or go back to the newest checkpoint",
     )
     nan_limit: Count = Field(10, description="steps left out, or returns, after which the run ends all the same")
     on_out_of_memory: Literal["stop", "halve"] = Field(
@@ -385,12 +394,14 @@ class Loss(Section):
     """`loss.*`: the loss, and a teacher's share in it."""
 
     name: Literal["cross-entropy", "bce"] = Field("cross-entropy", description="`bce`: binary, mean over the classes")
-    smoothing: float = Field(0, ge=0, lt=1, description="share of the target that goes to all classes alike")
-    teacher: Annotated[str | None, Place("input")] = Field(
+    label_smoothing: float = Field(0, ge=0, lt=1, description="share of the target that goes to all classes alike")
+    teacher: Annotated[str | None, Location("input")] = Field(
         None, description="model to learn from: models:/NAME@ALIAS, or a checkpoint or run folder of this project"
     )
-    alpha: Fraction = Field(0.5, description="weight of the teacher's answers; the labels' is 1 - alpha")
-    temperature: float = Field(1, gt=0, description="by which both logits are divided for the teacher's part")
+    distillation_alpha: Fraction = Field(0.5, description="weight of the teacher's answers; the labels' is 1 - alpha")
+    distillation_temperature: float = Field(
+        1, gt=0, description="by which both logits are divided for the teacher's part"
+    )
 
 
 class Ema(Section):
@@ -409,8 +420,10 @@ class Schedule(Section):
     warmup_epochs: float = Field(0, ge=0, description="linear rise to the peak rate")
     milestones: tuple[float, ...] = Field((30, 60), description="epochs at which `step` multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
-    rise: float = Field(0.3, gt=0, lt=1, description="share of the run in which `one-cycle` rises from peak / 25")
-    end: Fraction = Field(0, description="rate at the end as a share of the peak: `cosine`, `linear`, `one-cycle`")
+    pct_start: float = Field(0.3, gt=0, lt=1, description="share of the run in which `one-cycle` rises from peak / 25")
+    min_lr_ratio: Fraction = Field(
+        0, description="rate at the end as a share of the peak: `cosine`, `linear`, `one-cycle`"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "Schedule":
@@ -436,10 +449,10 @@ class Engine(Section):
     tf32: bool = Field(True, description="on GPUs: fp32 convolutions and matrix products may round inputs to TF32")
     offload_optimizer: bool = Field(False, description="ZeRO 1-3 keep the optimizer's state in the CPU's memory")
     sync_batch_norm: bool = Field(False, description="batch statistics over all workers; on GPUs alone")
-    communication: Literal["auto", "fp32", "bf16"] = Field(
+    communication_data_type: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="number format of gradients between workers; auto: DeepSpeed's choice"
     )
-    bucket_elements: Count = Field(500_000_000, description="most gradients, by count, in one message of ZeRO 1-3")
+    reduce_bucket_size: Count = Field(500_000_000, description="most gradients, by count, in one message of ZeRO 1-3")
     deepspeed: dict[str, Any] = Field(
         {},
         description="further keys of DeepSpeed's own config; those that follow from other keys, have no effect or are "
@@ -469,7 +482,7 @@ class Checkpoint(Section):
     every_epochs: Count = Field(1, description="epochs between checkpoints; the end of the run always has one")
     every_samples: Count | None = Field(None, description="samples between further checkpoints")
     every_minutes: float | None = Field(None, gt=0, description="minutes between further ones, looked at when logging")
-    storage: Annotated[Address | None, Place("output")] = Field(
+    storage: Annotated[Address | None, Location("output")] = Field(
         None, description="folder or address (s3://...) that keeps copies, for nodes whose own disks are not shared"
     )
     keep_last: Count = Field(2, description="newest checkpoints kept; the best one is kept besides")
@@ -538,28 +551,28 @@ class Cluster(Section):
 class Tracking(Section):
     """`tracking.*`: MLflow's store, the registry, and what happens without them."""
 
-    uri: Annotated[Address | None, Place("store")] = Field(
+    uri: Annotated[Address | None, Location("store")] = Field(
         None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`"
     )
-    registry_uri: Annotated[Address | None, Place("store")] = Field(
+    registry_uri: Annotated[Address | None, Location("store")] = Field(
         None, description="where models are registered; default: MLFLOW_REGISTRY_URI, else the tracking store"
     )
-    experiment: Annotated[str, _without(experiment_fault)] = Field(
+    experiment: Annotated[str, _without(experiment_error)] = Field(
         "densenet", description="MLflow experiment, made if missing"
     )
-    register_as: Annotated[str, _without(model_fault)] | None = Field(
+    registered_model_name: Annotated[str, _without(model_name_error)] | None = Field(
         None, description="registered model name; default: the model's name"
     )
-    patience_s: float = Field(
+    wait_timeout_s: float = Field(
         600, ge=0, description="how long the end of a run waits for a store that is away, to send records and the model"
     )
     on_unreachable: Literal["fail", "spool"] = Field(
         "fail", description="a store that is away at the start: end, or keep the records on disk until it is there"
     )
-    alias: Annotated[str, _without(alias_fault)] = Field(
+    alias: Annotated[str, _without(alias_error)] = Field(
         "candidate", description="moved to the new version; `latest` and `v` with a number are MLflow's own"
     )
-    also: tuple[Annotated[str, _one_of(TRACKERS)], ...] = Field(
+    custom: tuple[Annotated[str, _one_of(TRACKERS)], ...] = Field(
         (), description="trackers of plugins, by name, that get the records that MLflow gets"
     )
 
@@ -598,9 +611,9 @@ class RunConfig(Section):
                 f"schedule.milestones={list(schedule.milestones)} must lie before train.epochs={epochs:g}, where the "
                 f"run ends: set others, or schedule.milestones=[]"
             )
-        if any(epoch >= epochs for epoch, _ in self.data.progressive):
+        if any(epoch >= epochs for epoch, _ in self.data.progressive_resize):
             raise ValueError(
-                f"data.progressive={[list(p) for p in self.data.progressive]} must lie before train.epochs={epochs:g}"
+                f"data.progressive_resize={[list(p) for p in self.data.progressive_resize]} must lie before train.epochs={epochs:g}"
             )
         if self.optim.whole_weights and stage not in (0, "auto"):
             raise ValueError(

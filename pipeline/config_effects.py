@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.choices import either
 from pipeline.config import Elastic, RunConfig
 from pipeline.derived import Derived
-from pipeline.seams import OPTIMIZERS, SCHEDULES
+from pipeline.extension_points import OPTIMIZERS, SCHEDULES
 
 _DEFAULT = RunConfig()
 _Reads = Callable[[RunConfig, Derived], bool]
@@ -64,45 +64,47 @@ _RULES = (
         "it is of {of[gamma]} with milestones; schedule.name is {c.schedule.name}",
     ),
     _Rule(
-        ("schedule.rise",),
-        lambda c, d: "rise" in SCHEDULES[c.schedule.name].reads,
-        "it is of {of[rise]}, schedule.name is {c.schedule.name}",
+        ("schedule.pct_start",),
+        lambda c, d: "pct_start" in SCHEDULES[c.schedule.name].reads,
+        "it is of {of[pct_start]}, schedule.name is {c.schedule.name}",
     ),
     _Rule(
-        ("schedule.end",),
-        lambda c, d: "end" in SCHEDULES[c.schedule.name].reads,
-        "it is of {of[end]}, schedule.name is {c.schedule.name}",
+        ("schedule.min_lr_ratio",),
+        lambda c, d: "min_lr_ratio" in SCHEDULES[c.schedule.name].reads,
+        "it is of {of[min_lr_ratio]}, schedule.name is {c.schedule.name}",
     ),
-    _Rule(("loss.alpha",), lambda c, d: c.loss.teacher is not None, "there is no loss.teacher"),
+    _Rule(("loss.distillation_alpha",), lambda c, d: c.loss.teacher is not None, "there is no loss.teacher"),
     _Rule(
-        ("loss.temperature",),
-        lambda c, d: c.loss.teacher is not None and c.loss.alpha > 0,
+        ("loss.distillation_temperature",),
+        lambda c, d: c.loss.teacher is not None and c.loss.distillation_alpha > 0,
         "it is of the teacher's part of the loss, and there is none",
     ),
-    _Rule(("loss.teacher",), lambda c, d: c.loss.alpha > 0, "loss.alpha is 0"),
+    _Rule(("loss.teacher",), lambda c, d: c.loss.distillation_alpha > 0, "loss.distillation_alpha is 0"),
     _Rule(
-        ("loss.smoothing", "loss.name"),
-        lambda c, d: c.loss.teacher is None or c.loss.alpha < 1,
-        "loss.alpha is 1: the teacher's answers are all that counts",
+        ("loss.label_smoothing", "loss.name"),
+        lambda c, d: c.loss.teacher is None or c.loss.distillation_alpha < 1,
+        "loss.distillation_alpha is 1: the teacher's answers are all that counts",
     ),
     _Rule(("ema.warmup",), lambda c, d: c.ema.decay is not None, "there is no average: ema.decay is null"),
     _Rule(
-        ("augment.auto_ops", "augment.auto_magnitude"),
-        lambda c, d: c.augment.auto == "randaugment",
-        "it is of randaugment, augment.auto is {c.augment.auto}",
+        ("augment.randaugment_num_ops", "augment.randaugment_magnitude"),
+        lambda c, d: c.augment.auto_augment == "randaugment",
+        "it is of randaugment, augment.auto_augment is {c.augment.auto_augment}",
     ),
     _Rule(
-        ("augment.erase_area", "augment.erase_ratio", "augment.erase_fill"),
-        lambda c, d: c.augment.erase > 0,
-        "augment.erase is 0",
-    ),
-    _Rule(("augment.mix_probability",), lambda c, d: c.augment.mixes, "augment.mixup and augment.cutmix are both 0"),
-    _Rule(
-        ("augment.mixup", "augment.cutmix"), lambda c, d: c.augment.mix_probability > 0, "augment.mix_probability is 0"
+        ("augment.erase_scale", "augment.erase_ratio", "augment.erase_fill"),
+        lambda c, d: c.augment.erase_prob > 0,
+        "augment.erase_prob is 0",
     ),
     _Rule(
-        ("augment.cutmix_share",),
-        lambda c, d: c.augment.mixup > 0 and c.augment.cutmix > 0,
+        ("augment.mix_prob",), lambda c, d: c.augment.mixes, "augment.mixup_alpha and augment.cutmix_alpha are both 0"
+    ),
+    _Rule(
+        ("augment.mixup_alpha", "augment.cutmix_alpha"), lambda c, d: c.augment.mix_prob > 0, "augment.mix_prob is 0"
+    ),
+    _Rule(
+        ("augment.mix_switch_prob",),
+        lambda c, d: c.augment.mixup_alpha > 0 and c.augment.cutmix_alpha > 0,
         "it is of mixup and CutMix together, and one of them is 0",
     ),
     _Rule(("data.window",), lambda c, d: c.data.shuffle == "windowed", "data.shuffle is {c.data.shuffle}"),
@@ -133,8 +135,10 @@ _RULES = (
         lambda c, d: d.workers > 1 and not c.finetune.freeze_batch_norm,
         "there is one worker, or finetune.freeze_batch_norm is true",
     ),
-    _Rule(("engine.communication",), lambda c, d: d.workers > 1, "there is one worker"),
-    _Rule(("engine.bucket_elements",), lambda c, d: d.zero_stage > 0, "it is of ZeRO stages 1 to 3, this run's is 0"),
+    _Rule(("engine.communication_data_type",), lambda c, d: d.workers > 1, "there is one worker"),
+    _Rule(
+        ("engine.reduce_bucket_size",), lambda c, d: d.zero_stage > 0, "it is of ZeRO stages 1 to 3, this run's is 0"
+    ),
     _Rule(
         ("checkpoint.every_samples",),
         lambda c, d: (c.checkpoint.every_samples or 0) <= d.total_samples,

@@ -66,7 +66,7 @@ def load_config(source: str | Path | dict[str, Any], *overrides: str) -> RunConf
 
     Raises:
         ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of range or left to the
-            user (`???`); all the faults found are in the message.
+            user (`???`); all the problems found are in the message.
     """
     path = "the config" if isinstance(source, dict) else source
     merged = _of_dict(source) if isinstance(source, dict) else _read(find_config(source), seen=(), files=[])
@@ -86,7 +86,7 @@ def load_config(source: str | Path | dict[str, Any], *overrides: str) -> RunConf
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}.") from error
     except ValidationError as error:
-        raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_faults(error))) from error
+        raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_problems(error))) from error
 
 
 def _as_yaml(override: str) -> str:
@@ -158,25 +158,25 @@ def _of_dict(source: dict[str, Any]) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(*[_read(find_config(name), seen=(), files=[]) for name in names], own))
 
 
-def _faults(error: ValidationError) -> list[str]:
-    """One line per fault: the key, what is allowed, its value; for an unknown key the nearest known one."""
+def _problems(error: ValidationError) -> list[str]:
+    """One line per problem: the key, what is allowed, its value; for an unknown key the nearest known one."""
     allowed: dict[str, list[str]] = {}
     given: dict[str, Any] = {}
-    for fault in error.errors():
-        where = [str(part) for part in fault["loc"] if not _is_union_branch(str(part))]
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"] if not _is_union_branch(str(part))]
         key = ".".join(where) or "config"
-        if fault["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden":
             known = _known_keys(where[:-1])
             near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
             hint = f"did you mean '{'.'.join([*where[:-1], near[0]])}'?" if near else f"known: {', '.join(known)}"
             allowed[key] = [f"unknown key; {hint}"]
         else:
-            message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            if fault["type"] == "model_type":  # a section that stands for a value
+            message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            if problem["type"] == "model_type":  # a section that stands for a value
                 message = f"must be {{{', '.join(f'{name}: ...' for name in _known_keys(where))}}}"
             allowed.setdefault(key, []).append(message[0].lower() + message[1:])
-            if not isinstance(fault["input"], dict | BaseModel) and "password" not in message:
-                given[key] = fault["input"]
+            if not isinstance(problem["input"], dict | BaseModel) and "password" not in message:
+                given[key] = problem["input"]
     return [
         f"  {key}: {', or '.join(messages)}" + (f"; got {given[key]!r}" if key in given else "")
         for key, messages in allowed.items()
@@ -184,7 +184,7 @@ def _faults(error: ValidationError) -> list[str]:
 
 
 def _is_union_branch(part: str) -> bool:
-    """Pydantic adds the tried type of a union (`constrained-int`, `literal['auto']`) to a fault's location."""
+    """Pydantic adds the tried type of a union (`constrained-int`, `literal['auto']`) to a problem's location."""
     return part.startswith(("constrained-", "literal[", "function-", "lax-")) or part in (
         "int",
         "str",

@@ -132,7 +132,7 @@ def split_batch(config: RunConfig, workers: int) -> tuple[int, int]:
     accumulations = [a for a in range(1, per_worker + 1) if per_worker % (a * unit) == 0 and per_worker // a <= most]
     if not accumulations:
         raise ConfigError(
-            f"augment.mixup and augment.cutmix mix pairs of pictures, so each of the {workers} workers needs an even "
+            f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images, so each of the {workers} workers needs an even "
             f"number of them at once: train.global_batch_size={batch} gives {per_worker} per worker and step, at most "
             f"train.max_device_batch_size={most} at once. Set train.global_batch_size to a multiple of {2 * workers}, "
             f"and train.max_device_batch_size to 2 or more."
@@ -153,5 +153,5 @@ def halved(derived: Derived, config: RunConfig) -> Derived | None:
 
 
 def _unit(config: RunConfig) -> int:
-    """Pictures that must not be parted: they are mixed in pairs."""
+    """Images that must not be parted: they are mixed in pairs."""
     return 2 if config.augment.mixes else 1

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: shown as one short message, never as a traceback."""
+"""Errors that are the user's to fix: shown as one short message, never as a traceback."""
 
 from collections.abc import Sequence
 
@@ -21,8 +21,12 @@ class DataError(UserError):
     """A data folder or a file in it is wrong."""
 
 
-class DamagedSample(DataError):
-    """One sample's bytes are not a whole picture, or not those that were indexed."""
+class OtherFormatError(UserError):
+    """A checkpoint was written by another version of this project."""
+
+
+class CorruptSample(DataError):
+    """One sample's bytes are not a whole image, or not those that were indexed."""
 
 
 class TrainingError(Exception):

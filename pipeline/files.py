@@ -15,7 +15,7 @@ def _aside(target: Path) -> Path:
 
 
 @contextmanager
-def whole_file(file: Path, aside: Path | None = None) -> Iterator[Path]:
+def atomic_file(file: Path, aside: Path | None = None) -> Iterator[Path]:
     """Yields a name to write to, which becomes `file`; where something fails, nothing is left of it.
 
     Args:
@@ -32,12 +32,12 @@ def whole_file(file: Path, aside: Path | None = None) -> Iterator[Path]:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a whole file in UTF-8."""
-    with whole_file(file) as aside:
+    with atomic_file(file) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder, which becomes `folder`; where something fails, nothing is left of it.
 
     Where `folder` is there by then, another process was first with the same, and it stays.

@@ -10,7 +10,7 @@ _VERSION = re.compile(r"[vV]\d+")
 _LONGEST_ALIAS, _LONGEST_MODEL, _LONGEST_EXPERIMENT = 255, 256, 500  # characters
 
 
-def alias_fault(alias: str) -> str | None:
+def alias_error(alias: str) -> str | None:
     """What is wrong with an alias of a registered model, or None."""
     if not _ALIAS.fullmatch(alias) or len(alias) > _LONGEST_ALIAS:
         return f"must be letters, digits, - and _, begin with a letter, and have at most {_LONGEST_ALIAS} characters"
@@ -19,7 +19,7 @@ def alias_fault(alias: str) -> str | None:
     return None
 
 
-def model_fault(name: str) -> str | None:
+def model_name_error(name: str) -> str | None:
     """What is wrong with the name of a registered model, or None."""
     if not name.strip() or name.startswith(".") or any(c in name for c in "/\\:@\0\"'\n"):
         return "must not be blank, begin with a dot, or hold slashes, colons, @, quotes or line breaks"
@@ -28,7 +28,7 @@ def model_fault(name: str) -> str | None:
     return None
 
 
-def experiment_fault(name: str) -> str | None:
+def experiment_error(name: str) -> str | None:
     """What is wrong with the name of an experiment, or None."""
     if not name.strip() or len(name) > _LONGEST_EXPERIMENT:
         return f"must not be blank, and have at most {_LONGEST_EXPERIMENT} characters"

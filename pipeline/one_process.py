@@ -13,15 +13,15 @@ from rich.console import Console
 from pipeline.config import Device, RunConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation.counts import EvalResult
-from pipeline.model.nets import check_model
+from pipeline.model.timm_models import check_model
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
 from pipeline.train.alone import alone
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root, checkpoints, read_state
-from pipeline.train.claim import claimed
+from pipeline.train.disk_space import check_disk_space
 from pipeline.train.events import Evaluated, Event, Report, Step, Warned
 from pipeline.train.progress import Display
 from pipeline.train.rank import train_rank
-from pipeline.train.room import check_room
+from pipeline.train.run_lock import run_lock
 from pipeline.train.setup import RunSetup, absolute, check_writable, new_name, set_up
 from pipeline.train.storage import fetch_best
 
@@ -60,14 +60,14 @@ def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report |
         report: Gets each event as it comes, some in a thread; by default progress is printed.
 
     Raises:
-        UserError: bad input, before any training; or what the user can mend in the middle of it.
+        UserError: bad input, before any training; or what the user can fix in the middle of it.
     """
     setup = _set_up(config, resume)
     config, run_dir = setup.config, setup.run_dir
     history: list[Step | Evaluated] = []
     device = torch.device("cuda", 0) if setup.derived.device == "cuda" else torch.device("cpu")
     with ExitStack() as stack:
-        stack.enter_context(claimed(run_dir, config))
+        stack.enter_context(run_lock(run_dir, config))
         tell = report or stack.enter_context(_printed(setup))
 
         def warn(text: str) -> None:
@@ -75,7 +75,7 @@ def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report |
 
         for text in setup.warnings:
             warn(text)
-        check_room(setup)
+        check_disk_space(setup)
         run = stack.enter_context(_tracked(setup, warn)) if _tracking_asked(config) else None
 
         def on_event(event: Event) -> None:
@@ -144,7 +144,7 @@ def _device(config: RunConfig) -> Device:
 def _tracking_asked(config: RunConfig) -> bool:
     variables = any(os.environ.get(name) for name in (TRACKING_VARIABLE, REGISTRY_VARIABLE))
     tracking = config.tracking
-    return variables or tracking.uri is not None or tracking.registry_uri is not None or bool(tracking.also)
+    return variables or tracking.uri is not None or tracking.registry_uri is not None or bool(tracking.custom)
 
 
 def _tracked(setup: RunSetup, warn: Callable[[str], None]) -> "AbstractContextManager[TrackedRun]":
@@ -152,7 +152,7 @@ def _tracked(setup: RunSetup, warn: Callable[[str], None]) -> "AbstractContextMa
         from pipeline.export.tracked import tracked  # MLflow need not be there where it is not asked for
     except ModuleNotFoundError as error:
         raise UserError(
-            f"tracking.uri, tracking.registry_uri or their variables name a store, or tracking.also a tracker, which "
+            f"tracking.uri, tracking.registry_uri or their variables name a store, or tracking.custom a tracker, which "
             f"needs the package {error.name}, that is not installed: pip install mlflow, or leave them out."
         ) from error
     return tracked(setup, warn)

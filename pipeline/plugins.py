@@ -1,4 +1,4 @@
-"""Modules that a run imports before anything looks at its config: they register what `pipeline.seams` has not."""
+"""Modules that a run imports before anything looks at its config: they register what `pipeline.extension_points` has not."""
 
 import importlib
 import importlib.util

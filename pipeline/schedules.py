@@ -37,20 +37,20 @@ def _step(schedule: Any, at: Point) -> float:
 
 
 def _linear(schedule: Any, at: Point) -> float:
-    return 1 + (schedule.end - 1) * at.progress
+    return 1 + (schedule.min_lr_ratio - 1) * at.progress
 
 
 def _cosine(schedule: Any, at: Point) -> float:
-    """Loshchilov & Hutter 2017, without restarts: falls to `end` at the end of the run."""
-    return _along_cosine(1, schedule.end, at.progress)
+    """Loshchilov & Hutter 2017, without restarts: falls to `min_lr_ratio` at the end of the run."""
+    return _along_cosine(1, schedule.min_lr_ratio, at.progress)
 
 
 def _one_cycle(schedule: Any, at: Point) -> float:
-    """Smith & Topin 2018: from 1/25 for the share `rise` of the run up to the peak, then to `end`, along cosines."""
-    top = schedule.rise * at.total
+    """Smith & Topin 2018: from 1/25 for the share `pct_start` of the run up to the peak, then to `min_lr_ratio`, along cosines."""
+    top = schedule.pct_start * at.total
     if at.seen < top:
         return _along_cosine(_ONE_CYCLE_START, 1, at.seen / top)
-    return _along_cosine(1, schedule.end, (at.seen - top) / (at.total - top))
+    return _along_cosine(1, schedule.min_lr_ratio, (at.seen - top) / (at.total - top))
 
 
 def _along_cosine(first: float, last: float, progress: float) -> float:
@@ -59,7 +59,7 @@ def _along_cosine(first: float, last: float, progress: float) -> float:
 
 BUILT_IN = {
     "step": Shape(_step, ("milestones", "gamma")),
-    "cosine": Shape(_cosine, ("end",)),
-    "linear": Shape(_linear, ("end",)),
-    "one-cycle": Shape(_one_cycle, ("rise", "end")),
+    "cosine": Shape(_cosine, ("min_lr_ratio",)),
+    "linear": Shape(_linear, ("min_lr_ratio",)),
+    "one-cycle": Shape(_one_cycle, ("pct_start", "min_lr_ratio")),
 }

@@ -45,7 +45,7 @@ def no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def imagenet_samples() -> Path:
     folder = (SHARED / "imagenet-samples").resolve()
     if not folder.is_dir():
-        pytest.skip("the ImageNet sample pictures are not on this machine (../shared/data/imagenet-samples)")
+        pytest.skip("the ImageNet sample images are not on this machine (../shared/data/imagenet-samples)")
     return folder
 
 
@@ -53,13 +53,13 @@ def imagenet_samples() -> Path:
 def cifar10() -> Path:
     folder = (SHARED / "cifar10-jpeg").resolve()
     if not folder.is_dir():
-        pytest.skip("the CIFAR-10 pictures are not on this machine (../shared/data/cifar10-jpeg)")
+        pytest.skip("the CIFAR-10 images are not on this machine (../shared/data/cifar10-jpeg)")
     return folder
 
 
 @pytest.fixture
 def indexes(tmp_path: Path) -> Callable[..., tuple[DatasetIndex, DatasetIndex]]:
-    """`indexes(train=N, val=M, classes=K)`: pictures of 32 pixels whose brightness tells the class."""
+    """`indexes(train=N, val=M, classes=K)`: images of 32 pixels whose brightness tells the class."""
 
     def make(train: int = 40, val: int = 13, classes: int = 3) -> tuple[DatasetIndex, DatasetIndex]:
         rng = np.random.default_rng(0)

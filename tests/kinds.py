@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from tests.data.made_up import ycck
+from tests.data.synthetic import ycck
 
 WIDTH, HEIGHT = 61, 50
 _RNG = np.random.default_rng(0)
@@ -48,15 +48,15 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(depth: int, colour: int, values: NDArray[np.integer], before: bytes = b"") -> bytes:
-    """A PNG of `depth` bits per sample and a colour type, with other chunks `before` its data; values [H, W, ...]."""
+def png(depth: int, color: int, values: NDArray[np.integer], before: bytes = b"") -> bytes:
+    """A PNG of `depth` bits per sample and a color type, with other chunks `before` its data; values [H, W, ...]."""
     if depth < 8:
         bits = (values[..., None] >> np.arange(depth - 1, -1, -1) & 1).astype(np.uint8)
         rows = list(np.packbits(bits.reshape(HEIGHT, -1), axis=1))
     else:
         rows = list(values.astype(">u2" if depth == 16 else np.uint8).reshape(HEIGHT, -1))
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    head = struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, colour, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + before + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 

@@ -26,7 +26,7 @@ TRANSFORM: dict[str, Any] = {
 
 
 def network(num_classes: int = len(CLASSES), seed: int = 0) -> DenseNet:
-    """A small net in evaluation mode, with statistics that are not those of a new one."""
+    """A small model in evaluation mode, with statistics that are not those of a new one."""
     torch.manual_seed(seed)
     made = create("densenet_tiny", num_classes)
     with torch.no_grad():

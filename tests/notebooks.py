@@ -34,7 +34,7 @@ def run(notebook: dict[str, Any]) -> dict[str, Any]:
             text = printed.getvalue().splitlines(keepends=True)
             cell["outputs"].append({"name": "stdout", "output_type": "stream", "text": text})
         for figure in pyplot.get_fignums():
-            cell["outputs"].append(_picture(pyplot.figure(figure)))
+            cell["outputs"].append(_image(pyplot.figure(figure)))
         pyplot.close("all")
         if value is not None:
             data = {"text/plain": repr(value).splitlines(keepends=True)}
@@ -52,7 +52,7 @@ def _run_cell(source: str, names: dict[str, Any], where: str) -> Any:
     return None if last is None else eval(compile(ast.Expression(last.value), where, "eval"), names)
 
 
-def _picture(figure: Any) -> dict[str, Any]:
+def _image(figure: Any) -> dict[str, Any]:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
     data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": [repr(figure)]}

@@ -16,7 +16,7 @@ import fsspec
 import pytest
 import requests
 
-from launch.cluster.net import free_port
+from launch.cluster.ports import free_port
 from tests.conftest import BIN
 
 PATIENCE_S = 120

@@ -1,4 +1,4 @@
-"""Configs: includes, overrides, faults and derived values."""
+"""Configs: includes, overrides, problems and derived values."""
 
 import re
 from pathlib import Path
@@ -71,7 +71,10 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
             "optim.name=adam",
             r"optim.name: must be 'sgd', 'adamw', 'lamb', 'lars' or 'muon' \(did you mean 'adamw'\?\); got 'adam'",
         ),
-        ("data.progressive=[[90, 160]]", r"data.progressive=\[\[90.0, 160\]\] must lie before train.epochs=90"),
+        (
+            "data.progressive_resize=[[90, 160]]",
+            r"data.progressive_resize=\[\[90.0, 160\]\] must lie before train.epochs=90",
+        ),
         ("finetune.freeze_blocks=5", "finetune.freeze_blocks: must be less than or equal to 4"),
         ("eval.crop=300", "crop=300 must not exceed resize=256"),
         ("train.epochs", "override 'train.epochs' is not of the form key=value"),
@@ -148,11 +151,11 @@ def test_the_evaluations_transform_sets_the_defaults_of_its_sizes_and_filter(tmp
 
 
 def test_progressive_sizes_hold_until_their_epoch():
-    data = RunConfig.model_validate({"data": {"progressive": [[2, 128], [5.5, 160]]}}).data
+    data = RunConfig.model_validate({"data": {"progressive_resize": [[2, 128], [5.5, 160]]}}).data
     assert [data.side_at(epoch) for epoch in (0, 1.99, 2, 5.4, 5.5, 80)] == [128, 128, 160, 160, 224, 224]
     for wrong in ([[2, 128], [1, 160]], [[0, 128]], [[1, 4]]):
         with pytest.raises(ValueError, match="pairs with rising epochs"):
-            RunConfig.model_validate({"data": {"progressive": wrong}})
+            RunConfig.model_validate({"data": {"progressive_resize": wrong}})
 
 
 def test_passwords_stay_out_of_the_datas_address():

@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks import page
 from pipeline.config_file import describe
 from pipeline.data.tools.inspect import KINDS
-from tests.data import made_up
+from tests.data import synthetic
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text()
@@ -91,7 +91,7 @@ def test_the_api_page_runs(tmp_path):
 
 def test_data_commands_run(shell, tmp_path):
     """README's data commands, in their order, with made-up archives in the place of the downloads."""
-    made_up.write_ilsvrc(tmp_path / "downloads", made_up.pictures())
+    synthetic.write_ilsvrc(tmp_path / "downloads", synthetic.images())
     places = {"/downloads": str(tmp_path / "downloads"), "/data/imagenet": str(tmp_path / "imagenet")}
     ran = []
     for words in commands():
@@ -128,7 +128,7 @@ def test_the_models_are_listed_with_their_sizes(shell):
 
 def test_what_verification_finds_is_explained():
     explained = re.findall(r"^\| `(\w+)` \| (yes|no) \|", (PROJECT / "docs" / "data.md").read_text(), re.MULTILINE)
-    assert explained == [(kind, "yes" if is_damage else "no") for kind, (is_damage, _) in KINDS.items()]
+    assert explained == [(kind, "yes" if is_corruption else "no") for kind, (is_corruption, _) in KINDS.items()]
 
 
 @pytest.mark.slow

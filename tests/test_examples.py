@@ -23,7 +23,7 @@ def test_a_notebook_runs_and_keeps_its_outputs(file, tmp_path, monkeypatch, one_
     monkeypatch.chdir(tmp_path)
     notebooks.run(ran)
     assert file.stat().st_size < 1_000_000
-    pictures = [len(found) for found in outputs(kept, "display_data")]
-    assert pictures == [len(found) for found in outputs(ran, "display_data")]
-    assert sum(pictures) > 0
+    images = [len(found) for found in outputs(kept, "display_data")]
+    assert images == [len(found) for found in outputs(ran, "display_data")]
+    assert sum(images) > 0
     assert all(bool(a) == bool(b) for a, b in zip(outputs(kept, "stream"), outputs(ran, "stream"), strict=True))

@@ -14,17 +14,17 @@ import pytest
 from launch.cluster.submit import package
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.places import places
-from pipeline.seams import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS
+from pipeline.extension_points import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS
+from pipeline.locations import locations
 from tests.conftest import PROJECT
 
-NAME, NET = "plugin_of_the_page", "net_of_the_page"
+NAME, MODEL = "plugin_of_the_page", "net_of_the_page"
 CHOICES = {
     "model.name": "plain",
     "optim.name": "signum",
     "schedule.name": "square-root",
-    "augment.also": "[rotate]",
-    "tracking.also": "[lines]",
+    "augment.custom": "[rotate]",
+    "tracking.custom": "[lines]",
     "data.root": "noise://40",
 }
 OPTIONS = [f"{key}={value}" for key, value in CHOICES.items()]
@@ -37,22 +37,22 @@ def other_tests_have_no_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     for table in (OPTIMIZERS, SCHEDULES, AUGMENTATIONS, DATA_SOURCES, TRACKERS):
         monkeypatch.setattr(table, "_known", dict(table._known))
     yield
-    for name in (NAME, NET):
+    for name in (NAME, MODEL):
         sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's blocks as one file; beside it the last one, a net, which goes where this project is not."""
+    """The page's blocks as one file; beside it the last one, a model, which goes where this project is not."""
     file = tmp_path_factory.mktemp("plugin") / f"{NAME}.py"
-    *blocks, net = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "extending.md").read_text(), re.DOTALL)
+    *blocks, model = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "extending.md").read_text(), re.DOTALL)
     file.write_text("\n\n".join(blocks))
-    (file.parent / f"{NET}.py").write_text(net)
+    (file.parent / f"{MODEL}.py").write_text(model)
     return file
 
 
 def plugins(plugin: Path) -> str:
-    return f"run.plugins=[{plugin},{plugin.with_name(f'{NET}.py')}]"
+    return f"run.plugins=[{plugin},{plugin.with_name(f'{MODEL}.py')}]"
 
 
 def test_without_the_plugin_its_names_are_refused(shell):
@@ -64,11 +64,11 @@ def test_without_the_plugin_its_names_are_refused(shell):
 
 
 def test_a_plan_knows_what_the_plugin_adds_and_what_reads_which_key(plugin, densenet):
-    code, told = densenet("plan", "demo", plugins(plugin), *OPTIONS, "optim.eps=1e-4", "schedule.end=0.1")
+    code, told = densenet("plan", "demo", plugins(plugin), *OPTIONS, "optim.eps=1e-4", "schedule.min_lr_ratio=0.1")
     assert code == 0, told
     assert "0.001, signum, schedule square-root" in told
     assert "optim.eps=0.0001 has no effect: it is of adamw, lamb and muon, optim.name is signum" in told
-    assert "schedule.end" not in told.partition("warning")[2]
+    assert "schedule.min_lr_ratio" not in told.partition("warning")[2]
     code, told = densenet("plan", "demo", f"run.plugins=[{plugin}]", "optim.name=signumm")
     assert (code, "did you mean 'signum'?" in told) == (2, True), told
 
@@ -88,7 +88,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
 
 def test_a_job_carries_the_plugin_as_a_module(plugin, tmp_path):
     config = load_config("demo", f"run.plugins=[{plugin}]", "optim.name=signum")
-    assert ("run.plugins", str(plugin)) in [(key, place) for key, _, place in places(config)]
+    assert ("run.plugins", str(plugin)) in [(key, place) for key, _, place in locations(config)]
     package(tmp_path, config)
     assert (tmp_path / plugin.name).read_text() == plugin.read_text()
     assert load_config(tmp_path / "job.yaml").run.plugins == (NAME,)
@@ -110,14 +110,14 @@ def test_the_plugin_trains_and_its_model_goes_its_own_way(plugin, shell, tmp_pat
 
     # Its code is with the model: this process has neither the plugin nor this project.
     (tmp_path / "empty").mkdir()
-    picture = next(tmp_path.glob("data/noise-*/val/class1/*.png"))
-    shutil.copy(picture, tmp_path / "empty" / "picture.png")
+    image = next(tmp_path.glob("data/noise-*/val/class1/*.png"))
+    shutil.copy(image, tmp_path / "empty" / "image.png")
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
         "import mlflow, pandas, pathlib\n"
         f"mlflow.set_tracking_uri('sqlite:///{tmp_path}/mlflow.db')\n"
         "model = mlflow.pyfunc.load_model('models:/plain@candidate')\n"
-        "print(model.unwrap_python_model().predict(None, pandas.DataFrame({'image': [pathlib.Path('picture.png')]})))\n"
+        "print(model.unwrap_python_model().predict(None, pandas.DataFrame({'image': [pathlib.Path('image.png')]})))\n"
     )
     outer = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     loaded = subprocess.run(

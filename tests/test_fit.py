@@ -14,7 +14,7 @@ from PIL import Image
 
 import pipeline
 from pipeline.errors import ConfigError, UserError
-from pipeline.train.checkpoint import best_checkpoint, fault
+from pipeline.train.checkpoint import best_checkpoint, verify
 from pipeline.train.events import Evaluated, Event, Resumed, Saved, Step, Warned
 from tests.conftest import PROJECT
 
@@ -50,7 +50,7 @@ print(json.dumps([values, resumed, refused, left]))
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:
-    """A small run on twelve pictures."""
+    """A small run on twelve images."""
     for split in ("train", "val"):
         for label, name in enumerate(("cat", "dog")):
             (tmp_path / "set" / split / name).mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_without_ray_and_mlflow(tree, tmp_path):
     assert 0 <= top1 <= top5 == 100
     assert loss > 0
     assert (run_dir, uri, told) == (str(tmp_path / "out" / "one"), None, 4), "three log lines and an evaluation"
-    assert fault(Path(checkpoint)) is None
+    assert verify(Path(checkpoint)) is None
     assert resumed == [12]
     assert refused.startswith("tracking.uri, tracking.registry_uri or their variables name a store")
     assert "package mlflow" in refused
@@ -115,7 +115,7 @@ def test_a_new_run_goes_on_from_another_ones_checkpoint_and_bad_input_is_named(t
     assert Resumed(12, first.checkpoint) in events
     assert [event.step for event in second.history if isinstance(event, Step)] == [4, 5, 6]
     assert sum(isinstance(event, Warned) for event in events) == 2, "of the workers, in each"
-    with pytest.raises(UserError, match="there is no sound checkpoint in /nowhere"):
+    with pytest.raises(UserError, match="there is no valid checkpoint in /nowhere"):
         pipeline.fit(pipeline.load_config(tree), resume="/nowhere")
     with pytest.raises(ConfigError, match="device=cuda needs GPUs, and this machine has none"):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""Every shipped config is loaded, planned and trained for two optimizer steps, on small pictures."""
+"""Every shipped config is loaded, planned and trained for two optimizer steps, on small images."""
 
 import io
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from launch.cluster.capacity import Resources
+from launch.cluster.allocation import Resources
 from launch.run.plan import print_plan
 from launch.run.prepare import prepare, read_config
 from pipeline.config_file import load_config
@@ -30,8 +30,8 @@ LEFT_OPEN = {"finetune.yaml": "model.weights", "distill.yaml": "loss.teacher"}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes with four pictures each."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes with four images each."""
     root = tmp_path_factory.mktemp("set")
     for split in ("train", "val"):
         for label, name in enumerate(("cat", "dog")):
@@ -41,12 +41,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(file: Path, pictures: Path, output: Path, *overrides: str) -> tuple[list[Event], Path, str]:
+def run(file: Path, images: Path, output: Path, *overrides: str) -> tuple[list[Event], Path, str]:
     """Two steps by a config; its events, its run's folder and the printed plan."""
-    config = read_config(file, [*SMALL, f"data.root={pictures}", f"run.output={output}", "run.name=run", *overrides])
-    if config.data.progressive:
-        sides = tuple((epoch, 24) for epoch, _ in config.data.progressive)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"progressive": sides})})
+    config = read_config(file, [*SMALL, f"data.root={images}", f"run.output={output}", "run.name=run", *overrides])
+    if config.data.progressive_resize:
+        sides = tuple((epoch, 24) for epoch, _ in config.data.progressive_resize)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"progressive_resize": sides})})
     prepared = prepare(config, Resources("this machine", 1, 0, embedded=True))
     console = Console(width=200, file=io.StringIO())
     print_plan(console, prepared)
@@ -59,15 +59,15 @@ def run(file: Path, pictures: Path, output: Path, *overrides: str) -> tuple[list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: str(f.relative_to(CONFIGS)))
-def test_a_shipped_config_plans_and_trains(file, pictures, tmp_path, one_rank):
+def test_a_shipped_config_plans_and_trains(file, images, tmp_path, one_rank):
     digits = ["data.root=digits://"] if file.name == "demo.yaml" else []
     start = []
     if file.name in LEFT_OPEN:
-        _, teacher, _ = run(CONFIGS / "demo.yaml", pictures, tmp_path, "run.name=teacher")
+        _, teacher, _ = run(CONFIGS / "demo.yaml", images, tmp_path, "run.name=teacher")
         start = [f"{LEFT_OPEN[file.name]}={teacher}", "model.name=densenet_tiny"]
     elif file.parent.name == "recipes":
         start = ["model.name=densenet_tiny"]
-    events, run_dir, plan = run(file, pictures, tmp_path, *start, *digits)
+    events, run_dir, plan = run(file, images, tmp_path, *start, *digits)
     assert any(isinstance(event, Saved) for event in events)
     evaluated = [e.weights for e in events if isinstance(e, Evaluated)]
     config = read_config(best_checkpoint(run_dir) / "config.yaml", [])

@@ -39,9 +39,9 @@ def prepare(
     quality: Annotated[
         int | None, typer.Option(min=1, max=100, help="of JPEGs that are encoded; 90 with --shorter-side, else 95")
     ] = None,
-    shard_size: Annotated[float, typer.Option(min=0.01, help="MB of pictures in a shard")] = 128,
+    shard_size: Annotated[float, typer.Option(min=0.01, help="MB of images in a shard")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="of the order in the shards")] = 0,
-    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="leave damaged pictures out")] = False,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="leave corrupt images out")] = False,
     share: Annotated[
         str, typer.Option(help="K/N: of N such commands on machines that see both folders, this is number K (from 0)")
     ] = "0/1",
@@ -73,7 +73,7 @@ def prepare(
     of = int(index), int(shares)
     started = time.perf_counter()
     with pool(console, workers) as processes:
-        done = prepare(source, target, options, processes, layout, skip_damaged, of, max_pixels)
+        done = prepare(source, target, options, processes, layout, skip_corrupt, of, max_pixels)
     print_prepared(console, target, of, done, time.perf_counter() - started)
 
 
@@ -98,13 +98,13 @@ def verify(
     root: Root,
     json_file: Json = None,
     any_counts: Annotated[
-        bool, typer.Option("--any-counts", help="1,000 WordNet ids need not have ImageNet's numbers of pictures")
+        bool, typer.Option("--any-counts", help="1,000 WordNet ids need not have ImageNet's numbers of images")
     ] = False,
     workers: Workers = CORES,
     layout: Layout = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Read and decode everything; exit code 1 where there is damage.
+    """Read and decode everything; exit code 1 where there is corruption.
 
     Example: densenet data verify /data/imagenet
     """
@@ -116,13 +116,13 @@ def verify(
     if json_file is not None:
         write_json(json_file, found.to_json())
     print_verified(console, found)
-    raise typer.Exit(1 if found.damage else 0)
+    raise typer.Exit(1 if found.corruption else 0)
 
 
 @app.command()
 def stats(
     root: Root,
-    samples: Annotated[int, typer.Option(min=0, help="pictures decoded of each split; 0: all")] = 5000,
+    samples: Annotated[int, typer.Option(min=0, help="images decoded of each split; 0: all")] = 5000,
     plot: Annotated[Path, typer.Option(help="PNG file")] = Path("stats.png"),
     json_file: Json = None,
     workers: Workers = CORES,

@@ -27,11 +27,11 @@ def doctor() -> None:
     )
     found = list(findings())
     rows = [
-        (part.name, part.version, Text(part.seen, style="red" if part.cure else "green"), f"{part.seconds:.1f}")
+        (part.name, part.version, Text(part.seen, style="red" if part.fix else "green"), f"{part.seconds:.1f}")
         for part in found
     ]
     print_table(console, ("part", "version", "result", "seconds"), rows, right=("seconds",))
     for part in found:
-        if part.cure:
-            console.print(f"{part.name}: {part.cure}", style="yellow", soft_wrap=True)
-    raise typer.Exit(1 if any(part.cure for part in found) else 0)
+        if part.fix:
+            console.print(f"{part.name}: {part.fix}", style="yellow", soft_wrap=True)
+    raise typer.Exit(1 if any(part.fix for part in found) else 0)

@@ -17,7 +17,7 @@ def evaluate(
     model: Model,
     data: Annotated[Path, typer.Option(help="a data set's folder, or a folder with class folders")],
     split: Annotated[str, typer.Option(help="of the data set")] = "val",
-    crop: Annotated[int | None, typer.Option(min=8, max=1024, help="centre crop's side; default: the model's")] = None,
+    crop: Annotated[int | None, typer.Option(min=8, max=1024, help="center crop's side; default: the model's")] = None,
     resize: Annotated[int | None, typer.Option(min=8, max=2048, help="shorter side; default: by the crop")] = None,
     interpolation: Annotated[str | None, typer.Option(help="bilinear or bicubic; default: the model's")] = None,
     tta: Annotated[str | None, typer.Option(help="flip or ten-crop: averaged views, as a second result")] = None,

@@ -1,4 +1,4 @@
-"""`densenet export`: a model as ONNX, torch.export, a timm folder, or quantised to int8."""
+"""`densenet export`: a model as ONNX, torch.export, a timm folder, or quantized to int8."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ def export(
     data: Annotated[Path | None, typer.Option(help="for int8: a data set to calibrate and measure with")] = None,
     split: Annotated[str, typer.Option(help="for int8: the split to measure on")] = "val",
     calibrate: Annotated[str, typer.Option(help="for int8: the split to take ranges from")] = "train",
-    images: Annotated[int, typer.Option(min=1, help="for int8: pictures to take ranges from")] = 512,
+    images: Annotated[int, typer.Option(min=1, help="for int8: images to take ranges from")] = 512,
     attach: Annotated[bool, typer.Option("--attach", help="store it with the model version")] = False,
     uri: Uri = None,
     registry_uri: RegistryUri = None,

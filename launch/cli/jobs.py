@@ -9,7 +9,7 @@ import typer
 from launch.cli.common.options import AsJson, Dashboard
 from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
-from launch.cluster.net import dashboard_address
+from launch.cluster.ports import dashboard_address
 
 app = typer.Typer(
     name="jobs", help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None

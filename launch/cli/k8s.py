@@ -60,12 +60,12 @@ def validate(
     Example: densenet k8s validate first.yaml --crds CRDS
     """
     with extra("kubernetes"):
-        from launch.kubernetes.schemas import faults_of, read_documents
+        from launch.kubernetes.schemas import read_documents, schema_errors
 
     documents = read_documents(files)
-    faults = faults_of(documents, crds)
-    if faults:
-        raise UserError(f"{len(faults)} faults in {len(documents)} objects:\n  " + "\n  ".join(faults))
+    problems = schema_errors(documents, crds)
+    if problems:
+        raise UserError(f"{len(problems)} problems in {len(documents)} objects:\n  " + "\n  ".join(problems))
     print(f"{len(documents)} objects are valid")
 
 

@@ -20,7 +20,7 @@ Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/VERSION, or NAME 
 
 @app.command("list")
 def list_models(uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJson = False) -> None:
-    """Show the nets by name, and the models that are registered.
+    """Show the models by name, and the models that are registered.
 
     As JSON the registered ones alone, with all their versions.
 
@@ -76,7 +76,7 @@ def register(
     folder: Annotated[Path, typer.Argument(help="a finished run's folder, as outputs/RUN")],
     name: Annotated[str | None, typer.Option("--as", help="registered model name; default: as in the run")] = None,
     alias: Annotated[str | None, typer.Option(help="moved to the new version; default: as in the run")] = None,
-    patience: Annotated[float, typer.Option(min=0, help="seconds to wait for the stores")] = 60,
+    timeout: Annotated[float, typer.Option(min=0, help="seconds to wait for the stores")] = 60,
     uri: Annotated[str | None, typer.Option(help="MLflow tracking URI; default: as in the run")] = None,
     registry_uri: Annotated[str | None, typer.Option(help="MLflow registry URI; default: as in the run")] = None,
 ) -> None:
@@ -88,9 +88,9 @@ def register(
     """
     from launch.run.register import register_run
 
-    given = {"register_as": name, "alias": alias, "uri": uri, "registry_uri": registry_uri}
+    given = {"registered_model_name": name, "alias": alias, "uri": uri, "registry_uri": registry_uri}
     overrides = [f"tracking.{key}={value}" for key, value in given.items() if value is not None]
-    registered, registry = register_run(folder, overrides, console.print, patience)
+    registered, registry = register_run(folder, overrides, console.print, timeout)
     about = f"{registered.name} version {registered.version} in {registry}, alias {registered.alias}"
     console.print(f"{about} ({registered.uri})", soft_wrap=True, markup=False)
 
@@ -107,7 +107,7 @@ def promote(
     uri: Uri = None,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """Move an alias to a model that is better on the same pictures.
+    """Move an alias to a model that is better on the same images.
 
     Exit code 1 where it is not.
 

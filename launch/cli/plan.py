@@ -50,7 +50,7 @@ def plan(
 def _print_estimate(config: RunConfig, cluster: str) -> None:
     """Prints the estimate for ImageNet on the cluster, and for smaller and larger ones of the same kind."""
     from launch.run.estimate import HOP_S, IMAGENET, LAUNCH_S, REACHED, estimate, scaling  # torch takes seconds
-    from pipeline.wording import duration
+    from pipeline.formatting import duration
 
     e = estimate(config, cluster)
     d = e.derived
@@ -58,7 +58,7 @@ def _print_estimate(config: RunConfig, cluster: str) -> None:
     console.rule("estimate, not a measurement", style="yellow")
     rows = [
         ("cluster", f"{e.nodes} nodes with {d.workers // e.nodes} {e.kind} each, {d.workers} workers"),
-        ("data", f"{IMAGENET[0]:,} training pictures of {IMAGENET[3] / 1e3:.0f} kB"),
+        ("data", f"{IMAGENET[0]:,} training images of {IMAGENET[3] / 1e3:.0f} kB"),
         ("batch", f"{d.global_batch_size} = {d.device_batch_size} per device x {d.accumulation} x {d.workers}"),
         ("speed", f"{e.img_per_s:,.0f} img/s, {1000 * e.step_s:.1f} ms a step, bound by {e.bound}"),
         ("communication", f"{e.share:.0%} of a step"),
@@ -75,7 +75,7 @@ def _print_estimate(config: RunConfig, cluster: str) -> None:
 
 
 def _print_scaling(found: "list[tuple[int, Estimate | None]]") -> None:
-    from pipeline.wording import duration
+    from pipeline.formatting import duration
 
     rows: list[tuple[str, ...]] = []
     first: float | None = None

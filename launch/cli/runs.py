@@ -11,7 +11,7 @@ import typer
 from launch.cli.common.options import AsJson, Experiment, Uri
 from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
-from pipeline.tracking.stores import given_stores, shown
+from pipeline.tracking.stores import given_stores, redacted
 
 app = typer.Typer(name="runs", help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -40,9 +40,9 @@ def list_runs(
 
     Example: densenet runs list --limit 5
     """
-    from pipeline.tracking.look import past_runs
+    from pipeline.tracking.queries import list_runs
 
-    found = past_runs(_uri(uri), experiment)[:limit]
+    found = list_runs(_uri(uri), experiment)[:limit]
     if as_json:
         print(json.dumps([asdict(run) for run in found], indent=2))
         return
@@ -76,9 +76,9 @@ def show(
 
     Example: densenet runs show first
     """
-    from pipeline.tracking.look import past_run
+    from pipeline.tracking.queries import find_run
 
-    found = past_run(_uri(uri), experiment, run)
+    found = find_run(_uri(uri), experiment, run)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
@@ -103,9 +103,9 @@ def compare(
 
     Example: densenet runs compare first second
     """
-    from pipeline.tracking.look import differences, past_run
+    from pipeline.tracking.queries import differences, find_run
 
-    found = [past_run(_uri(uri), experiment, run) for run in runs]
+    found = [find_run(_uri(uri), experiment, run) for run in runs]
     rows = [
         (key, *(_number(run.metrics.get(key)) for run in found))
         for key in _LAST
@@ -118,7 +118,7 @@ def compare(
 @app.command()
 def sync(
     folder: Annotated[Path, typer.Argument(help="a run's folder, as outputs/RUN")],
-    patience: Annotated[float, typer.Option(min=0, help="seconds to wait for the store")] = 60,
+    timeout: Annotated[float, typer.Option(min=0, help="seconds to wait for the store")] = 60,
 ) -> None:
     """Send a run's records that its tracking store did not take.
 
@@ -127,9 +127,9 @@ def sync(
     from launch.run.register import send_records
 
     tracker = send_records(
-        folder, patience, console.print, lambda text: console.print(text, style="yellow", soft_wrap=True)
+        folder, timeout, console.print, lambda text: console.print(text, style="yellow", soft_wrap=True)
     )
-    console.print(f"all records of {folder} are in {shown(tracker.uri)}, run {tracker.run_id}", soft_wrap=True)
+    console.print(f"all records of {folder} are in {redacted(tracker.uri)}, run {tracker.run_id}", soft_wrap=True)
 
 
 def _uri(given: str | None) -> str:

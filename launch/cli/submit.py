@@ -7,7 +7,7 @@ import typer
 
 from launch.cli.common.options import Config, Dashboard, Overrides, Wait
 from launch.cli.common.output import console
-from launch.cluster.net import dashboard_address
+from launch.cluster.ports import dashboard_address
 
 if TYPE_CHECKING:
     from launch.cluster.jobs import JobSubmissionClient

@@ -8,8 +8,8 @@ import typer
 
 from launch.cli.common.options import RegistryUri, Uri
 from launch.cli.common.output import console
-from launch.cluster.net import HOST, check_port
-from pipeline.tracking.stores import given_stores, shown
+from launch.cluster.ports import HOST, check_port
+from pipeline.tracking.stores import given_stores, redacted
 
 app = typer.Typer()
 
@@ -27,13 +27,13 @@ def ui(
     stores = given_stores(uri, registry_uri)
     tracking, registry = stores.tracking, stores.registry
     if stores.apart and registry.startswith(_SERVERS):  # a remote server has its UI at its own address
-        console.print(f"the registry's UI is at {shown(registry)}", soft_wrap=True)
+        console.print(f"the registry's UI is at {redacted(registry)}", soft_wrap=True)
         registry = tracking
     if tracking.startswith(_SERVERS):
-        console.print(f"the tracking server's UI is at {shown(tracking)}")
+        console.print(f"the tracking server's UI is at {redacted(tracking)}")
         return
     check_port(port, "--port")
-    console.print(f"MLflow UI at http://{HOST}:{port} for {shown(tracking)}; stop it with Ctrl-C", soft_wrap=True)
+    console.print(f"MLflow UI at http://{HOST}:{port} for {redacted(tracking)}; stop it with Ctrl-C", soft_wrap=True)
     # One worker: several are ended by their supervisor where a busy machine takes five seconds to start them.
     arguments = ["server", "--backend-store-uri", tracking, "--registry-store-uri", registry]
     arguments += ["--host", HOST, "--port", str(port), "--workers", "1"]

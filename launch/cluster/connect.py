@@ -12,8 +12,8 @@ from pathlib import Path
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from launch.cluster.capacity import NoRoom, Resources, share
-from launch.cluster.net import HOST, answers
+from launch.cluster.allocation import InsufficientResources, Resources, allocate
+from launch.cluster.ports import HOST, answers
 from pipeline.config import Elastic, RunConfig
 from pipeline.errors import UserError
 
@@ -130,7 +130,7 @@ def offered_by_cluster(address: str) -> Resources:
     return Resources(where, int(total.get("CPU", 0)), int(total.get("GPU", 0)), embedded=False, further=further)
 
 
-def wait_for_room(config: RunConfig, address: str, told: Callable[[str], None]) -> None:
+def wait_for_resources(config: RunConfig, address: str, told: Callable[[str], None]) -> None:
     """Waits until the cluster has what the run needs, after asking its autoscaler for it; `told` gets the reason once.
 
     Raises:
@@ -139,9 +139,9 @@ def wait_for_room(config: RunConfig, address: str, told: Callable[[str], None]) 
     waits = False
     while True:
         try:
-            share(config, offered_by_cluster(address))
+            allocate(config, offered_by_cluster(address))
             return
-        except NoRoom as error:
+        except InsufficientResources as error:
             if not waits:
                 told(f"waiting: {error}")
                 request_resources(bundles=_bundles(config))

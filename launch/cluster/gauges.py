@@ -6,11 +6,11 @@ from pipeline.train.events import Event, Step
 
 _GAUGES = {
     "loss": "mean training loss since the last log line",
-    "img_per_s": "training pictures per second, all workers",
+    "img_per_s": "training images per second, all workers",
     "step_s": "seconds per optimizer step",
     "data_wait": "share of the time in which the slowest worker waited for data",
     "gpu_memory_gb": "most GPU memory so far on rank 0, GB",
-    "samples_seen": "training pictures since the run began",
+    "samples_seen": "training images since the run began",
 }
 
 

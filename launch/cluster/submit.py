@@ -15,9 +15,9 @@ from launch.cluster.job_env import SECRETS
 from launch.cluster.jobs import connect
 from pipeline.config import Cluster, RunConfig, Tracking
 from pipeline.errors import UserError, listed
-from pipeline.places import is_address, places
+from pipeline.locations import is_uri, locations
 from pipeline.plugins import is_file, module_name
-from pipeline.tracking.origin import write_commit
+from pipeline.tracking.provenance import write_commit
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
 
 PROJECT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def submit(config: RunConfig, options: JobOptions) -> tuple[JobSubmissionClient,
     Raises:
         UserError: bad input, no cluster, or a job there that trains the same run.
     """
-    _check_places(config)
+    _check_locations(config)
     variables = _variables(options.env)
     client = connect(options.address)
     run_name = str(config.run.name)
@@ -62,7 +62,7 @@ def submit(config: RunConfig, options: JobOptions) -> tuple[JobSubmissionClient,
             variables[SECRETS] = ",".join(options.secrets)
         runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": variables}
         if options.environment:
-            runtime_env["pip"] = {"packages": locked(), "pip_check": False}
+            runtime_env["pip"] = {"packages": locked_requirements(), "pip_check": False}
         wait = " --wait" if options.wait else ""
         try:
             client.submit_job(
@@ -100,17 +100,17 @@ def package(folder: Path, config: RunConfig) -> None:
         raise UserError(f"the job's code has {total:,} bytes, {_MOST_BYTES:,} are allowed; the largest: {largest}.")
 
 
-def locked() -> list[str]:
+def locked_requirements() -> list[str]:
     """The lock file's packages with their versions."""
     text = Path(__file__).with_name("requirements.lock").read_text(encoding="utf-8")
     return [match.strip() for match in re.findall(r"^[A-Za-z0-9][^\\\n]*", text, re.MULTILINE)]
 
 
-def _check_places(config: RunConfig) -> None:
+def _check_locations(config: RunConfig) -> None:
     """Raises where a path does not say where it begins: it is of the cluster's nodes."""
-    for key, mark, place in places(config):
+    for key, mark, place in locations(config):
         path_of = place.removeprefix("sqlite:///") if mark.kind == "store" else place
-        if key != "run.plugins" and not is_address(path_of) and not Path(path_of).is_absolute():
+        if key != "run.plugins" and not is_uri(path_of) and not Path(path_of).is_absolute():
             raise UserError(
                 f"{key}={place} must be an absolute path, or an address: it is looked for on the nodes, and a job's "
                 f"own folder is thrown away at its end."

@@ -15,8 +15,8 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from launch.cluster.connect import ray_logs
-from launch.cluster.hub import Losses, open_hub, pump
-from launch.cluster.prepared import Prepared
+from launch.cluster.event_channel import WorkerFailureCallback, open_event_channel, pump
+from launch.cluster.prepared_run import PreparedRun
 from launch.cluster.worker import Task, code_version, train_worker
 from pipeline.errors import TrainingError, UserError
 from pipeline.train.checkpoint import checkpoint_root, newest_valid, samples_of
@@ -26,19 +26,19 @@ from pipeline.train.storage import StorageError, fetch
 _ABORT_S = 5
 
 
-def run(prepared: Prepared, on_event: Report) -> None:
+def run(prepared: PreparedRun, on_event: Report) -> None:
     """Trains on the connected cluster until the run is complete; `on_event` gets the events in order, in a thread.
 
     SIGTERM and SIGHUP ask the workers to end after a checkpoint; they tell so by the event `Stopped`, which gets the
     signal's number.
 
     Raises:
-        UserError: a worker met an error that the user can mend, or another driver trains this run.
+        UserError: a worker met an error that the user can fix, or another driver trains this run.
         TrainingError: the workers failed more often than `cluster.max_failures`, or there was no room for them for
             `cluster.replacement_timeout_s`.
     """
-    config, share, run_dir = prepared.config, prepared.share, prepared.run_dir
-    hub = open_hub(str(config.run.name))
+    config, share, run_dir = prepared.config, prepared.allocation, prepared.run_dir
+    hub = open_event_channel(str(config.run.name))
     low, high = share.bounds
     trainer = TorchTrainer(
         train_worker,
@@ -71,7 +71,7 @@ def run(prepared: Prepared, on_event: Report) -> None:
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             worker_runtime_env={"env_vars": config.cluster.env},
-            callbacks=[Losses(hub)],
+            callbacks=[WorkerFailureCallback(hub)],
         ),
     )
     done, late = threading.Event(), threading.Event()
@@ -128,7 +128,7 @@ def run(prepared: Prepared, on_event: Report) -> None:
         ) from failure
 
 
-def _is_complete(prepared: Prepared) -> bool:
+def _is_complete(prepared: PreparedRun) -> bool:
     """Whether the checkpoint at the end of the run is there: what fails afterwards has cost nothing."""
     with suppress(StorageError):
         fetch(prepared.config, prepared.run_dir)

@@ -19,12 +19,12 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import stage
 from pipeline.derived import Derived, for_workers
 from pipeline.errors import DataError, UserError
-from pipeline.model.sources import Sources
+from pipeline.model.pretrained import Pretrained
 from pipeline.plugins import module_name
-from pipeline.train.claim import PROBE
 from pipeline.train.events import Event, Failed, Report, Skipped, Warned, WorkersStarted
+from pipeline.train.run_lock import PROBE
 
-_PROBED = 1000  # pictures or shards that each node looks for before training
+_PROBED = 1000  # images or shards that each node looks for before training
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Task:
     """What a worker is to do.
 
     `resume` is another run's checkpoint to go on from, where this run has none of its own. The indexes are Ray's
-    references to a `DatasetIndex`; `hub` is the handle of a `Hub`, `code` the `code_version` of the driver.
+    references to a `DatasetIndex`; `hub` is the handle of a `EventChannel`, `code` the `code_version` of the driver.
     """
 
     config: RunConfig
     derived: Derived
-    sources: Sources
+    sources: Pretrained
     resume: Path | None
     run_dir: Path
     train_index: Any

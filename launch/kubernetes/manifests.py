@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from launch.cluster.capacity import NoRoom, Resources, share
+from launch.cluster.allocation import InsufficientResources, Resources, allocate
 from launch.kubernetes.kubectl import kustomize, kustomized
 from pipeline.config import Elastic, RunConfig
 from pipeline.config_file import load_config
 from pipeline.data.staging import is_remote
 from pipeline.derived import split_batch
 from pipeline.errors import UserError
-from pipeline.model.nets import check_model
-from pipeline.places import is_address, places
+from pipeline.locations import is_uri, locations
+from pipeline.model.timm_models import check_model
 
 K8S = (Path(__file__).parent / "k8s").resolve()
 _GROUP = "/spec/rayClusterSpec/workerGroupSpecs/0"
@@ -79,7 +79,7 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
     (job,) = (document for document in documents if document["kind"] == "RayJob")
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     container = group["template"]["spec"]["containers"][0]
-    _check_places(config, container)
+    _check_locations(config, container)
     of_job: list[dict[str, Any]] = [{"op": "replace", "path": "/metadata/name", "value": name}]
     of_job += _workers(config, overlay, group, container, settings) + _credentials(config, settings)
     more, components = _surroundings(config, overlay, documents, len(group["template"]["spec"]["volumes"]), settings)
@@ -131,9 +131,9 @@ def _workers(
         low = high = settings.nodes or (group["replicas"] if wanted == "auto" else _pods(wanted, per_pod, gpus))
     offered = Resources(f"overlay {overlay} with {high} pods of workers", cpus * high, gpus * high, embedded=False)
     try:
-        taken = share(config, offered)
+        taken = allocate(config, offered)
         split_batch(config, taken.workers)
-    except NoRoom as error:
+    except InsufficientResources as error:
         raise UserError(f"{error.why}.") from error
     if gpus and wanted != "auto" and not isinstance(wanted, Elastic) and wanted != gpus * high:
         raise UserError(f"cluster.workers={wanted}, and {high} nodes with {gpus} GPUs each are {gpus * high} workers.")
@@ -149,7 +149,7 @@ def _workers(
 
 def _credentials(config: RunConfig, settings: Settings) -> list[dict[str, Any]]:
     """Patches for the Secret whose keys are variables of the pods."""
-    for key, mark, place in places(config):
+    for key, mark, place in locations(config):
         if mark.kind != "store" and is_remote(place) and settings.secret is None:
             raise UserError(
                 f"{key}={place} needs credentials: --set secret=NAME of a Secret with them (k8s/secrets.example.yaml), "
@@ -246,12 +246,12 @@ def _pods(workers: int, per_pod: int, gpus: int) -> int:
     return max(1, -(-workers // max(1, per_pod)))
 
 
-def _check_places(config: RunConfig, container: dict[str, Any]) -> None:
+def _check_locations(config: RunConfig, container: dict[str, Any]) -> None:
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     if config.data.root is None:
         raise UserError("data.root is not set: give its place in the pods, below /data or /runs.")
-    for key, mark, place in places(config):
-        if mark.kind not in ("input", "output") or is_address(place):
+    for key, mark, place in locations(config):
+        if mark.kind not in ("input", "output") or is_uri(place):
             continue
         on = [mount for at, mount in mounts.items() if Path(place).is_relative_to(at) and at not in _PRIVATE]
         if not on or (mark.kind == "output" and on[0].get("readOnly")):

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def wait_for_checkpoint(runs: Path, since: float, until: float) -> Path | None:
-    """The first checkpoint below `runs` that is sealed after the Unix time `since`, or None at `until`."""
+    """The first checkpoint below `runs` that is committed after the Unix time `since`, or None at `until`."""
     while time.time() < until:
         for manifest in runs.glob(f"*/checkpoints/{PREFIX}*/{MANIFEST}"):
             if manifest.stat().st_mtime > since:

@@ -13,36 +13,36 @@ from pipeline.errors import UserError
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where there is libyaml
 
 
-def faults_of(documents: list[dict[str, Any]], crds: Path | None) -> list[str]:
+def schema_errors(documents: list[dict[str, Any]], crds: Path | None) -> list[str]:
     """What is wrong with objects by their schemas, unknown fields included, one line each.
 
     Kubernetes' own kinds are checked by the schemas of `kubernetes-validate`, others by the definitions in the folder
     `crds` (as of `kubectl get crd rayjobs.ray.io -o yaml`).
     """
     known = _definitions(crds) if crds is not None else {}
-    faults = []
+    problems = []
     for document in documents:
         if not isinstance(document, dict) or not {"apiVersion", "kind", "metadata"} <= document.keys():
-            faults.append("a document is no Kubernetes object: it lacks apiVersion, kind or metadata")
+            problems.append("a document is no Kubernetes object: it lacks apiVersion, kind or metadata")
             continue
         kind = f"{document['apiVersion']} {document['kind']}"
         name = f"{kind} {document['metadata'].get('name')}"
         schema = known.get((document["apiVersion"], document["kind"]))
         if schema is not None:
             found = jsonschema.Draft202012Validator(schema).iter_errors(document)
-            faults += [f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}" for error in found]
+            problems += [f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}" for error in found]
             continue
         try:
             kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
         except kubernetes_validate.ValidationError as error:
-            faults.append(f"{name}: {'.'.join(map(str, error.path))}: {error.message[:300]}")
+            problems.append(f"{name}: {'.'.join(map(str, error.path))}: {error.message[:300]}")
         except kubernetes_validate.SchemaNotFoundError:
             group = document["apiVersion"].partition("/")[0]
-            faults.append(
+            problems.append(
                 f"{name}: there is no schema for {kind}: give --crds DIR with its definition, as of `kubectl get crd "
                 f"{document['kind'].lower()}s.{group} -o yaml`"
             )
-    return faults
+    return problems
 
 
 def read_documents(files: list[Path]) -> list[dict[str, Any]]:

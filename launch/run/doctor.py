@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cluster.net import free_port
+from launch.cluster.ports import free_port
 from pipeline.config import Device, RunConfig
 from pipeline.derived import derive
 
@@ -18,26 +18,26 @@ _REINSTALL = "run `make clean test` in the project's folder, or `pip install --r
 
 @dataclass(frozen=True)
 class Check:
-    """One part: its distribution (for the version), its self-test and the cure when that fails.
+    """One part: its distribution (for the version), its self-test and the fix when that fails.
 
-    The self-test returns a few words on what it saw, and raises on any fault.
+    The self-test returns a few words on what it saw, and raises on any problem.
     """
 
     name: str
     distribution: str
     test: Callable[[], str]
-    cure: str = _REINSTALL
+    fix: str = _REINSTALL
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found; `cure` is None where the part works."""
+    """What a check has found; `fix` is None where the part works."""
 
     name: str
     version: str
     seen: str
     seconds: float
-    cure: str | None
+    fix: str | None
 
 
 def findings() -> Iterator[Finding]:
@@ -52,7 +52,7 @@ def findings() -> Iterator[Finding]:
             version, seen = "-", "missing"
         except Exception as error:  # whatever is wrong with an installation is what this command reports
             seen = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        yield Finding(check.name, version, seen, time.perf_counter() - started, None if works else check.cure)
+        yield Finding(check.name, version, seen, time.perf_counter() - started, None if works else check.fix)
 
 
 def _torch() -> str:
@@ -88,9 +88,9 @@ def _dali() -> str:
 
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "val", "class", "picture.jpg")
-        picture.parent.mkdir(parents=True)
-        Image.fromarray(np.full((48, 64, 3), 128, np.uint8)).save(picture)
+        image = Path(folder, "val", "class", "image.jpg")
+        image.parent.mkdir(parents=True)
+        Image.fromarray(np.full((48, 64, 3), 128, np.uint8)).save(image)
         index = open_split(Path(folder), "val", Path(folder, "index"))
         plan = EvalPlan(index.widths_N, index.heights_N, resize=32, crop=32)
         with Loader(

@@ -22,14 +22,14 @@ from pipeline.config import RunConfig
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.model.densenet import create
+from pipeline.train.disk_space import checkpoint_bytes, moments
 from pipeline.train.mfu import peak_flops
-from pipeline.train.room import checkpoint_bytes, moments
 
-REACHED = 0.6  # share of peak and bandwidth that convolution nets reach; an assumption
+REACHED = 0.6  # share of peak and bandwidth that convolution models reach; an assumption
 LAUNCH_S = 5e-6  # from one kernel's start to the next; an assumption
 HOP_S = 5e-6  # from one GPU to the next in a ring; an assumption
 CORE_IMG_PER_S = 335.0  # decoded and cropped by one CPU core: benchmarks/loader.py, originals, AMD EPYC
-IMAGENET = (1_281_167, 50_000, 1000, 110_000.0)  # training and evaluation pictures, classes, mean bytes
+IMAGENET = (1_281_167, 50_000, 1000, 110_000.0)  # training and evaluation images, classes, mean bytes
 _HALF_BYTES, _FULL_BYTES = 2, 4
 _FORM = re.compile(r"(?P<nodes>\d+)x(?P<gpus>\d+)x(?P<kind>[A-Za-z0-9 ]+)")
 
@@ -56,7 +56,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's forward pass for one picture: multiply-adds, and numbers read and written."""
+    """One layer's forward pass for one image: multiply-adds, and numbers read and written."""
 
     multiply_adds: float
     moved: float
@@ -65,7 +65,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, bytes and pictures per second; `share` is that of communication in a step."""
+    """Seconds, bytes and images per second; `share` is that of communication in a step."""
 
     nodes: int
     kind: str
@@ -90,7 +90,7 @@ def estimate(config: RunConfig, cluster: str, data: tuple[int, int, int, float] 
         UserError: no such cluster can be estimated, or the batch cannot be split among its GPUs.
     """
     nodes, gpus, kind = _parse(cluster)
-    train_samples, val_samples, classes, picture_bytes = data
+    train_samples, val_samples, classes, image_bytes = data
     workers, gpu = nodes * gpus, GPUS[kind]
     sizes = {"train_samples": train_samples, "val_samples": val_samples, "num_classes": classes}
     d = derive(config, workers=workers, cpus_per_worker=1, device="cuda", **sizes)
@@ -117,7 +117,7 @@ def estimate(config: RunConfig, cluster: str, data: tuple[int, int, int, float] 
         bound="communication" if ring_s > compute_s else bound,
         epoch_s=train_samples / img_per_s,
         total_s=epochs * train_samples / img_per_s + evaluations * evaluated,
-        read_per_node=img_per_s / nodes * picture_bytes,
+        read_per_node=img_per_s / nodes * image_bytes,
         cores_per_node=img_per_s / nodes / CORE_IMG_PER_S,
         checkpoint=checkpoint_bytes(config, parameters),
         memory={stage: memory(parameters, moments(config), stage, workers) + activations for stage in range(4)},
@@ -161,7 +161,7 @@ def memory(parameters: int, moments_each: int, stage: int, ranks: int) -> float:
 
 
 def layers_of(config: RunConfig, classes: int) -> tuple[list[Layer], int]:
-    """The model's layers, counted on a picture without data, and its number of parameters."""
+    """The model's layers, counted on an image without data, and its number of parameters."""
     found: list[Layer] = []
 
     def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -177,12 +177,12 @@ def layers_of(config: RunConfig, classes: int) -> tuple[list[Layer], int]:
     with torch.device("meta"):
         model = create(config.model, classes).eval()
         side = config.data.image_size
-        picture_1CHW = torch.empty(1, config.model.in_chans, side, side)
+        image_1CHW = torch.empty(1, config.model.in_chans, side, side)
     for layer in model.modules():
         if not list(layer.children()):
             layer.register_forward_hook(count)
     with torch.no_grad():
-        model(picture_1CHW)
+        model(image_1CHW)
     return found, sum(p.numel() for p in model.parameters())
 
 

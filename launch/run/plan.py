@@ -5,18 +5,18 @@ from typing import Any
 
 from rich.console import Console
 
-from launch.cluster.capacity import this_machine
-from launch.cluster.net import cluster_address
-from launch.cluster.prepared import Prepared
+from launch.cluster.allocation import this_machine
+from launch.cluster.ports import cluster_address
+from launch.cluster.prepared_run import PreparedRun
 from launch.run.prepare import prepare
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
-from pipeline.model.nets import size
-from pipeline.tracking.stores import shown, stores_of
+from pipeline.model.timm_models import size
+from pipeline.tracking.stores import redacted, stores_of
 from pipeline.train.setup import check_writable
 
 
-def plan(config: RunConfig, address: str | None) -> Prepared:
+def plan(config: RunConfig, address: str | None) -> PreparedRun:
     """Prepares a run as its training would; starts nothing but a look at the cluster.
 
     Raises:
@@ -33,7 +33,7 @@ def plan(config: RunConfig, address: str | None) -> Prepared:
         return prepare(config, offered_by_cluster(address))
 
 
-def as_tree(prepared: Prepared) -> dict[str, Any]:
+def as_tree(prepared: PreparedRun) -> dict[str, Any]:
     """The whole plan, for JSON."""
     return {
         "config": prepared.config.model_dump(mode="json"),
@@ -44,7 +44,7 @@ def as_tree(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def print_plan(console: Console, prepared: Prepared) -> None:
+def print_plan(console: Console, prepared: PreparedRun) -> None:
     """Prints the derived values, one a line."""
     config, d = prepared.config, prepared.derived
     model = size(config.model, d.num_classes, config.data.image_size)
@@ -82,14 +82,14 @@ def print_plan(console: Console, prepared: Prepared) -> None:
 def _stores(config: RunConfig) -> dict[str, str]:
     """Where the run is recorded, and where its model is registered."""
     stores, tracking = stores_of(config), config.tracking
-    model = f"{tracking.register_as or config.model.name}@{tracking.alias}"
+    model = f"{tracking.registered_model_name or config.model.name}@{tracking.alias}"
     return {
-        "tracking": f"experiment {tracking.experiment} in {shown(stores.tracking)}",
-        "registry": f"{model} in {shown(stores.registry)}",
+        "tracking": f"experiment {tracking.experiment} in {redacted(stores.tracking)}",
+        "registry": f"{model} in {redacted(stores.registry)}",
     }
 
 
-def print_warnings(console: Console, prepared: Prepared) -> None:
+def print_warnings(console: Console, prepared: PreparedRun) -> None:
     """Prints what the user may not have meant."""
     for warning in prepared.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)

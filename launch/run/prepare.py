@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from launch.cluster.capacity import Resources, share
+from launch.cluster.allocation import Resources, allocate
 from launch.cluster.job_env import base_folder
-from launch.cluster.prepared import Prepared
+from launch.cluster.prepared_run import PreparedRun
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
-from pipeline.model.nets import check_model
+from pipeline.model.timm_models import check_model
 from pipeline.train.setup import absolute, check_writable, new_name, set_up
 
 
@@ -24,14 +24,14 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     return absolute(named_config(path, overrides), base_folder())
 
 
-def prepare(config: RunConfig, offered: Resources, resume: str | None = None) -> Prepared:
+def prepare(config: RunConfig, offered: Resources, resume: str | None = None) -> PreparedRun:
     """Checks the output folder, takes a share of the resources and sets the run up, see `pipeline.train.setup`.
 
     Raises:
         UserError: anything that would stop the run later and can be known now.
     """
     check_writable(Path(config.run.output))
-    taken = share(config, offered)
+    taken = allocate(config, offered)
     setup = set_up(
         config,
         device=taken.device,
@@ -41,4 +41,4 @@ def prepare(config: RunConfig, offered: Resources, resume: str | None = None) ->
         resume=resume,
         warnings=taken.warnings,
     )
-    return Prepared(**vars(setup), share=taken)
+    return PreparedRun(**vars(setup), allocation=taken)

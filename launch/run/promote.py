@@ -15,7 +15,7 @@ from pipeline.evaluation.paired import Paired, compare
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.model.card import ModelCard
-from pipeline.names import alias_fault
+from pipeline.names import alias_error
 from pipeline.tracking.registry import (
     REGISTRY,
     alias_version,
@@ -33,9 +33,9 @@ PROMOTED, BEFORE = "promoted.at", "promoted.before"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model version beside the one that an alias has now, on the same pictures.
+    """A model version beside the one that an alias has now, on the same images.
 
-    `old` and what belongs to it are None where the alias has no version yet; `old_non_finite` counts the pictures for
+    `old` and what belongs to it are None where the alias has no version yet; `old_non_finite` counts the images for
     which the old version gives NaN or infinities, which are misses.
     """
 
@@ -55,7 +55,7 @@ class Candidate:
 
 
 def weigh(model: str, alias: str, root: Path, split: str, stores: Stores, *, will_move: bool) -> Candidate:
-    """Evaluates the model and the alias's present one on the same pictures.
+    """Evaluates the model and the alias's present one on the same images.
 
     With `will_move` the right to move the alias is looked at before.
 
@@ -75,7 +75,7 @@ def weigh(model: str, alias: str, root: Path, split: str, stores: Stores, *, wil
     new_N, transform, non_finite = _hits(new.uri, stores, index, outputs)
     if non_finite:
         raise UserError(
-            f"{new.name} version {new.version} gives NaN or infinities for {non_finite} of {len(new_N)} pictures of "
+            f"{new.name} version {new.version} gives NaN or infinities for {non_finite} of {len(new_N)} images of "
             f"{root}/{split}: it is not promoted. Choose another version; its training has diverged."
         )
     evidence = {
@@ -126,13 +126,13 @@ def rollback(name: str, alias: str, stores: Stores) -> tuple[str, str]:
 
 def check_alias(option: str, alias: str) -> None:
     """Raises `UserError` where MLflow takes no such alias."""
-    wrong = alias_fault(alias)
+    wrong = alias_error(alias)
     if wrong is not None:
         raise UserError(f"{option}={alias} {wrong}.")
 
 
 def _hits(model: str, stores: Stores, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str, int]:
-    """Which pictures a model hits, by its own transform, that transform in words, and for how many it gives NaN."""
+    """Which images a model hits, by its own transform, that transform in words, and for how many it gives NaN."""
     folder = download(model, stores, outputs / "models")
     card = ModelCard.read(folder)
     labels_N = labels_of(index, card.classes)

@@ -13,15 +13,15 @@ from pipeline.export.registration import not_a_candidate, send_and_register
 from pipeline.tracking.mlflow_sink import STATE
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import wait_for
-from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Stores, shown, stores_of
+from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Stores, redacted, stores_of
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
-from pipeline.train.claim import claimed, locked
+from pipeline.train.run_lock import folder_lock, run_lock
 from pipeline.train.storage import fetch
 
 
 def register_run(
-    folder: Path, overrides: Sequence[str], told: Callable[[str], None], patience_s: float
+    folder: Path, overrides: Sequence[str], told: Callable[[str], None], wait_timeout_s: float
 ) -> tuple[Registered, str]:
     """Registers the best checkpoint of a run that was trained before; returns it, and the registry's address.
 
@@ -30,7 +30,7 @@ def register_run(
     """
     config = run_config(folder, overrides)
     folder = folder.absolute()
-    with locked(folder):
+    with folder_lock(folder):
         fetch(config, folder)
         if not checkpoint.checkpoints(checkpoint_root(folder)):
             raise UserError(f"{folder} has no checkpoint to register: train the run first.")
@@ -39,13 +39,15 @@ def register_run(
             raise UserError(f"the model of {folder} is not registered: {reason}. Train again with a lower optim.lr.")
         tracker = Tracker(config, folder, folder.name, told, running=False)
         try:
-            registered = send_and_register(config, folder, tracker, told, patience_s)
+            registered = send_and_register(config, folder, tracker, told, wait_timeout_s)
         finally:
-            tracker.close(patience_s)
-    return registered, shown(tracker.stores.registry)
+            tracker.close(wait_timeout_s)
+    return registered, redacted(tracker.stores.registry)
 
 
-def send_records(folder: Path, patience_s: float, told: Callable[[str], None], warn: Callable[[str], None]) -> Tracker:
+def send_records(
+    folder: Path, wait_timeout_s: float, told: Callable[[str], None], warn: Callable[[str], None]
+) -> Tracker:
     """Sends a run's records that its tracking store did not take; returns the tracker, which is closed.
 
     Raises:
@@ -53,12 +55,12 @@ def send_records(folder: Path, patience_s: float, told: Callable[[str], None], w
     """
     config = run_config(folder)
     uri = stores_of(config).tracking
-    wait_for(Stores(uri, uri), patience_s, warn)
-    with claimed(folder, config):
+    wait_for(Stores(uri, uri), wait_timeout_s, warn)
+    with run_lock(folder, config):
         tracker = Tracker(config, folder, str(config.run.name or folder.name), told, running=False)
-        tracker.close(patience_s)
+        tracker.close(wait_timeout_s)
     if tracker.unsent:
-        raise UserError(f"{shown(tracker.uri)} did not take {tracker.unsent} records within {patience_s:g} s.")
+        raise UserError(f"{redacted(tracker.uri)} did not take {tracker.unsent} records within {wait_timeout_s:g} s.")
     return tracker
 
 

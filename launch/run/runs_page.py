@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import read_confusion
 from pipeline.files import write_text
-from pipeline.tracking.look import PastRun, differences, metric_history, past_run, read_artifact
-from pipeline.tracking.plots import confusion_picture, curves
-from pipeline.tracking.stores import shown
+from pipeline.tracking.plots import confusion_image, curves
+from pipeline.tracking.queries import TrackedRunInfo, differences, find_run, metric_history, read_artifact
+from pipeline.tracking.stores import redacted
 
 _MOST_POINTS = 1500
 _CURVES = {
@@ -33,7 +33,7 @@ def write_page(names: list[str], out: Path, uri: str, experiment: str) -> int:
     Raises:
         UserError: there is no such run, or the page cannot be written.
     """
-    runs = [past_run(uri, experiment, name) for name in names]
+    runs = [find_run(uri, experiment, name) for name in names]
     if len({run.id for run in runs}) < len(runs):
         raise UserError(f"the same run is named twice: {', '.join(run.id for run in runs)}.")
     text = _page(runs, uri)
@@ -45,14 +45,14 @@ def write_page(names: list[str], out: Path, uri: str, experiment: str) -> int:
     return len(text)
 
 
-def _page(runs: list[PastRun], uri: str) -> str:
+def _page(runs: list[TrackedRunInfo], uri: str) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = lambda value: f"{value:.4g}"
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     names = ", ".join(run.name for run in runs)
     return template.render(
         title=f"Training of {names}",
-        store=shown(uri),
+        store=redacted(uri),
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         runs=runs,
         curves=_curves(runs, uri),
@@ -64,13 +64,13 @@ def _page(runs: list[PastRun], uri: str) -> str:
     )
 
 
-def _curves(runs: list[PastRun], uri: str) -> list[tuple[str, str]]:
-    """Pictures as SVG in base64, over samples seen; those that no run has values for are left out."""
+def _curves(runs: list[TrackedRunInfo], uri: str) -> list[tuple[str, str]]:
+    """Images as SVG in base64, over samples seen; those that no run has values for are left out."""
     keys = {key for of in _CURVES.values() for key in of}
     histories = {run.id: metric_history(uri, run.id, keys) for run in runs}
     longest = max((p[-1][0] for history in histories.values() for p in history.values()), default=0)
     unit, size = ("millions", 1e6) if longest >= 1e6 else ("thousands", 1e3)
-    pictures = []
+    images = []
     for label, of in _CURVES.items():
         lines = {}
         for run in runs:
@@ -81,12 +81,12 @@ def _curves(runs: list[PastRun], uri: str) -> list[tuple[str, str]]:
                     suffix = " (average)" if key.startswith("val_ema") else ""
                     lines[f"{run.name}{suffix}"] = [(seen / size, value) for seen, value in points[::stride]]
         if lines:
-            pictures.append((label, _svg(curves(lines, f"samples seen, {unit}", label))))
-    return pictures
+            images.append((label, _svg(curves(lines, f"samples seen, {unit}", label))))
+    return images
 
 
 def _matrix(text: str | None) -> str:
-    return "" if text is None else _svg(confusion_picture(*read_confusion(text)))
+    return "" if text is None else _svg(confusion_image(*read_confusion(text)))
 
 
 def _svg(figure: Figure) -> str:

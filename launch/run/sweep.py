@@ -7,20 +7,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from launch.cluster.capacity import Resources, this_machine
+from launch.cluster.allocation import Resources, this_machine
 from launch.cluster.connect import embedded, joined, offered_by_cluster
-from launch.cluster.net import cluster_address, free_port
+from launch.cluster.ports import cluster_address, free_port
 from launch.cluster.search import Trial, edges, parse_space, search, tell, trial_id
 from launch.cluster.training import run
 from launch.run.prepare import prepare, read_config
 from pipeline.config_file import find_config
 from pipeline.errors import UserError
-from pipeline.tracking.look import end_children
+from pipeline.tracking.queries import end_children
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.stores import Stores, shown
-from pipeline.train.claim import claimed
+from pipeline.tracking.stores import Stores, redacted
 from pipeline.train.events import Evaluated, Event
 from pipeline.train.recorder import Recorder
+from pipeline.train.run_lock import run_lock
 from pipeline.train.setup import check_writable
 
 _FLUSH_S = 60.0
@@ -57,7 +57,7 @@ def sweep(
         with Tracker(config, folder, name, warn) as parent:
             parent.params(config.model_dump(mode="json") | {"space": " ".join(space), "trials": trials})
             if not parent.flush(_FLUSH_S):
-                raise UserError(f"MLflow at {shown(parent.uri)} does not take records, which the trials need.")
+                raise UserError(f"MLflow at {redacted(parent.uri)} does not take records, which the trials need.")
             per_trial = prepared.derived.workers * prepared.derived.cpus_per_worker
             if address is None:
                 cpus = max(per_trial, offered.cpus) + 1
@@ -85,7 +85,7 @@ def sweep(
 def _addresses(stores: Stores) -> list[str]:
     """Overrides by which trials use the stores of the sweep; one with a password is in their environment already."""
     addresses = {"tracking.uri": stores.tracking, "tracking.registry_uri": stores.registry}
-    return [f"{key}={uri}" for key, uri in addresses.items() if shown(uri) == uri]
+    return [f"{key}={uri}" for key, uri in addresses.items() if redacted(uri) == uri]
 
 
 def trial(values: dict[str, Any], task: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def trial(values: dict[str, Any], task: dict[str, Any]) -> None:
     best: dict[float, float] = {}  # by epoch: of the weights and their average, the better one's accuracy
 
     with (
-        claimed(prepared.run_dir, prepared.config),
+        run_lock(prepared.run_dir, prepared.config),
         Tracker(prepared.config, prepared.run_dir, name, print, task["parent"]) as tracker,
     ):
         tracker.params(prepared.config.model_dump(mode="json"))

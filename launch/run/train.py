@@ -9,29 +9,29 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.cluster.capacity import this_machine
+from launch.cluster.allocation import this_machine
 from launch.cluster.job_env import check_secrets
-from launch.cluster.net import check_port, cluster_address, free_port
-from launch.cluster.prepared import Prepared
-from launch.run.clock import Clock
+from launch.cluster.ports import check_port, cluster_address, free_port
+from launch.cluster.prepared_run import PreparedRun
+from launch.run.exit_notice import exit_notice
+from launch.run.phase_timer import PhaseTimer
 from launch.run.plan import print_plan, print_warnings
 from launch.run.prepare import prepare, read_config
-from launch.run.witness import witness
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.counts import EvalResult, accuracy
 from pipeline.export.package import Registered
 from pipeline.export.tracked import TrackedRun, tracked
+from pipeline.formatting import speed
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.stores import Stores, shown
+from pipeline.tracking.stores import Stores, redacted
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
-from pipeline.train.claim import claimed
+from pipeline.train.disk_space import check_disk_space
 from pipeline.train.events import Event, FirstStep, Trained, WorkersStarted
 from pipeline.train.progress import WEIGHTS, Display
-from pipeline.train.room import check_room
+from pipeline.train.run_lock import run_lock
 from pipeline.train.setup import check_writable
-from pipeline.wording import speed
 
 _PHASES = {WorkersStarted: "worker start", FirstStep: "first step"}
 
@@ -70,7 +70,7 @@ def _train_command(
     wait: bool,
     quiet: bool,
 ) -> None:
-    clock = Clock()
+    clock = PhaseTimer()
     check_secrets()
     config = read_config(path, overrides)
     check_writable(Path(config.run.output))
@@ -83,23 +83,29 @@ def _train_command(
         f"run.name={config.run.name} goes on from the newest checkpoint."
     )
     with ExitStack() as stack:
-        stack.enter_context(witness(ended))  # the last to leave: Ray's core may also end the driver while it shuts down
+        stack.enter_context(
+            exit_notice(ended)
+        )  # the last to leave: Ray's core may also end the driver while it shuts down
         if address is None:
             dashboard_port = _dashboard_port(config)
             prepared = prepare(config, this_machine(), resume)
         else:
-            from launch.cluster.connect import joined, offered_by_cluster, wait_for_room  # Ray takes seconds to import
+            from launch.cluster.connect import (  # Ray takes seconds to import
+                joined,
+                offered_by_cluster,
+                wait_for_resources,
+            )
 
             dashboard = stack.enter_context(joined(address, log_file))
             if wait:
-                wait_for_room(config, address, lambda text: console.print(text, style="yellow", soft_wrap=True))
+                wait_for_resources(config, address, lambda text: console.print(text, style="yellow", soft_wrap=True))
             prepared = prepare(config, offered_by_cluster(address), resume)
         config, run_dir = prepared.config, prepared.run_dir
         if not quiet:
             print_plan(console, prepared)
         print_warnings(console, prepared)
-        check_room(prepared)
-        stack.enter_context(claimed(run_dir, config))
+        check_disk_space(prepared)
+        stack.enter_context(run_lock(run_dir, config))
         display = _display(console, prepared, quiet)
         run = stack.enter_context(tracked(prepared, display.warning))
         tracker = run.tracker
@@ -145,12 +151,12 @@ def _dashboard_port(config: RunConfig) -> int:
     return port
 
 
-def _display(console: Console, prepared: Prepared, quiet: bool) -> Display:
+def _display(console: Console, prepared: PreparedRun, quiet: bool) -> Display:
     derived = prepared.derived
     return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers, quiet)
 
 
-def _train(prepared: Prepared, tracked_run: TrackedRun, display: Display, clock: Clock) -> float | None:
+def _train(prepared: PreparedRun, tracked_run: TrackedRun, display: Display, clock: PhaseTimer) -> float | None:
     """Trains on the connected cluster; returns the mean speed in images/s, or None when nothing was left to train."""
     img_per_s: float | None = None
 
@@ -179,14 +185,14 @@ def _print_end(
         console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
     if display.skipped:
         console.print(
-            f"warning: {len(display.skipped)} damaged training pictures were replaced by others; they are named in "
+            f"warning: {len(display.skipped)} corrupt training images were replaced by others; they are named in "
             f"{run_dir / 'logs'}",
             style="yellow",
             soft_wrap=True,
         )
     if tracker.unsent:
         console.print(
-            f"warning: {tracker.unsent} records did not reach {shown(tracker.uri)}; they are in "
+            f"warning: {tracker.unsent} records did not reach {redacted(tracker.uri)}; they are in "
             f"{tracker.journal.file}, and `densenet runs sync {run_dir}` sends them",
             style="yellow",
             soft_wrap=True,
@@ -194,21 +200,21 @@ def _print_end(
 
 
 def _summary(
-    prepared: Prepared,
+    prepared: PreparedRun,
     stores: Stores,
     best: Path,
     registered: Registered | None,
     img_per_s: float | None,
-    clock: Clock,
+    clock: PhaseTimer,
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """The run in a few named lines: results and where things are, and the two commands that come next."""
     newest = checkpoint.checkpoints(checkpoint_root(prepared.run_dir))[-1]
     state = read_state(newest)
     program = shlex.quote(sys.argv[0]) if shutil.which("densenet") is None else "densenet"
-    picture = "IMAGE"
+    image = "IMAGE"
     if not prepared.val_index.in_shards:
         file = prepared.val_index.path(0)
-        picture = shlex.quote(min(str(file), os.path.relpath(file), key=len))
+        image = shlex.quote(min(str(file), os.path.relpath(file), key=len))
     results = [
         (
             when,
@@ -225,10 +231,10 @@ def _summary(
     commands = [("MLflow UI", f"{program} ui{stores.options()}")]
     if registered is None:
         return [*results, ("model", "not registered")], commands
-    where = f" in {shown(stores.registry)}" if stores.apart else ""
+    where = f" in {redacted(stores.registry)}" if stores.apart else ""
     about = f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri}){where}"
     results += [("model", about)]
     commands += [
-        ("predict", f"{program} predict {shlex.quote(registered.uri)} {picture}{stores.options()}"),
+        ("predict", f"{program} predict {shlex.quote(registered.uri)} {image}{stores.options()}"),
     ]
     return results, commands

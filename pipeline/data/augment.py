@@ -1,6 +1,6 @@
-"""What is random about training pictures besides crop and flip: pure arithmetic on (seed, epoch, sample).
+"""What is random about training images besides crop and flip: pure arithmetic on (seed, epoch, sample).
 
-Mixing is of pairs, the neighbours 2k and 2k + 1 in the run's sample order, and follows from the pair's number: so it is
+Mixing is of pairs, the neighbors 2k and 2k + 1 in the run's sample order, and follows from the pair's number: so it is
 the same whatever the number of workers and the split of the batch, as long as device batches are even.
 """
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtri
 
 from pipeline.config import Augment
-from pipeline.data.philox import AUTO, COLOUR, ERASE, MIX, PLUGIN, Ints, draw
+from pipeline.data.philox import AUTO, COLOR, ERASE, MIX, PLUGIN, Ints, draw
 
 MAGNITUDES = 31  # bins, as in RandAugment and TrivialAugment
 NUM_OPS = 14  # of each of DALI's suites
@@ -25,7 +25,7 @@ _EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140]
 
 
 @dataclass(frozen=True)
-class Colour:
+class Color:
     """Factors of brightness, contrast and saturation (1: as it is), and what is added to RGB in [0, 1]; float32."""
 
     brightness_B: NDArray[np.float32]
@@ -67,20 +67,20 @@ class Mix:
 class Augmentations:
     """The augmentations of a batch; None where one is off. `also` has the random numbers of plugins', by name."""
 
-    colour: Colour | None = None
+    color: Color | None = None
     auto: Auto | None = None
     erase: Erase | None = None
     mix: Mix | None = None
-    also: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    custom: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def tries(config: Augment) -> dict[int, int]:
     """How many random numbers of each purpose `augmentations` wants of `draw` for each sample."""
     wanted = {
-        COLOUR: 2 * config.colours,
-        AUTO: config.auto_stages,
-        ERASE: (_TRIES + 1) * bool(config.erase),
-        PLUGIN: len(config.also),
+        COLOR: 2 * config.colors,
+        AUTO: config.auto_augment_stages,
+        ERASE: (_TRIES + 1) * bool(config.erase_prob),
+        PLUGIN: len(config.custom),
     }
     return {purpose: int(count) for purpose, count in wanted.items() if count}
 
@@ -88,29 +88,29 @@ def tries(config: Augment) -> dict[int, int]:
 def augmentations(
     config: Augment, seed: int, positions_B: Ints, draws: dict[int, NDArray[np.float64]], side: int
 ) -> Augmentations:
-    """Plans the augmentations of samples at positions of the run's order, as pictures of `side` pixels."""
+    """Plans the augmentations of samples at positions of the run's order, as images of `side` pixels."""
     return Augmentations(
-        colour=_colour(config, draws[COLOUR]) if COLOUR in draws else None,
+        color=_color(config, draws[COLOR]) if COLOR in draws else None,
         auto=_auto(config, draws[AUTO]) if AUTO in draws else None,
         erase=_erase(config, draws[ERASE], side) if ERASE in draws else None,
         mix=_mix(config, seed, positions_B, side) if config.mixes else None,
-        also={name: draws[PLUGIN][..., i].T.astype(np.float32, order="C") for i, name in enumerate(config.also)},
+        custom={name: draws[PLUGIN][..., i].T.astype(np.float32, order="C") for i, name in enumerate(config.custom)},
     )
 
 
-def _colour(config: Augment, u_4B2: NDArray[np.float64]) -> Colour:
+def _color(config: Augment, u_4B2: NDArray[np.float64]) -> Color:
     brightness_B, contrast_B, saturation_B = (
         1 + strength * (2 * u_4B2[i, :, 0] - 1)
         for i, strength in enumerate((config.brightness, config.contrast, config.saturation))
     )
     normal_B3 = ndtri(np.maximum(u_4B2[:3, :, 1].T, 2.0**-33))
     lighting_B3 = (config.lighting * normal_B3 * _EIGENVALUES) @ _EIGENVECTORS.T
-    return Colour(*(v.astype(np.float32) for v in (brightness_B, contrast_B, saturation_B, lighting_B3)))
+    return Color(*(v.astype(np.float32) for v in (brightness_B, contrast_B, saturation_B, lighting_B3)))
 
 
 def _auto(config: Augment, u_4BM: NDArray[np.float64]) -> Auto:
-    random = config.auto == "trivialaugment"
-    bins_BM = u_4BM[1] * MAGNITUDES if random else np.full(u_4BM.shape[1:], config.auto_magnitude)
+    random = config.auto_augment == "trivialaugment"
+    bins_BM = u_4BM[1] * MAGNITUDES if random else np.full(u_4BM.shape[1:], config.randaugment_magnitude)
     ops_BM, signs_BM = u_4BM[0] * NUM_OPS, u_4BM[2] * 2
     # DALI wants each row in one piece.
     return Auto(*(values_BM.astype(np.int32, order="C") for values_BM in (ops_BM, bins_BM, signs_BM)))
@@ -118,9 +118,9 @@ def _auto(config: Augment, u_4BM: NDArray[np.float64]) -> Auto:
 
 def _erase(config: Augment, u_4BT: NDArray[np.float64], side: int) -> Erase:
     """torchvision's `RandomErasing` (Zhong et al. 2017): the first of ten boxes that fits, if any."""
-    chosen_E = np.flatnonzero(u_4BT[0, :, 0] < config.erase)
+    chosen_E = np.flatnonzero(u_4BT[0, :, 0] < config.erase_prob)
     u_4ET = u_4BT[:, chosen_E, 1:]
-    low, high = config.erase_area
+    low, high = config.erase_scale
     areas_ET = side * side * (low + (high - low) * u_4ET[0])
     log_low, log_high = np.log(config.erase_ratio)
     ratios_ET = np.exp(log_low + (log_high - log_low) * u_4ET[1])
@@ -137,15 +137,15 @@ def _erase(config: Augment, u_4BT: NDArray[np.float64], side: int) -> Erase:
 
 
 def _mix(config: Augment, seed: int, positions_B: Ints, side: int) -> Mix:
-    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019) of neighbours; a box counts as it lies in the picture."""
+    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019) of neighbors; a box counts as it lies in the image."""
     pairs_P, of_pair_B = np.unique(positions_B // 2, return_inverse=True)
     u_4P2 = draw(seed, pairs_P >> 32, pairs_P & 0xFFFFFFFF, {MIX: 2})[MIX]
-    mixed_P = u_4P2[0, :, 0] < config.mix_probability
-    if config.mixup and config.cutmix:
-        cut_P = u_4P2[1, :, 0] < config.cutmix_share
+    mixed_P = u_4P2[0, :, 0] < config.mix_prob
+    if config.mixup_alpha and config.cutmix_alpha:
+        cut_P = u_4P2[1, :, 0] < config.mix_switch_prob
     else:
-        cut_P = np.full(len(pairs_P), bool(config.cutmix))
-    alpha_P = np.where(cut_P, config.cutmix or 1.0, config.mixup or 1.0)
+        cut_P = np.full(len(pairs_P), bool(config.cutmix_alpha))
+    alpha_P = np.where(cut_P, config.cutmix_alpha or 1.0, config.mixup_alpha or 1.0)
     lam_P = betaincinv(alpha_P, alpha_P, u_4P2[2, :, 0])
     cut_side_P = side * np.sqrt(1 - lam_P)
     y_P, x_P = (u_4P2[i, :, 1] * side for i in (0, 1))

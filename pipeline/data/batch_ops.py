@@ -1,4 +1,4 @@
-"""Augmentations of whole batches on their device: colour, erasing, mixing; all that is random about them is planned.
+"""Augmentations of whole batches on their device: color, erasing, mixing; all that is random about them is planned.
 
 A fixed number of kernels for a batch of any size, and nothing that makes the host wait for the device.
 """
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.config import Rgb
-from pipeline.data.augment import Augmentations, Colour, Erase, Mix
+from pipeline.data.augment import Augmentations, Color, Erase, Mix
 from pipeline.data.philox import Ints
-from pipeline.seams import AUGMENTATIONS
+from pipeline.extension_points import AUGMENTATIONS
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
 _NOISE_STARTS = 2**22  # places in the noise at which an image's part of it may begin
@@ -30,46 +30,46 @@ def apply(
     std: Rgb,
     erase_fill: Literal["mean", "noise"],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augments normalised pictures; returns them with their targets.
+    """Augments normalized images; returns them with their targets.
 
-    Targets are the labels (int64, [N]), or class shares (fp32, [N, classes]) where pictures are mixed.
+    Targets are the labels (int64, [N]), or class shares (fp32, [N, classes]) where images are mixed.
     """
-    if planned.colour is not None:
-        images_NCHW = colour(images_NCHW, planned.colour, mean, std)
+    if planned.color is not None:
+        images_NCHW = color(images_NCHW, planned.color, mean, std)
     if planned.erase is not None:
         images_NCHW = erase(images_NCHW, planned.erase, erase_fill)
-    for name, random_B4 in planned.also.items():
+    for name, random_B4 in planned.custom.items():
         images_NCHW = AUGMENTATIONS[name](images_NCHW, _to(random_B4, images_NCHW))
     if planned.mix is not None:
         return mix(images_NCHW, labels_N, planned.mix, num_classes)
     return images_NCHW, labels_N
 
 
-def colour(images_NCHW: torch.Tensor, planned: Colour, mean: Rgb, std: Rgb) -> torch.Tensor:
+def color(images_NCHW: torch.Tensor, planned: Color, mean: Rgb, std: Rgb) -> torch.Tensor:
     """Jitters brightness, contrast and saturation, and adds lighting, as fb.resnet.torch does.
 
     There the three come in random order on numbers that are not clamped. Then the order makes no difference: brightness
-    is a factor, saturation a matrix that keeps each pixel's luma, and contrast moves towards the picture's mean luma,
-    which saturation keeps too. So the whole is one affine map of RGB for each picture,
-    y = b (c S x + (1 - c) m) + lighting with S x = s x + (1 - s) luma(x), here applied to normalised values.
+    is a factor, saturation a matrix that keeps each pixel's luma, and contrast moves towards the image's mean luma,
+    which saturation keeps too. So the whole is one affine map of RGB for each image,
+    y = b (c S x + (1 - c) m) + lighting with S x = s x + (1 - s) luma(x), here applied to normalized values.
     """
     mean_C, std_C, luma_C = (_constant(values, images_NCHW.device, images_NCHW.dtype) for values in (mean, std, _LUMA))
     b_N11, c_N11, s_N11 = (
         _to(values, images_NCHW)[:, None, None]
         for values in (planned.brightness_B, planned.contrast_B, planned.saturation_B)
     )
-    grey_N1 = (images_NCHW.mean(dim=(2, 3)) * std_C + mean_C) @ luma_C[:, None]
+    gray_N1 = (images_NCHW.mean(dim=(2, 3)) * std_C + mean_C) @ luma_C[:, None]
     matrix_NCC = b_N11 * c_N11 * (s_N11 * torch.eye(3, device=images_NCHW.device) + (1 - s_N11) * luma_C)
-    added_NC = (b_N11 * (1 - c_N11))[..., 0] * grey_N1 + _to(planned.lighting_B3, images_NCHW)
+    added_NC = (b_N11 * (1 - c_N11))[..., 0] * gray_N1 + _to(planned.lighting_B3, images_NCHW)
     added_NC = (matrix_NCC @ mean_C + added_NC - mean_C) / std_C
     matrix_NCC = matrix_NCC * std_C / std_C[:, None]
     return torch.baddbmm(added_NC[..., None], matrix_NCC, images_NCHW.flatten(2)).view_as(images_NCHW)
 
 
-def grey(images_NCHW: torch.Tensor, std: Rgb) -> torch.Tensor:
-    """The luma of normalised pictures, normalised as their channels are: [N, 1, H, W].
+def gray(images_NCHW: torch.Tensor, std: Rgb) -> torch.Tensor:
+    """The luma of normalized images, normalized as their channels are: [N, 1, H, W].
 
-    With x = (p - mean) / std in each channel, luma(p) is normalised by luma(mean) and luma(std), which leaves the mean
+    With x = (p - mean) / std in each channel, luma(p) is normalized by luma(mean) and luma(std), which leaves the mean
     of x weighted by luma times std.
     """
     luma_C, std_C = (_constant(values, images_NCHW.device, images_NCHW.dtype) for values in (_LUMA, std))
@@ -78,7 +78,7 @@ def grey(images_NCHW: torch.Tensor, std: Rgb) -> torch.Tensor:
 
 
 def erase(images_NCHW: torch.Tensor, planned: Erase, fill: Literal["mean", "noise"]) -> torch.Tensor:
-    """Fills the planned boxes, in place, with the mean colour or with normal noise of the images' own deviation.
+    """Fills the planned boxes, in place, with the mean color or with normal noise of the images' own deviation.
 
     The noise is one fixed sequence, of which each image takes the part that begins where its seed says.
     """
@@ -103,7 +103,7 @@ def mix(
     images_NCHW: torch.Tensor, labels_N: torch.Tensor, planned: Mix, num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Blends rows 2k and 2k + 1 with each other, or pastes a box of each into the other; targets are class shares."""
-    assert len(images_NCHW) % 2 == 0, "pictures are mixed in pairs"
+    assert len(images_NCHW) % 2 == 0, "images are mixed in pairs"
     blend_N111 = _to(planned.blend_B, images_NCHW)[:, None, None, None]
     partners_NCHW = _partners(images_NCHW)
     mixed_NCHW = torch.lerp(partners_NCHW, images_NCHW, blend_N111)

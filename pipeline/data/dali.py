@@ -1,4 +1,4 @@
-"""Pixels: DALI decodes, resizes and normalises what the plan asks for. The one place that knows DALI."""
+"""Pixels: DALI decodes, resizes and normalizes what the plan asks for. The one place that knows DALI."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -30,10 +30,10 @@ _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures ready for the model, on its device.
+    """Images ready for the model, on its device.
 
-    `images_NCHW` is normalised fp32 (RGB, or luma alone), `labels_N` int64, `ids_N` the samples' rows in the index.
-    `targets` are the labels, or, where pictures are mixed, the classes' shares (fp32, [N, classes]).
+    `images_NCHW` is normalized fp32 (RGB, or luma alone), `labels_N` int64, `ids_N` the samples' rows in the index.
+    `targets` are the labels, or, where images are mixed, the classes' shares (fp32, [N, classes]).
     """
 
     images_NCHW: torch.Tensor
@@ -47,7 +47,7 @@ class Loader:
 
     Reading runs ahead in threads of its own (`readers` of them; with 0 the planning thread reads) and DALI decodes
     ahead in others, so the caller waits only when both are slower than it is. There is no state from one `run` to the
-    next but which samples are damaged, and which DALI has refused. With `skip_by`, the plan of the batches, damaged
+    next but which samples are corrupt, and which DALI has refused. With `skip_by`, the plan of the batches, corrupt
     samples are replaced and listed in `skipped`, see `pipeline.data.reading`; without it they are errors.
     `num_classes` is the number of classes in the targets, the index's by default.
     """
@@ -85,7 +85,7 @@ class Loader:
             std=std,
             erase_fill=augment.erase_fill,
         )
-        dali_does_all = device == "cuda" or augment.auto_stages > 0
+        dali_does_all = device == "cuda" or augment.auto_augment_stages > 0
         self._resizer = None if dali_does_all else Resizer(threads, interpolation, mean, std)
         self._current: _Run | None = None
         self._closed = False
@@ -103,8 +103,8 @@ class Loader:
             self._new_pipeline = partial(
                 _pixels_pipeline,
                 decoder=self._decoder,
-                auto=augment.auto,
-                stages=augment.auto_stages,
+                auto=augment.auto_augment,
+                stages=augment.auto_augment_stages,
                 interpolation=_FILTERS[interpolation],
                 mean=[255 * m for m in mean],
                 std=[255 * s for s in std],
@@ -134,7 +134,7 @@ class Loader:
         A loader does one run at a time: a new one ends one that was left in the middle.
 
         Raises:
-            DataError: a file is damaged or has gone; the message names it. The loader is closed then.
+            DataError: a file is corrupt or has gone; the message names it. The loader is closed then.
         """
         if self._closed:
             raise RuntimeError("this loader is closed")
@@ -174,15 +174,15 @@ class Loader:
 
     def _recover(self, run: "_Run", error: RuntimeError) -> None:
         """After DALI met something that it cannot decode: goes on without it, or with PIL's pixels, or names it."""
-        damaged, refused = self._reader.damaged(run.samples()), set()
-        if not damaged and "fn.decoders" in str(error):
+        corrupt, refused = self._reader.corrupt(run.samples()), set()
+        if not corrupt and "fn.decoders" in str(error):
             refused = self._refused(run)
-        if damaged and not self._reader.replaces:
+        if corrupt and not self._reader.replaces:
             raise DataError(
-                "damaged image files:\n  " + listed(list(damaged.values()), "\n  ") + "\nReplace or remove them."
+                "corrupt image files:\n  " + listed(list(corrupt.values()), "\n  ") + "\nReplace or remove them."
             ) from error
-        if damaged or refused:
-            self.skipped.update(damaged)
+        if corrupt or refused:
+            self.skipped.update(corrupt)
             self._reader.by_pil |= refused
             run.again.extendleft(loaded.wanted for loaded in reversed(run.in_dali))
             run.in_dali.clear()
@@ -192,7 +192,7 @@ class Loader:
             raise error
         places = [self.index.describe(sample) for sample in run.samples()]
         raise DataError(
-            f"DALI cannot decode one of these pictures, although it can decode each alone ({_reason(error)}):\n  "
+            f"DALI cannot decode one of these images, although it can decode each alone ({_reason(error)}):\n  "
             + listed(places, "\n  ")
         ) from error
 
@@ -255,7 +255,7 @@ class Loader:
         planned, labels_N = output.planned, output.labels_N
         images_NCHW, targets = self._augmented(output.images_NCHW(), labels_N, planned.augmentations)
         if self.channels == 1:
-            images_NCHW = batch_ops.grey(images_NCHW, self._std)
+            images_NCHW = batch_ops.gray(images_NCHW, self._std)
         return Batch(images_NCHW, labels_N, targets, planned.ids_B)
 
     def _drain(self) -> None:
@@ -271,14 +271,17 @@ class Loader:
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
-        except (RuntimeError, DataError):  # damage beyond where the run was left: it is named by a run that asks for it
+        except (
+            RuntimeError,
+            DataError,
+        ):  # corruption beyond where the run was left: it is named by a run that asks for it
             self._pipeline = self._new_pipeline()
         self._current = None
 
 
 @dataclass(frozen=True)
 class _Output:
-    """A batch whose pictures may still be in the making."""
+    """A batch whose images may still be in the making."""
 
     images_NCHW: Callable[[], torch.Tensor]
     labels_N: torch.Tensor
@@ -289,14 +292,14 @@ def _one_ahead(outputs: Iterator[_Output]) -> Iterator[_Output]:
     """Each output after the next one has been begun, so that threads have work while the caller has the last one."""
     ahead = next(outputs, None)
     while ahead is not None:
-        current, fault = ahead, None
+        current, problem = ahead, None
         try:
             ahead = next(outputs, None)
         except Exception as error:
-            ahead, fault = None, error  # told when it is asked for
+            ahead, problem = None, error  # told when it is asked for
         yield current
-        if fault is not None:
-            raise fault
+        if problem is not None:
+            raise problem
 
 
 @dataclass
@@ -325,7 +328,7 @@ def _inputs(source: Any, kinds: list[tuple[Any, int]]) -> Any:
 
 
 def _decoded(encoded: Any, start: Any, shape: Any, decoder: str) -> Any:
-    """Windows of pictures, bit-identical to PIL's on the CPU; EXIF orientation is not applied, as in torchvision."""
+    """Windows of images, bit-identical to PIL's on the CPU; EXIF orientation is not applied, as in torchvision."""
     return fn.decoders.image_slice(
         encoded,
         device=decoder,
@@ -346,7 +349,7 @@ def _reason(error: RuntimeError) -> str:
 
 @pipeline_def
 def _whole_pipeline(encoded: NDArray[np.uint8], decoder: str) -> Any:
-    """One picture, whole, by itself."""
+    """One image, whole, by itself."""
     source = fn.external_source(source=lambda: [encoded], dtype=types.UINT8, ndim=1)
     return fn.decoders.image(source, device=decoder, output_type=types.RGB, use_fast_idct=False)
 
@@ -362,7 +365,7 @@ def _windows_pipeline(source: Any) -> Any:
 def _pixels_pipeline(
     source: Any, decoder: str, interpolation: Any, mean: list[float], std: list[float], auto: str, stages: int
 ) -> Any:
-    """On the GPU, or where it augments, DALI does all: decode a window, resize a region, augment, mirror, normalise."""
+    """On the GPU, or where it augments, DALI does all: decode a window, resize a region, augment, mirror, normalize."""
     inputs = _inputs(source, _WINDOWS + _PIXELS + (_AUTO if stages else []))
     encoded, start, shape, region_start, region_end, side, flip = inputs[:7]
     images = _decoded(encoded, start, shape, decoder)

@@ -50,7 +50,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
     """Reads the content of a `dataset.json`; `where` names it in errors.
 
     Raises:
-        DataError: it is damaged, or of another version.
+        DataError: it is corrupt, or of another version.
     """
     try:
         content = json.loads(text)
@@ -62,7 +62,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
         }
         return Manifest(classes=tuple(content.pop("classes")), splits=splits, **content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}): make the data set anew.") from error
+        raise DataError(f"{where} is corrupt ({type(error).__name__}: {error}): make the data set anew.") from error
 
 
 def read_manifest(root: Path) -> Manifest | None:
@@ -83,7 +83,7 @@ def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
     """The index of a split of a data set's folder; its shards are not looked at.
 
     Raises:
-        DataError: there is no such split, or its index is missing, damaged or of other data.
+        DataError: there is no such split, or its index is missing, corrupt or of other data.
     """
     if split not in manifest.splits:
         raise DataError(f"{root} has no split '{split}', it has {', '.join(manifest.splits)}: correct the name.")
@@ -121,7 +121,7 @@ def check_shards(root: Path, split: Split) -> None:
 
 
 def check_sizes(index: DatasetIndex, max_pixels: int) -> None:
-    """Compares all pictures' sizes in an index with the limit.
+    """Compares all images' sizes in an index with the limit.
 
     Raises:
         DataError: some have more pixels; they are named.
@@ -134,7 +134,7 @@ def check_sizes(index: DatasetIndex, max_pixels: int) -> None:
             large.append(f"{index.describe(sample)} {error}")
     if large:
         raise DataError(
-            f"{len(large)} of {len(index)} pictures in {index.root} are too large:\n  "
+            f"{len(large)} of {len(index)} images in {index.root} are too large:\n  "
             + listed(large, "\n  ")
             + "\nRaise the limit, which costs memory, or leave them out."
         )
@@ -160,22 +160,22 @@ def open_splits(
     train: str,
     val: str,
     cache: Path,
-    skip_damaged: bool = False,
+    skip_corrupt: bool = False,
     warn: Callable[[str], None] = print,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[DatasetIndex, DatasetIndex]:
     """Indexes of the training and the evaluation split of a data set's folder, or of class folders without an index.
 
-    The latter are looked at file by file, and remembered in the folder `cache`. With `skip_damaged`, damaged training
+    The latter are looked at file by file, and remembered in the folder `cache`. With `skip_corrupt`, corrupt training
     files found there, and those of more than `max_pixels`, are left out and told to `warn`, as is what is allowed and
     probably not meant.
 
     Raises:
-        DataError: something is missing, damaged, or not laid out as it must be.
+        DataError: something is missing, corrupt, or not laid out as it must be.
     """
     manifest = read_manifest(Path(root)) if root is not None else None
     if root is None or manifest is None:
-        indexes = scan_splits(root, train, val, cache, skip_damaged, warn, max_pixels)
+        indexes = scan_splits(root, train, val, cache, skip_corrupt, warn, max_pixels)
     else:
         folder = Path(root)
         indexes = open_index(folder, manifest, train), open_index(folder, manifest, val)

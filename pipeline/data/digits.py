@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import DataError
-from pipeline.files import whole_folder
+from pipeline.files import atomic_folder
 
 TRAIN_IMAGES, VAL_IMAGES = 1437, 360
 _SIDE = 32
@@ -25,9 +25,9 @@ def write_source(rest: str, folder: Path) -> None:
 
 
 def write_digits(root: Path) -> None:
-    """Writes `root`/{train,val}/DIGIT/NNNN.jpg: 1,437 and 360 gray pictures of 32 x 32 pixels.
+    """Writes `root`/{train,val}/DIGIT/NNNN.jpg: 1,437 and 360 gray images of 32 x 32 pixels.
 
-    The source is the 1,797 digits of 8 x 8 pixels, grey values 0-16, that scikit-learn carries (from the UCI set
+    The source is the 1,797 digits of 8 x 8 pixels, gray values 0-16, that scikit-learn carries (from the UCI set
     "Optical Recognition of Handwritten Digits"). The split is a fixed shuffle, stratified by class. A complete folder
     is left as it is; it appears under its name only when all files are there.
 
@@ -47,12 +47,12 @@ def write_digits(root: Path) -> None:
         np.arange(len(digits.target)), test_size=VAL_IMAGES, random_state=0, stratify=digits.target
     )
     in_train = np.isin(np.arange(len(digits.target)), train_ids)
-    with whole_folder(root) as aside:
-        for i, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+    with atomic_folder(root) as aside:
+        for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             folder = aside / ("train" if in_train[i] else "val") / str(label)
             folder.mkdir(parents=True, exist_ok=True)
-            grey = Image.fromarray(np.rint(picture * 255 / 16).astype(np.uint8))
-            grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.jpg", quality=_QUALITY)
+            gray = Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8))
+            gray.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.jpg", quality=_QUALITY)
 
 
 def _count(root: Path) -> tuple[int, int]:

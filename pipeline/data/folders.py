@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from pipeline.config import MAX_PIXELS
 from pipeline.data.class_names import folders_by_class, refuse_one_class, unknown_classes
+from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, TooLarge, check_size, header, quiet
 from pipeline.data.index import DatasetIndex, load_table, table_of
 from pipeline.data.label_lists import list_files_of, names_images_and_labels
-from pipeline.data.left_out import LeftOut
 from pipeline.data.listing import SYSTEM, entries, printable, tree
 from pipeline.data.names import SPLIT_WORDS, is_list, is_packed, words_of
 from pipeline.errors import DataError, listed
@@ -38,8 +38,8 @@ class Listing:
     """A split's files in sorted order; what is wrong with the rest, by path below the root; what is left out."""
 
     images: list[ImageFile] = field(default_factory=list)
-    faults: dict[str, str] = field(default_factory=dict)
-    left_out: LeftOut = field(default_factory=LeftOut)
+    problems: dict[str, str] = field(default_factory=dict)
+    ignored: IgnoredFiles = field(default_factory=IgnoredFiles)
 
 
 def find_splits(root: str | None, train: str, val: str) -> tuple[Path, Path]:
@@ -75,7 +75,7 @@ def find_splits(root: str | None, train: str, val: str) -> tuple[Path, Path]:
     return folder / train, folder / val
 
 
-def list_classes(split: Path, left_out: LeftOut | None = None) -> dict[str, str]:
+def list_classes(split: Path, ignored: IgnoredFiles | None = None) -> dict[str, str]:
     """The folder of each class of a split, by class name in sorted order; a class's label is its rank.
 
     Raises:
@@ -83,7 +83,7 @@ def list_classes(split: Path, left_out: LeftOut | None = None) -> dict[str, str]
     """
     folders: dict[tuple[int, int], str] = {}
     loose = []
-    for entry in entries(split, split.name, left_out or LeftOut()):
+    for entry in entries(split, split.name, ignored or IgnoredFiles()):
         if isinstance(entry, tuple):
             raise DataError(f"{split / entry[0]} {entry[1]}. Mend or remove it: only class folders may be in {split}.")
         if not entry.is_folder:
@@ -95,7 +95,7 @@ def list_classes(split: Path, left_out: LeftOut | None = None) -> dict[str, str]
         with_list = f" With labels in a file ({listed(lists)}), so does it." if lists else ""
         raise DataError(
             f"{split} holds files outside class folders: {listed(sorted(loose))}. Each class needs a folder of its "
-            f"own, {split.name}/CLASS/*; ImageNet's validation pictures are flat: `densenet data prepare` sorts them."
+            f"own, {split.name}/CLASS/*; ImageNet's validation images are flat: `densenet data prepare` sorts them."
             + with_list
         )
     if not folders:
@@ -104,7 +104,7 @@ def list_classes(split: Path, left_out: LeftOut | None = None) -> dict[str, str]
 
 
 def list_images(split: Path, classes: dict[str, str], train_classes: Sequence[str]) -> Listing:
-    """All files of a split's class folders, labelled by rank in `train_classes`; `classes` are from `list_classes`.
+    """All files of a split's class folders, labeled by rank in `train_classes`; `classes` are from `list_classes`.
 
     Raises:
         DataError: a class is not among the training classes, is empty, or has folders in it.
@@ -114,9 +114,9 @@ def list_images(split: Path, classes: dict[str, str], train_classes: Sequence[st
     listing = Listing()
     empty: list[str] = []
     for name, folder in classes.items():
-        images, faults = len(listing.images), len(listing.faults)
+        images, problems = len(listing.images), len(listing.problems)
         list_files(split / folder, f"{split.name}/{folder}", labels[name], listing)
-        if images == len(listing.images) and faults == len(listing.faults):
+        if images == len(listing.images) and problems == len(listing.problems):
             empty.append(name)
     if empty:
         raise DataError(f"{split} has class folders without files: {listed(empty)}. Fill or remove them.")
@@ -129,9 +129,9 @@ def list_files(folder: Path, prefix: str, label: int, listing: Listing) -> None:
     Raises:
         DataError: there is a folder in it.
     """
-    for entry in entries(folder, prefix, listing.left_out):
+    for entry in entries(folder, prefix, listing.ignored):
         if isinstance(entry, tuple):
-            listing.faults[f"{prefix}/{entry[0]}"] = entry[1]
+            listing.problems[f"{prefix}/{entry[0]}"] = entry[1]
         elif entry.is_folder:
             raise DataError(
                 f"{printable(entry.path)} is a folder inside a class folder: only image files may be there. If it is "
@@ -146,36 +146,36 @@ def scan_splits(
     train: str,
     val: str,
     cache: Path,
-    skip_damaged: bool,
+    skip_corrupt: bool,
     warn: Callable[[str], None],
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[DatasetIndex, DatasetIndex]:
     """Indexes of class folders.
 
-    Files already known to the index in the folder `cache` (same path, length and time) are not opened again. Damaged
-    training files, and those of more than `max_pixels`, are left out and told to `warn` with `skip_damaged`; in the
+    Files already known to the index in the folder `cache` (same path, length and time) are not opened again. Corrupt
+    training files, and those of more than `max_pixels`, are left out and told to `warn` with `skip_corrupt`; in the
     evaluation split they never are.
 
     Raises:
-        DataError: a folder is missing or is not laid out in class folders, or files are damaged or are no images.
+        DataError: a folder is missing or is not laid out in class folders, or files are corrupt or are no images.
     """
     train_folder, val_folder = find_splits(root, train, val)
     try:
-        left_out = LeftOut()
-        folders = list_classes(train_folder, left_out)
+        ignored = IgnoredFiles()
+        folders = list_classes(train_folder, ignored)
         classes = tuple(folders)
         refuse_one_class(classes, train_folder, [n for n in sorted(os.listdir(train_folder.parent)) if is_list(n)])
         train_listing = list_images(train_folder, folders, classes)
-        val_listing = list_images(val_folder, list_classes(val_folder, left_out), classes)
+        val_listing = list_images(val_folder, list_classes(val_folder, ignored), classes)
         folder = train_folder.parent.absolute()
-        train_index, faults = _index(folder, train, classes, train_listing, cache, max_pixels)
-        count = len(train_listing.images) + len(train_listing.faults)
-        if skip_damaged and faults:
-            warn(f"{len(faults)} of {count} training files are left out:\n  " + listed(faults, "\n  "))
+        train_index, problems = _index(folder, train, classes, train_listing, cache, max_pixels)
+        count = len(train_listing.images) + len(train_listing.problems)
+        if skip_corrupt and problems:
+            warn(f"{len(problems)} of {count} training files are left out:\n  " + listed(problems, "\n  "))
         else:
-            _refuse(train_folder, faults, count)
-        val_index, faults = _index(folder, val, classes, val_listing, cache, max_pixels)
-        _refuse(val_folder, faults, len(val_listing.images) + len(val_listing.faults))
+            _refuse(train_folder, problems, count)
+        val_index, problems = _index(folder, val, classes, val_listing, cache, max_pixels)
+        _refuse(val_folder, problems, len(val_listing.images) + len(val_listing.problems))
         for file in list_files_of([train_folder.parent, train_folder, val_folder]):
             if names_images_and_labels(file):
                 warn(f"{file} is not read, labels are the class folders' names: `densenet data prepare` reads it")
@@ -183,9 +183,9 @@ def scan_splits(
             warn(f"{train_folder} and {val_folder} are the same folder: the training images are evaluated")
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
-    left_out.merge(train_listing.left_out)
-    left_out.merge(val_listing.left_out)
-    for line in left_out.lines(without=SYSTEM):
+    ignored.merge(train_listing.ignored)
+    ignored.merge(val_listing.ignored)
+    for line in ignored.lines(without=SYSTEM):
         warn(f"left out: {line}")
     return train_index, val_index
 
@@ -206,31 +206,31 @@ def scan_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS
             )
         classes = list_classes(folder)
         listing = list_images(folder, classes, tuple(classes))
-        index, faults = _index(folder.parent.absolute(), folder.name, tuple(classes), listing, cache, max_pixels)
+        index, problems = _index(folder.parent.absolute(), folder.name, tuple(classes), listing, cache, max_pixels)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
-    _refuse(folder, faults, len(listing.images) + len(listing.faults))
+    _refuse(folder, problems, len(listing.images) + len(listing.problems))
     return index
 
 
-def scan_pictures(folder: Path, max_pixels: int = MAX_PIXELS) -> tuple[DatasetIndex, dict[str, str], LeftOut]:
-    """All files below a folder, at any depth, in sorted order, linked folders too: an index of the pictures, all of one
+def scan_images(folder: Path, max_pixels: int = MAX_PIXELS) -> tuple[DatasetIndex, dict[str, str], IgnoredFiles]:
+    """All files below a folder, at any depth, in sorted order, linked folders too: an index of the images, all of one
     class without a name; what is wrong with the rest, by path below the folder; and what is left out.
 
     Raises:
         DataError: it is not a folder.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give one with pictures.")
+        raise DataError(f"{folder} is not a folder: give one with images.")
     try:
         found = tree(folder)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
     files = [ImageFile(path, 0, entry.length, entry.mtime_ns) for path, entry in found.files.items()]
     sizes = [_size(header, max_pixels) for header in probe_all([folder / file.path for file in files])]
-    sound = [(file, size) for file, size in zip(files, sizes, strict=True) if isinstance(size, tuple)]
-    faults = {file.path: reason for file, reason in zip(files, sizes, strict=True) if isinstance(reason, str)}
-    return DatasetIndex(folder, ("",), _table(sound)), found.faults | faults, found.left_out
+    valid = [(file, size) for file, size in zip(files, sizes, strict=True) if isinstance(size, tuple)]
+    problems = {file.path: reason for file, reason in zip(files, sizes, strict=True) if isinstance(reason, str)}
+    return DatasetIndex(folder, ("",), _table(valid)), found.problems | problems, found.ignored
 
 
 def _holds_folders(folder: Path) -> bool:
@@ -238,11 +238,11 @@ def _holds_folders(folder: Path) -> bool:
         return any(entry.is_dir() for entry in entries)
 
 
-def _refuse(split: Path, faults: list[str], count: int) -> None:
-    if faults:
+def _refuse(split: Path, problems: list[str], count: int) -> None:
+    if problems:
         raise DataError(
-            f"{len(faults)} of {count} files in {split} cannot be used:\n  "
-            + listed(faults, "\n  ")
+            f"{len(problems)} of {count} files in {split} cannot be used:\n  "
+            + listed(problems, "\n  ")
             + "\nReplace or remove them, then start again."
         )
 
@@ -250,7 +250,7 @@ def _refuse(split: Path, faults: list[str], count: int) -> None:
 def _index(
     root: Path, split: str, classes: tuple[str, ...], listing: Listing, cache: Path, max_pixels: int
 ) -> tuple[DatasetIndex, list[str]]:
-    """The index of the sound files, and a line on each of the others."""
+    """The index of the valid files, and a line on each of the others."""
     cached = cache / f"{split}-{hashlib.sha256(os.fsencode(root / split)).hexdigest()[:16]}-{_CACHE}.parquet"
     known, images = _known_sizes(cached), listing.images
     found: list[tuple[int, int] | Header | str | None] = [known.get((i.path, i.length, i.mtime_ns)) for i in images]
@@ -258,13 +258,13 @@ def _index(
     for i, probed in zip(new, probe_all([root / images[i].path for i in new]), strict=True):
         found[i] = probed
     sizes = [_size(one, max_pixels) for one in found]
-    sound = [(image, size) for image, size in zip(images, sizes, strict=True) if isinstance(size, tuple)]
-    faults = [f"{path}: {reason}" for path, reason in listing.faults.items()]
-    faults += [f"{image.path}: {size}" for image, size in zip(images, sizes, strict=True) if isinstance(size, str)]
-    index = DatasetIndex(root, classes, _table(sound))
+    valid = [(image, size) for image, size in zip(images, sizes, strict=True) if isinstance(size, tuple)]
+    problems = [f"{path}: {reason}" for path, reason in listing.problems.items()]
+    problems += [f"{image.path}: {size}" for image, size in zip(images, sizes, strict=True) if isinstance(size, str)]
+    index = DatasetIndex(root, classes, _table(valid))
     if new:
-        _save(index, cached)  # before the faults are told, so that the next start looks at the mended files alone
-    return index, faults
+        _save(index, cached)  # before the problems are told, so that the next start looks at the fixed files alone
+    return index, problems
 
 
 def _save(index: DatasetIndex, file: Path) -> None:
@@ -333,7 +333,7 @@ def probe(path: Path) -> Header | str:
             try:
                 return header(start, end)
             except NotAnImage as error:
-                if size <= HEAD or "damaged head" not in str(error):
+                if size <= HEAD or "corrupt head" not in str(error):
                     return str(error)
             file.seek(0)
             return header(file.read(), end)  # its size lies beyond large embedded profiles or thumbnails

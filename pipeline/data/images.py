@@ -36,7 +36,7 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
 }
 _JPEG, _PNG, *_, _RIFF = _READERS
 FORMATS = DECODED
-HEAD = 1 << 16  # bytes that nearly always reach a picture's size
+HEAD = 1 << 16  # bytes that nearly always reach an image's size
 TAIL = 4096  # bytes that may follow a JPEG's end mark
 _JPEG_MODES = {"Gray": "L", "GRAY": "L", "YCbCr": "RGB", "RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -45,10 +45,10 @@ _USED = ("L", "RGB", "1", *_SIXTEEN_BIT, *_CONVERTED)
 _UNSUPPORTED = {
     "I": "32-bit integers",
     "F": "floating-point numbers",
-    "LAB": "CIE L*a*b* colours",
-    "HSV": "HSV colours",
+    "LAB": "CIE L*a*b* colors",
+    "HSV": "HSV colors",
 }
-_CURE = "convert it to an 8-bit JPEG or PNG"
+_FIX = "convert it to an 8-bit JPEG or PNG"
 _ORIENTATION = 0x0112
 _UNTURNED = {  # what undoes an EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,17 +60,17 @@ _UNTURNED = {  # what undoes an EXIF orientation
     8: Image.Transpose.ROTATE_270,
 }
 _HUFFMAN = (0xC0, 0xC1, 0xC2)  # JPEG's baseline, extended and progressive frames; others are arithmetic or lossless
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # a PNG's texts and colour profiles
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # a PNG's texts and color profiles
 _TILE = 1 << 24  # pixels of a TIFF's tile that are always allowed: tiles may be larger than the image
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # tables among the codes of frames
-# What PIL raises at damage.
-_DAMAGE = (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error)
+# What PIL raises at corruption.
+_CORRUPTION = (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error)
 _BENIGN = "extraneous bytes"  # libjpeg's warning of bytes between two parts, both of which are whole
 
 
 @dataclass(frozen=True)
 class Header:
-    """A picture's format, size in pixels as stored (EXIF orientation not applied), and PIL's name of its colours."""
+    """An image's format, size in pixels as stored (EXIF orientation not applied), and PIL's name of its colors."""
 
     format: str
     width: int
@@ -84,7 +84,7 @@ class Header:
 
 
 class NotAnImage(ValueError):
-    """What is wrong with a picture, in words that follow its name: `is a JPEG that is cut short`."""
+    """What is wrong with an image, in words that follow its name: `is a JPEG that is cut short`."""
 
 
 class Unsupported(NotAnImage):
@@ -106,7 +106,7 @@ def check_size(width: int, height: int, max_pixels: int, what: str = "") -> None
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without PIL's warnings of odd EXIF blocks and large pictures, which are no faults here.
+    """Without PIL's warnings of odd EXIF blocks and large images, which are no problems here.
 
     Python keeps one list of warning filters for all threads: enter this before threads are started, not in them.
     """
@@ -116,7 +116,7 @@ def quiet() -> Iterator[None]:
 
 
 def cut_short(start: bytes, end: bytes) -> str | None:
-    """Says whether a picture lacks its beginning or its end mark, from its first 16 and its last `TAIL` bytes."""
+    """Says whether an image lacks its beginning or its end mark, from its first 16 and its last `TAIL` bytes."""
     if not start.startswith(tuple(_READERS)):
         other = not_decoded(start)
         if other is not None:
@@ -132,24 +132,24 @@ def cut_short(start: bytes, end: bytes) -> str | None:
 
 
 def header(content: bytes, end: bytes) -> Header:
-    """Reads a picture's head without decoding it.
+    """Reads an image's head without decoding it.
 
     Args:
-        content: the picture, or its first bytes.
-        end: its last `TAIL` bytes, or the whole picture.
+        content: the image, or its first bytes.
+        end: its last `TAIL` bytes, or the whole image.
 
     Raises:
-        NotAnImage: it is no picture of a known format, it is cut short, or it is of a kind that is not used.
+        NotAnImage: it is no image of a known format, it is cut short, or it is of a kind that is not used.
     """
-    fault = cut_short(content[:16], end)
-    if fault is not None:
-        raise NotAnImage(fault)
+    problem = cut_short(content[:16], end)
+    if problem is not None:
+        raise NotAnImage(problem)
     _, bits, _ = (content.startswith(_JPEG) and _jpeg_frame(memoryview(content))) or (0, 8, 0)
     if bits != 8:
-        raise Unsupported(f"is a JPEG of {bits} bits: {_CURE}")
+        raise Unsupported(f"is a JPEG of {bits} bits: {_FIX}")
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        return Header("JPEG", width, height, _JPEG_MODES[colours])
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+        return Header("JPEG", width, height, _JPEG_MODES[colors])
     except (ValueError, KeyError):
         pass  # another format, or one of the JPEGs that only PIL reads, at fifteen times the cost
     try:
@@ -158,10 +158,10 @@ def header(content: bytes, end: bytes) -> Header:
             found = Header(str(image.format), width, height, image.mode)
     except Image.DecompressionBombError as error:
         raise TooLarge(f"is larger than PIL takes in this format: {error}") from error
-    except _DAMAGE as error:
+    except _CORRUPTION as error:
         if "unknown pixel mode" in str(error):  # of PIL's reader of TIFF
-            raise Unsupported(f"is a TIFF with pixels of a kind that PIL does not know: {_CURE}") from error
-        raise NotAnImage(f"has a damaged head: {error}") from error
+            raise Unsupported(f"is a TIFF with pixels of a kind that PIL does not know: {_FIX}") from error
+        raise NotAnImage(f"has a corrupt head: {error}") from error
     _check_mode(found.mode)
     return found
 
@@ -173,7 +173,7 @@ def _opened(content: bytes) -> ImageFile.ImageFile:
 
 
 def _without_texts(content: bytes) -> bytes:
-    """A PNG without texts and colour profiles: no pixel depends on them, and PIL refuses an image for long ones."""
+    """A PNG without texts and color profiles: no pixel depends on them, and PIL refuses an image for long ones."""
     if not any(name in content for name in _TEXTS):
         return content
     kept, place = [content[:8]], 8
@@ -201,19 +201,19 @@ def _check_sizes(image: ImageFile.ImageFile, max_pixels: int) -> None:
 
 def _check_mode(mode: str) -> None:
     if mode not in _USED:
-        raise Unsupported(f"has pixels of PIL's mode {mode} ({_UNSUPPORTED.get(mode, 'not known here')}): {_CURE}")
+        raise Unsupported(f"has pixels of PIL's mode {mode} ({_UNSUPPORTED.get(mode, 'not known here')}): {_FIX}")
 
 
 def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes a whole picture as stored, the first one of several.
+    """Decodes a whole image as stored, the first one of several.
 
     Raises:
-        NotAnImage: it cannot be decoded to the end, or a JPEG's data are damaged or have holes, which most decoders
+        NotAnImage: it cannot be decoded to the end, or a JPEG's data are corrupt or have holes, which most decoders
             pass over and fill with gray; or it has more than `max_pixels`.
     """
-    fault = cut_short(content[:16], content)
-    if fault is not None:
-        raise NotAnImage(fault)
+    problem = cut_short(content[:16], content)
+    if problem is not None:
+        raise NotAnImage(problem)
     try:
         image = _opened(content)
         _check_sizes(image, max_pixels)
@@ -230,7 +230,7 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise TooLarge(f"is larger than PIL takes in this format: {error}") from error
-    except _DAMAGE as error:
+    except _CORRUPTION as error:
         raise NotAnImage(f"cannot be decoded: {error}") from error
 
 
@@ -241,17 +241,17 @@ def _decode_strictly(content: bytes, mode: str) -> NDArray[np.uint8]:
 
 
 def orientation(content: bytes) -> int | None:
-    """The EXIF orientation, 1 being upright; None where there is none. Damaged EXIF blocks count as none."""
+    """The EXIF orientation, 1 being upright; None where there is none. Corrupt EXIF blocks count as none."""
     try:
         with _opened(content) as image:
             value = image.getexif().get(_ORIENTATION)
-    except Exception:  # PIL raises whatever the damage leads to; EXIF is not needed for anything
+    except Exception:  # PIL raises whatever the corruption leads to; EXIF is not needed for anything
         return None
     return value if isinstance(value, int) else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in 8 bits, gray where it is gray, else RGB.
+    """The image in 8 bits, gray where it is gray, else RGB.
 
     CMYK and YCCK, which Adobe stores inverted, are read as PIL reads them. Transparency is dropped. Of 16 bits the
     upper 8 are kept: PIL does the same to 16-bit RGB as it reads it, and cuts 16-bit gray off at 255 if left to.
@@ -299,7 +299,7 @@ def _jpeg_frame(content: memoryview) -> tuple[int, int, int] | None:
 
 
 def netpbm(content: bytes, width: int, height: int) -> bytes:
-    """A picture's pixels as `to_rgb` gives them, uncompressed: a PGM or PPM file, which DALI decodes.
+    """An image's pixels as `to_rgb` gives them, uncompressed: a PGM or PPM file, which DALI decodes.
 
     Raises:
         NotAnImage: as `decode` and `to_rgb`, or the size is not the one that is expected.
@@ -314,14 +314,14 @@ def netpbm(content: bytes, width: int, height: int) -> bytes:
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
-    """A gray or RGB picture as a baseline JPEG with 4:2:0 chroma, without any metadata."""
+    """A gray or RGB image as a baseline JPEG with 4:2:0 chroma, without any metadata."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, optimize=False, exif=b"", icc_profile=None)
     return buffer.getvalue()
 
 
 def shrink(image: Image.Image, shorter_side: int) -> Image.Image:
-    """A gray or RGB picture with its shorter side reduced to `shorter_side` pixels (Lanczos); smaller ones stay."""
+    """A gray or RGB image with its shorter side reduced to `shorter_side` pixels (Lanczos); smaller ones stay."""
     short = min(image.size)
     if short <= shorter_side:
         return image

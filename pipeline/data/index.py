@@ -1,6 +1,6 @@
 """The index of a split: for each sample where its bytes lie, its label, its size and its checksum.
 
-The plan needs every picture's width and height, reading needs its place. An index is a Parquet file beside the data
+The plan needs every image's width and height, reading needs its place. An index is a Parquet file beside the data
 (see `pipeline.data.dataset`), or is made from class folders at the start of a run (see `pipeline.data.folders`).
 """
 
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from pipeline.data.files import File, Files
 from pipeline.data.images import TAIL, cut_short
-from pipeline.errors import DamagedSample, DataError
-from pipeline.files import whole_file
+from pipeline.errors import CorruptSample, DataError
+from pipeline.files import atomic_file
 
 SCHEMA = pa.schema(
     [
-        ("path", pa.dictionary(pa.int32(), pa.string())),  # below the root: a picture, or the shard that holds it
+        ("path", pa.dictionary(pa.int32(), pa.string())),  # below the root: an image, or the shard that holds it
         ("name", pa.string()),  # of a sample in a shard: what it was called in the source
         ("offset", pa.int64()),  # bytes
         ("length", pa.int64()),  # bytes
@@ -33,13 +33,13 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),  # pixels as stored, EXIF orientation not applied
         ("height", pa.int32()),
         ("crc32", pa.uint32()),  # of the sample's bytes
-        ("mtime_ns", pa.int64()),  # of a picture's file, when the index serves as a cache
+        ("mtime_ns", pa.int64()),  # of an image's file, when the index serves as a cache
     ]
 )
 
 
 _ADVICE = (
-    "Replace or remove it and start again; `densenet data verify` finds all such pictures, and "
+    "Replace or remove it and start again; `densenet data verify` finds all such images, and "
     "data.on_corrupt=skip trains without them."
 )
 
@@ -106,7 +106,7 @@ class DatasetIndex:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all encoded pictures."""
+        """Bytes of all encoded images."""
         return int(self._lengths_N.sum())
 
     @cached_property
@@ -168,7 +168,7 @@ class DatasetIndex:
         """A sample's encoded bytes.
 
         Raises:
-            DamagedSample: the bytes are not those that were indexed, or are a JPEG cut short.
+            CorruptSample: the bytes are not those that were indexed, or are a JPEG cut short.
             DataError: the file cannot be read at all.
         """
         path, offset, length = self.path(sample), int(self._offsets_N[sample]), int(self._lengths_N[sample])
@@ -180,13 +180,13 @@ class DatasetIndex:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if len(content) != length:
-            fault: str | None = f"has changed since it was indexed; {length} bytes were expected"
+            problem: str | None = f"has changed since it was indexed; {length} bytes were expected"
         elif self._crc32_N is not None and zlib.crc32(content) != self._crc32_N[sample]:
-            fault = "does not have the checksum that it was indexed with"
+            problem = "does not have the checksum that it was indexed with"
         else:
-            fault = cut_short(content[:16], content[-TAIL:])
-        if fault:
-            raise DamagedSample(f"{self.describe(sample)} {fault}. {_ADVICE}")
+            problem = cut_short(content[:16], content[-TAIL:])
+        if problem:
+            raise CorruptSample(f"{self.describe(sample)} {problem}. {_ADVICE}")
         return np.frombuffer(content, np.uint8)
 
     def differs_here(self, count: int, sizes: bool = True) -> str | None:
@@ -242,7 +242,7 @@ def rows_of(table: pa.Table, start: int, count: int) -> pa.Table:
 
 def save_table(table: pa.Table, file: Path) -> None:
     """Writes a table as a whole Parquet file."""
-    with whole_file(file) as aside:
+    with atomic_file(file) as aside:
         pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
 
 
@@ -250,7 +250,7 @@ def load_table(file: Path) -> pa.Table:
     """Reads a table in the index's schema.
 
     Raises:
-        DataError: the file is missing, damaged, or is not an index of this version.
+        DataError: the file is missing, corrupt, or is not an index of this version.
     """
     try:
         table = pq.read_table(file, read_dictionary=["path"], page_checksum_verification=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.data.left_out import LeftOut
+from pipeline.data.ignored import IgnoredFiles
 
 SYSTEM = "files and folders of file managers and tools"
 HIDDEN = "hidden files and folders"
@@ -38,8 +38,8 @@ class Tree:
     """What lies below a folder: files by path below it in sorted order, and what is wrong with the rest, by path."""
 
     files: dict[str, Entry] = field(default_factory=dict)
-    faults: dict[str, str] = field(default_factory=dict)
-    left_out: LeftOut = field(default_factory=LeftOut)
+    problems: dict[str, str] = field(default_factory=dict)
+    ignored: IgnoredFiles = field(default_factory=IgnoredFiles)
 
 
 def system_reason(name: str) -> str | None:
@@ -54,10 +54,10 @@ def member_reason(path: str) -> str | None:
     return next((reason for part in path.split("/") if part != "." and (reason := system_reason(part))), None)
 
 
-def entries(folder: str | Path, prefix: str, left_out: LeftOut) -> Iterator[Entry | tuple[str, str]]:
+def entries(folder: str | Path, prefix: str, ignored: IgnoredFiles) -> Iterator[Entry | tuple[str, str]]:
     """A folder's entries by name; for what is neither file nor folder its printable name, and what is wrong.
 
-    `prefix`, the folder's path below the root, is what comes before names that are counted in `left_out`.
+    `prefix`, the folder's path below the root, is what comes before names that are counted in `ignored`.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -66,9 +66,9 @@ def entries(folder: str | Path, prefix: str, left_out: LeftOut) -> Iterator[Entr
         for entry in sorted(found, key=lambda entry: entry.name):
             reason = system_reason(entry.name)
             if reason is not None:
-                left_out.add(reason, printable(joined(prefix, entry.name)))
+                ignored.add(reason, printable(joined(prefix, entry.name)))
                 continue
-            fault = None
+            problem = None
             try:
                 status = entry.stat()
             except OSError as error:
@@ -76,11 +76,11 @@ def entries(folder: str | Path, prefix: str, left_out: LeftOut) -> Iterator[Entr
                 continue
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
                 kind = next((kind for is_it, kind in _KINDS if is_it(status.st_mode)), "special file")
-                fault = f"is a {kind}, not a file"
+                problem = f"is a {kind}, not a file"
             elif not is_utf8(entry.name):
-                fault = "has a name that is not UTF-8: rename it"
-            if fault is not None:
-                yield printable(entry.name), fault
+                problem = "has a name that is not UTF-8: rename it"
+            if problem is not None:
+                yield printable(entry.name), problem
                 continue
             yield Entry(
                 entry.name,
@@ -97,7 +97,7 @@ def tree(root: Path) -> Tree:
     """All files below a folder, at any depth. Linked folders are followed, and each folder is listed once.
 
     A folder that is met again through a link, and all that is neither file nor folder, cannot be listed, or has no
-    name in UTF-8, is among the faults.
+    name in UTF-8, is among the problems.
     """
     found = Tree()
     status = root.stat()
@@ -107,12 +107,12 @@ def tree(root: Path) -> Tree:
     while links:  # after the folders that lie there, which keep their own paths
         prefix, entry = links.pop(0)
         if entry.identity in seen:
-            found.faults[prefix] = f"is a link to a folder that is listed already, as {seen[entry.identity]}"
+            found.problems[prefix] = f"is a link to a folder that is listed already, as {seen[entry.identity]}"
             continue
         seen[entry.identity] = prefix
         _list(entry.path, prefix, found, seen, links)
     found.files = dict(sorted(found.files.items()))
-    found.faults = dict(sorted(found.faults.items()))
+    found.problems = dict(sorted(found.problems.items()))
     return found
 
 
@@ -124,10 +124,10 @@ def _list(
     while todo:
         folder, prefix = todo.pop()
         try:
-            for entry in entries(folder, prefix, found.left_out):
+            for entry in entries(folder, prefix, found.ignored):
                 if isinstance(entry, tuple):
-                    name, fault = entry
-                    found.faults[joined(prefix, name)] = fault
+                    name, problem = entry
+                    found.problems[joined(prefix, name)] = problem
                 elif not entry.is_folder:
                     found.files[joined(prefix, entry.name)] = entry
                 elif entry.is_link or entry.identity in seen:
@@ -136,7 +136,7 @@ def _list(
                     seen[entry.identity] = joined(prefix, entry.name)
                     todo.append((entry.path, joined(prefix, entry.name)))
         except OSError as error:
-            found.faults[prefix or "."] = f"cannot be listed ({error.strerror})"
+            found.problems[prefix or "."] = f"cannot be listed ({error.strerror})"
 
 
 def joined(prefix: str, name: str) -> str:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from pipeline.config import MAX_PIXELS, Device, RunConfig
 from pipeline.data.dataset import check_sizes, open_split, open_splits, read_manifest
 from pipeline.data.folders import list_classes
+from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
-from pipeline.data.made import make_data
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, eval_share, micro_batch
 from pipeline.errors import DataError, UserError
-from pipeline.seams import is_made
+from pipeline.extension_points import is_generated
 
 if TYPE_CHECKING:
     from pipeline.data.dali import Batch, Loader
@@ -31,15 +31,15 @@ def open_dataset(
     cache: str | Path = "outputs",
     max_pixels: int = MAX_PIXELS,
 ) -> "Dataset":
-    """Opens a data set; pictures are not read yet.
+    """Opens a data set; images are not read yet.
 
     Args:
         place: A prepared data set's folder, a folder with class folders in each split, or with class folders alone; an
             address (`s3://bucket/set`); or `digits://`, the demonstration's handwritten digits.
-        train: The training split: class folders of other splits are labelled by its classes.
+        train: The training split: class folders of other splits are labeled by its classes.
         stage: For an address: a folder on this machine's own disk, to which shards are copied.
         cache: Folder for what is remembered of class folders and addresses: the `run.output` of trainings.
-        max_pixels: Pictures of more pixels are refused.
+        max_pixels: Images of more pixels are refused.
 
     Raises:
         DataError: there is no such data set, or it is not laid out as it must be.
@@ -48,8 +48,8 @@ def open_dataset(
 
 
 def data_folder(place: str | Path, cache: Path) -> Path:
-    """The folder that a user means; the pictures of a data source (`digits://`) are made below `cache` first."""
-    return Path(make_data(str(place), cache)).expanduser()
+    """The folder that a user means; the images of a data source (`digits://`) are made below `cache` first."""
+    return Path(generate_data(str(place), cache)).expanduser()
 
 
 class Dataset:
@@ -62,7 +62,7 @@ class Dataset:
         self._train, self._stage, self._cache, self._max_pixels = train, stage, cache, max_pixels
         self._address: str | None = None
         self._indexes: dict[str, DatasetIndex] = {}
-        if "://" in str(place) and not is_made(str(place)):
+        if "://" in str(place) and not is_generated(str(place)):
             self._address = str(place)
             self.root = self._fetched(self._address)
         else:
@@ -84,14 +84,14 @@ class Dataset:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The pictures of each split; class folders without an index are looked at first, file by file."""
+        """The images of each split; class folders without an index are looked at first, file by file."""
         return {split: len(self.index(split)) for split in self.splits}
 
     def index(self, split: str) -> DatasetIndex:
-        """Where each picture of a split lies, its label and its size.
+        """Where each image of a split lies, its label and its size.
 
         Raises:
-            DataError: there is no such split, or something in it is damaged.
+            DataError: there is no such split, or something in it is corrupt.
         """
         if split not in self._indexes:
             self._indexes[split] = self._opened(split)
@@ -121,28 +121,28 @@ class Dataset:
         In training the samples come in the run's one order: an epoch is a permutation that follows from the seed, and
         crop, flip and augmentations of each sample follow from seed, epoch and sample. So the global batches are the
         same at any `world_size`, and a loop goes on where another ended: with `start`, and no state. A batch may hold
-        the end of one epoch and the start of the next one, so that all are of one size. In evaluation each picture
+        the end of one epoch and the start of the next one, so that all are of one size. In evaluation each image
         comes once over all ranks, and the last batch may be smaller.
 
         Args:
             split: One of `splits`.
-            batch_size: Pictures of a step over all ranks; each rank gets `batch_size / world_size` of them.
+            batch_size: Images of a step over all ranks; each rank gets `batch_size / world_size` of them.
             seed: Of order, crops and augmentations; default: `config.run.seed`, which is 0.
             start: Samples that all ranks have seen before: the place in the run's order.
             stop: Ends with the first batch that reaches this place; default: the end of the epoch of `start`.
             epochs: The same in passes from the run's beginning.
             rank: Of this process, from 0.
             world_size: Number of processes.
-            image_size: Side of the pictures, pixels; default: the config's, 224. In evaluation it is the crop's, and
+            image_size: Side of the images, pixels; default: the config's, 224. In evaluation it is the crop's, and
                 the shorter side is resized in the config's ratio, 256 / 224.
-            device: Where pictures are decoded and where the batches lie; the current one of `cuda`.
+            device: Where images are decoded and where the batches lie; the current one of `cuda`.
             training: Whether to shuffle and to augment; default: for the split that is trained on alone.
-            config: Everything else, as `load_config` gives it: `data.*` (crops, flip, mean and std, damaged pictures),
+            config: Everything else, as `load_config` gives it: `data.*` (crops, flip, mean and std, corrupt images),
                 `augment.*`, `eval.*`, `model.in_chans`. Without one, torchvision's usual values.
 
         Raises:
             UserError: a value does not fit.
-            DataError: there is no such split; and, from the loop, a picture is damaged or has gone.
+            DataError: there is no such split; and, from the loop, an image is corrupt or has gone.
         """
         config = config or RunConfig()
         training = split == self._train if training is None else training
@@ -155,7 +155,7 @@ class Dataset:
         if not training:
             for name, value in (("start", start or None), ("stop", stop), ("epochs", epochs)):
                 if value is not None:
-                    raise UserError(f"{name}={value} has no effect where each picture comes once: leave it out.")
+                    raise UserError(f"{name}={value} has no effect where each image comes once: leave it out.")
             plan = eval_plan(config, index, image_size)
             planned = (plan.batch(ids_B) for ids_B in eval_share(len(index), rank, world_size, share))
             own = (rank + 1) * len(index) // world_size - rank * len(index) // world_size
@@ -164,14 +164,14 @@ class Dataset:
         steps = _steps(start, stop, epochs, len(index), batch_size)
         if config.augment.mixes and (share % 2 or start % 2):
             raise UserError(
-                f"augment.mixup and augment.cutmix mix pairs of pictures: batch_size={batch_size} gives {share} to "
+                f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images: batch_size={batch_size} gives {share} to "
                 f"each rank from start={start}, and both must be even."
             )
         places = (start + micro_batch(step, 0, rank, world_size, share, 1) for step in range(steps))
         sides = (
             config.data
             if image_size is None
-            else config.data.model_copy(update={"image_size": image_size, "progressive": ()})
+            else config.data.model_copy(update={"image_size": image_size, "progressive_resize": ()})
         )
         planned = (order.batch(positions_B, sides.side_at(positions_B[0] / len(index))) for positions_B in places)
         return Batches(partial(_loader, config, index, share, device, order), planned, steps)
@@ -216,7 +216,7 @@ class Batches:
     """Batches in the order of the plan: `len` of them. Reading runs ahead in threads while the loop has one.
 
     They end with the loop; one that is left earlier is closed by `close`, by a `with` block around it, or when nothing
-    refers to it any longer. `skipped` tells of the damaged pictures that were replaced so far (`data.on_corrupt=skip`),
+    refers to it any longer. `skipped` tells of the corrupt images that were replaced so far (`data.on_corrupt=skip`),
     by their row in the index.
     """
 
@@ -268,9 +268,9 @@ def train_plan(config: RunConfig, index: DatasetIndex, seed: int | None = None) 
         seed=config.run.seed if seed is None else seed,
         widths_N=index.widths_N,
         heights_N=index.heights_N,
-        crop_area=data.crop_area,
-        crop_ratio=data.crop_ratio,
-        flip=data.flip,
+        scale=data.scale,
+        ratio=data.ratio,
+        hflip=data.hflip,
         files_N=index.files_N if data.shuffle == "windowed" else None,
         window=data.window,
         augment=config.augment,
@@ -286,7 +286,7 @@ def eval_plan(config: RunConfig, index: DatasetIndex, crop: int | None = None) -
 def _loader(
     config: RunConfig, index: DatasetIndex, batch_size: int, device: Device, order: TrainPlan | None
 ) -> "Loader":
-    """A loader of the training samples in `order`, or, without one, of the pictures as evaluation sees them."""
+    """A loader of the training samples in `order`, or, without one, of the images as evaluation sees them."""
     from pipeline.data.dali import Loader
 
     data, device_id = config.data, None
@@ -316,7 +316,7 @@ def _check_share(batch_size: int, rank: int, world_size: int) -> None:
         raise UserError(f"rank={rank} must be from 0 to world_size - 1, and world_size is {world_size}.")
     if batch_size < 1 or batch_size % world_size:
         raise UserError(
-            f"batch_size={batch_size} counts the pictures of a step over all ranks: it must be a multiple of "
+            f"batch_size={batch_size} counts the images of a step over all ranks: it must be a multiple of "
             f"world_size={world_size}."
         )
 

@@ -11,11 +11,11 @@ _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _ROUNDS = 10
 
 # What random words are for: the counters' last word.
-SHUFFLE, CROP, COLOUR, AUTO, ERASE, MIX, SHUFFLE_SHARDS, REPLACE, PLUGIN = range(9)
+SHUFFLE, CROP, COLOR, AUTO, ERASE, MIX, SHUFFLE_SHARDS, REPLACE, PLUGIN = range(9)
 
 
 def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.uint64]:
-    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), vectorised.
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), vectorized.
 
     Written out here so that a run's sample order does not depend on the version of a library.
 

@@ -55,7 +55,7 @@ def windowed_permutation(seed: int, epoch: int, files_N: Ints, window: int) -> I
 class PlannedBatch:
     """What to decode and how to cut it, for a batch of B samples.
 
-    The window (top-left `window_starts_B2`, size `window_shapes_B2`) of the stored picture is decoded and resized to
+    The window (top-left `window_starts_B2`, size `window_shapes_B2`) of the stored image is decoded and resized to
     `sizes_B2`; a square of `side` pixels is cut from it at `origins_B2`, and mirrored where `flips_B` is 1. All pairs
     are (vertical, horizontal), in pixels, int32. In evaluation positions are ids, and epochs 0.
     """
@@ -90,9 +90,9 @@ class TrainPlan:
     seed: int
     widths_N: Ints = field(repr=False)
     heights_N: Ints = field(repr=False)
-    crop_area: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: float
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    hflip: float
     files_N: Ints | None = field(default=None, repr=False)
     window: int = 1
     augment: Augment = field(default_factory=Augment)
@@ -119,7 +119,7 @@ class TrainPlan:
         return epochs_B, ids_B
 
     def batch(self, positions_B: Ints, side: int) -> PlannedBatch:
-        """Plans the samples at positions of the run's sample order, as pictures of `side` pixels."""
+        """Plans the samples at positions of the run's sample order, as images of `side` pixels."""
         return self._planned(positions_B, *self.locate(positions_B), side)
 
     def replaced(self, planned: PlannedBatch, ids_B: Ints) -> PlannedBatch:
@@ -127,15 +127,15 @@ class TrainPlan:
         return self._planned(planned.positions_B, planned.epochs_B, ids_B, planned.side)
 
     def replacements(self, epoch: int, sample: int) -> Iterator[int]:
-        """Samples to take the place of a damaged one in an epoch, in this order: 32, drawn at random."""
+        """Samples to take the place of a corrupt one in an epoch, in this order: 32, drawn at random."""
         u_41T = draw(self.seed, np.array([epoch]), np.array([sample]), {REPLACE: 8})[REPLACE]
         yield from (u_41T * len(self)).astype(np.int64).ravel().tolist()
 
     def _planned(self, positions_B: Ints, epochs_B: Ints, ids_B: Ints, side: int) -> PlannedBatch:
         """Windows by torchvision's `RandomResizedCrop`.
 
-        That is up to ten tries of a share of the area, uniform in `crop_area`, and a ratio, log-uniform in
-        `crop_ratio`; then the largest centred window of a legal ratio.
+        That is up to ten tries of a share of the area, uniform in `scale`, and a ratio, log-uniform in
+        `ratio`; then the largest centered window of a legal ratio.
         """
         draws = draw(self.seed, epochs_B, ids_B, {CROP: _TRIES + 1} | tries(self.augment))
         u_4BT = draws[CROP]
@@ -148,7 +148,7 @@ class TrainPlan:
             window_shapes_B2=shapes_B2,
             sizes_B2=np.full((len(ids_B), 2), side, np.int32),
             origins_B2=np.zeros((len(ids_B), 2), np.int32),
-            flips_B=(u_4BT[0, :, _TRIES] < self.flip).astype(np.int32),
+            flips_B=(u_4BT[0, :, _TRIES] < self.hflip).astype(np.int32),
             side=side,
             augmentations=augmentations(self.augment, self.seed, positions_B, draws, side),
         )
@@ -158,9 +158,9 @@ class TrainPlan:
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Window starts and shapes from four uniform numbers for each sample and try."""
         batch = np.arange(len(heights_B))
-        low, high = self.crop_area
+        low, high = self.scale
         areas_BT = (heights_B * widths_B)[:, None] * (low + (high - low) * u_4BT[0])
-        log_low, log_high = np.log(self.crop_ratio)
+        log_low, log_high = np.log(self.ratio)
         ratios_BT = np.exp(log_low + (log_high - log_low) * u_4BT[1])
         w_BT = np.rint(np.sqrt(areas_BT * ratios_BT)).astype(np.int64)
         h_BT = np.rint(np.sqrt(areas_BT / ratios_BT)).astype(np.int64)
@@ -172,9 +172,9 @@ class TrainPlan:
 
         none_B = ~fits_BT.any(axis=1)
         narrow_w_B, wide_h_B, ratio_B = widths_B.copy(), heights_B.copy(), widths_B / heights_B
-        tall_B, wide_B = ratio_B < self.crop_ratio[0], ratio_B > self.crop_ratio[1]
-        wide_h_B[tall_B] = np.rint(widths_B[tall_B] / self.crop_ratio[0]).clip(1)
-        narrow_w_B[wide_B] = np.rint(heights_B[wide_B] * self.crop_ratio[1]).clip(1)
+        tall_B, wide_B = ratio_B < self.ratio[0], ratio_B > self.ratio[1]
+        wide_h_B[tall_B] = np.rint(widths_B[tall_B] / self.ratio[0]).clip(1)
+        narrow_w_B[wide_B] = np.rint(heights_B[wide_B] * self.ratio[1]).clip(1)
         h_B, w_B = np.where(none_B, wide_h_B, h_B), np.where(none_B, narrow_w_B, w_B)
         y_B, x_B = np.where(none_B, (heights_B - h_B) // 2, y_B), np.where(none_B, (widths_B - w_B) // 2, x_B)
         return np.stack([y_B, x_B], axis=1).astype(np.int32), np.stack([h_B, w_B], axis=1).astype(np.int32)
@@ -194,7 +194,7 @@ class EvalPlan:
     anchor: tuple[float, float] = (0.5, 0.5)
 
     def batch(self, ids_B: Ints) -> PlannedBatch:
-        """Plans whole pictures by torchvision's rules.
+        """Plans whole images by torchvision's rules.
 
         `Resize(int)`: the shorter side becomes `resize`, the longer `int(resize * long / short)`; `CenterCrop`: the
         crop starts at `int(round((side - crop) / 2))`.

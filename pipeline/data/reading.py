@@ -1,4 +1,4 @@
-"""Encoded samples: read in threads, looked at, and replaced where they are damaged. What decodes them is elsewhere."""
+"""Encoded samples: read in threads, looked at, and replaced where they are corrupt. What decodes them is elsewhere."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.data.images import NotAnImage, in_common, netpbm, quiet
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import PlannedBatch, TrainPlan
-from pipeline.errors import DamagedSample, DataError
+from pipeline.errors import CorruptSample, DataError
 
 _NOTHING = np.empty(0, np.uint8)
 _ODD = np.zeros(1, np.uint8)  # no image
@@ -21,7 +21,7 @@ _ODD = np.zeros(1, np.uint8)  # no image
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """A planned batch with the encoded bytes of its samples; `wanted` is the plan before damaged ones were replaced."""
+    """A planned batch with the encoded bytes of its samples; `wanted` is the plan before corrupt ones were replaced."""
 
     planned: PlannedBatch
     wanted: PlannedBatch
@@ -47,7 +47,7 @@ class ReadBatch:
 class Reader:
     """Reads the samples of planned batches in `threads` threads; with 0 of them the caller's reads.
 
-    With `skip_by`, the plan of the batches, damaged samples are replaced by others that follow from the seed, the epoch
+    With `skip_by`, the plan of the batches, corrupt samples are replaced by others that follow from the seed, the epoch
     and the sample alone, and are listed in `skipped`, with what is wrong; without it they are errors. The samples in
     `by_pil`, and those of kinds that the decoder may take for other pixels than PIL, are handed on as PIL decodes them.
     """
@@ -61,7 +61,7 @@ class Reader:
 
     @property
     def replaces(self) -> bool:
-        """Whether damaged samples are replaced."""
+        """Whether corrupt samples are replaced."""
         return self._skip_by is not None
 
     def close(self) -> None:
@@ -73,8 +73,8 @@ class Reader:
         """Reads a batch.
 
         Raises:
-            DataError: a sample has gone; or it is damaged, and so are all that were to take its place.
-            DamagedSample: a sample is damaged, and none is replaced.
+            DataError: a sample has gone; or it is corrupt, and so are all that were to take its place.
+            CorruptSample: a sample is corrupt, and none is replaced.
         """
         shares = [slice(i, None, self._num_shares) for i in range(self._num_shares)]
         each = map if self._pool is None else self._pool.map
@@ -87,7 +87,7 @@ class Reader:
             taken = self._skip_by.replaced(planned, ids_B)
         return ReadBatch(taken, planned, encoded)
 
-    def damaged(self, samples: Iterable[int]) -> dict[int, str]:
+    def corrupt(self, samples: Iterable[int]) -> dict[int, str]:
         """Those of the samples that PIL cannot decode, and why."""
         found = {}
         with quiet():
@@ -109,7 +109,7 @@ class Reader:
         """A sample's bytes, or its pixels as PIL decodes them where the decoder's might be others.
 
         Raises:
-            DamagedSample: as the index's `read`.
+            CorruptSample: as the index's `read`.
             NotAnImage: PIL cannot decode it.
         """
         content = self._index.read(sample)
@@ -118,24 +118,24 @@ class Reader:
         return np.frombuffer(netpbm(content.tobytes(), *self._size(sample)), np.uint8)
 
     def _encoded_or_odd(self, sample: int) -> NDArray[np.uint8]:
-        """`_encoded`, or what no decoder takes, so that the fault is told when the batch is asked for."""
+        """`_encoded`, or what no decoder takes, so that the problem is told when the batch is asked for."""
         try:
             return self._encoded(sample)
         except NotAnImage:
             return _ODD
 
     def _read_or_replace(self, plan: TrainPlan, epoch: int, sample: int) -> tuple[int, NDArray[np.uint8]]:
-        """The sample, or the first sound one of those that take its place."""
+        """The sample, or the first valid one of those that take its place."""
         for candidate in chain([sample], plan.replacements(epoch, sample)):
             if candidate in self.skipped:
                 continue
             try:
                 return candidate, self._encoded(candidate)
-            except DamagedSample as error:
+            except CorruptSample as error:
                 self.skipped[candidate] = str(error)
             except NotAnImage as error:
                 self.skipped[candidate] = f"{self._index.describe(candidate)}: {error}"
-        raise DataError(f"{self.skipped[sample]} All that were to take its place are damaged too.")
+        raise DataError(f"{self.skipped[sample]} All that were to take its place are corrupt too.")
 
     def _size(self, sample: int) -> tuple[int, int]:
         return int(self._index.widths_N[sample]), int(self._index.heights_N[sample])

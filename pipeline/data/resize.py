@@ -12,26 +12,26 @@ from PIL import Image
 from pipeline.config import Interpolation, Rgb
 from pipeline.data.plan import PlannedBatch
 
-_LONG = 8  # sides of the square: of a resized picture that is longer only the square is computed
+_LONG = 8  # sides of the square: of a resized image that is longer only the square is computed
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_REACH = 4  # pixels that the filters look at beside the region, at most, where a picture is not made smaller
+_REACH = 4  # pixels that the filters look at beside the region, at most, where an image is not made smaller
 
 
 class Pending:
-    """Pictures that are being resized in threads; `windows` are kept until they are."""
+    """Images that are being resized in threads; `windows` are kept until they are."""
 
     def __init__(self, images_NCHW: torch.Tensor, parts: list[Future[None]], windows: object) -> None:
         self._images_NCHW, self._parts, self._windows = images_NCHW, parts, windows
 
     def result(self) -> torch.Tensor:
-        """The whole batch, fp32, normalised."""
+        """The whole batch, fp32, normalized."""
         for part in self._parts:
             part.result()
         return self._images_NCHW
 
 
 class Resizer:
-    """Resizes decoded windows, cuts, mirrors and normalises them: the part of the plan that comes after decoding."""
+    """Resizes decoded windows, cuts, mirrors and normalizes them: the part of the plan that comes after decoding."""
 
     def __init__(self, threads: int, interpolation: Interpolation, mean: Rgb, std: Rgb) -> None:
         self._threads, self._interpolation = threads, interpolation
@@ -88,7 +88,7 @@ def resized_region(
 ) -> NDArray[np.uint8]:
     """A region of a window, [side, side, 3], with the pixels of resizing all of it and cutting after, give or take 1.
 
-    Of a picture of 20,000 x 1 pixels resizing all would take gigabytes. PIL's `box` is in single precision, so what the
+    Of an image of 20,000 x 1 pixels resizing all would take gigabytes. PIL's `box` is in single precision, so what the
     filter does not reach is cut off first.
     """
     reach_2 = _REACH * np.maximum(1, (end_2 - start_2) / side)
@@ -96,6 +96,6 @@ def resized_region(
     last_2 = np.minimum(np.ceil(end_2 + reach_2).astype(int), window_HWC.shape[:2])
     near = Image.fromarray(np.ascontiguousarray(window_HWC[first_2[0] : last_2[0], first_2[1] : last_2[1]]))
     (top, left), (bottom, right) = (start_2 - first_2).tolist(), (end_2 - first_2).tolist()
-    # Rows first, then columns, as torch does; PIL by itself begins with the columns of some high pictures.
+    # Rows first, then columns, as torch does; PIL by itself begins with the columns of some high images.
     rows = near.resize((side, near.height), _FILTERS[interpolation], box=(left, 0, right, near.height))
     return np.asarray(rows.resize((side, side), _FILTERS[interpolation], box=(0, top, side, bottom)))

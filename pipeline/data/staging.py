@@ -14,9 +14,9 @@ from pipeline.data.dataset import MANIFEST, open_index, parse_manifest
 from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
+from pipeline.extension_points import is_generated
 from pipeline.extras import advice
-from pipeline.files import PARTIAL, whole_file
-from pipeline.seams import is_made
+from pipeline.files import PARTIAL, atomic_file
 
 _COPIES = 8  # shards at once: object stores give a single stream only a part of what they can
 _BLOCK = 8 << 20
@@ -25,7 +25,7 @@ _TRIES = 2
 
 def is_remote(root: str | None) -> bool:
     """Whether a data root is an address (`s3://bucket/set`), and neither a folder nor made here."""
-    return root is not None and "://" in root and not is_made(root)
+    return root is not None and "://" in root and not is_generated(root)
 
 
 def remote_folder(root: str, cache: Path) -> Path:
@@ -61,7 +61,7 @@ def stage(index: DatasetIndex, source: str, base: Path) -> DatasetIndex:
     its name, so that one that is there is whole; what an earlier start has copied is not copied again.
 
     Raises:
-        DataError: the data are not in shards, there is no room, or a shard is missing or comes damaged each time.
+        DataError: the data are not in shards, there is no room, or a shard is missing or comes corrupt each time.
     """
     if not index.shards:
         raise DataError(
@@ -89,7 +89,7 @@ def _copy(files: Any, root: str, folder: Path, name: str, shard: Shard) -> None:
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     # Under the lock, so what a killed process has left under this name is written over.
-    with whole_file(target, target.with_name(f"{PARTIAL}{target.name}")) as aside:
+    with atomic_file(target, target.with_name(f"{PARTIAL}{target.name}")) as aside:
         for _ in range(_TRIES):
             digest = hashlib.sha256()
             with files.open(f"{root}/{name}", "rb") as source, aside.open("wb") as out:

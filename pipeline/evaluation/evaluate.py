@@ -23,7 +23,7 @@ PLAIN, LABELS = "plain", "labels"  # results besides those of averaged views
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Hits by a file of labels, of the `total` pictures that have any in it."""
+    """Hits by a file of labels, of the `total` images that have any in it."""
 
     file: str
     top1_correct: int
@@ -32,7 +32,7 @@ class LabelScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The counts of a model on a split, each picture once, and what they were counted by.
+    """The counts of a model on a split, each image once, and what they were counted by.
 
     `scores` holds `plain`, the averaged views under their name, and `labels` where a file of them was given; the
     properties are those of `plain`. `fingerprint` is that of the data, `transform` the evaluation transform in a line.
@@ -47,24 +47,24 @@ class Evaluation:
 
     @property
     def plain(self) -> Scores:
-        """The counts of single, centred crops."""
+        """The counts of single, centered crops."""
         found = self.scores[PLAIN]
         assert isinstance(found, Scores)
         return found
 
     @property
     def total(self) -> int:
-        """Pictures."""
+        """Images."""
         return self.plain.total
 
     @property
     def top1_correct(self) -> int:
-        """Pictures whose most probable class is theirs."""
+        """Images whose most probable class is theirs."""
         return self.plain.top1_correct
 
     @property
     def top5_correct(self) -> int:
-        """Pictures whose class is among the `plain.top5_k` most probable ones."""
+        """Images whose class is among the `plain.top5_k` most probable ones."""
         return self.plain.top5_correct
 
     @property
@@ -79,7 +79,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float | None:
-        """Mean cross-entropy over the pictures with finite outputs; None where there are none."""
+        """Mean cross-entropy over the images with finite outputs; None where there are none."""
         return self.plain.loss
 
 
@@ -98,12 +98,12 @@ def evaluate(
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Counts a model's hits on all pictures of an index; further arguments as in `TrainedModel.evaluate`.
+    """Counts a model's hits on all images of an index; further arguments as in `TrainedModel.evaluate`.
 
-    `name`, `data` and `split` are what the model and the pictures are called in the result.
+    `name`, `data` and `split` are what the model and the images are called in the result.
 
     Raises:
-        DataError: the model does not know the classes, or the labels are not of these pictures.
+        DataError: the model does not know the classes, or the labels are not of these images.
         UserError: `out` cannot be written.
     """
     labels_N = labels_of(index, card.classes)
@@ -111,9 +111,9 @@ def evaluate(
     total = len(index) * (len(VIEWS[tta]) if tta else 1)
     done = 0
 
-    def told(pictures: int) -> None:
+    def told(images: int) -> None:
         nonlocal done
-        done += pictures
+        done += images
         progress(done, total)
 
     plain_NK, averaged_NK = card_probabilities(
@@ -136,7 +136,7 @@ def transform_at(
     """The card's transform with what is given changed.
 
     Raises:
-        UserError: a value is not known, or the crop is larger than the resized picture.
+        UserError: a value is not known, or the crop is larger than the resized image.
     """
     if tta is not None and tta not in VIEWS:
         raise UserError(f"--tta={tta} is not known: use {' or '.join(VIEWS)}.")
@@ -156,7 +156,7 @@ def _write(
     labels_N: NDArray[np.int64],
     report: dict[str, Any],
 ) -> None:
-    """Scores as JSON; accuracy of each class, the confusion matrix and each picture's prediction as CSV."""
+    """Scores as JSON; accuracy of each class, the confusion matrix and each image's prediction as CSV."""
     best_N = best_class(plain_NK)
     matrix_KK = confusion(best_N, labels_N, len(classes))
     totals_K, right_K = np.bincount(labels_N, minlength=len(classes)).tolist(), matrix_KK.diagonal().tolist()
@@ -165,15 +165,15 @@ def _write(
         for name, total, right in zip(classes, totals_K, right_K, strict=True)
     ]
     names = index.names()
-    pictures = []
+    images = []
     for name, label, best, row in zip(names, labels_N, best_N, plain_NK, strict=True):
         answer = ["", "", ""] if best == NO_CLASS else [classes[best], f"{row[best]:.6f}", f"{row[label]:.6f}"]
-        pictures.append([name, classes[label], *answer])
+        images.append([name, classes[label], *answer])
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "per_class.csv", ["class", "images", "top1_correct", "top1"], per_class)
         write_confusion(out / "confusion.csv", classes, matrix_KK)
-        write_csv(out / "predictions.csv", ["image", "class", "predicted", "probability", "of_class"], pictures)
+        write_csv(out / "predictions.csv", ["image", "class", "predicted", "probability", "of_class"], images)
         write_json(out / "scores.json", report)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""Which class of the model each picture is of: by the data's class names, or by a file of labels."""
+"""Which class of the model each image is of: by the data's class names, or by a file of labels."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pipeline.errors import DataError, listed
 
 
 def labels_of(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Each picture's place in the model's class list, by the name of its class in the data.
+    """Each image's place in the model's class list, by the name of its class in the data.
 
     Where the data's classes have plain numbers for names, as ImageNet-V2's folders, they are places in the list.
 
@@ -33,14 +33,14 @@ def labels_of(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
 
 
 def read_label_sets(file: Path, index: DatasetIndex, num_classes: int) -> list[set[int]]:
-    """The classes that count as right for each picture, in the index's order, from a JSON file.
+    """The classes that count as right for each image, in the index's order, from a JSON file.
 
-    It holds a list with one entry for each picture in the order of file names (as ImageNet-ReaL's), or an object with
-    an entry for each file name. An entry is a class or a list of classes, by place in the model's list; pictures
+    It holds a list with one entry for each image in the order of file names (as ImageNet-ReaL's), or an object with
+    an entry for each file name. An entry is a class or a list of classes, by place in the model's list; images
     without any are not counted.
 
     Raises:
-        DataError: it is not such a file, or not of these pictures.
+        DataError: it is not such a file, or not of these images.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -51,17 +51,17 @@ def read_label_sets(file: Path, index: DatasetIndex, num_classes: int) -> list[s
         by_name = {_stem(name): entry for name, entry in content.items()}
         missing = [name for name in names if name not in by_name]
         if missing:
-            raise DataError(f"--labels={file} has no entry for {len(missing)} pictures: {listed(missing)}.")
+            raise DataError(f"--labels={file} has no entry for {len(missing)} images: {listed(missing)}.")
     elif isinstance(content, list) and len(content) == len(names):
         by_name = dict(zip(sorted(names), content, strict=True))
     else:
         size = f"{len(content)} entries" if isinstance(content, list) else f"a {type(content).__name__}"
         raise DataError(
-            f"--labels={file} holds {size}, there are {len(names)} pictures: give a list with an entry for each in the "
+            f"--labels={file} holds {size}, there are {len(names)} images: give a list with an entry for each in the "
             f"order of file names, or an object with an entry for each file name."
         )
     if len(by_name) < len(set(names)) or len(set(names)) < len(names):
-        raise DataError(f"the pictures in {index.root} have file names that occur twice, so labels cannot be told.")
+        raise DataError(f"the images in {index.root} have file names that occur twice, so labels cannot be told.")
     return [_accepted(by_name[name], name, file, num_classes) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Two models on the same pictures: is one better, or is it chance?"""
+"""Two models on the same images: is one better, or is it chance?"""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from scipy.stats import binomtest
 
 @dataclass(frozen=True)
 class Paired:
-    """Counts over `total` pictures: hits of the new and the old model, and those that only one of them has.
+    """Counts over `total` images: hits of the new and the old model, and those that only one of them has.
 
     `p_value` is that of McNemar's exact test, one-sided: the chance of the new one having as large a share of the
-    pictures that only one of them gets right, or a larger one, if both were equally good (McNemar 1947).
+    images that only one of them gets right, or a larger one, if both were equally good (McNemar 1947).
     """
 
     total: int
@@ -29,7 +29,7 @@ class Paired:
 
 
 def compare(new_N: NDArray[np.bool_], old_N: NDArray[np.bool_]) -> Paired:
-    """Compares which pictures are hit, in the same order."""
+    """Compares which images are hit, in the same order."""
     only_new, only_old = int((new_N & ~old_N).sum()), int((old_N & ~new_N).sum())
     differ = only_new + only_old
     p_value = float(binomtest(only_new, differ, 0.5, "greater").pvalue) if differ else 1.0

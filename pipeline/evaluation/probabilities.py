@@ -1,4 +1,4 @@
-"""The probabilities that a model gives to a split's pictures, as they are and averaged over several views."""
+"""The probabilities that a model gives to a split's images, as they are and averaged over several views."""
 
 import os
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from pipeline.model.card import ModelCard, Transform
 from pipeline.model.weights import load_model
 
 # Test-time augmentations: where the crops lie (0: top or left, 1: bottom or right), each also mirrored.
-CENTRE = (0.5, 0.5)
+CENTER = (0.5, 0.5)
 VIEWS: dict[str, tuple[tuple[float, float], ...]] = {
-    "flip": (CENTRE,),
-    "ten-crop": (CENTRE, (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)),
+    "flip": (CENTER,),
+    "ten-crop": (CENTER, (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)),
 }
 
 
@@ -32,7 +32,7 @@ def model_probabilities(
     *,
     views: str | None = None,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda pictures: None,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """`probabilities` of the model in a folder with a card, by the card's transform unless another is given."""
     return card_probabilities(
@@ -54,7 +54,7 @@ def card_probabilities(
     *,
     views: str | None = None,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda pictures: None,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """`probabilities` of a model on this machine's best device, by its card's transform unless another is given."""
     return probabilities(
@@ -81,17 +81,17 @@ def probabilities(
     channels: Literal[1, 3],
     threads: int,
     batch_size: int,
-    progress: Callable[[int], None] = lambda pictures: None,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Class probabilities of every picture in the index's order, [N, K], as they are and averaged over `views`.
+    """Class probabilities of every image in the index's order, [N, K], as they are and averaged over `views`.
 
-    A picture for which the model gives a logit that is not finite has NaN for all of them.
+    An image for which the model gives a logit that is not finite has NaN for all of them.
 
-    The average is of probabilities, over the crops of `VIEWS` and their mirrored pictures, as Krizhevsky et al. (2012)
-    do. Each crop's place decodes the pictures anew; `progress` is told the pictures done, over all of them.
+    The average is of probabilities, over the crops of `VIEWS` and their mirrored images, as Krizhevsky et al. (2012)
+    do. Each crop's place decodes the images anew; `progress` is told the images done, over all of them.
     """
     model = model.to(device).eval()
-    anchors = VIEWS[views] if views else (CENTRE,)
+    anchors = VIEWS[views] if views else (CENTER,)
     plain: NDArray[np.float32] | None = None
     total: NDArray[np.float32] | None = None
     with Loader(
@@ -112,7 +112,7 @@ def probabilities(
                 if plain is None:
                     plain = np.zeros((len(index), given_NK.shape[1]), np.float32)
                     total = np.zeros_like(plain) if views else None
-                if anchor == CENTRE:
+                if anchor == CENTER:
                     plain[batch.ids_N] = given_NK.cpu().numpy()
                 if total is not None:
                     mirrored_NK = _softmax(model(batch.images_NCHW.flip(3)))

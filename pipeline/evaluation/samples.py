@@ -1,4 +1,4 @@
-"""A model's answers to some pictures, with the pictures, to look at."""
+"""A model's answers to some images, with the images, to look at."""
 
 import base64
 import io
@@ -19,10 +19,10 @@ _SIDE = 128  # pixels
 
 
 def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> list[dict[str, Any]]:
-    """Up to `count` pictures that the model misses and as many that it hits, of 96 that are evenly spread.
+    """Up to `count` images that the model misses and as many that it hits, of 96 that are evenly spread.
 
     Each has `image` (JPEG in base64, at most 128 pixels), `label`, and `predicted`: the three most probable classes
-    with their probabilities, best first. Those missed come first, the surest one before the others. Pictures for which
+    with their probabilities, best first. Those missed come first, the surest one before the others. Images for which
     the model gives NaN are left out.
     """
     rows = np.unique(np.linspace(0, len(index) - 1, min(_LOOKED_AT, len(index))).astype(np.int64))

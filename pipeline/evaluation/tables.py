@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.files import whole_file, write_text
+from pipeline.files import atomic_file, write_text
 
 CONFUSION = Path("evaluation", "confusion.csv")  # in a run's folder: that of the best evaluation
 
@@ -18,7 +18,7 @@ CONFUSION = Path("evaluation", "confusion.csv")  # in a run's folder: that of th
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a whole table; makes the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_file(file) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
         writer.writerows(rows)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import TrainingError, UserError
-from pipeline.files import whole_file, write_text
+from pipeline.files import atomic_file, write_text
 from pipeline.model.card import ModelCard
 
 OPSET = 20
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4  # between the logits of an exported model and torch's
 _INPUT, _OUTPUT = "images", "logits"
 _CPU = ["CPUExecutionProvider"]
 _CHECKED = (1, 3)  # batch sizes
-_DENSENET = "densenet121"  # its arguments make any of this project's nets
+_DENSENET = "densenet121"  # its arguments make any of this project's models
 
 
 class OnnxModel(nn.Module):
@@ -74,7 +74,7 @@ def to_onnx(model: nn.Module, card: ModelCard, out: Path) -> Path:
     known = {"name": card.name, "classes": card.classes, "transform": asdict(card.transform)}
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
     out.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as aside:
+    with atomic_file(file) as aside:
         onnx.save(proto, aside)
         _compare(card, model, OnnxModel(aside), "ONNX")
     return file
@@ -89,7 +89,7 @@ def to_torch(model: nn.Module, card: ModelCard, out: Path) -> Path:
     file = out / "model.pt2"
     program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     out.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as aside:
+    with atomic_file(file) as aside:
         torch.export.save(program, aside)
         _compare(card, model, torch.export.load(aside).module(), "torch.export")
     return file
@@ -101,17 +101,17 @@ def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
     It is also what timm's models on a hub look like; the label names and the transform are in the configuration.
 
     Raises:
-        UserError: plain timm has no such net.
+        UserError: plain timm has no such model.
         TrainingError: its logits are not those of torch.
     """
     place = out / "timm"
     transform = card.transform
     if card.small_stem:
-        raise UserError(f"timm has no net with the stem of {card.name}: export it as onnx or torch.")
+        raise UserError(f"timm has no model with the stem of {card.name}: export it as onnx or torch.")
     arguments: dict[str, Any] = dict(card.architecture)
     name = arguments.pop("timm", _DENSENET)
     if "module" in arguments:
-        raise UserError(f"timm itself has no net {name}, {arguments['module']} has: export it as onnx or torch.")
+        raise UserError(f"timm itself has no model {name}, {arguments['module']} has: export it as onnx or torch.")
     place.mkdir(parents=True, exist_ok=True)
     names: Any = model.pretrained_cfg
     config = {
@@ -133,7 +133,7 @@ def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
             "classifier": names["classifier"],
         },
     }
-    with whole_file(place / "model.safetensors") as aside:
+    with atomic_file(place / "model.safetensors") as aside:
         save_file(model.state_dict(), aside)
     write_text(place / "config.json", json.dumps(config, indent=2) + "\n")
     _compare(card, model, timm.create_model(f"local-dir:{place}", pretrained=True).eval(), "timm")
@@ -149,7 +149,7 @@ def _crop_pct(crop: int, resize: int) -> float:
 
 
 def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[np.float32]]]) -> Path:
-    """Writes `out/model.int8.onnx`: convolutions and the classifier of an ONNX file quantised for the CPU.
+    """Writes `out/model.int8.onnx`: convolutions and the classifier of an ONNX file quantized for the CPU.
 
     Signed weights by channel, unsigned activations, ranges from the minima and maxima over the images [N, C, H, W] of
     `batches`.
@@ -166,7 +166,7 @@ def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[n
             return None if images_NCHW is None else {_INPUT: images_NCHW}
 
     try:
-        with _quiet(), whole_file(file) as aside:
+        with _quiet(), atomic_file(file) as aside:
             quant_pre_process(str(onnx_file), str(prepared))
             quantize_static(
                 str(prepared),

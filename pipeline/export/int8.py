@@ -1,4 +1,4 @@
-"""A model quantised to int8, and what that costs and gains: calibrated and measured on a data set."""
+"""A model quantized to int8, and what that costs and gains: calibrated and measured on a data set."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Measured:
-    """An ONNX file's hits among `total` pictures, its speed on this machine with one thread of decoding, its bytes."""
+    """An ONNX file's hits among `total` images, its speed on this machine with one thread of decoding, its bytes."""
 
     file: str
     top1_correct: int
@@ -37,12 +37,12 @@ class Measured:
         return 100 * self.top1_correct / self.total
 
 
-def quantise(
+def quantize(
     model: nn.Module, card: ModelCard, out: Path, calibration: DatasetIndex, index: DatasetIndex, images: int
 ) -> tuple[Measured, Measured]:
-    """Writes `out/model.onnx` and `out/model.int8.onnx`; returns both, measured on all pictures of `index`.
+    """Writes `out/model.onnx` and `out/model.int8.onnx`; returns both, measured on all images of `index`.
 
-    The ranges of the latter are those over `images` pictures of `calibration`.
+    The ranges of the latter are those over `images` images of `calibration`.
 
     Raises:
         DataError: the model does not know the classes of the data.
@@ -50,8 +50,8 @@ def quantise(
     """
     labels_N = labels_of(index, card.classes)
     plain = to_onnx(model, card, out)
-    quantised = to_int8(plain, out, _calibration(calibration, card, images))
-    return _measured(plain, card, index, labels_N), _measured(quantised, card, index, labels_N)
+    quantized = to_int8(plain, out, _calibration(calibration, card, images))
+    return _measured(plain, card, index, labels_N), _measured(quantized, card, index, labels_N)
 
 
 def _measured(file: Path, card: ModelCard, index: DatasetIndex, labels_N: NDArray[np.int64]) -> Measured:

@@ -14,7 +14,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.open import data_folder
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import Evaluation, evaluate, transform_at
-from pipeline.export.predict import FolderPredictions, Picture, Prediction, Predictor, predict_folder
+from pipeline.export.predict import FolderPredictions, ImageInput, Prediction, Predictor, predict_folder
 from pipeline.extras import extra
 from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
@@ -46,7 +46,7 @@ def open_model(
         cache: Folder for downloaded models and indexes of class folders: the `run.output` of trainings.
 
     Raises:
-        UserError: there is no such model, or a file's net or classes are not known.
+        UserError: there is no such model, or a file's model or classes are not known.
     """
     output = Path(cache).absolute()
     folder = locate(str(place), "MODEL", output / "models", stores or given_stores(None, None, output))
@@ -67,7 +67,7 @@ class Exported:
     """A file, or a folder for timm, that another program takes.
 
     Its logits equal torch's to `tolerance`; `opset` is ONNX's. For int8, which has other logits, `fp32` and `int8` tell
-    hits and speed of the plain and the quantised ONNX file.
+    hits and speed of the plain and the quantized ONNX file.
     """
 
     file: str
@@ -105,11 +105,11 @@ class TrainedModel:
         load_weights(model, self._folder)
         return model.eval()
 
-    def predict(self, images: Picture | Sequence[Picture], topk: int = 5) -> list[Prediction]:
-        """The `topk` most probable classes of each picture, by the code that is packaged with models, on the CPU.
+    def predict(self, images: ImageInput | Sequence[ImageInput], topk: int = 5) -> list[Prediction]:
+        """The `topk` most probable classes of each image, by the code that is packaged with models, on the CPU.
 
         Args:
-            images: Paths, bytes of image files, or arrays of uint8, [H, W, 3] (RGB), [H, W] (grey) or [H, W, 4]; one or
+            images: Paths, bytes of image files, or arrays of uint8, [H, W, 3] (RGB), [H, W] (gray) or [H, W, 4]; one or
                 several of them.
             topk: How many classes.
 
@@ -127,7 +127,7 @@ class TrainedModel:
 
     def predict_folder(
         self,
-        pictures: str | Path,
+        images: str | Path,
         out: str | Path,
         *,
         topk: int = 5,
@@ -144,7 +144,7 @@ class TrainedModel:
             UserError: there are no files, or `out` cannot be written.
         """
         return predict_folder(
-            self.module, self.card, Path(pictures), Path(out), topk=topk, batch_size=batch_size, progress=progress
+            self.module, self.card, Path(images), Path(out), topk=topk, batch_size=batch_size, progress=progress
         )
 
     def evaluate(
@@ -161,18 +161,18 @@ class TrainedModel:
         batch_size: int = 64,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Evaluation:
-        """Counts the model's hits on a split, each picture once, on the GPU where there is one.
+        """Counts the model's hits on a split, each image once, on the GPU where there is one.
 
         Args:
             data: A data set's folder, a folder with class folders, or `digits://`.
             split: Its name; class folders that lie in the folder itself have none.
-            crop: Side of the centre crop, pixels; default: the card's.
+            crop: Side of the center crop, pixels; default: the card's.
             resize: Length of the shorter side before it, pixels; default: in the card's ratio to the crop.
             interpolation: Filter of the resize; default: the card's.
             tta: `flip` or `ten-crop`: averaged views, as a second result.
-            labels: JSON file with the classes that count as right for each picture, as ImageNet-ReaL's.
-            out: Folder for scores, classes, confusion and each picture's prediction, as JSON and CSV.
-            batch_size: Pictures at once.
+            labels: JSON file with the classes that count as right for each image, as ImageNet-ReaL's.
+            out: Folder for scores, classes, confusion and each image's prediction, as JSON and CSV.
+            batch_size: Images at once.
             progress: Is told how many of how many views are done.
 
         Raises:
@@ -213,7 +213,7 @@ class TrainedModel:
             data: For int8: a data set to calibrate and to measure with.
             split: For int8: the split to measure on.
             calibrate: For int8: the split to take ranges from.
-            images: For int8: pictures to take ranges from.
+            images: For int8: images to take ranges from.
 
         Raises:
             UserError: the format is not known, the extra `export` is not installed, or `out` cannot be written.
@@ -230,7 +230,7 @@ class TrainedModel:
             folder.mkdir(parents=True, exist_ok=True)
             if to == "int8":
                 calibration, index = (self._index(str(data), name) for name in (calibrate, split))
-                found = int8.quantise(model, card, folder, calibration, index, images)
+                found = int8.quantize(model, card, folder, calibration, index, images)
                 return Exported(found[1].file, fp32=found[0], int8=found[1])
             write = {"onnx": formats.to_onnx, "torch": formats.to_torch, "timm": formats.to_timm}[to]
             file = write(model, card, folder)

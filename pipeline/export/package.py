@@ -24,10 +24,10 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.model.card import CARD, ModelCard
-from pipeline.model.weights import import_net
+from pipeline.model.weights import import_model_code
 from pipeline.tracking.registry import make_registered_model, move_alias, version_of
 from pipeline.tracking.store import connect, connect_registry, first_line
-from pipeline.tracking.stores import Stores, shown
+from pipeline.tracking.stores import Stores, redacted
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch", "torchvision")
@@ -90,7 +90,7 @@ def register(
         except Exception as error:  # each kind of artifact store has errors of its own
             uri = stores.registry
             raise UserError(
-                f"the model could not be registered in {shown(uri)}: {first_line(error, uri)} "
+                f"the model could not be registered in {redacted(uri)}: {first_line(error, uri)} "
                 f"The checkpoint is {checkpoint}."
             ) from error
     move_alias(name, alias, version, stores)
@@ -142,7 +142,7 @@ def _log(
             mlflow.pyfunc.save_model(
                 str(folder),
                 python_model=str(_CODE),
-                code_paths=_net_code(card, checkpoint),
+                code_paths=_model_code(card, checkpoint),
                 artifacts={"weights": str(checkpoint / card.weights), "card": str(checkpoint / CARD)},
                 signature=SIGNATURE,
                 input_example=_example(card.transform.resize),
@@ -162,9 +162,9 @@ def _log(
     return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
 
-def _net_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
-    """The code of a net that neither timm nor this project has, which goes with the model; None where there is none."""
-    import_net(card, checkpoint)
+def _model_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
+    """The code of a model that neither timm nor this project has, which goes with the model; None where there is none."""
+    import_model_code(card, checkpoint)
     module = card.architecture.get("module")
     if module is None:
         return None
@@ -173,7 +173,7 @@ def _net_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
 
 
 def _example(side: int) -> pd.DataFrame:
-    """One grey JPEG in base64, to show the input's form as a server takes it."""
+    """One gray JPEG in base64, to show the input's form as a server takes it."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
     return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})

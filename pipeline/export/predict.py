@@ -1,4 +1,4 @@
-"""Predictions: of some pictures by the code that is packaged with models, of many by DALI into a table."""
+"""Predictions: of some images by the code that is packaged with models, of many by DALI into a table."""
 
 import time
 import warnings
@@ -16,17 +16,17 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.data.folders import scan_pictures
+from pipeline.data.folders import scan_images
 from pipeline.data.images import NotAnImage, decode
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError, UserError
 from pipeline.evaluation.probabilities import card_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
-from pipeline.files import whole_file
+from pipeline.files import atomic_file
 from pipeline.model.card import ModelCard
 
 _NON_FINITE = "NaN or infinities"
-_CHUNK = 8192  # pictures whose probabilities are held at a time
+_CHUNK = 8192  # images whose probabilities are held at a time
 _SCHEMA = pa.schema(
     [
         ("image", pa.string()),
@@ -40,7 +40,7 @@ _SCHEMA = pa.schema(
 )
 
 
-Picture = str | Path | bytes | NDArray[np.uint8]
+ImageInput = str | Path | bytes | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,22 @@ class Prediction:
 
 @dataclass(frozen=True)
 class FolderPredictions:
-    """What came of a folder: pictures classified, files that are no sound pictures, images per second in all.
+    """What came of a folder: images classified, files that are no valid images, images per second in all.
 
-    `out` is the table. `non_finite` counts the pictures for which the model gives NaN or infinities, which have no
-    class; `left_out` are lines on the hidden files.
+    `out` is the table. `non_finite` counts the images for which the model gives NaN or infinities, which have no
+    class; `ignored` are lines on the hidden files.
     """
 
     out: str
     classified: int
-    damaged: int
+    corrupt: int
     non_finite: int
     img_per_s: float
-    left_out: list[str]
+    ignored: list[str]
 
 
 class Predictor:
-    """A model as it is packaged, which takes a few pictures at once; `model` names it in errors."""
+    """A model as it is packaged, which takes a few images at once; `model` names it in errors."""
 
     def __init__(self, card: ModelCard, weights: dict[str, torch.Tensor], model: str) -> None:
         with warnings.catch_warnings():
@@ -86,8 +86,8 @@ class Predictor:
         self._name, self._classifier = model, Classifier()
         self._classifier.load(asdict(card), weights)
 
-    def predict(self, images: Sequence[Picture], topk: int) -> list[Prediction]:
-        """The `topk` most probable classes of each picture.
+    def predict(self, images: Sequence[ImageInput], topk: int) -> list[Prediction]:
+        """The `topk` most probable classes of each image.
 
         Raises:
             UserError: a file is missing or is not an image, or the model gives NaN or infinities for it.
@@ -109,15 +109,15 @@ class Predictor:
         except MlflowException as error:
             if error.error_code == "INTERNAL_ERROR":
                 raise UserError(f"{name}: the model in {self._name} gives {_NON_FINITE}: it cannot be used.") from error
-            reason = str(error.__cause__).replace("is not a picture", "is not an image that can be read")
+            reason = str(error.__cause__).replace("is not an image", "is not an image that can be read")
             raise UserError(f"{name} {reason}.") from error
 
     def _probabilities(self, values: list[object]) -> list[NDArray[np.float64]]:
         return list(self._classifier.predict(None, pd.DataFrame({"image": values}))["probabilities"])
 
 
-def _named(image: Picture, place: int) -> tuple[str, object]:
-    """What a picture is called in results and errors, and what the packaged model is given."""
+def _named(image: ImageInput, place: int) -> tuple[str, object]:
+    """What an image is called in results and errors, and what the packaged model is given."""
     if not isinstance(image, str | Path):
         return f"image {place}", image
     path = Path(image)
@@ -131,57 +131,57 @@ def _named(image: Picture, place: int) -> tuple[str, object]:
 def predict_folder(
     model: nn.Module,
     card: ModelCard,
-    pictures: Path,
+    images: Path,
     out: Path,
     *,
     topk: int = 5,
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FolderPredictions:
-    """Classifies all files below `pictures` with a model, by the loader that evaluation uses.
+    """Classifies all files below `images` with a model, by the loader that evaluation uses.
 
-    Writes a Parquet file with a row for each: `image` (its path below `pictures`), the best class, the `topk` best
+    Writes a Parquet file with a row for each: `image` (its path below `images`), the best class, the `topk` best
     ones, or what is wrong with the file, or that the model gives NaN for it, in `error`. `progress` is told how many of
     how many are done.
 
     Raises:
         UserError: there are no files, or `out` cannot be written.
     """
-    index, faults, left_out = scan_pictures(pictures, card.max_pixels)
-    if not len(index) and not faults:
-        raise DataError(f"{pictures} holds no files: give a folder with pictures.")
+    index, problems, ignored = scan_images(images, card.max_pixels)
+    if not len(index) and not problems:
+        raise DataError(f"{images} holds no files: give a folder with images.")
     started, classified, non_finite, total = time.perf_counter(), 0, 0, len(index)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(out) as aside, pq.ParquetWriter(aside, _SCHEMA, compression="zstd") as writer:
+        with atomic_file(out) as aside, pq.ParquetWriter(aside, _SCHEMA, compression="zstd") as writer:
             for start in range(0, total, _CHUNK):
                 part = index.subset(np.arange(start, min(start + _CHUNK, total)))
                 told = _progress_from(progress, start, total)
                 try:
                     given_NK = _given(model, card, part, batch_size, told)
-                except DataError:  # damage that only a whole decoding shows: found one by one
-                    sound, unsound = _looked_through(part)
-                    faults |= unsound
-                    part = part.subset(sound)
+                except DataError:  # corruption that only a whole decoding shows: found one by one
+                    valid, unsound = _looked_through(part)
+                    problems |= unsound
+                    part = part.subset(valid)
                     given_NK = _given(model, card, part, batch_size, _progress_from(progress, start, total))
                 none = int((best_class(given_NK) == NO_CLASS).sum())
                 classified, non_finite = classified + len(part) - none, non_finite + none
                 writer.write_table(_table(part, given_NK, card.classes, topk))
-            rows = [{"image": name, "error": reason} for name, reason in sorted(faults.items())]
+            rows = [{"image": name, "error": reason} for name, reason in sorted(problems.items())]
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}.") from error
     img_per_s = (classified + non_finite) / (time.perf_counter() - started)
-    return FolderPredictions(str(out), classified, len(faults), non_finite, img_per_s, left_out.lines())
+    return FolderPredictions(str(out), classified, len(problems), non_finite, img_per_s, ignored.lines())
 
 
 def _progress_from(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
-    """Turns numbers of pictures just done, from `start` on, into how many of `total` are done."""
+    """Turns numbers of images just done, from `start` on, into how many of `total` are done."""
     done = start
 
-    def told(pictures: int) -> None:
+    def told(images: int) -> None:
         nonlocal done
-        done += pictures
+        done += images
         progress(done, total)
 
     return told
@@ -196,15 +196,15 @@ def _given(
 
 
 def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, str]]:
-    """Decodes each picture: the places of sound ones, and what is wrong with the others by name."""
-    sound, faults = [], {}
+    """Decodes each image: the places of valid ones, and what is wrong with the others by name."""
+    valid, problems = [], {}
     for i in range(len(index)):
         try:
             decode(index.read(i).tobytes(), int(index.widths_N[i] * index.heights_N[i]))
-            sound.append(i)
+            valid.append(i)
         except (NotAnImage, DataError) as error:  # the latter also of a file that has gone meanwhile
-            faults[_name(index, i)] = str(error)
-    return np.array(sound, np.int64), faults
+            problems[_name(index, i)] = str(error)
+    return np.array(valid, np.int64), problems
 
 
 def _table(index: DatasetIndex, given_NK: NDArray[np.float32], classes: Sequence[str], top: int) -> pa.Table:

@@ -55,26 +55,26 @@ _UNTURNED = {  # what undoes an EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_CURE = "convert it to an 8-bit JPEG or PNG"
-_NO_PICTURE = "is not a picture"
+_FIX = "convert it to an 8-bit JPEG or PNG"
+_NO_IMAGE = "is not an image"
 _MEANT = (
     "give the bytes of a JPEG, PNG, BMP, TIFF or WebP file, their base64 text, an array of uint8 [H, W, 3], or a "
     "pathlib.Path"
 )
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # a PNG's texts and colour profiles
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # a PNG's texts and color profiles
 _TILE = 1 << 24  # pixels of a TIFF's tile that are always allowed: tiles may be larger than the image
-_DAMAGE = (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error)
-_LONG = 8  # crops: of a resized picture that is longer only the crop is computed
-_REACH = 4  # pixels beside the crop that the filters look at, at most, where a picture is not made smaller
+_CORRUPTION = (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error)
+_LONG = 8  # crops: of a resized image that is longer only the crop is computed
+_REACH = 4  # pixels beside the crop that the filters look at, at most, where an image is not made smaller
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 class BadImage(ValueError):
-    """What is wrong with a picture, in words that follow its name."""
+    """What is wrong with an image, in words that follow its name."""
 
 
 class Classifier(PythonModel):
-    """Pictures in, class probabilities out, by the evaluation transform that the model was measured with.
+    """Images in, class probabilities out, by the evaluation transform that the model was measured with.
 
     A server answers each request in one of several threads. All of them hand it to the same one here: torch's operators
     have a team of threads for each thread that calls them, and with more teams than cores each takes twice as long.
@@ -98,19 +98,19 @@ class Classifier(PythonModel):
         self._worker = ThreadPoolExecutor(1, "classifier")
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Classifies the column `image`; each row is one picture in any of these forms.
+        """Classifies the column `image`; each row is one image in any of these forms.
 
         - bytes of a JPEG, PNG, BMP, TIFF or WebP file, or text: the same in base64
-        - an array of uint8, [H, W, 3] (RGB), [H, W] or [H, W, 1] (grey) or [H, W, 4] (RGBA, whose transparency is
+        - an array of uint8, [H, W, 3] (RGB), [H, W] or [H, W, 1] (gray) or [H, W, 4] (RGBA, whose transparency is
           dropped), or nested lists of such numbers
         - a `pathlib.Path` of a file. Plain text is never a path, so that a server opens no file that a client names.
 
         Returns:
-            One row per picture: class_id (rank in the class list), class_name, probability, and probabilities of all
+            One row per image: class_id (rank in the class list), class_name, probability, and probabilities of all
             classes in the list's order.
 
         Raises:
-            MlflowException: a row is not a picture, is of a kind that is not used, or has more pixels than the card's
+            MlflowException: a row is not an image, is of a kind that is not used, or has more pixels than the card's
                 `max_pixels` (INVALID_PARAMETER_VALUE), or the model gives NaN or infinities for it (INTERNAL_ERROR);
                 the message gives its number.
         """
@@ -125,7 +125,7 @@ class Classifier(PythonModel):
         found_NK = np.zeros((len(values), len(self.classes)))
         for start in range(0, len(values), _BATCH):
             part = range(start, min(start + _BATCH, len(values)))
-            images_NCHW = torch.cat([self._picture(row, values[row]) for row in part])
+            images_NCHW = torch.cat([self._image(row, values[row]) for row in part])
             with torch.inference_mode():
                 logits_NK = self.model(images_NCHW)
             wrong = (~logits_NK.isfinite().all(dim=1)).nonzero().flatten().tolist()
@@ -142,12 +142,12 @@ class Classifier(PythonModel):
             }
         )
 
-    def _picture(self, row: int, value: Any) -> torch.Tensor:
-        """Decodes and transforms one picture to [1, channels, crop, crop]."""
+    def _image(self, row: int, value: Any) -> torch.Tensor:
+        """Decodes and transforms one image to [1, channels, crop, crop]."""
         try:
             rgb = decoded(value, self.max_pixels)
         except BadImage as error:
-            meant = f": {_MEANT}" if str(error).startswith(_NO_PICTURE) else ""
+            meant = f": {_MEANT}" if str(error).startswith(_NO_IMAGE) else ""
             raise MlflowException.invalid_parameter_value(f"row {row} of `image` {error}{meant}") from error
         return evaluation_transform(rgb, **self.transform, channels=self.channels)
 
@@ -164,7 +164,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def decoded(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
-    """The RGB pixels of one picture in any of the forms of `Classifier.predict`, as the training side decodes them.
+    """The RGB pixels of one image in any of the forms of `Classifier.predict`, as the training side decodes them.
 
     Raises:
         BadImage: what is wrong with it.
@@ -181,14 +181,14 @@ def decoded(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise BadImage(f"is larger than PIL takes in this format: {error}") from error
-    except (*_DAMAGE, binascii.Error) as error:
+    except (*_CORRUPTION, binascii.Error) as error:
         if "-bit layers" in str(error) or "pixel mode" in str(error):  # PIL's, of JPEG and TIFF
-            raise BadImage(f"has pixels of a kind that is not used ({error}): {_CURE}") from error
-        raise BadImage(_NO_PICTURE) from error
+            raise BadImage(f"has pixels of a kind that is not used ({error}): {_FIX}") from error
+        raise BadImage(_NO_IMAGE) from error
 
 
 def _without_texts(content: bytes) -> bytes:
-    """A PNG without texts and colour profiles: no pixel depends on them, and PIL refuses an image for long ones."""
+    """A PNG without texts and color profiles: no pixel depends on them, and PIL refuses an image for long ones."""
     if not any(name in content for name in _TEXTS):
         return content
     kept, place = [content[:8]], 8
@@ -212,7 +212,7 @@ def _from_file(content: bytes, max_pixels: int) -> Image.Image:
     """Decodes a file as stored: EXIF orientation, which PIL applies to TIFF alone, is undone; of several, the first."""
     reader = next((reader for magic, reader in _READERS.items() if content.startswith(magic)), None)
     if reader is None:
-        raise BadImage(_NO_PICTURE)
+        raise BadImage(_NO_IMAGE)
     with reader(io.BytesIO(_without_texts(content) if reader is PngImageFile else content)) as image:
         _check_size(*image.size, max_pixels)
         if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2 and TILELENGTH in image.tag_v2:
@@ -228,7 +228,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in (*_GRAY, *_CONVERTED):
-        raise BadImage(f"has pixels of PIL's mode {image.mode}: {_CURE}")
+        raise BadImage(f"has pixels of PIL's mode {image.mode}: {_FIX}")
     image.info.pop("transparency", None)  # PIL warns of it where it is dropped
     return image.convert("RGB")
 
@@ -236,19 +236,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _from_array(value: Any, max_pixels: int) -> Image.Image:
     pixels = np.asarray(value)
     if pixels.dtype not in (np.uint8, np.int64):  # int64: what lists become
-        raise BadImage(f"{_NO_PICTURE} (numbers of type {pixels.dtype}, which must be uint8)")
+        raise BadImage(f"{_NO_IMAGE} (numbers of type {pixels.dtype}, which must be uint8)")
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise BadImage(f"{_NO_PICTURE} (an array of the shape {list(pixels.shape)})")
+        raise BadImage(f"{_NO_IMAGE} (an array of the shape {list(pixels.shape)})")
     if pixels.min() < 0 or pixels.max() > 255:
-        raise BadImage(f"{_NO_PICTURE} (numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels)")
+        raise BadImage(f"{_NO_IMAGE} (numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels)")
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 
 
 def network(architecture: dict[str, Any], num_classes: int) -> torch.nn.Module:
-    """A net of timm's registry (`timm`: its name; `module`: what registers it, if not timm), or timm's DenseNet.
+    """A model of timm's registry (`timm`: its name; `module`: what registers it, if not timm), or timm's DenseNet.
 
     A DenseNet with the stem `cifar` begins with one 3x3 convolution and neither norm nor pooling.
     """
@@ -280,9 +280,9 @@ def evaluation_transform(
     std: list[float],
     channels: int = 3,
 ) -> torch.Tensor:
-    """Shorter side to `resize`, centre crop, normalised, as torchvision does it; EXIF orientation is not applied.
+    """Shorter side to `resize`, center crop, normalized, as torchvision does it; EXIF orientation is not applied.
 
-    One channel is the luma (ITU-R BT.601), normalised by the luma of `mean` and `std`.
+    One channel is the luma (ITU-R BT.601), normalized by the luma of `mean` and `std`.
     """
     short = min(rgb.size)
     size = (int(resize * rgb.width / short), int(resize * rgb.height / short))
@@ -302,7 +302,7 @@ def evaluation_transform(
 def _resized_crop(
     rgb: Image.Image, size: tuple[int, int], origin: tuple[int, int], crop: int, kernel: Image.Resampling
 ) -> Image.Image:
-    """The crop of a very long picture at its new size, without the rest, which might take gigabytes.
+    """The crop of a very long image at its new size, without the rest, which might take gigabytes.
 
     PIL's `box` is in single precision, so what the filter does not reach is cut off first.
     """

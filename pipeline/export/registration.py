@@ -13,7 +13,7 @@ from pipeline.tracking.database import Unreachable
 from pipeline.tracking.registry import check_rights, move_alias, versions
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import wait_for
-from pipeline.tracking.stores import shown, stores_of
+from pipeline.tracking.stores import redacted, stores_of
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint
 
@@ -29,12 +29,12 @@ def check_registry(config: RunConfig, told: Callable[[str], None]) -> None:
     """
     stores = stores_of(config)
     try:
-        check_rights(config.tracking.register_as or config.model.name, stores)
+        check_rights(config.tracking.registered_model_name or config.model.name, stores)
     except Unreachable as error:
         if config.tracking.on_unreachable == "fail":
             raise
         if stores.apart:
-            told(f"{error} The registry at {shown(stores.registry)} is needed at the end of the run.")
+            told(f"{error} The registry at {redacted(stores.registry)} is needed at the end of the run.")
 
 
 def not_a_candidate(best: Path) -> str | None:
@@ -46,7 +46,7 @@ def not_a_candidate(best: Path) -> str | None:
 
 
 def send_and_register(
-    config: RunConfig, run_dir: Path, tracker: Tracker, told: Callable[[str], None], patience_s: float
+    config: RunConfig, run_dir: Path, tracker: Tracker, told: Callable[[str], None], wait_timeout_s: float
 ) -> Registered:
     """Waits for the stores, sends what is left of the run's records, and registers its best checkpoint.
 
@@ -55,9 +55,9 @@ def send_and_register(
     """
     best = best_checkpoint(run_dir)
     try:
-        wait_for(tracker.stores, patience_s, told)
-        if not tracker.flush(patience_s):
-            raise UserError(f"MLflow at {shown(tracker.uri)} does not take this run's records.")
+        wait_for(tracker.stores, wait_timeout_s, told)
+        if not tracker.flush(wait_timeout_s):
+            raise UserError(f"MLflow at {redacted(tracker.uri)} does not take this run's records.")
         return _register(config, run_dir, tracker, best)
     except UserError as error:
         raise UserError(
@@ -69,8 +69,8 @@ def send_and_register(
 def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) -> Registered:
     """Registers the checkpoint, unless an earlier start of this run has done so, and moves the alias there."""
     record, stores = run_dir / _RECORD, tracker.stores
-    name, alias = config.tracking.register_as or config.model.name, config.tracking.alias
-    registry = shown(stores.registry)
+    name, alias = config.tracking.registered_model_name or config.model.name, config.tracking.alias
+    registry = redacted(stores.registry)
     if record.is_file():
         known = json.loads(record.read_text(encoding="utf-8"))
         model = Registered(**known["model"])

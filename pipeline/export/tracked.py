@@ -9,9 +9,9 @@ from pipeline.export.registration import check_registry, not_a_candidate, send_a
 from pipeline.tracking.run import Tracker
 from pipeline.train.artifacts import attach_curves, attach_samples, begin
 from pipeline.train.checkpoint import best_checkpoint
-from pipeline.train.claim import PROBE
 from pipeline.train.events import Event
 from pipeline.train.recorder import Recorder
+from pipeline.train.run_lock import PROBE
 from pipeline.train.setup import RunSetup
 from pipeline.train.storage import fetch_best
 
@@ -54,8 +54,8 @@ class TrackedRun:
         if reason is not None:
             self._warn(f"the model is not registered: {reason}; lower optim.lr or set optim.clip_grad_norm")
             return best, None
-        patience_s = config.tracking.patience_s
-        return best, send_and_register(config, run_dir, self.tracker, self._warn, patience_s)
+        wait_timeout_s = config.tracking.wait_timeout_s
+        return best, send_and_register(config, run_dir, self.tracker, self._warn, wait_timeout_s)
 
 
 @contextmanager
@@ -80,4 +80,4 @@ def _only_warns(warn: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of whatever kind: the training that it adorns goes on, or is complete
-        warn(f"not all pictures and tables could be recorded: {error}")
+        warn(f"not all images and tables could be recorded: {error}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.config import Model
 
-# Huang et al. 2017 (arXiv 1608.06993), table 1, and the DenseNet-BC of table 2 for pictures of 32 pixels, whose stem is
+# Huang et al. 2017 (arXiv 1608.06993), table 1, and the DenseNet-BC of table 2 for images of 32 pixels, whose stem is
 # one 3x3 convolution. L=22 is not in the paper, and `densenet_tiny` is neither: they are for two CPU cores.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16)},
@@ -41,14 +41,14 @@ def unusual(model: Model) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Size:
-    """A model's trainable parameters, and multiply-adds of its convolutions and linear layers for one picture."""
+    """A model's trainable parameters, and multiply-adds of its convolutions and linear layers for one image."""
 
     parameters: int
     multiply_adds: int
 
 
 def size(model: Model | str, num_classes: int, side: int) -> Size:
-    """Counts parameters and multiply-adds for a picture of `side` x `side` pixels, layer by layer as in the paper.
+    """Counts parameters and multiply-adds for an image of `side` x `side` pixels, layer by layer as in the paper.
 
     A dense layer is norm, 1x1 convolution to 4 k channels, norm, 3x3 convolution to k; a transition halves channels and
     sides. Convolutions have no biases, norms two parameters a channel.

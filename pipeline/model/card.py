@@ -16,7 +16,7 @@ CARD = "model.json"
 
 @dataclass(frozen=True)
 class Transform:
-    """The evaluation transform: shorter side to `resize`, centre crop of `crop` (pixels), normalised.
+    """The evaluation transform: shorter side to `resize`, center crop of `crop` (pixels), normalized.
 
     `mean` and `std` are per channel, of pixel values in [0, 1].
     """
@@ -44,8 +44,8 @@ class Transform:
 class ModelCard:
     """What is needed to use a model, and where it comes from.
 
-    `architecture` are the arguments that build the net `name`, as `pipeline.model.architectures` has them; `weights` is
-    the file beside the card; `max_pixels` the largest picture that it takes. `metrics` are the counts of the evaluation
+    `architecture` are the arguments that build the model `name`, as `pipeline.model.architectures` has them; `weights` is
+    the file beside the card; `max_pixels` the largest image that it takes. `metrics` are the counts of the evaluation
     of these weights, None where there was none; `config_hash` begins the SHA-256 of the run's config.
     """
 
@@ -66,7 +66,7 @@ class ModelCard:
         """The card of a checkpoint's or a registered model's folder.
 
         Raises:
-            UserError: there is none, it is damaged, or something is missing in it.
+            UserError: there is none, it is corrupt, or something is missing in it.
         """
         file = folder / CARD
         try:
@@ -100,16 +100,16 @@ class ModelCard:
 
     @property
     def in_chans(self) -> Literal[1, 3]:
-        """Channels of the model's pictures: 3 for RGB, 1 for luma."""
+        """Channels of the model's images: 3 for RGB, 1 for luma."""
         return 1 if self.architecture.get("in_chans", 3) == 1 else 3
 
     @property
     def small_stem(self) -> bool:
-        """Whether the net begins with one 3x3 convolution, as those for pictures of 32 pixels do."""
+        """Whether the model begins with one 3x3 convolution, as those for images of 32 pixels do."""
         return self.architecture.get("stem_type") == "cifar"
 
     @property
     def model(self) -> Model:
-        """The config's section that builds the net."""
+        """The config's section that builds the model."""
         usual = {key: self.architecture[key] for key in ("in_chans", "global_pool") if key in self.architecture}
         return Model(name=self.name, **usual)

@@ -1,4 +1,4 @@
-"""Nets by name, through timm's registry; and the DenseNets that it lacks, on timm's own `DenseNet` class.
+"""Models by name, through timm's registry; and the DenseNets that it lacks, on timm's own `DenseNet` class.
 
 `densenet264` is the paper's (growth rate 32); timm's `densenet264d` is another model (growth rate 48, deep stem).
 """
@@ -15,11 +15,11 @@ from pipeline.config import Model
 from pipeline.errors import ConfigError
 from pipeline.model.architectures import ARCHITECTURES, unusual
 from pipeline.model.memory import save_memory
-from pipeline.model.nets import check_name
+from pipeline.model.timm_models import check_name
 
 
 class CifarDenseNet(DenseNet):
-    """timm's DenseNet with the paper's stem for small pictures: one 3x3 convolution, neither norm nor pooling."""
+    """timm's DenseNet with the paper's stem for small images: one 3x3 convolution, neither norm nor pooling."""
 
     def __init__(self, growth_rate: int, in_chans: int = 3, **kwargs: Any) -> None:
         super().__init__(growth_rate=growth_rate, in_chans=in_chans, **kwargs)
@@ -63,9 +63,9 @@ for _name in (cfg.removesuffix(".untrained") for cfg in list(default_cfgs)):
 
 
 def create(model: Model | str, num_classes: int) -> nn.Module:
-    """Builds a net with timm's initial weights, in fp32 on torch's default device; `timm.models.DenseNet` for its nets.
+    """Builds a model with timm's initial weights, in fp32 on torch's default device; `timm.models.DenseNet` for its models.
 
-    A DenseNet's convolutions are He-initialised (He et al. 2015, fan-in).
+    A DenseNet's convolutions are He-initialized (He et al. 2015, fan-in).
 
     Args:
         model: The config's section, or a name, which stands for the section's defaults.
@@ -75,25 +75,25 @@ def create(model: Model | str, num_classes: int) -> nn.Module:
         A module mapping images [B, C, H, W] to logits [B, num_classes].
 
     Raises:
-        ConfigError: the name is unknown, or the net has not what the section asks for.
+        ConfigError: the name is unknown, or the model has not what the section asks for.
     """
     model = Model(name=model) if isinstance(model, str) else model
     check_name(model.name)
     given = {"drop_rate": model.drop_rate, "proj_drop_rate": model.layer_drop_rate}
     options = unusual(model) | {key: rate for key, rate in given.items() if rate}
     try:
-        net = timm.create_model(model.name, num_classes=num_classes, **options)
-    except (TypeError, AssertionError) as error:  # in timm's words: an argument that the net does not take
+        network = timm.create_model(model.name, num_classes=num_classes, **options)
+    except (TypeError, AssertionError) as error:  # in timm's words: an argument that the model does not take
         raise ConfigError(
             f"model.name={model.name} cannot be made with {options}, which follow from model.in_chans, global_pool, "
             f"drop_rate and layer_drop_rate: {error}. Leave out what it does not have."
         ) from error
-    if not isinstance(net, DenseNet):
+    if not isinstance(network, DenseNet):
         for key, value in (("layer_drop_rate", model.layer_drop_rate), ("memory", model.memory)):
             if value not in (0, "none"):
                 raise ConfigError(
                     f"model.{key}={value} is of DenseNets, and model.name={model.name} is none: leave it out."
                 )
-        return net
-    save_memory(net, model.memory)
-    return net
+        return network
+    save_memory(network, model.memory)
+    return network

@@ -21,7 +21,7 @@ def save_memory(model: DenseNet, memory: Memory) -> None:
     """Replaces the dense blocks of a model by those of a memory mode, in place; parameters are kept."""
     if memory == "none":
         return
-    new_block = {"checkpoint": CheckpointBlock, "shared-stats": SharedStatsBlock}[memory]
+    new_block = {"activation-checkpointing": CheckpointBlock, "shared-stats": SharedStatsBlock}[memory]
     for name, block in list(model.features.named_children()):
         if isinstance(block, DenseBlock):
             setattr(model.features, name, new_block(block))

@@ -1,4 +1,4 @@
-"""What is known of a file of weights that has no card: its net by its tensors, its classes and transform by timm."""
+"""What is known of a file of weights that has no card: its model by its tensors, its classes and transform by timm."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.model.architectures import ARCHITECTURES, size
 from pipeline.model.card import ModelCard, Transform
-from pipeline.model.nets import architecture
+from pipeline.model.timm_models import architecture
 from pipeline.model.weights import read_weights
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # what no gradient moves
@@ -24,9 +24,9 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # what no 
 def card_of_file(file: Path, classes: Sequence[str] | None = None) -> ModelCard:
     """A card for a DenseNet's weights as timm or torchvision name them.
 
-    Net, channels and number of classes follow from the tensors. Class names and transform are those of timm's
+    Model, channels and number of classes follow from the tensors. Class names and transform are those of timm's
     `config.json` beside the file, if there is one (`densenet export --to timm` writes it); else the names are
-    ImageNet's where their number is that of one of its sets, and the transform timm's usual one for the net.
+    ImageNet's where their number is that of one of its sets, and the transform timm's usual one for the model.
 
     Raises:
         UserError: it is no DenseNet of this project, or its classes are not known or of another number.
@@ -57,7 +57,7 @@ def card_of_file(file: Path, classes: Sequence[str] | None = None) -> ModelCard:
 
 
 def _net(file: Path, tensors: dict[str, torch.Tensor], pool: str | None) -> tuple[Model, int]:
-    """The net that has as many parameters, and its number of classes; `pool` is its pooling where that is known."""
+    """The model that has as many parameters, and its number of classes; `pool` is its pooling where that is known."""
     parameters = sum(value.numel() for name, value in tensors.items() if not name.endswith(_STATISTICS))
     stem, head = tensors.get("features.conv0.weight"), tensors.get("classifier.weight")
     if stem is not None and head is not None:
@@ -66,7 +66,7 @@ def _net(file: Path, tensors: dict[str, torch.Tensor], pool: str | None) -> tupl
             if size(model, len(head), 224).parameters == parameters:
                 return model, len(head)
     raise UserError(
-        f"{file} holds the weights of none of these nets: {', '.join(ARCHITECTURES)}. Give a checkpoint's folder."
+        f"{file} holds the weights of none of these models: {', '.join(ARCHITECTURES)}. Give a checkpoint's folder."
     )
 
 

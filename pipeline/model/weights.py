@@ -1,4 +1,4 @@
-"""Weights of a net from a file: timm's, torchvision's or this project's; and what fine-tuning leaves alone."""
+"""Weights of a model from a file: timm's, torchvision's or this project's; and what fine-tuning leaves alone."""
 
 import importlib
 import re
@@ -75,7 +75,7 @@ def load_weights(model: nn.Module, place: Path) -> Loaded:
     if not head:
         given |= {name: wanted[name] for name in classifier}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # absent from old files
-    faults = {
+    problems = {
         "missing": [name for name in wanted if name not in given and name not in counters],
         "not expected": [name for name in given if name not in wanted],
         "of another shape": [
@@ -84,8 +84,8 @@ def load_weights(model: nn.Module, place: Path) -> Loaded:
             if name in given and given[name].shape != wanted[name].shape
         ],
     }
-    if any(faults.values()):
-        text = "; ".join(f"{kind}: {listed(names)}" for kind, names in faults.items() if names)
+    if any(problems.values()):
+        text = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{file} does not fit the model: {text}. Set model.name to the model that the file is of.")
     model.load_state_dict({name: given.get(name, wanted[name]) for name in wanted})
     return Loaded(file, head)
@@ -94,14 +94,14 @@ def load_weights(model: nn.Module, place: Path) -> Loaded:
 def load_model(folder: Path) -> nn.Module:
     """The model of a checkpoint's or a registered model's folder, in evaluation mode."""
     card = ModelCard.read(folder)
-    import_net(card, folder)
+    import_model_code(card, folder)
     model = create(card.model, card.num_classes)
     load_weights(model, folder)
     return model.eval()
 
 
-def import_net(card: ModelCard, folder: Path) -> None:
-    """Imports the module that a card names for its net, where plain timm has no such net.
+def import_model_code(card: ModelCard, folder: Path) -> None:
+    """Imports the module that a card names for its model, where plain timm has no such model.
 
     Raises:
         UserError: it cannot be imported.
@@ -112,7 +112,7 @@ def import_net(card: ModelCard, folder: Path) -> None:
             importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"the net of {folder}, {card.name}, comes from the module {module}, which cannot be imported "
+            f"the model of {folder}, {card.name}, comes from the module {module}, which cannot be imported "
             f"({error}): install it, or put its folder into PYTHONPATH."
         ) from error
 
@@ -121,7 +121,7 @@ def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> nn.Mo
     """The model to learn from, without gradients.
 
     Raises:
-        UserError: it knows other classes, or takes other pictures.
+        UserError: it knows other classes, or takes other images.
     """
     if not folder.is_dir():
         raise UserError(
@@ -135,7 +135,7 @@ def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> nn.Mo
             f"data have {len(classes)} ({listed(classes)}): both must be the same list."
         )
     if card.in_chans != in_chans:
-        raise UserError(f"loss.teacher in {folder} takes pictures of other channels than model.in_chans={in_chans}.")
+        raise UserError(f"loss.teacher in {folder} takes images of other channels than model.in_chans={in_chans}.")
     return model.requires_grad_(False)
 
 
@@ -158,20 +158,20 @@ def rate_factors(model: Any, finetune: Finetune) -> dict[str, float]:
 
     `layer_decay` is multiplied in for each step from the classifier to the stem; the steps are the classifier with the
     last norm, each dense block with its transition, and the stem (Bao et al. 2022, arXiv 2106.08254, with a dense block
-    as a layer; in other nets timm's stages). `head_lr` multiplies the classifier's.
+    as a layer; in other models timm's stages). `head_lr_mult` multiplies the classifier's.
     """
     factors: dict[str, float] = {}
     if finetune.layer_decay < 1:
         layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
         last = max(layers.values())
         factors = {name: finetune.layer_decay ** (last - layer) for name, layer in layers.items()}
-    if finetune.head_lr != 1:
-        factors |= {name: factors.get(name, 1) * finetune.head_lr for name in _classifier(model)}
+    if finetune.head_lr_mult != 1:
+        factors |= {name: factors.get(name, 1) * finetune.head_lr_mult for name in _classifier(model)}
     return factors
 
 
 def _classifier(model: Any) -> list[str]:
-    """The names of the classifier's parameters; some nets have two."""
+    """The names of the classifier's parameters; some models have two."""
     found = model.get_classifier()
     heads = found if isinstance(found, tuple | list) else [found]
     return [

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from pipeline.errors import UserError
-from pipeline.tracking.stores import shown, sqlite_file
+from pipeline.tracking.stores import redacted, sqlite_file
 
 _LOCK_S = 5.0
 _OTHERWISE = "or set tracking.uri, --uri or MLFLOW_TRACKING_URI to another store"
@@ -42,7 +42,7 @@ def check_database(uri: str) -> None:
     """
     file = sqlite_file(uri)
     if file is not None and file.exists():
-        _begin(file, shown(uri))
+        _begin(file, redacted(uri))
     try:
         engine = sqlalchemy.create_engine(uri, poolclass=NullPool)
         with engine.connect() as connection:  # once: MLflow itself would go on trying for more than a minute
@@ -51,14 +51,16 @@ def check_database(uri: str) -> None:
             revision = connection.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).scalar()
     except ImportError as error:
         raise UserError(
-            f"{shown(uri)} needs a driver that is not installed ({error}): install it, {_OTHERWISE}."
+            f"{redacted(uri)} needs a driver that is not installed ({error}): install it, {_OTHERWISE}."
         ) from error
     except SQLAlchemyError as error:
-        reason = (str(error).splitlines() or [""])[0].replace(uri, shown(uri))
+        reason = (str(error).splitlines() or [""])[0].replace(uri, redacted(uri))
         if isinstance(error, sqlalchemy.exc.ArgumentError):
-            raise UserError(f"{shown(uri)} is no address of a database: {reason}. Correct it, {_OTHERWISE}.") from error
+            raise UserError(
+                f"{redacted(uri)} is no address of a database: {reason}. Correct it, {_OTHERWISE}."
+            ) from error
         raise Unreachable(
-            f"no database answers at {shown(uri)}: {reason}. Start its server, {_OTHERWISE}; unset, a SQLite file is "
+            f"no database answers at {redacted(uri)}: {reason}. Start its server, {_OTHERWISE}; unset, a SQLite file is "
             f"used."
         ) from error
     _check_schema(uri, revision)
@@ -70,11 +72,11 @@ def _check_schema(uri: str, revision: str | None) -> None:
         return
     if revision in {script.revision for script in scripts.walk_revisions()}:
         raise UserError(
-            f"the database {shown(uri)} is of an older MLflow (schema {revision}) than the installed {VERSION}: back "
-            f"it up, end what uses it, and run `mlflow db upgrade '{shown(uri)}'`, {_OTHERWISE}."
+            f"the database {redacted(uri)} is of an older MLflow (schema {revision}) than the installed {VERSION}: back "
+            f"it up, end what uses it, and run `mlflow db upgrade '{redacted(uri)}'`, {_OTHERWISE}."
         )
     raise UserError(
-        f"the database {shown(uri)} has the schema {revision}, which the installed MLflow {VERSION} does not know: it "
+        f"the database {redacted(uri)} has the schema {revision}, which the installed MLflow {VERSION} does not know: it "
         f"is of a newer MLflow, or of another program. Leave it so; install the MLflow that made it, {_OTHERWISE}."
     )
 
@@ -87,7 +89,7 @@ def check_file(uri: str) -> None:
     """
     if not uri.startswith("sqlite"):
         return
-    file, name = sqlite_file(uri), shown(uri)
+    file, name = sqlite_file(uri), redacted(uri)
     if file is None or file.name in ("", ":memory:"):
         raise UserError(f"{name} is no address of a file: write sqlite:///FILE, with a path, {_OTHERWISE}.")
     if "?" in str(file) or re.search("%[0-9a-fA-F]{2}", str(file)):

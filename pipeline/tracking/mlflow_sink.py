@@ -15,7 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.tracking.store import connect, experiment_id, first_line
-from pipeline.tracking.stores import shown, stores_of
+from pipeline.tracking.stores import redacted, stores_of
 
 STATE = "mlflow_run.json"
 
@@ -55,7 +55,7 @@ class MlflowSink:
             else:
                 self._check_there(client)
         except (MlflowException, OSError) as error:
-            raise UserError(f"MLflow at {shown(self.uri)} refused the run: {first_line(error, self.uri)}") from error
+            raise UserError(f"MLflow at {redacted(self.uri)} refused the run: {first_line(error, self.uri)}") from error
         return client
 
     def _check_there(self, client: MlflowClient) -> None:
@@ -64,19 +64,24 @@ class MlflowSink:
             found = client.get_run(str(self.run_id))
         except MlflowException as error:
             raise UserError(
-                f"MLflow at {shown(self.uri)} has no run {self.run_id}, which this run's folder continues: set "
+                f"MLflow at {redacted(self.uri)} has no run {self.run_id}, which this run's folder continues: set "
                 f"tracking.uri to where it is, {again}."
             ) from error
         if found.info.lifecycle_stage != "active":
             raise UserError(
-                f"the run {self.run_id} is deleted in {shown(self.uri)}: `mlflow runs restore --run-id {self.run_id}` "
+                f"the run {self.run_id} is deleted in {redacted(self.uri)}: `mlflow runs restore --run-id {self.run_id}` "
                 f"brings it back, {again}."
             )
 
     def save(self, sent: int) -> None:
         """Notes that the journal was sent up to this place."""
         self.sent = sent
-        state = {"run_id": self.run_id, "uri": shown(self.uri), "registry": shown(self.stores.registry), "sent": sent}
+        state = {
+            "run_id": self.run_id,
+            "uri": redacted(self.uri),
+            "registry": redacted(self.stores.registry),
+            "sent": sent,
+        }
         try:
             write_text(self._state_file, json.dumps(state) + "\n")
         except OSError as error:  # the same records may be sent again, which MLflow keeps once
@@ -84,7 +89,7 @@ class MlflowSink:
 
     def failure(self, error: Exception) -> str:
         """What is wrong where it does not take records."""
-        return f"MLflow at {shown(self.uri)} takes no records ({first_line(error, self.uri)})"
+        return f"MLflow at {redacted(self.uri)} takes no records ({first_line(error, self.uri)})"
 
     def check_store(self, file: Path) -> None:
         """Stores a file as an artifact and asks for models, as the end of a run does: so a refusal comes at the start.
@@ -101,7 +106,7 @@ class MlflowSink:
             client.search_logged_models([client.get_run(self.run_id).info.experiment_id], max_results=1)
         except MlflowException as error:
             raise UserError(
-                f"MLflow at {shown(self.uri)} does not list models, which the end of a run stores one of: "
+                f"MLflow at {redacted(self.uri)} does not list models, which the end of a run stores one of: "
                 f"{first_line(error, self.uri)} A server of MLflow 3 does: upgrade it, or set tracking.uri to another."
             ) from error
         try:
@@ -112,7 +117,7 @@ class MlflowSink:
             except MlflowException:
                 return
             raise UserError(
-                f"the artifact store of {shown(self.uri)}, {shown(where)}, takes no files: "
+                f"the artifact store of {redacted(self.uri)}, {redacted(where)}, takes no files: "
                 f"{first_line(error, self.uri)} Checkpoints' records and the model go there: let this user write, "
                 f"or set tracking.experiment to one whose artifacts are elsewhere."
             ) from error

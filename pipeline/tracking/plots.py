@@ -1,4 +1,4 @@
-"""Pictures for a run's artifacts and for reports."""
+"""Images for a run's artifacts and for reports."""
 
 from collections.abc import Mapping, Sequence
 
@@ -29,8 +29,8 @@ def curves(lines: Mapping[str, Points], x_label: str, y_label: str) -> Figure:
     return figure
 
 
-def confusion_picture(classes: Sequence[str], matrix_KK: NDArray[np.int64]) -> Figure:
-    """A confusion matrix: for each true class (row), the share of its pictures that each class was predicted for."""
+def confusion_image(classes: Sequence[str], matrix_KK: NDArray[np.int64]) -> Figure:
+    """A confusion matrix: for each true class (row), the share of its images that each class was predicted for."""
     shares_KK = matrix_KK / np.maximum(1, matrix_KK.sum(axis=1, keepdims=True))
     side = 4.5 + 0.12 * min(len(classes), _NAMED_CLASSES)
     figure = Figure(figsize=(side + 1, side), layout="constrained")

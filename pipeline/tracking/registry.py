@@ -14,9 +14,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.files import whole_folder
+from pipeline.files import atomic_folder
 from pipeline.tracking.store import connect, connect_registry, first_line
-from pipeline.tracking.stores import Stores, shown
+from pipeline.tracking.stores import Stores, redacted
 
 REGISTRY, RUNS = "models:/", "runs:/"
 _MADE_BY = "made_by"  # tag of a registered model
@@ -78,7 +78,7 @@ def download(model_uri: str, stores: Stores, cache: Path) -> Path:
         folder, shown_as = cache / f"{model.name}-{model.version}-{model.run_id[:8]}", model.uri
     if not folder.exists():
         try:
-            with redirect_stderr(io.StringIO()), whole_folder(folder) as aside:  # its progress bar
+            with redirect_stderr(io.StringIO()), atomic_folder(folder) as aside:  # its progress bar
                 given = aside / "download"
                 found = download_artifacts(
                     source, dst_path=str(given), tracking_uri=server, registry_uri=stores.registry
@@ -87,9 +87,9 @@ def download(model_uri: str, stores: Stores, cache: Path) -> Path:
                     part.rename(aside / part.name)
                 shutil.rmtree(given)
         except Exception as error:  # each kind of artifact store has errors of its own
-            raise UserError(f"{model_uri} cannot be read from {shown(store)}: {first_line(error, store)}") from error
+            raise UserError(f"{model_uri} cannot be read from {redacted(store)}: {first_line(error, store)}") from error
     if not (folder / "artifacts" / "model.json").is_file():
-        raise UserError(f"{model_uri} ({shown_as} in {shown(store)}) has no model card: it is not of this project.")
+        raise UserError(f"{model_uri} ({shown_as} in {redacted(store)}) has no model card: it is not of this project.")
     return folder / "artifacts"
 
 
@@ -100,7 +100,7 @@ def _model_of_run(client: MlflowClient, model_uri: str, uri: str) -> tuple[str, 
         experiment = client.get_run(run_id).info.experiment_id
     except MlflowException as error:
         raise UserError(
-            f"there is no run {run_id} in {shown(uri)}; `densenet runs list` shows those there are."
+            f"there is no run {run_id} in {redacted(uri)}; `densenet runs list` shows those there are."
         ) from error
     models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     for model in models:
@@ -111,7 +111,7 @@ def _model_of_run(client: MlflowClient, model_uri: str, uri: str) -> tuple[str, 
 
 
 def _what_there_is(client: MlflowClient, stores: Stores, name: str, model_uri: str) -> str:
-    where = shown(stores.registry)
+    where = redacted(stores.registry)
     names = [model.name for model in client.search_registered_models()]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=max(1, len(names)), cutoff=0)
@@ -207,7 +207,7 @@ def check_rights(name: str, stores: Stores) -> None:
             client.get_registered_model(name)
         except MlflowException as error:  # it is there, and no model
             raise UserError(
-                f"{name} is the name of a prompt in {shown(stores.registry)}: set tracking.register_as to another name."
+                f"{name} is the name of a prompt in {redacted(stores.registry)}: set tracking.registered_model_name to another name."
             ) from error
         client.set_registered_model_tag(name, _MADE_BY, "densenet-pipeline")
 
@@ -245,7 +245,7 @@ def check_attachable(model_uri: str, stores: Stores) -> None:
         connect(stores.tracking).get_run(model.run_id)
     except MlflowException as error:
         raise UserError(
-            f"{model_uri} is of the run {model.run_id or 'none'}, which {shown(stores.tracking)} does not have: files "
+            f"{model_uri} is of the run {model.run_id or 'none'}, which {redacted(stores.tracking)} does not have: files "
             f"are attached to a version's run. Give its store as --uri, or leave --attach out."
         ) from error
 
@@ -265,7 +265,7 @@ def attach_to_version(model_uri: str, kind: str, file: Path, stores: Stores) -> 
             client.log_artifact(model.run_id, str(file), folder)
     except Exception as error:  # each kind of artifact store has errors of its own
         uri = stores.tracking
-        raise UserError(f"{file} cannot be stored in {shown(uri)}: {first_line(error, uri)}") from error
+        raise UserError(f"{file} cannot be stored in {redacted(uri)}: {first_line(error, uri)}") from error
     place = f"{RUNS}{model.run_id}/{folder}/{file.name}"
     tag_version(model.name, model.version, f"export.{kind}", place, stores)
     return place
@@ -284,4 +284,4 @@ def _refusals(stores: Stores, what: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         uri = stores.registry
-        raise UserError(f"the registry at {shown(uri)} {what}: {first_line(error, uri)}") from error
+        raise UserError(f"the registry at {redacted(uri)} {what}: {first_line(error, uri)}") from error

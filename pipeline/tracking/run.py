@@ -11,8 +11,8 @@ from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.extension_points import TRACKERS, Sink
 from pipeline.files import write_text
-from pipeline.seams import TRACKERS, Sink
 from pipeline.tracking.database import Unreachable
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_sink import MlflowSink
@@ -27,7 +27,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Tracker:
     """Writes one run: its methods return at once, a thread for each sink sends what they record, in order.
 
-    Records go to `tracking.jsonl` in the run's folder first, then to MLflow and to the trackers of `tracking.also`. How
+    Records go to `tracking.jsonl` in the run's folder first, then to MLflow and to the trackers of `tracking.custom`. How
     much each was sent is kept beside it, and a restart continues there; MLflow keeps a metric that is sent twice once.
     Steps that are trained again after a restart leave the values that they had: a metric has one value at each step.
 
@@ -70,7 +70,7 @@ class Tracker:
             if config.tracking.on_unreachable == "fail":
                 raise
             told(f"{error} Records are kept in {self.journal.file} and sent when it answers.")
-        also = {name: self._opened(name, run_dir) for name in config.tracking.also}
+        also = {name: self._opened(name, run_dir) for name in config.tracking.custom}
         if running:
             self._append("status", status="RUNNING")
         sink = self._mlflow
@@ -86,7 +86,7 @@ class Tracker:
         try:
             return TRACKERS[name](self._config, run_dir)
         except Exception as error:  # what a plugin raises is its own
-            raise UserError(f"tracking.also: the tracker {name} cannot be opened: {_words(error)}.") from error
+            raise UserError(f"tracking.custom: the tracker {name} cannot be opened: {_words(error)}.") from error
 
     def _sender(self, name: str, sink: Sink, run_dir: Path) -> Sender:
         """The thread of a plugin's tracker, with its place in the journal in `tracker-NAME.json`."""
@@ -160,9 +160,9 @@ class Tracker:
         return self._to_mlflow.flush(timeout_s)
 
     def finish(self, status: Status, timeout_s: float | None = None) -> None:
-        """Sends what is left and ends the run; waits for a store that is away, `tracking.patience_s` by default."""
+        """Sends what is left and ends the run; waits for a store that is away, `tracking.wait_timeout_s` by default."""
         self._append("status", status=status, time_ms=time.time_ns() // 1_000_000)
-        self.close(self._config.tracking.patience_s if timeout_s is None else timeout_s)
+        self.close(self._config.tracking.wait_timeout_s if timeout_s is None else timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Sends what is left, and leaves the run as it is."""

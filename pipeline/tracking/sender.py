@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from pipeline.seams import Sink
+from pipeline.extension_points import Sink
 from pipeline.tracking.journal import Journal
 
 _RETRY_S = (0.5, 1, 2, 5, 10)

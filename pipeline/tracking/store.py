@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.tracking.database import Unreachable, check_database, check_file, is_database
-from pipeline.tracking.stores import Stores, shown, sqlite_file
+from pipeline.tracking.stores import Stores, redacted, sqlite_file
 
 _RETRY_S = 0.5
 # MLflow's clients add these to what they are told, each metric to another program's model: they are not of our runs.
@@ -73,7 +73,7 @@ def _check_scheme(uri: str, other: str) -> None:
     scheme = uri.partition(":")[0] if ":" in uri else ""
     if scheme in ("", "file"):
         raise UserError(
-            f"{shown(uri)} is a folder, and MLflow keeps runs in folders no more: write sqlite:///FILE (`mlflow "
+            f"{redacted(uri)} is a folder, and MLflow keeps runs in folders no more: write sqlite:///FILE (`mlflow "
             f"migrate-filestore` brings an old folder into one), or {other}"
         )
 
@@ -83,29 +83,29 @@ def _refusal(error: Exception, uri: str, other: str) -> UserError:
     reason = first_line(error, uri)
     if _UNKNOWN.search(str(error)):
         return UserError(
-            f"MLflow knows no store of the kind of {shown(uri)}: write http://HOST:PORT, sqlite:///FILE or "
+            f"MLflow knows no store of the kind of {redacted(uri)}: write http://HOST:PORT, sqlite:///FILE or "
             f"postgresql://USER@HOST/DATABASE, or {other}"
         )
     if _REFUSED.search(str(error)):
         return UserError(
-            f"MLflow at {shown(uri)} refuses this user: {reason} Set MLFLOW_TRACKING_USERNAME and "
+            f"MLflow at {redacted(uri)} refuses this user: {reason} Set MLFLOW_TRACKING_USERNAME and "
             f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; where its host name is refused, start the server "
             f"with --allowed-hosts."
         )
     if uri.startswith("http") and _NO_MLFLOW.search(str(error)):
-        return UserError(f"what answers at {shown(uri)} is no MLflow server: {reason[:200]} Correct it, or {other}")
+        return UserError(f"what answers at {redacted(uri)} is no MLflow server: {reason[:200]} Correct it, or {other}")
     return Unreachable(
-        f"no MLflow store answers at {shown(uri)}: {reason} Start the server, or {other}",
+        f"no MLflow store answers at {redacted(uri)}: {reason} Start the server, or {other}",
     )
 
 
-def wait_for(stores: Stores, patience_s: float, told: Callable[[str], None]) -> None:
+def wait_for(stores: Stores, wait_timeout_s: float, told: Callable[[str], None]) -> None:
     """Waits until tracking store and registry answer; `told` gets one message where they do not at once.
 
     Raises:
         UserError: one has not answered for so long, or answers that it cannot be used.
     """
-    deadline, waits = time.monotonic() + patience_s, False
+    deadline, waits = time.monotonic() + wait_timeout_s, False
     while True:
         try:
             connect(stores.tracking)
@@ -117,7 +117,7 @@ def wait_for(stores: Stores, patience_s: float, told: Callable[[str], None]) -> 
                 raise
             reason = str(error).partition(": ")[0]
         if not waits:
-            told(f"{reason}; waiting up to {patience_s:g} s for it (tracking.patience_s)")
+            told(f"{reason}; waiting up to {wait_timeout_s:g} s for it (tracking.wait_timeout_s)")
             waits = True
         time.sleep(_RETRY_S)
 
@@ -140,13 +140,15 @@ def experiment_id(client: MlflowClient, config: RunConfig, uri: str) -> str:
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
-        raise UserError(f"tracking.experiment={name} is deleted in {shown(uri)}: restore it, or choose another name.")
+        raise UserError(
+            f"tracking.experiment={name} is deleted in {redacted(uri)}: restore it, or choose another name."
+        )
     return found.experiment_id
 
 
 def first_line(error: Exception, uri: str) -> str:
     """The first line of an error's text, without the password of `uri`."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].replace(uri, shown(uri))
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].replace(uri, redacted(uri))
 
 
 def _one_at_a_time(uri: str) -> AbstractContextManager[object]:

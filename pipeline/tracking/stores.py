@@ -15,7 +15,7 @@ _SQLITE = "sqlite:///"
 
 @dataclass(frozen=True)
 class Stores:
-    """MLflow's addresses; with passwords, where the environment's have them: show `shown(uri)`."""
+    """MLflow's addresses; with passwords, where the environment's have them: show `redacted(uri)`."""
 
     tracking: str
     registry: str
@@ -33,11 +33,11 @@ class Stores:
         """
         found, usual = "", given_stores(None, None)
         if self.tracking != usual.tracking:
-            found += f" --uri {shlex.quote(shown(self.tracking))}"
+            found += f" --uri {shlex.quote(redacted(self.tracking))}"
             usual = given_stores(self.tracking, None)
-        named = self.apart and shown(self.registry) == self.registry
+        named = self.apart and redacted(self.registry) == self.registry
         if self.registry != usual.registry or named:
-            found += f" --registry-uri {shlex.quote(shown(self.registry))}"
+            found += f" --registry-uri {shlex.quote(redacted(self.registry))}"
         return found
 
 
@@ -58,7 +58,7 @@ def given_stores(uri: str | None, registry_uri: str | None, output: Path = Path(
     return _stores(uri, registry_uri, output)
 
 
-def shown(uri: str) -> str:
+def redacted(uri: str) -> str:
     """The URI without its password, for messages."""
     return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", uri)
 

@@ -9,8 +9,8 @@ from pipeline.data.dataset import DatasetIndex
 from pipeline.data.staging import is_remote
 from pipeline.evaluation.tables import CONFUSION, read_confusion, write_csv
 from pipeline.files import write_text
-from pipeline.tracking.origin import origin_tags, write_origin
-from pipeline.tracking.plots import confusion_picture, curve, curves
+from pipeline.tracking.plots import confusion_image, curve, curves
+from pipeline.tracking.provenance import provenance_tags, write_provenance
 from pipeline.tracking.run import Tracker
 from pipeline.train.checkpoint import write_json
 from pipeline.train.deepspeed_config import deepspeed_config
@@ -30,7 +30,7 @@ def begin(tracker: Tracker, setup: RunSetup) -> None:
     config, derived, run_dir = setup.config, setup.derived, setup.run_dir
     tracker.params(config.model_dump(mode="json") | {"derived": derived.model_dump(mode="json")})
     tracker.tags(
-        origin_tags()
+        provenance_tags()
         | {
             "data.train.fingerprint": setup.train_index.fingerprint,
             "data.val.fingerprint": setup.val_index.fingerprint,
@@ -45,17 +45,17 @@ def begin(tracker: Tracker, setup: RunSetup) -> None:
         profile = {"images": len(index), "classes": len(index.classes), "bytes": index.total_bytes}
         tracker.dataset(context, name, index.fingerprint, str(config.data.root), profile)
     write_json(run_dir / "deepspeed.json", deepspeed_config(config, derived))
-    for file in (run_dir / "config.yaml", run_dir / "deepspeed.json", *write_origin(run_dir)):
+    for file in (run_dir / "config.yaml", run_dir / "deepspeed.json", *write_provenance(run_dir)):
         tracker.attach(file)
     stride = max(1, derived.total_steps // _PLOTTED)
     samples = [step * derived.global_batch_size for step in range(0, derived.total_steps, stride)]
     rates = [learning_rate(config.schedule, derived, seen) for seen in samples]
     epochs = [seen / derived.train_samples for seen in samples]
-    _attach_picture(tracker, curve(epochs, rates, "epoch", "learning rate"), run_dir / "learning_rate.png")
+    _attach_image(tracker, curve(epochs, rates, "epoch", "learning rate"), run_dir / "learning_rate.png")
 
 
 def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
-    """Records all metrics as a table, and pictures of losses, accuracies and the best evaluation's confusion matrix."""
+    """Records all metrics as a table, and images of losses, accuracies and the best evaluation's confusion matrix."""
     run_dir = setup.run_dir
     rows = [
         (record["samples_seen"], record["time_ms"], key, value)
@@ -71,15 +71,15 @@ def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
             for key in keys
         }
         lines = {key: points for key, points in lines.items() if points}
-        _attach_picture(tracker, curves(lines, "epoch", label), run_dir / file)
+        _attach_image(tracker, curves(lines, "epoch", label), run_dir / file)
     if (run_dir / CONFUSION).is_file():
         tracker.attach(run_dir / CONFUSION)
         classes, matrix_KK = read_confusion((run_dir / CONFUSION).read_text(encoding="utf-8"))
-        _attach_picture(tracker, confusion_picture(classes, matrix_KK), run_dir / "confusion.png")
+        _attach_image(tracker, confusion_image(classes, matrix_KK), run_dir / "confusion.png")
 
 
 def attach_samples(tracker: Tracker, setup: RunSetup, best: Path) -> None:
-    """Records the best model's answers to some pictures, where the driver's node sees them."""
+    """Records the best model's answers to some images, where the driver's node sees them."""
     index: DatasetIndex = setup.val_index
     if is_remote(str(setup.config.data.root)):
         return
@@ -90,6 +90,6 @@ def attach_samples(tracker: Tracker, setup: RunSetup, best: Path) -> None:
     tracker.attach(file)
 
 
-def _attach_picture(tracker: Tracker, figure: Figure, file: Path) -> None:
+def _attach_image(tracker: Tracker, figure: Figure, file: Path) -> None:
     figure.savefig(file, dpi=120)
     tracker.attach(file)

@@ -9,15 +9,16 @@ last, `manifest.json` with every other file's size and SHA-256. It is written to
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import OtherFormatError
 from pipeline.files import write_text
 
 MANIFEST = "manifest.json"
-FORMAT = 4
+FORMAT = 5
 PREFIX = "samples-"
 _PARTIAL = ".partial"
 
@@ -51,7 +52,7 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def seal(folder: Path) -> None:
+def commit(folder: Path) -> None:
     """Completes a checkpoint whose files all ranks have written to `partial(folder)`: manifest, then rename."""
     source = partial(folder)
     files = sorted(p for p in source.rglob("*") if p.is_file())
@@ -71,12 +72,17 @@ def entries(folder: Path) -> dict[str, Any]:
     """Size and hash of each file of a checkpoint but the manifest.
 
     Raises:
-        OSError, ValueError: the manifest is missing, damaged or of another version.
+        OSError, ValueError: the manifest is missing or corrupt.
+        OtherFormatError: another version of this project wrote the checkpoint.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     try:
         if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+            raise OtherFormatError(
+                f"checkpoint {folder} has format {manifest['format']}, and this version reads format {FORMAT}: resume it "
+                f"with the version that wrote it, or start a new run under another run.name. `densenet evaluate`, `export` "
+                f"and model.weights still read its weights."
+            )
         found = {
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
             for name, entry in manifest["files"].items()
@@ -89,8 +95,12 @@ def entries(folder: Path) -> dict[str, Any]:
     return found
 
 
-def fault(folder: Path) -> str | None:
-    """Says what is wrong with a checkpoint, or None when every file has its recorded size and hash."""
+def verify(folder: Path) -> str | None:
+    """Returns what is wrong with a checkpoint, or None if every file has its recorded size and hash.
+
+    Raises:
+        OtherFormatError: another version of this project wrote it.
+    """
     try:
         written = entries(folder)
     except (OSError, ValueError) as error:
@@ -107,17 +117,34 @@ def fault(folder: Path) -> str | None:
 
 
 def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint below `root` that verifies; each newer one that does not is named through `warn`."""
-    for folder in reversed(checkpoints(root)):
-        reason = fault(folder)
+    """Returns the newest checkpoint below `root` that verifies; `warn` gets each newer one that does not."""
+    return first_valid(reversed(checkpoints(root)), verify, warn)
+
+
+def first_valid(
+    folders: Iterable[Path], check: Callable[[Path], str | None], warn: Callable[[str], None]
+) -> Path | None:
+    """Returns the first folder in which `check` finds nothing wrong, or None.
+
+    Raises:
+        OtherFormatError: none is valid, and another version of this project wrote some of them.
+    """
+    other: OtherFormatError | None = None
+    for folder in folders:
+        try:
+            reason = check(folder)
+        except OtherFormatError as error:
+            reason, other = str(error), error
         if reason is None:
             return folder
         warn(f"checkpoint {folder} is skipped: {reason}")
+    if other is not None:
+        raise other
     return None
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The sealed checkpoints below `root`, oldest first."""
+    """The committed checkpoints below `root`, oldest first."""
     found = [p for p in root.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=samples_of)
 

@@ -20,7 +20,7 @@ def checkpoint_records(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]
         try:
             state, manifest = read_state(folder), (folder / MANIFEST).read_bytes()
         except (OSError, ValueError):
-            continue  # the writer has removed it meanwhile, or it is damaged
+            continue  # the writer has removed it meanwhile, or it is corrupt
         seen = samples_of(folder)
         newest_best = state["best_at"]
         address = str(folder) if storage is None else f"{storage.rstrip('/')}/{config.run.name}/{folder.name}"

@@ -26,7 +26,7 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
             f"{WHERE}.prescale_gradients and gradient_predivide_factor need ZeRO stage 0, this run has stage "
             f"{derived.zero_stage}: set engine.zero_stage=0, or leave them out."
         )
-    zero: dict[str, Any] = {"stage": derived.zero_stage, "reduce_bucket_size": config.engine.bucket_elements}
+    zero: dict[str, Any] = {"stage": derived.zero_stage, "reduce_bucket_size": config.engine.reduce_bucket_size}
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": derived.device == "cuda"}
     told = {
@@ -41,8 +41,8 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
         "steps_per_print": 2**62,
         "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the device twice a step
     }
-    if config.engine.communication != "auto":
-        told["communication_data_type"] = config.engine.communication
+    if config.engine.communication_data_type != "auto":
+        told["communication_data_type"] = config.engine.communication_data_type
     return _with_further(told, further, WHERE)
 
 

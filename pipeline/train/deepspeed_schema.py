@@ -52,7 +52,7 @@ def check_deepspeed(config: RunConfig, derived: Derived) -> dict[str, Any]:
         # The batch is one, because without a process group the model counts with one worker.
         schema(recorded)
     except ValidationError as error:
-        raise ConfigError("\n".join(_faults(error, config.engine.deepspeed))) from error
+        raise ConfigError("\n".join(_problems(error, config.engine.deepspeed))) from error
     except Exception as error:  # assertions, type and value errors of all its sections
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{WHERE}={config.engine.deepspeed} is refused by DeepSpeed: {reason}") from error
@@ -92,19 +92,19 @@ class _Recorded(dict[str, Any]):
         return super().__contains__(key)
 
 
-def _faults(error: ValidationError, further: dict[str, Any]) -> list[str]:
-    """One line per fault of a section, which Pydantic knows by the name of its class alone."""
+def _problems(error: ValidationError, further: dict[str, Any]) -> list[str]:
+    """One line per problem of a section, which Pydantic knows by the name of its class alone."""
     model = next(c for c in _subclasses(BaseModel) if c.__name__ == error.title)
     lines = []
-    for fault in error.errors():
-        path = [str(part) for part in fault["loc"]]
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
         where = ".".join((WHERE, *next((above for above in _sections(further) if _holds(further, above + path)), [])))
         where = ".".join((where, *path[:-1]))
-        if fault["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden":
             lines.append(unknown_key(where, path[-1], _known(model, path[:-1])))
         else:
-            message = fault["msg"].replace("Input should be", "must be")
-            lines.append(f"{where}{'.' if path else ''}{''.join(path[-1:])}={fault['input']!r}: {message}")
+            message = problem["msg"].replace("Input should be", "must be")
+            lines.append(f"{where}{'.' if path else ''}{''.join(path[-1:])}={problem['input']!r}: {message}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What is known of a step whose loss is no number, as one JSON file for people."""
+"""What is known of a step whose loss is NaN or infinite, as one JSON file for people."""
 
 import math
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def diagnose(
 
     Args:
         file: Where to.
-        step: What is the same on all ranks: the step's number, the rate, spoiled weights, ...
-        samples: This rank's pictures in the step.
+        step: What is the same on all ranks: the step's number, the rate, non_finite_weights weights, ...
+        samples: This rank's images in the step.
         losses: This rank's losses until then, oldest first; the last ones are the step's.
         module: The model before the step.
         forward: Runs the model on the step's last micro-batch.

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import RunConfig
-from pipeline.model.nets import draws
+from pipeline.model.timm_models import draws
 
 
 def seed_dropout(config: RunConfig, step: int, micro: int) -> None:

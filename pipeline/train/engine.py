@@ -89,7 +89,7 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The net, on this rank; at ZeRO stage 3 its weights are in parts."""
+        """The model, on this rank; at ZeRO stage 3 its weights are in parts."""
         return self._engine.module
 
     @property
@@ -192,7 +192,7 @@ class Engine:
         with self._gathered():
             return _on_cpu(self.module) if dist.get_rank() == 0 else {}
 
-    def spoiled(self) -> list[str]:
+    def non_finite_weights(self) -> list[str]:
         """The weights that hold values that are no numbers."""
         with self._gathered():
             return [name for name, value in self.module.named_parameters() if not torch.isfinite(value).all()]

@@ -69,7 +69,7 @@ def evaluate(
     the images with non-finite logits.
 
     `forward` maps images [N, C, H, W] to logits [N, K], in evaluation mode. Ranks may have unequal numbers of batches:
-    where a forward pass is itself collective (ZeRO stage 3), the ranks that have run out join it with an empty picture,
+    where a forward pass is itself collective (ZeRO stage 3), the ranks that have run out join it with an empty image,
     and count nothing.
     """
     rank, workers = dist.get_rank(), dist.get_world_size()

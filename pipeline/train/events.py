@@ -86,7 +86,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A damaged training picture, a sample of the index, was replaced by another; `message` names it and its fault."""
+    """A corrupt training image, a sample of the index, was replaced by another; `message` names it and its problem."""
 
     sample: int
     message: str
@@ -94,7 +94,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Diagnosed:
-    """What is known of a step whose loss was no number is in a file."""
+    """What is known of a step whose loss was NaN or infinite is in a file."""
 
     file: Path
 
@@ -108,7 +108,7 @@ class Profiled:
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that the user may want to mend; the run goes on."""
+    """Something that the user may want to fix; the run goes on."""
 
     message: str
 
@@ -122,7 +122,7 @@ class WorkersLost:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker met an error that the user can mend; the run ends."""
+    """A worker met an error that the user can fix; the run ends."""
 
     message: str
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 class FiniteLoss:
     """Collects the micro-batches' losses of a step on the device, and lets the ranks agree while it works on.
 
-    Losses are known after the forward pass. `ask`, called between the last forward and backward pass of a step, sends
+    WorkerFailureCallback are known after the forward pass. `ask`, called between the last forward and backward pass of a step, sends
     the ranks' answers round while the backward pass runs, so that `ranks`, called after it was launched, waits for no
     more than the forward pass, and the device always has work queued.
     """

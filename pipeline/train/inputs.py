@@ -50,13 +50,13 @@ class Inputs:
         """This rank's micro-batches from `first_step` to the end of the run."""
         return self.loader.run(self._planned(first_step))
 
-    def pictures(self, step: int) -> list[str]:
-        """The pictures of this rank in a step, in words."""
+    def images(self, step: int) -> list[str]:
+        """The images of this rank in a step, in words."""
         positions = np.concatenate([self._positions(step, micro) for micro in range(self._derived.accumulation)])
         return [self.train_index.describe(sample) for sample in self.plan.locate(positions)[1]]
 
     def newly_skipped(self) -> Iterator[tuple[int, str]]:
-        """The damaged training pictures that were met and replaced since the last call, each with its fault."""
+        """The corrupt training images that were met and replaced since the last call, each with its problem."""
         for sample in list(self.loader.skipped)[self._told :]:
             self._told += 1
             yield sample, self.loader.skipped[sample]

@@ -13,7 +13,7 @@ Teacher = Callable[[torch.Tensor], torch.Tensor]
 class Criterion:
     """The mean loss of a micro-batch.
 
-    With a teacher, which maps the same pictures to logits without gradients, it is
+    With a teacher, which maps the same images to logits without gradients, it is
     `(1 - alpha) L(labels) + alpha T^2 KL(teacher / T || student / T)` (Hinton et al. 2015, arXiv 1503.02531).
     """
 
@@ -25,11 +25,11 @@ class Criterion:
         if self._loss.name == "bce":
             loss = self._binary(logits_NK, targets)
         else:
-            loss = F.cross_entropy(logits_NK, targets, label_smoothing=self._loss.smoothing)
+            loss = F.cross_entropy(logits_NK, targets, label_smoothing=self._loss.label_smoothing)
         if self._teacher is None:
             return loss
         answers_NK = self._teacher(images_NCHW)
-        t, alpha = self._loss.temperature, self._loss.alpha
+        t, alpha = self._loss.distillation_temperature, self._loss.distillation_alpha
         divergence = F.kl_div(
             F.log_softmax(logits_NK / t, dim=1),
             F.log_softmax(answers_NK / t, dim=1),
@@ -39,9 +39,9 @@ class Criterion:
         return (1 - alpha) * loss + alpha * t**2 * divergence
 
     def _binary(self, logits_NK: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Each class on its own, mean over pictures and classes (Wightman et al. 2021, arXiv 2110.00476)."""
+        """Each class on its own, mean over images and classes (Wightman et al. 2021, arXiv 2110.00476)."""
         shares_NK = F.one_hot(targets, self._num_classes).float() if targets.ndim == 1 else targets
-        smoothing = self._loss.smoothing
+        smoothing = self._loss.label_smoothing
         return F.binary_cross_entropy_with_logits(
             logits_NK, shares_NK * (1 - smoothing) + smoothing / self._num_classes
         )

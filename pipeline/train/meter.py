@@ -98,7 +98,7 @@ class Meter:
         self._applied += applied
         self._skipped += not applied
 
-    def left_out(self) -> None:
+    def skipped(self) -> None:
         """A step ends whose loss was not finite on some rank: none of its losses has a part in the mean."""
         self._of_step.zero_()
         self._skipped += 1

@@ -1,7 +1,7 @@
 """The share of a GPU's peak arithmetic that training uses."""
 
 from pipeline.config import Model, Precision
-from pipeline.model.nets import size
+from pipeline.model.timm_models import size
 
 # NVIDIA's data sheets, TFLOP/s of dense matrices: fp16 or bf16, and what fp32 convolutions use by default in PyTorch
 # (TF32 where there is one). The first name that the GPU's name contains counts.
@@ -29,7 +29,7 @@ def peak_flops(gpu: str, precision: Precision) -> float | None:
 def utilization(img_per_s: float, model: Model, num_classes: int, side: int, peak: float) -> float:
     """Model FLOPs utilization of one device (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
-    Forward and backward pass of a picture are three times the forward pass, a multiply-add is two operations; what
+    Forward and backward pass of an image are three times the forward pass, a multiply-add is two operations; what
     `model.memory` computes anew does not count.
     """
     return img_per_s * 6 * size(model, num_classes, side).multiply_adds / peak

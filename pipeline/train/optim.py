@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from pipeline.config import Optim
-from pipeline.seams import OPTIMIZERS
+from pipeline.extension_points import OPTIMIZERS
 
 _DECAYED = (nn.Conv2d, nn.Linear)
 _FUSED = ("momentum", "adamw")

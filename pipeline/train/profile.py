@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_file
 
 
 class Profile:
@@ -39,7 +39,7 @@ class Profile:
             return False
         self._profiler.stop()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.file) as aside:
+        with atomic_file(self.file) as aside:
             self._profiler.export_chrome_trace(str(aside))
         self._profiler = None
         return True

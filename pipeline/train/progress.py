@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline.evaluation.counts import accuracy
+from pipeline.formatting import duration, number, speed
 from pipeline.train.events import (
     Evaluated,
     Event,
@@ -21,7 +22,6 @@ from pipeline.train.events import (
     WorkersLost,
     WorkersStarted,
 )
-from pipeline.wording import duration, number, speed
 
 WEIGHTS: dict[Weights, str] = {"raw": "", "ema": "averaged weights "}  # what an accuracy is of
 _SKIPPED_SHOWN = 10  # the workers' logs name all of them

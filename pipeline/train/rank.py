@@ -9,9 +9,9 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
-from pipeline.model.sources import NO_SOURCES, Sources
+from pipeline.model.pretrained import NO_PRETRAINED, Pretrained
+from pipeline.train.batch_size_finder import find_batch_size
 from pipeline.train.events import Report, Warned
-from pipeline.train.fitting import fitting
 from pipeline.train.inputs import Inputs
 from pipeline.train.state import newest_checkpoint
 from pipeline.train.trainer import Trainer
@@ -27,7 +27,7 @@ def train_rank(
     run_dir: Path,
     device: torch.device,
     report: Report,
-    sources: Sources = NO_SOURCES,
+    sources: Pretrained = NO_PRETRAINED,
     resume: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     should_save: Callable[[], bool] = lambda: False,
@@ -39,7 +39,7 @@ def train_rank(
     `hang_timeout_s` a process that has no batch for so long ends, after it has told where it is.
 
     Raises:
-        UserError: what the user can mend.
+        UserError: what the user can fix.
     """
     torch.set_num_threads(derived.cpus_per_worker)
     if device.type == "cuda":
@@ -50,7 +50,7 @@ def train_rank(
 
     newest = newest_checkpoint(config, run_dir, warn)
     with nullcontext() if hang_timeout_s is None else Watchdog(hang_timeout_s) as watchdog:
-        derived = fitting(config, derived, device, warn)
+        derived = find_batch_size(config, derived, device, warn)
         Trainer(
             config,
             derived,

@@ -18,13 +18,13 @@ from pipeline.train.inputs import Inputs
 from pipeline.train.meter import Reading
 from pipeline.train.state import RunState, new_engine, newest_checkpoint
 
-_LOSSES_KEPT = 50  # micro-batches, for the diagnosis of one whose loss is no number
+_LOSSES_KEPT = 50  # micro-batches, for the diagnosis of one whose loss is NaN or infinite
 _LEAST_SCALE = 1.0  # a loss scale below it does not make gradients fit into fp16; DeepSpeed's own ends a run there
 
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step (counted from 0) whose loss is no number on some ranks, with its rate and this rank's last pictures."""
+    """A step (counted from 0) whose loss is NaN or infinite on some ranks, with its rate and this rank's last images."""
 
     step: int
     rate: float
@@ -58,24 +58,24 @@ class Recovery:
         """Keeps a micro-batch's loss, on the device, for the diagnosis."""
         self._losses.append(loss.detach())
 
-    def mend(self, engine: Engine, bad: BadStep) -> Engine:
+    def recover(self, engine: Engine, bad: BadStep) -> Engine:
         """Mends such a step; returns the engine to go on with (a collective). The optimizer has not stepped.
 
         The clock goes on in any case: a step that is left out is left out for ever, and after a return to a checkpoint
-        the pictures since then are not seen again, as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
+        the images since then are not seen again, as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
 
         Raises:
             UserError: the run is to end there, or nothing helps.
         """
         train, state = self._config.train, self._state
-        file, spoiled = self._diagnosed(engine, bad)
+        file, non_finite_weights = self._diagnosed(engine, bad)
         on = ", ".join(map(str, bad.ranks))
-        what = f"the training loss is no number at step {bad.step + 1} (epoch {self._epoch:.2f}) on rank {on}"
-        state.mended += 1
-        if train.on_nan == "skip" and spoiled:
-            what += f", and leaving out steps cannot help any more: {spoiled[0]} itself is not finite"
-        elif train.on_nan != "stop" and state.mended <= train.nan_limit:
-            count = f"{state.mended} of at most {train.nan_limit}, see {file}"
+        what = f"the training loss is NaN or infinite at step {bad.step + 1} (epoch {self._epoch:.2f}) on rank {on}"
+        state.non_finite_steps += 1
+        if train.on_nan == "skip" and non_finite_weights:
+            what += f", and leaving out steps cannot help any more: {non_finite_weights[0]} itself is not finite"
+        elif train.on_nan != "stop" and state.non_finite_steps <= train.nan_limit:
+            count = f"{state.non_finite_steps} of at most {train.nan_limit}, see {file}"
             if train.on_nan == "skip":
                 engine.restore_statistics()
                 engine.step(skip=True)
@@ -88,11 +88,11 @@ class Recovery:
                 engine = new_engine(self._config, self._derived, self._device, self._warn, checkpoint=newest)
                 self._warn(f"{what}: the weights are those of {newest.name} again ({count})")
                 return engine
-        again = f", {state.mended - 1} times before in this run" if state.mended > 1 else ""
+        again = f", {state.non_finite_steps - 1} times before in this run" if state.non_finite_steps > 1 else ""
         raise UserError(
             f"{what}{again}: lower optim.lr (now {self._config.optim.lr:g}), lengthen schedule.warmup_epochs or set "
-            f"optim.clip_grad_norm; train.on_nan=skip or rewind goes on. The checkpoints are sound. What the layers "
-            f"gave, and for which pictures, is in {file}."
+            f"optim.clip_grad_norm; train.on_nan=skip or rewind goes on. The checkpoints are valid. What the layers "
+            f"gave, and for which images, is in {file}."
         )
 
     def check_scale(self, step: int, reading: Reading, scale: float | None) -> None:
@@ -106,7 +106,7 @@ class Recovery:
         raise UserError(
             f"fp16 gradients overflowed in every step up to step {step}, although the loss scale has fallen to "
             f"{scale:g}: the gradients are not finite. Lower optim.lr (now {self._config.optim.lr:g}), or set "
-            f"train.precision=bf16. The checkpoints are sound."
+            f"train.precision=bf16. The checkpoints are valid."
         )
 
     @property
@@ -120,7 +120,7 @@ class Recovery:
         """Writes what is known of such a step, and names the weights that are not finite (a collective)."""
         file = self._run_dir / "diagnosis" / f"step-{bad.step + 1:07d}.json"
         seed_dropout(self._config, bad.step, self._derived.accumulation - 1)
-        spoiled = engine.spoiled()
+        non_finite_weights = engine.non_finite_weights()
         diagnose(
             file,
             {
@@ -129,12 +129,12 @@ class Recovery:
                 "learning_rate": bad.rate,
                 "precision": self._derived.precision,
                 "on_ranks": bad.ranks,
-                "weights_that_are_no_numbers": spoiled,
+                "weights_that_are_no_numbers": non_finite_weights,
             },
-            self._inputs.pictures(bad.step),
+            self._inputs.images(bad.step),
             list(self._losses),
             engine.module,
             lambda: engine.infer(engine.module, bad.images_NCHW),
         )
         self._report(Diagnosed(file))
-        return file, spoiled
+        return file, non_finite_weights

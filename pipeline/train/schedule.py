@@ -2,7 +2,7 @@
 
 from pipeline.config import Schedule
 from pipeline.derived import Derived
-from pipeline.seams import SCHEDULES, Point
+from pipeline.extension_points import SCHEDULES, Point
 
 
 def learning_rate(schedule: Schedule, derived: Derived, samples_seen: int) -> float:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Device, Place, RunConfig
+from pipeline.config import Device, Location, RunConfig
 from pipeline.config_effects import without_effect
 from pipeline.data.dataset import check_classes, check_sizes, open_splits
+from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
-from pipeline.data.made import make_data
 from pipeline.data.staging import fetch_indexes, is_remote
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
+from pipeline.locations import is_uri, with_locations
 from pipeline.model.card import ModelCard
-from pipeline.model.sources import NO_SOURCES, Sources
-from pipeline.places import is_address, with_places
+from pipeline.model.pretrained import NO_PRETRAINED, Pretrained
 from pipeline.train.deepspeed_schema import check_deepspeed
 from pipeline.train.start import find_checkpoint, find_sources
 from pipeline.train.storage import StorageError, storage_of
@@ -34,7 +34,7 @@ class RunSetup:
     derived: Derived
     train_index: DatasetIndex
     val_index: DatasetIndex
-    sources: Sources
+    sources: Pretrained
     start: str
     resume: Path | None
     warnings: tuple[str, ...] = ()
@@ -53,12 +53,12 @@ def new_name(stem: str) -> str:
 def absolute(config: RunConfig, base: Path) -> RunConfig:
     """The config with its paths absolute on this machine; relative ones of what the run writes begin at `base`."""
 
-    def of_this_machine(mark: Place, place: str) -> str:
-        if is_address(place) or mark.kind == "store":  # these are made absolute where they are opened
+    def of_this_machine(mark: Location, place: str) -> str:
+        if is_uri(place) or mark.kind == "store":  # these are made absolute where they are opened
             return place
         return str((base if mark.kind == "output" else Path.cwd()) / Path(place).expanduser())
 
-    return with_places(config, of_this_machine)
+    return with_locations(config, of_this_machine)
 
 
 def set_up(
@@ -81,7 +81,7 @@ def set_up(
     """
     output, told = Path(config.run.output), list(warnings)
     if config.data.root is not None:
-        root = make_data(config.data.root, output)
+        root = generate_data(config.data.root, output)
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
     train_index, val_index = _open_data(config, output / "index", told.append)
     derived = derive(
@@ -113,14 +113,14 @@ def set_up(
         if config.model.weights is not None:
             told.append(f"model.weights={config.model.weights} has no effect: --resume={resume} has the weights")
     told += without_effect(config, derived, embedded)
-    told += _other_normalisation(config, sources)
+    told += _other_normalization(config, sources)
     return RunSetup(config, derived, train_index, val_index, sources, start, found, tuple(told))
 
 
-def _check_sources(config: RunConfig, derived: Derived, sources: Sources, classes: tuple[str, ...]) -> str:
+def _check_sources(config: RunConfig, derived: Derived, sources: Pretrained, classes: tuple[str, ...]) -> str:
     """Tries the weights and the teacher on the model and the data, and says what the run starts from."""
     start = f"random, from seed {config.run.seed}"
-    if sources == NO_SOURCES:
+    if sources == NO_PRETRAINED:
         return start
     from pipeline.model.densenet import create  # torch and timm take seconds to import
     from pipeline.model.weights import load_teacher, load_weights
@@ -144,8 +144,8 @@ def _check_storage(config: RunConfig) -> None:
         raise UserError(f"{error}. Give a folder or an address that this machine can read and write.") from error
 
 
-def _other_normalisation(config: RunConfig, sources: Sources) -> list[str]:
-    """A warning where a model that is started or learned from was trained on pictures of another mean or deviation."""
+def _other_normalization(config: RunConfig, sources: Pretrained) -> list[str]:
+    """A warning where a model that is started or learned from was trained on images of another mean or deviation."""
     warnings = []
     for key, place in (("model.weights", sources.weights), ("loss.teacher", sources.teacher)):
         if place is not None and place.is_dir():
@@ -165,8 +165,8 @@ def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> t
         for index in (train_index, val_index):
             check_sizes(index, data.max_pixels)
         return train_index, val_index
-    skip_damaged = data.on_corrupt == "skip"
-    return open_splits(data.root, data.train, data.val, cache, skip_damaged, warn, data.max_pixels)
+    skip_corrupt = data.on_corrupt == "skip"
+    return open_splits(data.root, data.train, data.val, cache, skip_corrupt, warn, data.max_pixels)
 
 
 def check_writable(output: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.counts import EvalResult
 from pipeline.model.card import CARD, ModelCard, Transform
 from pipeline.model.densenet import create
-from pipeline.model.nets import architecture
+from pipeline.model.timm_models import architecture
 from pipeline.model.weights import load_weights
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
@@ -34,8 +34,8 @@ class RunState:
     """The run's clock, and its best and last evaluations.
 
     `best_at` is the clock of the best evaluation: the most top-1 hits, among equals the lowest loss. An evaluation is
-    that of the better weights, of the raw ones and their moving average; `*_of` says which. `mended` counts the steps
-    whose loss was no number and that the run got over.
+    that of the better weights, of the raw ones and their moving average; `*_of` says which. `non_finite_steps` counts the steps
+    whose loss was NaN or infinite and that the run got over.
     """
 
     samples_seen: int = 0
@@ -45,7 +45,7 @@ class RunState:
     last: EvalResult | None = None
     last_at: int | None = None
     last_of: Weights = "raw"
-    mended: int = 0
+    non_finite_steps: int = 0
 
     def record(self, results: dict[Weights, EvalResult]) -> bool:
         """Keeps the better one of the evaluations made now, and says whether it is the new best."""
@@ -111,35 +111,33 @@ def newest_checkpoint(config: RunConfig, run_dir: Path, warn: Callable[[str], No
     storage, root = storage_of(config), checkpoint_root(run_dir)
     found: list[str | None] = [None]
     if dist.get_rank() == 0:
-        found = [_newest(root, storage, warn)]
+        newest = _newest(root, storage, warn)
+        found = [None if newest is None else newest.name]
     dist.broadcast_object_list(found)
     name = found[0]
     if name is None:
         return None
     reason = None if storage is None else storage.get(name, root)
     if reason is not None:
-        raise StorageError(f"checkpoint {name} came damaged: {reason}")
+        raise StorageError(f"checkpoint {name} came corrupt: {reason}")
     return root / name
 
 
-def _newest(root: Path, storage: Storage | None, warn: Callable[[str], None]) -> str | None:
+def _newest(root: Path, storage: Storage | None, warn: Callable[[str], None]) -> Path | None:
     if storage is None:
-        newest = checkpoint.newest_valid(root, warn)
-        return None if newest is None else newest.name
-    here = {folder.name for folder in checkpoint.checkpoints(root)}
-    there = set(storage.names())
-    for name in sorted(here | there, reverse=True):
-        reason = checkpoint.fault(root / name)
-        if reason is not None and name in there:
-            reason = storage.get(name, root)
-        if reason is None:
-            return name
-        warn(f"checkpoint {root / name} is skipped: {reason}")
-    return None
+        return checkpoint.newest_valid(root, warn)
+    local = {folder.name for folder in checkpoint.checkpoints(root)}
+    stored = set(storage.names())
+
+    def check(folder: Path) -> str | None:
+        reason = checkpoint.verify(folder)
+        return storage.get(folder.name, root) if reason is not None and folder.name in stored else reason
+
+    return checkpoint.first_valid((root / name for name in sorted(local | stored, reverse=True)), check, warn)
 
 
 def resumed(config: RunConfig, derived: Derived, train_index: DatasetIndex, folder: Path) -> RunState:
-    """The state of the run in a sealed checkpoint, of this or another number of workers and ZeRO stage.
+    """The state of the run in a committed checkpoint, of this or another number of workers and ZeRO stage.
 
     Raises:
         UserError: the checkpoint is of another run, or was written under settings that cannot be changed.

@@ -10,7 +10,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import RunConfig
-from pipeline.errors import TrainingError, UserError
+from pipeline.errors import OtherFormatError, TrainingError, UserError
 from pipeline.extras import advice
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import MANIFEST
@@ -50,7 +50,7 @@ class Storage:
             self._files.rm_file(place)
 
     def put(self, folder: Path) -> None:
-        """Copies a sealed checkpoint."""
+        """Copies a committed checkpoint."""
         target = f"{self._base}/{folder.name}"
         with self._naming_address():
             if isinstance(self._files, LocalFileSystem):
@@ -64,22 +64,22 @@ class Storage:
         partial = checkpoint.partial(folder)
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / "fetch.lock"):
-            if checkpoint.fault(folder) is None:
+            if checkpoint.verify(folder) is None:
                 return None
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
                 with self._naming_address():
                     self._files.get_file(f"{self._base}/{name}/{MANIFEST}", str(partial / MANIFEST))
-                    with contextlib.suppress(ValueError):  # the fault is told below
+                    with contextlib.suppress(ValueError, OtherFormatError):  # `verify` finds it below
                         for entry in checkpoint.entries(partial):
                             with contextlib.suppress(FileNotFoundError):
                                 self._files.get_file(f"{self._base}/{name}/{entry}", str(partial / entry))
-                fault = checkpoint.fault(partial)
-                if fault is None:
+                problem = checkpoint.verify(partial)
+                if problem is None:
                     shutil.rmtree(folder, ignore_errors=True)
                     partial.rename(folder)
-                return fault
+                return problem
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 

@@ -17,8 +17,9 @@ from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.evaluation.counts import EvalResult
 from pipeline.evaluation.tables import CONFUSION, write_confusion
-from pipeline.model.sources import NO_SOURCES, Sources
+from pipeline.model.pretrained import NO_PRETRAINED, Pretrained
 from pipeline.model.weights import load_teacher
+from pipeline.train.batch_size_finder import too_large
 from pipeline.train.checkpoint import checkpoint_root, samples_of
 from pipeline.train.dropout import seed_dropout
 from pipeline.train.evaluate import Forward, evaluate
@@ -37,7 +38,6 @@ from pipeline.train.events import (
     Weights,
 )
 from pipeline.train.finite import FiniteLoss
-from pipeline.train.fitting import too_large
 from pipeline.train.inputs import Inputs
 from pipeline.train.loss import Criterion
 from pipeline.train.meter import Meter
@@ -53,9 +53,9 @@ from pipeline.train.writer import Writer
 class Trainer:
     """Trains one model on one rank of a process group that exists already; see `pipeline.train.rank`.
 
-    `report` receives events; it must return at once. Those of rank 0 count; but every rank tells of the damaged
-    training pictures that it met and replaced (`Skipped`). `sources` are the weights to start from and the teacher,
-    where the config asks for them; `resume` is a sealed checkpoint to go on from instead. When `should_stop` is true on
+    `report` receives events; it must return at once. Those of rank 0 count; but every rank tells of the corrupt
+    training images that it met and replaced (`Skipped`). `sources` are the weights to start from and the teacher,
+    where the config asks for them; `resume` is a committed checkpoint to go on from instead. When `should_stop` is true on
     any rank, which all look at when logging, all end after a checkpoint; when `should_save` is, they go on after one.
     `alive` is called with every batch.
     """
@@ -69,7 +69,7 @@ class Trainer:
         run_dir: Path,
         device: torch.device,
         report: Report,
-        sources: Sources = NO_SOURCES,
+        sources: Pretrained = NO_PRETRAINED,
         resume: Path | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         should_save: Callable[[], bool] = lambda: False,
@@ -105,7 +105,7 @@ class Trainer:
         """Trains to the end of the run, and closes the inputs.
 
         Raises:
-            UserError: what the user can mend: damaged pictures, a loss that is no number, too little GPU memory, a last
+            UserError: what the user can fix: corrupt images, a loss that is NaN or infinite, too little GPU memory, a last
                 checkpoint that cannot be written.
         """
         try:
@@ -161,15 +161,15 @@ class Trainer:
             self._meter.add(loss)
             self._recovery.note(loss)
         if wrong := self._finite.ranks():
-            self.engine = self._recovery.mend(self.engine, BadStep(step, rate, batch.images_NCHW, wrong))
-            self._meter.left_out()
+            self.engine = self._recovery.recover(self.engine, BadStep(step, rate, batch.images_NCHW, wrong))
+            self._meter.skipped()
             return
         applied = self.engine.step(measure=measure)
         self._meter.stepped(applied)
         if applied:
             self.engine.update_ema(step + 1)
 
-    def _criterion(self, sources: Sources) -> Criterion:
+    def _criterion(self, sources: Pretrained) -> Criterion:
         """The loss, with the teacher where there is one."""
         teacher = None
         if sources.teacher is not None:
@@ -242,8 +242,8 @@ class Trainer:
                 mfu=mfu,
             )
         )
-        for sample, fault in self.inputs.newly_skipped():
-            self.report(Skipped(sample, fault))
+        for sample, problem in self.inputs.newly_skipped():
+            self.report(Skipped(sample, problem))
         return stop, save
 
     def _evaluate(self) -> bool:
@@ -292,5 +292,5 @@ class Trainer:
         self._stall_s = time.perf_counter() - started
 
     def _saved(self, folder: Path, seconds: float) -> None:
-        """Tells of a sealed checkpoint (in the writer's thread)."""
+        """Tells of a committed checkpoint (in the writer's thread)."""
         self.report(Saved(samples_of(folder), folder, self._stall_s, seconds))

@@ -17,10 +17,10 @@ from pipeline.train import checkpoint
 from pipeline.train.storage import Storage, StorageError
 
 Keep = Callable[[list[Path]], list[Path]]  # of all checkpoints, oldest first
-_ROOM = "Make room or mend the folder, and start again."
+_ROOM = "Make room or fix the folder, and start again."
 _DIVERGED = (
     "The training has diverged, and nothing is registered: lower optim.lr, lengthen schedule.warmup_epochs or set "
-    "optim.clip_grad_norm. The checkpoints before it are sound; the same command goes on from the newest."
+    "optim.clip_grad_norm. The checkpoints before it are valid; the same command goes on from the newest."
 )
 
 
@@ -42,7 +42,7 @@ class Writer:
 
     Use it as a context manager: the end waits for the last one, and is a `UserError` where that could not be written.
     One that cannot be written leaves nothing behind and is told to `warn`; the ones before it stay, and the next one is
-    another try. `written` is told each sealed folder and the seconds that it took. With a `storage`, those that are
+    another try. `written` is told each committed folder and the seconds that it took. With a `storage`, those that are
     kept are kept there too; what it did not take is copied with the next one, or at the end.
     """
 
@@ -72,12 +72,12 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        fault = self.wait()
+        problem = self.wait()
         self._thread.shutdown()
-        if fault is None and kind is None:
-            fault, self._advice = self._store(), _ROOM
-        if fault is not None and kind is None:
-            raise UserError(f"the run's last checkpoint {fault}. {self._advice}")
+        if problem is None and kind is None:
+            problem, self._advice = self._store(), _ROOM
+        if problem is not None and kind is None:
+            raise UserError(f"the run's last checkpoint {problem}. {self._advice}")
 
     def _write(self, folder: Path, contents: Contents, keep: Keep) -> str | None:
         started = time.perf_counter()
@@ -93,14 +93,14 @@ class Writer:
                 checkpoint.write_json(partial / name, tree)
             for name, text in contents.texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
-            checkpoint.seal(folder)
+            checkpoint.commit(folder)
             checkpoint.prune(self._root, keep)
         except Exception as error:  # safetensors tells of a full disk by an error of its own
             shutil.rmtree(partial, ignore_errors=True)
-            fault = f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
+            problem = f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
             self._advice = _DIVERGED if isinstance(error, _NonFinite) else _ROOM
-            self._warn(f"checkpoint {fault}; training goes on, and the checkpoints before it stay")
-            return fault
+            self._warn(f"checkpoint {problem}; training goes on, and the checkpoints before it stay")
+            return problem
         unstored = self._store()
         if unstored is not None:
             self._warn(f"checkpoint {unstored}; training goes on, and it is tried again")

@@ -1,4 +1,4 @@
-"""Small real picture sets."""
+"""Small real image sets."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 
-def write_picture(file: Path, number: int, width: int, height: int, mode: str = "RGB") -> None:
-    """A smooth picture of its own for each number."""
+def write_image(file: Path, number: int, width: int, height: int, mode: str = "RGB") -> None:
+    """A smooth image of its own for each number."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -18,7 +18,7 @@ def write_picture(file: Path, number: int, width: int, height: int, mode: str = 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Callable[..., Path]:
-    """`folders(train=N, val=M)` writes class folders a, b and c of pictures of all sizes, some of them gray."""
+    """`folders(train=N, val=M)` writes class folders a, b and c of images of all sizes, some of them gray."""
 
     def write(train: int = 41, val: int = 12) -> Path:
         root = tmp_path / "set"
@@ -26,7 +26,7 @@ def folders(tmp_path: Path) -> Callable[..., Path]:
             for i in range(count):
                 name = f"{'abc'[i % 3]}/it's {i:03d}.JPEG"
                 mode = "L" if i % 5 == 0 else "RGB"
-                write_picture(root / split / name, i, 32 + 7 * i % 50, 32 + 5 * i % 60, mode)
+                write_image(root / split / name, i, 32 + 7 * i % 50, 32 + 5 * i % 60, mode)
         return root
 
     return write

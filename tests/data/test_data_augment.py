@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipeline.config import Augment, RunConfig
 from pipeline.data import batch_ops
-from pipeline.data.augment import MAGNITUDES, NUM_OPS, Augmentations, Auto, Colour, Erase, Mix, augmentations, tries
+from pipeline.data.augment import MAGNITUDES, NUM_OPS, Augmentations, Auto, Color, Erase, Mix, augmentations, tries
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.dataset import open_splits
@@ -27,11 +27,11 @@ ALL_ON = Augment(
     contrast=0.4,
     saturation=0.4,
     lighting=0.1,
-    auto="randaugment",
-    erase=0.25,
-    mixup=0.2,
-    cutmix=1.0,
-    mix_probability=0.9,
+    auto_augment="randaugment",
+    erase_prob=0.25,
+    mixup_alpha=0.2,
+    cutmix_alpha=1.0,
+    mix_prob=0.9,
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -53,41 +53,41 @@ CRITICAL = 1.95 / np.sqrt(N)  # p = 0.001
 
 def test_what_is_off_is_not_planned():
     assert plan(Augment()) == Augmentations()
-    assert plan(Augment(lighting=0.1)).colour is not None
+    assert plan(Augment(lighting=0.1)).color is not None
 
 
 def test_numbers_depend_on_seed_epoch_and_sample_and_not_on_the_batch():
     whole = plan(ALL_ON, 40)
     for start, stop in ((0, 6), (6, 40)):
         part = plan(ALL_ON, stop - start, first=start)
-        for name in ("colour", "auto", "erase", "mix"):
+        for name in ("color", "auto", "erase", "mix"):
             for field, values in vars(getattr(part, name)).items():
                 assert np.array_equal(values, getattr(getattr(whole, name), field)[start:stop]), (name, field)
-    assert not np.array_equal(plan(ALL_ON, 40, epoch=4).colour.brightness_B, whole.colour.brightness_B)
+    assert not np.array_equal(plan(ALL_ON, 40, epoch=4).color.brightness_B, whole.color.brightness_B)
 
 
-def test_colour_factors_are_uniform_and_lighting_has_the_papers_covariance():
-    colour = plan(Augment(brightness=0.4, contrast=0.2, saturation=0.1, lighting=0.1)).colour
-    for values, strength in ((colour.brightness_B, 0.4), (colour.contrast_B, 0.2), (colour.saturation_B, 0.1)):
+def test_color_factors_are_uniform_and_lighting_has_the_papers_covariance():
+    color = plan(Augment(brightness=0.4, contrast=0.2, saturation=0.1, lighting=0.1)).color
+    for values, strength in ((color.brightness_B, 0.4), (color.contrast_B, 0.2), (color.saturation_B, 0.1)):
         ordered = np.sort(values)
         assert distance(ordered, (ordered - 1 + strength) / (2 * strength)) < CRITICAL
     vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
     expected = vectors @ np.diag((0.1 * np.array([0.2175, 0.0188, 0.0045])) ** 2) @ vectors.T
-    assert np.cov(colour.lighting_B3.T) == pytest.approx(expected, rel=0.1, abs=2e-6)
+    assert np.cov(color.lighting_B3.T) == pytest.approx(expected, rel=0.1, abs=2e-6)
 
 
 def test_shares_follow_the_beta_distribution_and_partners_share_them():
     from scipy.stats import beta
 
-    mix = plan(Augment(mixup=0.2), 2 * N).mix
+    mix = plan(Augment(mixup_alpha=0.2), 2 * N).mix
     assert np.array_equal(mix.blend_B[::2], mix.blend_B[1::2])
     assert np.array_equal(mix.blend_B, mix.weight_B)
     ordered = np.sort(mix.blend_B[::2].astype(float))
     assert distance(ordered, beta(0.2, 0.2).cdf(ordered)) < CRITICAL
 
 
-def test_a_cut_boxs_share_is_its_area_in_the_picture():
-    mix = plan(Augment(cutmix=1.0)).mix
+def test_a_cut_boxs_share_is_its_area_in_the_image():
+    mix = plan(Augment(cutmix_alpha=1.0)).mix
     top, left, height, width = mix.boxes_B4.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= SIDE).all() and (left + width <= SIDE).all()
     assert (mix.blend_B == 1).all()
@@ -96,7 +96,7 @@ def test_a_cut_boxs_share_is_its_area_in_the_picture():
 
 
 def test_pairs_are_mixed_with_the_given_probabilities():
-    mix = plan(Augment(mixup=0.8, cutmix=1.0, mix_probability=0.6, cutmix_share=0.25)).mix
+    mix = plan(Augment(mixup_alpha=0.8, cutmix_alpha=1.0, mix_prob=0.6, mix_switch_prob=0.25)).mix
     cut = mix.boxes_B4[:, 2] > 0
     blended = mix.blend_B < 1
     assert not (cut & blended).any()
@@ -105,7 +105,7 @@ def test_pairs_are_mixed_with_the_given_probabilities():
 
 
 def test_erased_boxes_keep_probability_area_and_ratio_and_lie_inside():
-    erase = plan(Augment(erase=0.3, erase_area=(0.1, 0.2), erase_ratio=(0.5, 2.0))).erase
+    erase = plan(Augment(erase_prob=0.3, erase_scale=(0.1, 0.2), erase_ratio=(0.5, 2.0))).erase
     top, left, height, width = erase.boxes_B4[erase.boxes_B4[:, 2] > 0].T
     assert len(top) / N == pytest.approx(0.3, abs=0.03)
     area = height * width / SIDE**2
@@ -116,40 +116,40 @@ def test_erased_boxes_keep_probability_area_and_ratio_and_lie_inside():
 
 
 def test_operators_and_magnitudes_are_drawn_evenly():
-    auto = plan(Augment(auto="trivialaugment")).auto
+    auto = plan(Augment(auto_augment="trivialaugment")).auto
     assert auto.ops_BM.shape == (N, 1)
     for values, count in ((auto.ops_BM, NUM_OPS), (auto.bins_BM, MAGNITUDES), (auto.signs_BM, 2)):
         counts = np.bincount(values.ravel(), minlength=count)
         assert len(counts) == count
         assert counts == pytest.approx(N / count, rel=0.35)
-    fixed = plan(Augment(auto="randaugment", auto_ops=3, auto_magnitude=12)).auto
+    fixed = plan(Augment(auto_augment="randaugment", randaugment_num_ops=3, randaugment_magnitude=12)).auto
     assert fixed.ops_BM.shape == (N, 3)
     assert (fixed.bins_BM == 12).all()
 
 
-def jittered(x_CHW: torch.Tensor, colour: Colour, i: int, order: tuple[str, ...]) -> torch.Tensor:
+def jittered(x_CHW: torch.Tensor, color: Color, i: int, order: tuple[str, ...]) -> torch.Tensor:
     """fb.resnet.torch's jitter, step by step, on RGB in [0, 1] that is not clamped."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=x_CHW.dtype)[:, None, None]
     for name in order:
         luma_1HW = (weights * x_CHW).sum(0, keepdim=True)
-        factor = float(getattr(colour, f"{name}_B")[i])
+        factor = float(getattr(color, f"{name}_B")[i])
         other = {
             "brightness": 0 * x_CHW,
             "contrast": luma_1HW.mean() + 0 * x_CHW,
             "saturation": luma_1HW.expand(3, -1, -1),
         }
         x_CHW = factor * x_CHW + (1 - factor) * other[name]
-    return x_CHW + torch.from_numpy(colour.lighting_B3[i].astype(np.float64))[:, None, None]
+    return x_CHW + torch.from_numpy(color.lighting_B3[i].astype(np.float64))[:, None, None]
 
 
-def test_colour_equals_the_steps_in_any_order():
-    colour = plan(Augment(brightness=0.4, contrast=0.4, saturation=0.4, lighting=0.1), 6).colour
+def test_color_equals_the_steps_in_any_order():
+    color = plan(Augment(brightness=0.4, contrast=0.4, saturation=0.4, lighting=0.1), 6).color
     x = torch.rand(6, 3, 9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
-    got = batch_ops.colour((x - mean) / std, colour, MEAN, STD) * std + mean
+    got = batch_ops.color((x - mean) / std, color, MEAN, STD) * std + mean
     for order in itertools.permutations(("brightness", "contrast", "saturation")):
         for i in range(6):
-            assert torch.allclose(got[i], jittered(x[i], colour, i, order), atol=1e-6), order
+            assert torch.allclose(got[i], jittered(x[i], color, i, order), atol=1e-6), order
 
 
 def test_erasing_fills_the_box_alone_and_noise_repeats():
@@ -165,7 +165,7 @@ def test_erasing_fills_the_box_alone_and_noise_repeats():
     assert (noisy[0][1] == 7).all()
 
 
-def test_mixing_blends_and_pastes_neighbours():
+def test_mixing_blends_and_pastes_neighbors():
     images = torch.stack([torch.full((3, 4, 4), float(i)) for i in range(4)])
     mix = Mix(
         blend_B=np.array([0.75, 0.75, 1, 1], np.float32),
@@ -217,7 +217,7 @@ def batches(index: DatasetIndex, workers: int, device_batch: int, augment: Augme
 
 @pytest.mark.parametrize("auto", ["none", "randaugment", "trivialaugment"])
 def test_augmented_batches_are_the_same_at_any_world_size(index, auto):
-    config = ALL_ON.model_copy(update={"auto": auto, "auto_ops": 1, "erase_fill": "noise"})
+    config = ALL_ON.model_copy(update={"auto_augment": auto, "randaugment_num_ops": 1, "erase_fill": "noise"})
     whole = batches(index, 1, 12, config)
     assert whole[0].targets.shape == (12, 3)
     assert torch.allclose(whole[0].targets.sum(dim=1), torch.ones(12))
@@ -235,7 +235,7 @@ def test_targets_are_labels_where_nothing_is_mixed(index):
 
 
 def dali_ops(index: DatasetIndex, kind: str, planned: list[tuple[str, int, int]], side: int = 32) -> torch.Tensor:
-    """One picture of 0..255 after each of the operators (name, magnitude's bin, sign)."""
+    """One image of 0..255 after each of the operators (name, magnitude's bin, sign)."""
     names = [op.name for op in suite(kind)]
     n = len(planned)
     columns = np.array([[names.index(name), magnitude, sign] for name, magnitude, sign in planned], np.int32)
@@ -251,7 +251,7 @@ def dali_ops(index: DatasetIndex, kind: str, planned: list[tuple[str, int, int]]
         interpolation="bilinear",
         mean=(0, 0, 0),
         std=(1 / 255, 1 / 255, 1 / 255),
-        augment=Augment(auto=kind, auto_ops=1),
+        augment=Augment(auto_augment=kind, randaugment_num_ops=1),
     ) as reader:
         return next(reader.run([batch])).images_NCHW
 
@@ -261,8 +261,8 @@ def test_the_plans_numbers_choose_dalis_operators(index, kind):
     names = [op.name for op in suite(kind)]
     assert len(names) == NUM_OPS
     plain, *changed = dali_ops(index, kind, [("identity", 0, 0), *((name, 25, 1) for name in names)])
-    for name, picture in zip(names, changed, strict=True):
-        assert torch.equal(picture, plain) == (name == "identity"), name
+    for name, image in zip(names, changed, strict=True):
+        assert torch.equal(image, plain) == (name == "identity"), name
 
 
 def test_operators_equal_torchvisions_where_both_mean_the_same(index):
@@ -278,25 +278,27 @@ def test_operators_equal_torchvisions_where_both_mean_the_same(index):
     ]
     planned = [("identity", 0, 0), *((name, magnitude, sign) for name, magnitude, sign, _ in cases)]
     plain, *got = dali_ops(index, "trivialaugment", planned)
-    for (name, _, _, theirs), picture in zip(cases, got, strict=True):
+    for (name, _, _, theirs), image in zip(cases, got, strict=True):
         expected = theirs(plain.to(torch.uint8)).float()
-        assert (picture - expected).abs().mean() < (8 if name == "translate_x" else 1.5), name
+        assert (image - expected).abs().mean() < (8 if name == "translate_x" else 1.5), name
 
 
 def test_no_random_operator_of_dali_is_in_the_graph(index):
-    with loader(index, 8, Augment(auto="randaugment")) as reader:
+    with loader(index, 8, Augment(auto_augment="randaugment")) as reader:
         graph = reader._pipeline.serialize().decode("latin-1").lower()
     assert "warpaffine" in graph
     assert "random__" not in graph and "coinflip" not in graph
 
 
 def test_mixing_needs_even_device_batches():
-    config = RunConfig.model_validate({"augment": {"mixup": 0.2}, "train": {"global_batch_size": 12, "epochs": 1}})
+    config = RunConfig.model_validate(
+        {"augment": {"mixup_alpha": 0.2}, "train": {"global_batch_size": 12, "epochs": 1}}
+    )
     fixed = {"cpus_per_worker": 1, "device": "cpu", "train_samples": 100, "val_samples": 1, "num_classes": 3}
     assert derive(config, workers=2, **fixed).device_batch_size == 6
     with pytest.raises(ConfigError, match="Set train.global_batch_size to a multiple of 8"):
         derive(config, workers=4, **fixed)
     small = config.model_copy(update={"train": config.train.model_copy(update={"max_device_batch_size": 5})})
     assert derive(small, workers=1, **fixed).device_batch_size == 4
-    with pytest.raises(ValueError, match="erase_area=\\[0.5, 0.2\\] must be two numbers with 0 < low"):
-        Augment(erase_area=(0.5, 0.2))
+    with pytest.raises(ValueError, match="erase_scale=\\[0.5, 0.2\\] must be two numbers with 0 < low"):
+        Augment(erase_scale=(0.5, 0.2))

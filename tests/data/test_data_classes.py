@@ -10,12 +10,12 @@ import pytest
 from pipeline.data.class_names import doubts
 from pipeline.data.dataset import open_split, open_splits
 from pipeline.data.tools.in_place import index_in_place
-from pipeline.data.tools.layouts import recognise
+from pipeline.data.tools.layouts import recognize
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
-from tests.data import made_up
+from tests.data import synthetic
 
 NFC = "\u00e9lan"
 NFD = unicodedata.normalize("NFD", NFC)
@@ -34,7 +34,7 @@ def write(root: Path, train: list[str], val: list[str]) -> Path:
         for i, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for j in range(2):
-                content = made_up.encoded(made_up.picture(10 * i + j + 1000 * (split == "val"), (40, 40)))
+                content = synthetic.encoded(synthetic.image(10 * i + j + 1000 * (split == "val"), (40, 40)))
                 (root / split / name / f"{j}.jpg").write_bytes(content)
     return root
 
@@ -48,7 +48,7 @@ def test_one_class_is_refused_wherever_it_would_be_learned_from(tmp_path):
     with pytest.raises(DataError, match=r"CSV file \(labels.csv may hold them\), `densenet data prepare` makes"):
         told(root)
     with Pool(1) as pool:
-        assert [f.kind for f in verify(root, pool).damage] == ["classes"]
+        assert [f.kind for f in verify(root, pool).corruption] == ["classes"]
         for make in (
             lambda: index_in_place(root, pool),
             lambda: prepare(root, tmp_path / "made", PrepareOptions(), pool),
@@ -75,7 +75,7 @@ def test_classes_without_validation_images_are_named(tmp_path):
     with Pool(1) as pool:
         report = verify(root, pool)
         assert [(f.kind, f.detail) for f in report.findings if f.kind == "absent"] == [("absent", line)]
-        assert report.damage == []
+        assert report.corruption == []
         assert prepare(root, tmp_path / "made", PrepareOptions(), pool).notes == [line]
         assert index_in_place(root, pool)[1] == [line]
     assert told(root) == [line]
@@ -198,15 +198,15 @@ def test_other_names_of_the_validation_split_are_found_by_the_tools(tmp_path):
     root = write(tmp_path / "set", ["a", "b"], ["a", "b"])
     (root / "val").rename(root / "valid")
     (root / "extra").mkdir()
-    assert recognise(root).name == "folders"
+    assert recognize(root).name == "folders"
     with Pool(1) as pool:
         done = prepare(root, tmp_path / "made", PrepareOptions(), pool)
         assert done.notes == ["left out: 1 folders beside the data: extra"]
         assert list(done.manifest.splits) == ["train", "val"]
         index_in_place(root, pool)
-        assert verify(root, pool).damage == []
+        assert verify(root, pool).corruption == []
         (root / "valid" / "a" / "new.jpg").write_bytes(b"x")
-        assert [f.where for f in verify(root, pool).damage] == ["valid/a/new.jpg"]
+        assert [f.where for f in verify(root, pool).corruption] == ["valid/a/new.jpg"]
     assert told(root) == []
     (root / "dataset.json").unlink()
     (root / "dev").mkdir()
@@ -222,8 +222,8 @@ def test_other_names_of_the_validation_split_are_found_by_the_tools(tmp_path):
         (lambda r: (r / "x.csv").write_text("a,b\n"), "x.csv: a list needs a column of images, called `file`"),
     ],
 )
-def test_a_source_that_is_not_recognised_comes_with_a_hint(write_more, message, tmp_path):
+def test_a_source_that_is_not_recognized_comes_with_a_hint(write_more, message, tmp_path):
     write_more(tmp_path)
     with pytest.raises(DataError) as error:
-        recognise(tmp_path)
+        recognize(tmp_path)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Pixels: equal to torchvision's, the same at any world size, and damaged files named."""
+"""Pixels: equal to torchvision's, the same at any world size, and corrupt files named."""
 
 import dataclasses
 import gc
@@ -27,7 +27,7 @@ SIDE = 32
 
 
 def loader(index: DatasetIndex, batch: int = 8, interpolation: str = "bilinear", **rest: object) -> Loader:
-    """Pixels as 0..255, not normalised."""
+    """Pixels as 0..255, not normalized."""
     return Loader(
         index,
         device="cpu",
@@ -194,13 +194,13 @@ def test_a_file_that_dali_cannot_decode_is_named(train_index):
     content = bytearray(file.read_bytes())
     content[4:-2] = b"\x55" * (len(content) - 6)  # start and end marks are there, nothing between them is
     file.write_bytes(content)
-    with pytest.raises(DataError, match="damaged image files") as error:
+    with pytest.raises(DataError, match="corrupt image files") as error:
         run_over(train_index)
     assert str(file) in str(error.value)
     assert str(train_index.path(19)) not in str(error.value)
 
 
-def test_a_damaged_file_is_not_told_before_it_is_asked_for(train_index):
+def test_a_corrupt_file_is_not_told_before_it_is_asked_for(train_index):
     """A run that is left before it keeps its own outcome, and the loader goes on; the run that needs the file fails."""
     file = train_index.path(12)
     content = bytearray(file.read_bytes())
@@ -213,7 +213,7 @@ def test_a_damaged_file_is_not_told_before_it_is_asked_for(train_index):
         next(run)
         run.close()
         assert len(list(reader.run(batches[2:]))) == 3
-        with pytest.raises(DataError, match="damaged image files") as error:
+        with pytest.raises(DataError, match="corrupt image files") as error:
             list(reader.run(batches))
     assert str(file) in str(error.value)
 
@@ -240,7 +240,7 @@ def samples_index(imagenet_samples: Path, tmp_path: Path) -> DatasetIndex:
 
 def assert_close(images_NCHW: torch.Tensor, expected: list[Image.Image], mean: float, most: float) -> None:
     """Pixels of 0..255 differ by no more than `mean` on average, and nowhere by more than `most`."""
-    expected_NCHW = torch.stack([tv.pil_to_tensor(picture) for picture in expected])
+    expected_NCHW = torch.stack([tv.pil_to_tensor(image) for image in expected])
     difference = (images_NCHW - expected_NCHW).abs()
     print(f"mean difference {difference.mean():.4f}, largest {difference.max():.0f} of 255")
     assert difference.mean() <= mean
@@ -261,7 +261,7 @@ def test_evaluation_pixels_equal_torchvisions(samples_index, interpolation, resi
     planned = EvalPlan(samples_index.widths_N, samples_index.heights_N, 256, 224).batch(ids)
     augment = Augment()
     if resized_by == "DALI":  # it does all where it augments; here with the operator that leaves all as it is
-        augment = Augment(auto="trivialaugment")
+        augment = Augment(auto_augment="trivialaugment")
         identity = [op.name for op in suite("trivialaugment")].index("identity")
         nothing = np.zeros((len(ids), 1), np.int32)
         auto = Auto(nothing + identity, nothing, nothing)
@@ -270,14 +270,14 @@ def test_evaluation_pixels_equal_torchvisions(samples_index, interpolation, resi
         (batch,) = reader.run([planned])
     expected = []
     for i in ids:
-        with Image.open(samples_index.path(i)) as picture:  # some are gray, one has an EXIF rotation
-            resized = tv.resize(picture.convert("RGB"), 256, InterpolationMode(interpolation))
+        with Image.open(samples_index.path(i)) as image:  # some are gray, one has an EXIF rotation
+            resized = tv.resize(image.convert("RGB"), 256, InterpolationMode(interpolation))
         expected.append(tv.center_crop(resized, 224))
     assert_close(batch.images_NCHW, expected, mean, most)
 
 
 def test_training_pixels_equal_torchvisions_for_the_same_window(samples_index):
-    """Decoding a window alone leaves the colour of its outermost pixels without neighbours to be smoothed with."""
+    """Decoding a window alone leaves the color of its outermost pixels without neighbors to be smoothed with."""
     planned = train_plan(samples_index).batch(np.arange(len(samples_index)), 224)
     with loader(samples_index, len(planned)) as reader:
         (batch,) = reader.run([planned])
@@ -285,7 +285,7 @@ def test_training_pixels_equal_torchvisions_for_the_same_window(samples_index):
     expected = []
     for i, sample in enumerate(planned.ids_B):
         box = [int(v) for v in (*planned.window_starts_B2[i], *planned.window_shapes_B2[i])]
-        with Image.open(samples_index.path(sample)) as picture:
-            cut = tv.resized_crop(picture.convert("RGB"), *box, [224, 224], InterpolationMode.BILINEAR)
+        with Image.open(samples_index.path(sample)) as image:
+            cut = tv.resized_crop(image.convert("RGB"), *box, [224, 224], InterpolationMode.BILINEAR)
         expected.append(tv.hflip(cut) if planned.flips_B[i] else cut)
     assert_close(batch.images_NCHW, expected, 0.1, 4)

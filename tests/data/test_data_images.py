@@ -1,4 +1,4 @@
-"""Pictures of all kinds: what they are told to be, and what becomes of their colours."""
+"""Images of all kinds: what they are told to be, and what becomes of their colors."""
 
 import io
 
@@ -8,10 +8,10 @@ from PIL import Image
 
 from pipeline.data.folders import probe
 from pipeline.data.images import HEAD, Header, NotAnImage, decode, encode, header, shrink, to_rgb
-from tests.data import made_up
+from tests.data import synthetic
 
-RGB = made_up.picture(1)
-WHOLE = made_up.encoded(RGB)
+RGB = synthetic.image(1)
+WHOLE = synthetic.encoded(RGB)
 
 
 def alpha(mode: str) -> Image.Image:
@@ -34,8 +34,8 @@ def alpha(mode: str) -> Image.Image:
         (RGB.convert("CMYK"), "JPEG"),
     ],
 )
-def test_colours_become_what_pil_makes_of_them(image, kind):
-    content = made_up.encoded(image, kind)
+def test_colors_become_what_pil_makes_of_them(image, kind):
+    content = synthetic.encoded(image, kind)
     head = header(content, content)
     assert (head.format, head.width, head.height) == (kind, 60, 50)
     assert not head.plain_jpeg
@@ -46,19 +46,19 @@ def test_colours_become_what_pil_makes_of_them(image, kind):
 
 def test_sixteen_bits_are_scaled_and_not_cut_off():
     values = np.asarray(RGB.convert("L")).astype(np.uint16)
-    content = made_up.encoded(Image.fromarray(values * 257), "PNG")
+    content = synthetic.encoded(Image.fromarray(values * 257), "PNG")
     assert np.array_equal(np.asarray(to_rgb(decode(content))), values)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_jpegs_decode_to_pils_pixels(mode):
-    content = made_up.encoded(RGB.convert(mode))
+    content = synthetic.encoded(RGB.convert(mode))
     assert header(content, content) == Header("JPEG", 60, 50, mode)
     with Image.open(io.BytesIO(content)) as theirs:
         assert np.array_equal(np.asarray(decode(content)), np.asarray(theirs))
 
 
-def test_bytes_between_whole_parts_are_no_fault_and_holes_are():
+def test_bytes_between_whole_parts_are_no_problem_and_holes_are():
     decode(WHOLE[:-2] + b"\0" * 7 + WHOLE[-2:])
     with pytest.raises(NotAnImage, match="cannot be decoded: .*premature end"):
         decode(WHOLE[: len(WHOLE) // 2] + WHOLE[-2:])
@@ -70,7 +70,7 @@ def test_a_size_behind_large_profiles_is_found(tmp_path):
     (tmp_path / "a.jpg").write_bytes(WHOLE[:2] + comments + WHOLE[2:])
     assert probe(tmp_path / "a.jpg") == Header("JPEG", 60, 50, "RGB")
     (tmp_path / "b.jpg").write_bytes(WHOLE[:2] + comments + b"\xff\xd9")
-    assert "damaged head" in str(probe(tmp_path / "b.jpg"))
+    assert "corrupt head" in str(probe(tmp_path / "b.jpg"))
 
 
 def test_shrinking_keeps_the_ratio_and_never_enlarges():

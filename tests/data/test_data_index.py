@@ -18,7 +18,7 @@ def open_set(root: Path, cache: Path | None = None):
     return open_splits(str(root), "train", "val", cache or root.parent / "cache")
 
 
-def test_rows_are_sorted_and_labelled_by_rank(folders):
+def test_rows_are_sorted_and_labeled_by_rank(folders):
     train, val = open_set(folders())
     assert (len(train), len(val)) == (41, 12)
     assert train.classes == val.classes == ("a", "b", "c")
@@ -26,8 +26,8 @@ def test_rows_are_sorted_and_labelled_by_rank(folders):
     assert paths == sorted(paths)
     assert [train.classes[label] for label in train.labels_N] == [p.split("/")[1] for p in paths]
     for i in (0, 17, 40):
-        with Image.open(train.path(i)) as picture:
-            assert picture.size == (train.widths_N[i], train.heights_N[i])
+        with Image.open(train.path(i)) as image:
+            assert image.size == (train.widths_N[i], train.heights_N[i])
         assert train.read(i).tobytes() == train.path(i).read_bytes()
 
 
@@ -39,7 +39,7 @@ def test_a_val_split_without_some_class_keeps_the_training_labels(folders):
     assert set(open_set(root)[1].labels_N) == {1, 2}
 
 
-def test_sizes_are_those_of_the_stored_picture_whatever_exif_says(folders):
+def test_sizes_are_those_of_the_stored_image_whatever_exif_says(folders):
     root = folders()
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
@@ -135,7 +135,7 @@ def test_a_name_that_is_not_utf8_is_told(folders):
     assert len(open_set(root)[0]) == 42
 
 
-FAULTS = {
+PROBLEMS = {
     "text": (b"hello, world", "is not an image of a known format"),
     "html": (b"<html>404</html>", "is not an image of a known format"),
     "gif": (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "is not an image of a known format"),
@@ -145,10 +145,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_file_that_is_no_whole_image_is_named(folders, fault):
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_file_that_is_no_whole_image_is_named(folders, problem):
     root = folders()
-    content, reason = FAULTS[fault]
+    content, reason = PROBLEMS[problem]
     (root / "train" / "b" / "bad one.JPEG").write_bytes(content)
     with pytest.raises(DataError, match=reason) as error:
         open_set(root)
@@ -192,7 +192,7 @@ def test_png_in_a_jpeg_name_hidden_files_and_clutter_are_fine(folders):
         (lambda r: (r / "train").rename(r / "training"), "no folder 'train' \\(in it: training, val\\)"),
         (lambda r: (r / "train" / "d").mkdir(), "class folders without files: d"),
         (lambda r: (r / "train" / "a" / "sub").mkdir(), "is a folder inside a class folder"),
-        (lambda r: (r / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"x"), "validation pictures are flat"),
+        (lambda r: (r / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"x"), "validation images are flat"),
     ],
 )
 def test_a_wrong_layout_is_told_with_the_right_one(folders, spoil, message):

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.dataset import open_splits
-from pipeline.data.folders import scan_pictures
-from pipeline.data.left_out import LeftOut
+from pipeline.data.folders import scan_images
+from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.listing import HIDDEN, SYSTEM, tree
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
-from tests.data.conftest import write_picture
+from tests.data.conftest import write_image
 
 
 def spoil(folder: Path) -> dict[str, str]:
@@ -46,17 +46,17 @@ def spoil(folder: Path) -> dict[str, str]:
 
 
 def test_what_is_no_file_is_named_and_nothing_hangs(tmp_path):
-    write_picture(tmp_path / "set" / "a.jpg", 0, 40, 40)
-    faults = spoil(tmp_path / "set")
-    index, found, _ = scan_pictures(tmp_path / "set")
+    write_image(tmp_path / "set" / "a.jpg", 0, 40, 40)
+    problems = spoil(tmp_path / "set")
+    index, found, _ = scan_images(tmp_path / "set")
     assert index.table["path"].to_pylist() == ["a.jpg"]
-    assert found == faults
+    assert found == problems
 
 
 def test_linked_folders_are_followed_and_each_is_listed_once(tmp_path):
     root = tmp_path / "set"
     for name in ("set/m/1.jpg", "elsewhere/2.jpg", "elsewhere/deep/3.jpg", "more/4.jpg"):
-        write_picture(tmp_path / name, 0, 40, 40)
+        write_image(tmp_path / name, 0, 40, 40)
     (root / "a-link-to-m").symlink_to("m")
     (root / "out").symlink_to(tmp_path / "elsewhere")
     (root / "out-again").symlink_to(tmp_path / "elsewhere" / "deep")
@@ -66,7 +66,7 @@ def test_linked_folders_are_followed_and_each_is_listed_once(tmp_path):
     (root / "same.jpg").symlink_to("m/1.jpg")
     found = tree(root)
     assert list(found.files) == ["m/1.jpg", "out/2.jpg", "out/deep/3.jpg", "out/onward/4.jpg", "same.jpg"]
-    assert found.faults == {
+    assert found.problems == {
         "a-link-to-m": "is a link to a folder that is listed already, as m",
         "m/up": "is a link to a folder that is listed already, as .",
         "out-again": "is a link to a folder that is listed already, as out/deep",
@@ -81,30 +81,30 @@ def test_hidden_files_are_counted(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     found = tree(tmp_path)
     assert list(found.files) == ["a.jpg"]
-    assert found.left_out.counts() == {SYSTEM: 5, HIDDEN: 2}
-    assert found.left_out.lines(without=SYSTEM) == [f"2 {HIDDEN}: .git, .hidden.jpg"]
+    assert found.ignored.counts() == {SYSTEM: 5, HIDDEN: 2}
+    assert found.ignored.lines(without=SYSTEM) == [f"2 {HIDDEN}: .git, .hidden.jpg"]
 
 
 def test_counts_of_several_processes_are_one():
-    first, second = LeftOut(), LeftOut()
+    first, second = IgnoredFiles(), IgnoredFiles()
     for i in range(5):
         first.add("files", str(i))
     second.add("files", "5")
     second.add("links", "x")
     first.merge(second)
     assert first.lines() == ["6 files: 0, 1, 2, ...", "1 links: x"]
-    assert not LeftOut()
+    assert not IgnoredFiles()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
-    assert tree(tmp_path).faults == {"closed": "cannot be listed (Permission denied)"}
+    assert tree(tmp_path).problems == {"closed": "cannot be listed (Permission denied)"}
 
 
 def test_class_folders_with_what_is_no_file_are_refused_by_name_or_left_out(folders, tmp_path):
     root = folders()
-    faults = spoil(root / "train" / "b")
+    problems = spoil(root / "train" / "b")
     with pytest.raises(DataError) as error:
         open_splits(str(root), "train", "val", tmp_path / "cache")
     assert "7 of 48 files in" in str(error.value)
@@ -112,17 +112,19 @@ def test_class_folders_with_what_is_no_file_are_refused_by_name_or_left_out(fold
     train, _ = open_splits(str(root), "train", "val", tmp_path / "cache", True, told.append)
     assert len(train) == 41
     assert told[0].startswith("7 of 48 training files are left out:")
-    for name in sorted(faults.keys() - {"\\xff.jpg"})[:5]:
-        assert f"\n  train/b/{name}: {faults[name]}\n" in str(error.value)
-        assert f"\n  train/b/{name}: {faults[name]}\n" in told[0]
+    for name in sorted(problems.keys() - {"\\xff.jpg"})[:5]:
+        assert f"\n  train/b/{name}: {problems[name]}\n" in str(error.value)
+        assert f"\n  train/b/{name}: {problems[name]}\n" in told[0]
     with Pool(1) as pool:
         report = verify(root, pool)
-        assert {f.where: f.detail for f in report.damage} == {f"train/b/{n}": fault for n, fault in faults.items()}
+        assert {f.where: f.detail for f in report.corruption} == {
+            f"train/b/{n}": problem for n, problem in problems.items()
+        }
         assert stats(root, 0, pool).splits["train"].unreadable == 7
-        with pytest.raises(DataError, match="7 damaged pictures in"):
+        with pytest.raises(DataError, match="7 corrupt images in"):
             prepare(root, tmp_path / "refused", PrepareOptions(), pool)
-        done = prepare(root, tmp_path / "made", PrepareOptions(), pool, skip_damaged=True)
-    assert len(done.left_out) == 7
+        done = prepare(root, tmp_path / "made", PrepareOptions(), pool, skip_corrupt=True)
+    assert len(done.ignored) == 7
     assert done.manifest.splits["train"].samples == 41
 
 

@@ -8,12 +8,12 @@ import pytest
 
 from pipeline.data.dataset import open_splits
 from pipeline.data.tools.in_place import index_in_place
-from pipeline.data.tools.layouts import recognise
+from pipeline.data.tools.layouts import recognize
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
-from tests.data import made_up
+from tests.data import synthetic
 
 CLASSES = ("cat", "dog")
 
@@ -24,7 +24,7 @@ def images(tmp_path) -> Path:
     for split, count in (("train", 6), ("val", 4)):
         (tmp_path / "source" / split / "images").mkdir(parents=True)
         for i in range(count):
-            content = made_up.encoded(made_up.picture(i + 10 * (split == "val"), (40, 40)))
+            content = synthetic.encoded(synthetic.image(i + 10 * (split == "val"), (40, 40)))
             (tmp_path / "source" / split / "images" / f"{split}{i}.jpg").write_bytes(content)
     return tmp_path / "source"
 
@@ -55,7 +55,7 @@ def made(source: Path) -> PreparedSet:
 )
 def test_a_list_labels_the_images_beside_it(content, images):
     (images / "labels.csv").write_text(content, encoding="utf-8")
-    assert recognise(images).name == "list"
+    assert recognize(images).name == "list"
     assert made(images).notes == []
     for index in open_splits(str(images.parent / "set"), "train", "val", images.parent):
         assert index.classes == CLASSES
@@ -77,7 +77,7 @@ def test_images_of_a_test_split_notes_and_labels_without_an_image_are_counted(im
     (images / "labels.csv").write_text(content + "gone.jpg,cat,train\ntest/9.jpg,cat,test\n")
     (images / "test").mkdir()
     for name in ("8.jpg", "9.jpg"):
-        (images / "test" / name).write_bytes(made_up.encoded(made_up.picture(9)))
+        (images / "test" / name).write_bytes(synthetic.encoded(synthetic.image(9)))
     (images / "notes.txt").write_text("x")
     (images / "sizes.csv").write_text("a,b\n")
     assert made(images).notes == [
@@ -92,7 +92,7 @@ def test_images_of_a_test_split_notes_and_labels_without_an_image_are_counted(im
 def test_labels_that_are_numbers_keep_their_order(images):
     (images / "labels.csv").write_text(lines("{split}{i}.jpg,{i}", "file", "label").replace(".jpg,5", ".jpg,10"))
     for i in range(4, 6):
-        (images / "val" / "images" / f"val{i}.jpg").write_bytes(made_up.encoded(made_up.picture(i)))
+        (images / "val" / "images" / f"val{i}.jpg").write_bytes(synthetic.encoded(synthetic.image(i)))
     with (images / "labels.csv").open("a") as file:
         file.write("val4.jpg,4\nval5.jpg,10\n")
     done = made(images)
@@ -104,11 +104,11 @@ def test_it_is_indexed_where_it_lies_and_prepared_from_there_as_class_folders(im
     (images / "labels.csv").write_text(lines("{split}{i}.jpg,{kind}", "file", "label"))
     (images / "train" / "metadata.csv").write_text("a,b\n")
     with Pool(1) as pool:
-        assert verify(images, pool).damage == []
+        assert verify(images, pool).corruption == []
         index_in_place(images, pool)
-        assert verify(images, pool).damage == []
+        assert verify(images, pool).corruption == []
         shutil.copy(images / "val" / "images" / "val0.jpg", images / "val" / "new.jpg")
-        assert [(f.kind, f.where) for f in verify(images, pool).damage] == [("unlisted", "val/new.jpg")]
+        assert [(f.kind, f.where) for f in verify(images, pool).corruption] == [("unlisted", "val/new.jpg")]
         train, _ = open_splits(str(images), "train", "val", images.parent)
         assert train.labels_N.tolist() == [0, 0, 0, 1, 1, 1]
         prepare(images, images.parent / "set", PrepareOptions(to="folders"), pool)
@@ -117,11 +117,11 @@ def test_it_is_indexed_where_it_lies_and_prepared_from_there_as_class_folders(im
 
 
 def test_a_flat_validation_folder_beside_class_folders_takes_a_list(tmp_path):
-    tree = made_up.pictures()
-    made_up.write_folders(tmp_path / "source", tree, flat_val=True)
+    tree = synthetic.images()
+    synthetic.write_folders(tmp_path / "source", tree, flat_val=True)
     rows = [f"{name},{wnid}" for wnid, files in tree["val"].items() for name in files]
     (tmp_path / "source" / "val.csv").write_text("\n".join(["file,label", *rows]))
-    assert recognise(tmp_path / "source").name == "folders"
+    assert recognize(tmp_path / "source").name == "folders"
     made(tmp_path / "source")
     val = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)[1]
     names = val.table["name"].to_pylist()

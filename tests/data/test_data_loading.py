@@ -1,4 +1,4 @@
-"""Loading: shards like folders, damage that is replaced, sizes that change, nothing left behind."""
+"""Loading: shards like folders, corruption that is replaced, sizes that change, nothing left behind."""
 
 import gc
 import threading
@@ -17,7 +17,7 @@ from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, w
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import DataError
-from tests.data import made_up
+from tests.data import synthetic
 
 SIDE = 32
 
@@ -46,7 +46,7 @@ def run(reader: Loader, plan: TrainPlan, steps: int = 12, batch: int = 6) -> tup
 
 
 def make(tmp_path: Path, to: str) -> DatasetIndex:
-    made_up.write_folders(tmp_path / "source", made_up.pictures())
+    synthetic.write_folders(tmp_path / "source", synthetic.images())
     with Pool(1) as pool:
         prepare(tmp_path / "source", tmp_path / to, PrepareOptions(to=to, shard_bytes=20_000), pool)
     return open_splits(str(tmp_path / to), "train", "val", tmp_path)[0]
@@ -74,7 +74,7 @@ def test_any_number_of_reading_threads_gives_the_same(readers, tmp_path):
     assert torch.equal(images, expected)
 
 
-def test_pictures_may_change_their_size_from_batch_to_batch(tmp_path):
+def test_images_may_change_their_size_from_batch_to_batch(tmp_path):
     index = make(tmp_path, "shards")
     plan = train_plan(index)
     with loader(index) as reader:
@@ -92,8 +92,8 @@ def overwrite(index: DatasetIndex, sample: int, content: bytes) -> None:
 
 
 @pytest.fixture
-def damaged(folders, tmp_path) -> tuple[DatasetIndex, set[int]]:
-    """Class folders with pictures that fail in different ways: in reading, and only in DALI."""
+def corrupt(folders, tmp_path) -> tuple[DatasetIndex, set[int]]:
+    """Class folders with images that fail in different ways: in reading, and only in DALI."""
     root = folders()
     index, _ = open_splits(str(root), "train", "val", tmp_path / "cache")
     overwrite(index, 5, b"<html>")
@@ -105,15 +105,15 @@ def damaged(folders, tmp_path) -> tuple[DatasetIndex, set[int]]:
     return index, {5, 11, 23}
 
 
-def test_damaged_pictures_end_a_run_unless_they_may_be_skipped(damaged):
-    index, bad = damaged
+def test_corrupt_images_end_a_run_unless_they_may_be_skipped(corrupt):
+    index, bad = corrupt
     with loader(index) as reader, pytest.raises(DataError) as error:
         run(reader, train_plan(index))
     assert any(str(index.path(sample)) in str(error.value) for sample in bad)
 
 
-def test_damaged_pictures_are_replaced_alike_at_any_world_size(damaged):
-    index, bad = damaged
+def test_corrupt_images_are_replaced_alike_at_any_world_size(corrupt):
+    index, bad = corrupt
     plan = train_plan(index)
     with loader(index, skip_by=plan) as reader:
         images, ids = run(reader, plan)
@@ -124,7 +124,7 @@ def test_damaged_pictures_are_replaced_alike_at_any_world_size(damaged):
     planned = [int(i) for i in plan.locate(np.arange(72))[1]]
     assert all(i not in bad for i in ids)
     assert [i for i, p in zip(ids, planned, strict=True) if p not in bad] == [p for p in planned if p not in bad]
-    assert (images.flatten(1).amax(dim=1) > 0).all()  # never a black picture
+    assert (images.flatten(1).amax(dim=1) > 0).all()  # never a black image
     by_rank = []
     for rank in range(2):
         with loader(index, 3, skip_by=plan) as reader:
@@ -157,8 +157,8 @@ def test_storage_that_is_gone_is_not_passed_over(tmp_path):
         run(reader, plan)
 
 
-def test_a_data_set_that_is_damaged_all_over_ends_the_run(damaged):
-    index, _ = damaged
+def test_a_data_set_that_is_corrupt_all_over_ends_the_run(corrupt):
+    index, _ = corrupt
     for sample in range(len(index)):
         overwrite(index, sample, b"x")
     with (

@@ -15,7 +15,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import ConfigError, DataError, UserError
-from tests.data.conftest import write_picture
+from tests.data.conftest import write_image
 
 TRAIN, VAL, SIDE = 41, 13, 32
 
@@ -98,11 +98,11 @@ def test_evaluation_gives_each_image_once_over_all_ranks(data):
 
 
 def test_pixels_are_those_of_the_config(data):
-    grey = pipeline.load_config({"model": {"in_chans": 1}, "data": {"mean": [0, 0, 0], "std": [1, 1, 1]}})
-    (batch, *_) = data.batches("val", 4, image_size=SIDE, config=grey)
+    gray = pipeline.load_config({"model": {"in_chans": 1}, "data": {"mean": [0, 0, 0], "std": [1, 1, 1]}})
+    (batch, *_) = data.batches("val", 4, image_size=SIDE, config=gray)
     assert batch.images_NCHW.shape == (4, 1, SIDE, SIDE)
     assert batch.images_NCHW.min() >= 0 and batch.images_NCHW.max() <= 1
-    mixed = pipeline.load_config({"augment": {"mixup": 0.2}, "data": {"image_size": 48}})
+    mixed = pipeline.load_config({"augment": {"mixup_alpha": 0.2}, "data": {"image_size": 48}})
     (batch, *_) = data.batches("train", 4, config=mixed)
     assert batch.images_NCHW.shape == (4, 3, 48, 48)
     assert batch.targets.shape == (4, 3)
@@ -172,19 +172,19 @@ def test_class_folders_alone_are_one_split(data, tmp_path):
 def test_labels_are_ranks_in_the_training_classes(tmp_path):
     for split, classes in (("train", "abc"), ("val", "bc")):
         for name in classes:
-            write_picture(tmp_path / "set" / split / name / "1.JPEG", 1, 40, 40)
+            write_image(tmp_path / "set" / split / name / "1.JPEG", 1, 40, 40)
     data = pipeline.open_dataset(tmp_path / "set", cache=tmp_path / "cache")
     with pytest.warns(UserWarning, match="a"):
         assert data.index("val").labels_N.tolist() == [1, 2]
 
 
-def test_the_demonstrations_pictures_have_a_name(tmp_path):
+def test_the_demonstrations_images_have_a_name(tmp_path):
     data = pipeline.open_dataset("digits://", cache=tmp_path)
     assert data.sizes == {"train": 1437, "val": 360}
     assert data.classes == tuple("0123456789")
 
 
-def test_damaged_pictures_are_errors_or_replaced(data):
+def test_corrupt_images_are_errors_or_replaced(data):
     file = data.index("train").path(3)
     whole = file.read_bytes()
     file.write_bytes(whole[:-40] + bytes(40))  # of the same size, without its end
@@ -208,10 +208,10 @@ def test_damaged_pictures_are_errors_or_replaced(data):
         ({"start": -1}, "start=-1 must be from 0 to"),
         ({"start": 90, "stop": 80}, "start=90 must be from 0 to the end of the batches, which is at 80 samples"),
         ({"stop": 80, "epochs": 2}, "stop=80 and epochs=2 both say"),
-        ({"training": False, "start": 7}, "start=7 has no effect where each picture comes once"),
+        ({"training": False, "start": 7}, "start=7 has no effect where each image comes once"),
         ({"split": "test"}, "has no split 'test', it has train, val"),
         ({"config": {"data": {"shuffle": "windowed"}}}, "data.shuffle=windowed .* there are none"),
-        ({"config": {"augment": {"mixup": 0.2}}, "batch_size": 6, "world_size": 2}, "mix pairs of pictures"),
+        ({"config": {"augment": {"mixup_alpha": 0.2}}, "batch_size": 6, "world_size": 2}, "mix pairs of images"),
     ],
 )
 def test_values_that_do_not_fit_are_named(data, options, message):
@@ -227,8 +227,8 @@ def test_places_that_are_no_data_set_are_named(tmp_path):
         pipeline.open_dataset(tmp_path / "gone")
     with pytest.raises(DataError, match=r"s3://bucket/set is an address: give stage=FOLDER"):
         pipeline.open_dataset("s3://bucket/set")
-    with pytest.raises(ConfigError, match=r"the config is not a valid config:\n  data.flip: .* got 7"):
-        pipeline.load_config({"data": {"flip": 7}})
+    with pytest.raises(ConfigError, match=r"the config is not a valid config:\n  data.hflip: .* got 7"):
+        pipeline.load_config({"data": {"hflip": 7}})
 
 
 def test_an_address_is_staged(data, tmp_path):

@@ -34,9 +34,9 @@ def plan(n: int = 103, **changes: object) -> TrainPlan:
         "seed": 7,
         "widths_N": rng.integers(40, 900, n),
         "heights_N": rng.integers(40, 900, n),
-        "crop_area": (0.08, 1.0),
-        "crop_ratio": (3 / 4, 4 / 3),
-        "flip": 0.5,
+        "scale": (0.08, 1.0),
+        "ratio": (3 / 4, 4 / 3),
+        "hflip": 0.5,
     }
     return TrainPlan(**(arguments | changes))
 
@@ -103,9 +103,9 @@ def test_crops_are_distributed_as_torchvisions():
     p = plan(n, widths_N=np.full(n, 500), heights_N=np.full(n, 375))
     b = p.batch(np.arange(n), 32)
     torch.manual_seed(0)
-    picture = torch.empty(3, 375, 500)
+    image = torch.empty(3, 375, 500)
     crop = v2.RandomResizedCrop(32)
-    theirs = [crop.make_params([picture]) for _ in range(n)]
+    theirs = [crop.make_params([image]) for _ in range(n)]
     pairs = {
         "top": (b.window_starts_B2[:, 0], [t["top"] for t in theirs]),
         "left": (b.window_starts_B2[:, 1], [t["left"] for t in theirs]),
@@ -123,8 +123,8 @@ def cdf(values: object, grid: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("width", "height", "window"), [(1000, 10, (10, 13)), (10, 1000, (13, 10))])
-def test_pictures_that_no_try_fits_get_the_largest_centred_window(width, height, window):
-    b = plan(1, widths_N=np.array([width]), heights_N=np.array([height]), crop_area=(0.9, 1.0)).batch(np.arange(1), 32)
+def test_images_that_no_try_fits_get_the_largest_centered_window(width, height, window):
+    b = plan(1, widths_N=np.array([width]), heights_N=np.array([height]), scale=(0.9, 1.0)).batch(np.arange(1), 32)
     assert tuple(b.window_shapes_B2[0]) == window
     assert tuple(b.window_starts_B2[0]) == ((height - window[0]) // 2, (width - window[1]) // 2)
 
@@ -134,8 +134,8 @@ def test_eval_sizes_and_origins_follow_torchvisions_rule():
     widths, heights = rng.integers(20, 600, 200), rng.integers(20, 600, 200)
     b = EvalPlan(widths, heights, resize=64, crop=51).batch(np.arange(200))
     for i in range(200):
-        picture = torch.zeros(1, int(heights[i]), int(widths[i]), dtype=torch.uint8)
-        resized = v2.functional.resize(picture, [64])
+        image = torch.zeros(1, int(heights[i]), int(widths[i]), dtype=torch.uint8)
+        resized = v2.functional.resize(image, [64])
         assert tuple(b.sizes_B2[i]) == tuple(resized.shape[1:])
         h, w = resized.shape[1:]
         assert tuple(b.origins_B2[i]) == (round((h - 51) / 2.0), round((w - 51) / 2.0))

@@ -1,4 +1,4 @@
-"""Preparation: every layout, the same bytes every time, restarts, damage."""
+"""Preparation: every layout, the same bytes every time, restarts, corruption."""
 
 import io
 import json
@@ -19,12 +19,12 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits, read_manifest
 from pipeline.data.images import quiet
-from pipeline.data.tools.layouts import recognise
+from pipeline.data.tools.layouts import recognize
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
 from pipeline.errors import DataError
-from tests.data import made_up
-from tests.data.made_up import CLASSES
+from tests.data import synthetic
+from tests.data.synthetic import CLASSES
 
 SMALL = PrepareOptions(shard_bytes=20_000)
 
@@ -46,24 +46,24 @@ def labels_by_name(root: Path) -> dict[str, dict[str, int]]:
 
 @pytest.fixture
 def ilsvrc(tmp_path) -> Path:
-    made_up.write_ilsvrc(tmp_path / "ilsvrc", made_up.pictures())
+    synthetic.write_ilsvrc(tmp_path / "ilsvrc", synthetic.images())
     return tmp_path / "ilsvrc"
 
 
-WRITERS: dict[str, Callable[[Path, made_up.Pictures], None]] = {
-    "ilsvrc": made_up.write_ilsvrc,
-    "kaggle": made_up.write_kaggle,
-    "parquet": made_up.write_parquet,
-    "webdataset": made_up.write_webdataset,
-    "folders": made_up.write_folders,
+WRITERS: dict[str, Callable[[Path, synthetic.Images], None]] = {
+    "ilsvrc": synthetic.write_ilsvrc,
+    "kaggle": synthetic.write_kaggle,
+    "parquet": synthetic.write_parquet,
+    "webdataset": synthetic.write_webdataset,
+    "folders": synthetic.write_folders,
 }
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_each_layout_is_recognised_and_its_pictures_keep_their_class(layout, tmp_path):
-    tree = made_up.pictures()
+def test_each_layout_is_recognized_and_its_images_keep_their_class(layout, tmp_path):
+    tree = synthetic.images()
     WRITERS[layout](tmp_path / "source", tree)
-    assert recognise(tmp_path / "source").name == layout
+    assert recognize(tmp_path / "source").name == layout
     run(tmp_path / "source", tmp_path / "set")
     for split, index in zip(tree, open_splits(str(tmp_path / "set"), "train", "val", tmp_path), strict=True):
         assert index.classes == CLASSES
@@ -86,10 +86,10 @@ def test_labels_are_ranks_of_the_ids_and_not_the_kits_own_numbers(ilsvrc, tmp_pa
             assert CLASSES[label] == name.partition("/")[0]
 
 
-@pytest.mark.parametrize("flat_labels", [made_up.write_devkit, made_up.write_kaggle_labels])
+@pytest.mark.parametrize("flat_labels", [synthetic.write_devkit, synthetic.write_kaggle_labels])
 def test_a_flat_validation_folder_needs_a_list_of_labels_beside_it(flat_labels, tmp_path):
-    tree = made_up.pictures()
-    made_up.write_folders(tmp_path / "source", tree, flat_val=True)
+    tree = synthetic.images()
+    synthetic.write_folders(tmp_path / "source", tree, flat_val=True)
     with pytest.raises(DataError, match="is flat: .* would be one class. Put ILSVRC2012_devkit_t12.tar.gz or"):
         run(tmp_path / "source", tmp_path / "set")
     flat_labels(tmp_path / "source", tree)
@@ -97,7 +97,7 @@ def test_a_flat_validation_folder_needs_a_list_of_labels_beside_it(flat_labels, 
     assert labels_by_name(tmp_path / "set")["val"]["n04557648/ILSVRC2012_val_00000001.JPEG"] == 2
 
 
-def test_odd_pictures_come_out_as_plain_jpegs_of_the_same_colours(ilsvrc, tmp_path):
+def test_odd_images_come_out_as_plain_jpegs_of_the_same_colors(ilsvrc, tmp_path):
     done = run(ilsvrc, tmp_path / "set")
     assert done.manifest.made["converted"] == 3
     train, _ = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)
@@ -108,7 +108,7 @@ def test_odd_pictures_come_out_as_plain_jpegs_of_the_same_colours(ilsvrc, tmp_pa
             assert image.size == (train.widths_N[i], train.heights_N[i])
     for number, name in ((50, "2933"), (51, "cmyk"), (52, "ycck")):
         with Image.open(io.BytesIO(train.read(names.index(f"n02105855/n02105855_{name}.JPEG")))) as image:
-            expected = np.asarray(made_up.picture(number), np.float64)
+            expected = np.asarray(synthetic.image(number), np.float64)
             assert np.abs(np.asarray(image, np.float64) - expected).mean() < 6, name
     turned = names.index("n02105855/n02105855_turned.JPEG")
     assert (train.widths_N[turned], train.heights_N[turned]) == (80, 40)  # as stored: nothing is rotated
@@ -146,9 +146,9 @@ def test_shards_are_in_a_shuffled_order(ilsvrc, tmp_path):
 
 
 def test_class_folders_as_target(ilsvrc, tmp_path):
-    tree = made_up.pictures()
-    tree["train"]["n01440764"]["a.png"] = made_up.encoded(made_up.picture(80), "PNG")
-    made_up.write_ilsvrc(ilsvrc, tree)
+    tree = synthetic.images()
+    tree["train"]["n01440764"]["a.png"] = synthetic.encoded(synthetic.image(80), "PNG")
+    synthetic.write_ilsvrc(ilsvrc, tree)
     run(ilsvrc, tmp_path / "set", PrepareOptions(to="folders"))
     root = tmp_path / "set"
     assert (root / "train" / "n01440764" / "n01440764_0.JPEG").read_bytes() == tree["train"]["n01440764"][
@@ -162,11 +162,11 @@ def test_class_folders_as_target(ilsvrc, tmp_path):
     )
 
 
-def test_reencoding_limits_the_shorter_side_and_never_grows_a_picture(tmp_path):
-    tree = made_up.pictures()
-    tree["train"]["n01440764"]["big.JPEG"] = made_up.encoded(made_up.picture(90, (800, 600)), quality=98)
-    tree["train"]["n01440764"]["rough.JPEG"] = made_up.encoded(made_up.picture(91), quality=20)
-    made_up.write_folders(tmp_path / "source", tree)
+def test_reencoding_limits_the_shorter_side_and_never_grows_a_image(tmp_path):
+    tree = synthetic.images()
+    tree["train"]["n01440764"]["big.JPEG"] = synthetic.encoded(synthetic.image(90, (800, 600)), quality=98)
+    tree["train"]["n01440764"]["rough.JPEG"] = synthetic.encoded(synthetic.image(91), quality=20)
+    synthetic.write_folders(tmp_path / "source", tree)
     run(tmp_path / "source", tmp_path / "set", PrepareOptions(shorter_side=48, quality=90))
     train, _ = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)
     assert (np.minimum(train.widths_N, train.heights_N) <= 48).all()
@@ -183,7 +183,7 @@ def test_a_prepared_set_is_a_source_too(ilsvrc, tmp_path):
     for to in ("shards", "folders"):
         run(ilsvrc, tmp_path / to, PrepareOptions(to=to))
         run(tmp_path / to, tmp_path / f"from-{to}", PrepareOptions(to="folders", shorter_side=40))
-        assert recognise(tmp_path / to).name == "prepared"
+        assert recognize(tmp_path / to).name == "prepared"
     assert contents(tmp_path / "from-folders" / "train") == contents(tmp_path / "from-shards" / "train")
 
 
@@ -202,10 +202,10 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_killed_half_way_and_started_again_it_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    tree = made_up.pictures()
+    tree = synthetic.images()
     for i in range(60):
-        tree["train"]["n01440764"][f"more_{i}.JPEG"] = made_up.encoded(made_up.picture(200 + i, (640, 480)))
-    made_up.write_ilsvrc(tmp_path / "source", tree)
+        tree["train"]["n01440764"][f"more_{i}.JPEG"] = synthetic.encoded(synthetic.image(200 + i, (640, 480)))
+    synthetic.write_ilsvrc(tmp_path / "source", tree)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     target = tmp_path / "set"
@@ -222,7 +222,7 @@ def test_killed_half_way_and_started_again_it_goes_on_and_ends_with_the_same_byt
     finished = {f: f.stat().st_mtime_ns for f in target.glob("*/*.tar")}
     assert finished
     (target / ".prepare" / "train-000099.123.tmp").write_bytes(b"half")
-    with pytest.raises(DataError, match="unfinished preparation of other pictures, with other options"):
+    with pytest.raises(DataError, match="unfinished preparation of other images, with other options"):
         run(tmp_path / "source", target, PrepareOptions(shard_bytes=60_000, shorter_side=200))
     again = run(tmp_path / "source", target, PrepareOptions(shard_bytes=60_000, shorter_side=300))
     assert 0 < again.parts_found < again.parts
@@ -234,7 +234,7 @@ def test_killed_half_way_and_started_again_it_goes_on_and_ends_with_the_same_byt
 @pytest.mark.parametrize("layout", ["ilsvrc", "parquet"])
 def test_shares_on_several_machines_make_the_same_bytes_as_one_process(layout, tmp_path):
     source = tmp_path / "source"
-    WRITERS[layout](source, made_up.pictures())
+    WRITERS[layout](source, synthetic.images())
     whole = run(source, tmp_path / "whole")
     target = tmp_path / "set"
     done = [run(source, target, share=(k, 3)) for k in (2, 0)]
@@ -269,30 +269,30 @@ def test_a_finished_set_is_left_alone_and_another_is_refused(ilsvrc, tmp_path):
         run(ilsvrc, tmp_path / "set", PrepareOptions(shard_bytes=20_000, seed=9))
 
 
-def test_damaged_pictures_are_all_named_or_left_out(tmp_path):
-    tree = made_up.pictures()
+def test_corrupt_images_are_all_named_or_left_out(tmp_path):
+    tree = synthetic.images()
     files = tree["train"]["n01440764"]
     files["cut.JPEG"] = files["n01440764_0.JPEG"][:-40]
     files["page.JPEG"] = b"<html>404 Not Found</html>"
     files["empty.JPEG"] = b""
-    made_up.write_ilsvrc(tmp_path / "source", tree)
+    synthetic.write_ilsvrc(tmp_path / "source", tree)
     with pytest.raises(DataError) as error:
         run(tmp_path / "source", tmp_path / "set")
-    for words in ("3 damaged", "cut.JPEG", "is a JPEG that is cut short", "begins with '<html>404", "it is empty"):
+    for words in ("3 corrupt", "cut.JPEG", "is a JPEG that is cut short", "begins with '<html>404", "it is empty"):
         assert words in str(error.value)
     assert read_manifest(tmp_path / "set") is None
-    done = run(tmp_path / "source", tmp_path / "set", skip_damaged=True)
-    assert len(done.left_out) == 3
+    done = run(tmp_path / "source", tmp_path / "set", skip_corrupt=True)
+    assert len(done.ignored) == 3
     assert done.manifest.splits["train"].samples == sum(map(len, tree["train"].values())) - 3
-    assert json.loads((tmp_path / "set" / "dataset.json").read_text())["made"]["left_out"] == done.left_out
+    assert json.loads((tmp_path / "set" / "dataset.json").read_text())["made"]["ignored"] == done.ignored
 
 
 def test_no_class_may_become_empty(tmp_path):
-    tree = made_up.pictures()
+    tree = synthetic.images()
     tree["train"]["n01440764"] = {"a.JPEG": b"nothing"}
-    made_up.write_ilsvrc(tmp_path / "source", tree)
-    with pytest.raises(DataError, match="no training picture is left of the classes n01440764"):
-        run(tmp_path / "source", tmp_path / "set", skip_damaged=True)
+    synthetic.write_ilsvrc(tmp_path / "source", tree)
+    with pytest.raises(DataError, match="no training image is left of the classes n01440764"):
+        run(tmp_path / "source", tmp_path / "set", skip_corrupt=True)
 
 
 def cut(name: str, keep: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -303,17 +303,17 @@ def cut(name: str, keep: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def escaping(root: Path) -> None:
-    inner = made_up.tar({"../../evil.JPEG": b"x"})
-    (root / "ILSVRC2012_img_train.tar").write_bytes(made_up.tar({"n01440764.tar": inner}))
+    inner = synthetic.tar({"../../evil.JPEG": b"x"})
+    (root / "ILSVRC2012_img_train.tar").write_bytes(synthetic.tar({"n01440764.tar": inner}))
 
 
 def inner_cut(root: Path) -> None:
-    inner = made_up.tar({"a.JPEG": b"x" * 2000})[:-9000]
-    (root / "ILSVRC2012_img_train.tar").write_bytes(made_up.tar({"n01440764.tar": inner}))
+    inner = synthetic.tar({"a.JPEG": b"x" * 2000})[:-9000]
+    (root / "ILSVRC2012_img_train.tar").write_bytes(synthetic.tar({"n01440764.tar": inner}))
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corruption", "message"),
     [
         (cut("ILSVRC2012_img_train.tar", lambda c: c[:-30_000]), "img_train.tar is cut short: its end mark is missing"),
         (cut("ILSVRC2012_img_val.tar", lambda c: c[: len(c) // 2]), "img_val.tar is cut short"),
@@ -325,29 +325,29 @@ def inner_cut(root: Path) -> None:
         (cut("ILSVRC2012_img_train.tar", lambda c: b"PK" * 600), "cannot be read as an uncompressed tar archive"),
     ],
 )
-def test_damaged_archives_are_named(damage, message, ilsvrc, tmp_path):
-    damage(ilsvrc)
+def test_corrupt_archives_are_named(corruption, message, ilsvrc, tmp_path):
+    corruption(ilsvrc)
     with pytest.raises(DataError, match=message):
         run(ilsvrc, tmp_path / "set")
 
 
 def shard(files: dict[str, bytes]) -> Callable[[Path], None]:
-    return lambda root: (root / "x-train-0.tar").write_bytes(made_up.tar(files)) and None
+    return lambda root: (root / "x-train-0.tar").write_bytes(synthetic.tar(files)) and None
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (shard({"a.jpg": b"x"}), "x-train-0.tar: 1 images have no label in a .cls or .json: a.jpg"),
-        (shard({"a.jpg": b"x", "a.cls": b"-1"}), "1 pictures have negative labels, as test sets do"),
+        (shard({"a.jpg": b"x", "a.cls": b"-1"}), "1 images have negative labels, as test sets do"),
         (shard({"a.jpg": b"x", "a.cls": b"cat"}), "x-train-0.tar, a.cls: the label must be a whole number"),
         (shard({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}), "a sample has two images, a.jpg and a.png"),
         (shard({"a.jpg": b"x", "a.cls": b"1", "a.json": b'{"label": 2}'}), "a.json gives label 2, a.cls gave 1"),
-        (lambda r: (r / "odd.tar").write_bytes(made_up.tar({})), "not told: odd.tar"),
+        (lambda r: (r / "odd.tar").write_bytes(synthetic.tar({})), "not told: odd.tar"),
     ],
 )
-def test_damaged_shards_are_named(write, message, tmp_path):
-    made_up.write_webdataset(tmp_path / "source", made_up.pictures())
+def test_corrupt_shards_are_named(write, message, tmp_path):
+    synthetic.write_webdataset(tmp_path / "source", synthetic.images())
     write(tmp_path / "source")
     with pytest.raises(DataError, match=message):
         run(tmp_path / "source", tmp_path / "set")
@@ -356,12 +356,12 @@ def test_damaged_shards_are_named(write, message, tmp_path):
 def test_numbers_are_labels_where_names_hold_no_wordnet_ids(tmp_path):
     tree = {
         split: {w: {f"p{i}.jpg": c for i, c in enumerate(files.values())} for w, files in classes.items()}
-        for split, classes in made_up.pictures().items()
+        for split, classes in synthetic.images().items()
     }
-    made_up.write_parquet(tmp_path / "named", tree, ("zebra", "ant", "cow"), prefix="")
+    synthetic.write_parquet(tmp_path / "named", tree, ("zebra", "ant", "cow"), prefix="")
     done = run(tmp_path / "named", tmp_path / "set")
     assert done.manifest.classes == ("zebra", "ant", "cow")  # labels keep their meaning; names need not be sorted
-    made_up.write_parquet(tmp_path / "plain", tree, None, prefix="")
+    synthetic.write_parquet(tmp_path / "plain", tree, None, prefix="")
     assert run(tmp_path / "plain", tmp_path / "set2").manifest.classes == ("0", "1", "2")
 
 
@@ -373,7 +373,7 @@ def test_what_is_no_source_is_told(tmp_path, ilsvrc):
         run(tmp_path / "gone", tmp_path / "set")
     with pytest.raises(DataError, match="layout 'imagnet' is not known: use prepared, ilsvrc"):
         run(ilsvrc, tmp_path / "set", layout="imagnet")
-    made_up.write_folders(ilsvrc, made_up.pictures())
+    synthetic.write_folders(ilsvrc, synthetic.images())
     with pytest.raises(DataError, match="looks like ilsvrc and like folders: choose one with --layout"):
         run(ilsvrc, tmp_path / "set")
     assert run(ilsvrc, tmp_path / "set", layout="folders").manifest.made["from"] == "folders"
@@ -387,7 +387,7 @@ def test_targets_that_cannot_be_used_are_refused(ilsvrc, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"is not empty \(in it: thesis.tex\)"):
         run(ilsvrc, tmp_path / "full")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(DataError, match=r"has 1.0 KB free, the pictures need about \d+\.\d KB"):
+    with pytest.raises(DataError, match=r"has 1.0 KB free, the images need about \d+\.\d KB"):
         run(ilsvrc, tmp_path / "set")
 
 

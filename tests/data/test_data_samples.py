@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.dataset import open_splits
-from pipeline.data.left_out import LeftOut
+from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.listing import SYSTEM
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.pool import Pool
@@ -14,21 +14,21 @@ from pipeline.data.tools.samples import samples
 from pipeline.data.tools.tars import Member
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
-from tests.data import made_up
+from tests.data import synthetic
 
-JPEG = made_up.encoded(made_up.picture(1, (40, 40)))
-PNG = made_up.encoded(made_up.picture(2, (40, 40)), "PNG")
-GIF = made_up.encoded(made_up.picture(3, (40, 40), "P"), "GIF")
+JPEG = synthetic.encoded(synthetic.image(1, (40, 40)))
+PNG = synthetic.encoded(synthetic.image(2, (40, 40)), "PNG")
+GIF = synthetic.encoded(synthetic.image(3, (40, 40), "P"), "GIF")
 
 
 def read_samples(files: dict[str, bytes]) -> tuple[dict[str, int], dict[str, int]]:
     """Labels by image, and counts of what is left out, of a shard that holds these files one after another."""
-    content, members, left_out = b"", [], LeftOut()
+    content, members, ignored = b"", [], IgnoredFiles()
     for name, part in files.items():
         members.append(Member(name, len(content), len(part)))
         content += part
-    found = samples(members, lambda offset, length: content[offset : offset + length], "x.tar", left_out)
-    return {member.name: label for label, member in found}, left_out.counts()
+    found = samples(members, lambda offset, length: content[offset : offset + length], "x.tar", ignored)
+    return {member.name: label for label, member in found}, ignored.counts()
 
 
 @pytest.mark.parametrize(
@@ -53,14 +53,14 @@ def read_samples(files: dict[str, bytes]) -> tuple[dict[str, int], dict[str, int
     ],
 )
 def test_each_image_gets_the_label_of_its_longest_name(files, labels):
-    found, left_out = read_samples(files)
+    found, ignored = read_samples(files)
     assert found == labels
     assert len(found) == len(files) // 2
-    assert left_out == {}
+    assert ignored == {}
 
 
 def test_what_is_not_taken_is_counted_by_reason():
-    labels, left_out = read_samples(
+    labels, ignored = read_samples(
         {
             "a.jpg": JPEG,
             "a.seg.png": PNG,
@@ -73,7 +73,7 @@ def test_what_is_not_taken_is_counted_by_reason():
         }
     )
     assert labels == {"a.jpg": 1}
-    assert left_out == {
+    assert ignored == {
         SYSTEM: 2,
         "members with the ending ., which are neither images nor labels": 1,
         "members with the ending .json, which are neither images nor labels": 1,
@@ -106,7 +106,7 @@ def test_what_is_not_clear_is_refused_by_name(files, message):
 def test_two_members_of_one_name_are_refused():
     twice = [Member("a.jpg", 0, 4), Member("a.cls", 4, 1), Member("a.jpg", 0, 4)]
     with pytest.raises(DataError, match="x.tar has two members named a.jpg"):
-        samples(twice, lambda offset, length: b"abcd1"[offset : offset + length], "x.tar", LeftOut())
+        samples(twice, lambda offset, length: b"abcd1"[offset : offset + length], "x.tar", IgnoredFiles())
 
 
 def write_shards(root: Path, names: list[str]) -> Path:
@@ -115,34 +115,34 @@ def write_shards(root: Path, names: list[str]) -> Path:
     for split in ("train", "val"):
         files = {}
         for i, name in enumerate(names):
-            picture = made_up.picture(i, (40, 40))
-            files[name] = made_up.encoded(picture, "GIF" if name.endswith("gif") else "JPEG")
+            image = synthetic.image(i, (40, 40))
+            files[name] = synthetic.encoded(image, "GIF" if name.endswith("gif") else "JPEG")
             files[f"{name.rpartition('.')[0]}.cls"] = str(i % 2).encode()
-        (root / f"x-{split}-0.tar").write_bytes(made_up.tar(files))
+        (root / f"x-{split}-0.tar").write_bytes(synthetic.tar(files))
     return root
 
 
 def test_jfif_jpe_and_keys_with_dots_are_taken_and_a_gif_is_named(tmp_path):
     names = ["a0.jpg", "a1.jpg", "a2.jfif", "a3.jpe", "a.5.jpg", "a.6.jpg"]
     with Pool(1) as pool:
-        done = prepare(write_shards(tmp_path / "sound", names), tmp_path / "set", PrepareOptions(), pool)
+        done = prepare(write_shards(tmp_path / "valid", names), tmp_path / "set", PrepareOptions(), pool)
         assert {name: split.samples for name, split in done.manifest.splits.items()} == {"train": 6, "val": 6}
-        index_in_place(tmp_path / "sound", pool)
-        assert [len(index) for index in open_splits(str(tmp_path / "sound"), "train", "val", tmp_path)] == [6, 6]
+        index_in_place(tmp_path / "valid", pool)
+        assert [len(index) for index in open_splits(str(tmp_path / "valid"), "train", "val", tmp_path)] == [6, 6]
         source = write_shards(tmp_path / "gif", [*names, "a4.gif"])
         message = r"x-train-0.tar: is a GIF file, which is not .*: convert it to JPEG or PNG"
-        with pytest.raises(DataError, match=rf"2 damaged pictures .*\n.*a4.gif in .*{message}"):
+        with pytest.raises(DataError, match=rf"2 corrupt images .*\n.*a4.gif in .*{message}"):
             prepare(source, tmp_path / "refused", PrepareOptions(), pool)
         with pytest.raises(DataError, match="a4.gif.*is a GIF file"):
             index_in_place(source, pool)
         report = verify(source, pool)
     assert report.splits["train"].samples == 7
-    assert [(finding.kind, "a4.gif" in finding.where) for finding in report.damage] == [("unreadable", True)] * 2
+    assert [(finding.kind, "a4.gif" in finding.where) for finding in report.corruption] == [("unreadable", True)] * 2
 
 
 def test_files_beside_the_shards_are_counted_and_packed_ones_are_told(tmp_path):
     source = write_shards(tmp_path / "source", ["a.jpg", "b.jpg"])
-    (source / "x-test-0.tar").write_bytes(made_up.tar({"a.jpg": JPEG}))
+    (source / "x-test-0.tar").write_bytes(synthetic.tar({"a.jpg": JPEG}))
     (source / "README.md").write_text("x")
     (source / ".DS_Store").write_bytes(b"x")
     (source / "more").mkdir()

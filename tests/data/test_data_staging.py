@@ -14,13 +14,13 @@ from pipeline.data.staging import fetch_indexes, stage
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import DataError
-from tests.data import made_up
+from tests.data import synthetic
 from tests.servers import s3_store
 
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
-    made_up.write_folders(tmp_path / "source", made_up.pictures())
+    synthetic.write_folders(tmp_path / "source", synthetic.images())
     with Pool(1) as pool:
         prepare(tmp_path / "source", tmp_path / "set", PrepareOptions(shard_bytes=20_000), pool)
     return tmp_path / "set"
@@ -105,7 +105,7 @@ def test_several_processes_of_a_node_copy_once(shards, tmp_path):
     assert same_samples(index, stage(index, str(shards), tmp_path / "fast"))
 
 
-def test_a_shard_that_comes_damaged_is_named_and_not_kept(shards, tmp_path):
+def test_a_shard_that_comes_corrupt_is_named_and_not_kept(shards, tmp_path):
     index = opened(shards)
     name = list(index.shards)[1]
     content = bytearray((shards / name).read_bytes())
@@ -142,7 +142,7 @@ def open_index_val(root: Path) -> DatasetIndex:
 
 
 def test_class_folders_are_not_staged(tmp_path):
-    made_up.write_folders(tmp_path / "set", made_up.pictures())
+    synthetic.write_folders(tmp_path / "set", synthetic.images())
     with pytest.raises(DataError, match="holds class folders: prepare shards or unset data.stage"):
         stage(opened(tmp_path / "set"), str(tmp_path / "set"), tmp_path / "fast")
 

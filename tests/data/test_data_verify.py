@@ -1,4 +1,4 @@
-"""Verification finds each planted fault; statistics and indexes in place tell what is there."""
+"""Verification finds each planted problem; statistics and indexes in place tell what is there."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.stats import plot, stats
 from pipeline.data.tools.verify import Report, verify
 from pipeline.errors import DataError
-from tests.data import made_up
+from tests.data import synthetic
 
 
 def check(root: Path, **options: object) -> Report:
@@ -29,7 +29,7 @@ def check(root: Path, **options: object) -> Report:
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
-    made_up.write_ilsvrc(tmp_path / "source", made_up.pictures())
+    synthetic.write_ilsvrc(tmp_path / "source", synthetic.images())
     with Pool(1) as pool:
         prepare(tmp_path / "source", tmp_path / "set", PrepareOptions(shard_bytes=20_000), pool)
     return tmp_path / "set"
@@ -37,27 +37,27 @@ def shards(tmp_path) -> Path:
 
 @pytest.fixture
 def class_folders(tmp_path) -> Path:
-    made_up.write_folders(tmp_path / "set", made_up.pictures())
+    synthetic.write_folders(tmp_path / "set", synthetic.images())
     return tmp_path / "set"
 
 
-def test_a_sound_set_has_no_damage_and_its_numbers_are_right(shards):
+def test_a_sound_set_has_no_corruption_and_its_numbers_are_right(shards):
     report = check(shards)
-    assert report.damage == []
+    assert report.corruption == []
     assert report.counts() == {"exif": 1}
     train = report.splits["train"]
     assert (train.samples, train.classes, train.per_class) == (32, 3, (8, 8, 16))
     assert train.formats == {"JPEG": 32}
     assert train.modes == {"RGB": 31, "L": 1}
     assert report.splits["val"].samples == 9
-    assert json.loads(json.dumps(report.to_json()))["damaged"] is False
+    assert json.loads(json.dumps(report.to_json()))["corrupt"] is False
 
 
 def test_sources_can_be_verified_before_they_are_prepared(tmp_path):
-    made_up.write_ilsvrc(tmp_path / "source", made_up.pictures())
+    synthetic.write_ilsvrc(tmp_path / "source", synthetic.images())
     report = check(tmp_path / "source")
     assert report.layout == "ilsvrc"
-    assert report.counts() == {"format": 1, "colour": 2, "exif": 1}
+    assert report.counts() == {"format": 1, "color": 2, "exif": 1}
     assert "n02105855_2933.JPEG" in next(f for f in report.findings if f.kind == "format").where
 
 
@@ -67,7 +67,7 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
-def flip_picture(root: Path) -> None:
+def flip_image(root: Path) -> None:
     train, _ = open_splits(str(root), "train", "val", root)
     flip(train.path(3), train.table["offset"][3].as_py() + train.table["length"][3].as_py() // 2)
 
@@ -89,9 +89,9 @@ def swap_shards(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "kinds"),
+    ("corruption", "kinds"),
     [
-        (flip_picture, {"checksum", "shard"}),
+        (flip_image, {"checksum", "shard"}),
         (change_label, {"label", "shard"}),
         (swap_shards, {"shard", "checksum"}),
         (lambda r: (r / "train" / "train-000001.tar").unlink(), {"unreadable"}),
@@ -99,12 +99,12 @@ def swap_shards(root: Path) -> None:
         (lambda r: (r / "val" / "val-000000.tar").write_bytes(b"x" * 600), {"shard", "unreadable"}),
     ],
 )
-def test_each_fault_in_shards_is_found(damage, kinds, shards):
-    damage(shards)
+def test_each_problem_in_shards_is_found(corruption, kinds, shards):
+    corruption(shards)
     report = check(shards)
-    found = {finding.kind for finding in report.damage}
-    assert kinds <= found <= kinds | {"unreadable", "size"}  # bytes of elsewhere may pass for another picture
-    assert report.to_json()["damaged"] is True
+    found = {finding.kind for finding in report.corruption}
+    assert kinds <= found <= kinds | {"unreadable", "size"}  # bytes of elsewhere may pass for another image
+    assert report.to_json()["corrupt"] is True
     assert len(set(report.findings)) == len(report.findings)
 
 
@@ -115,7 +115,7 @@ def test_an_index_of_other_shards_is_refused(shards, tmp_path):
         shutil.copy(file, shards / "train")
     with pytest.raises(DataError, match=r"\d of \d shards in .* are not those that were indexed"):
         open_splits(str(shards), "train", "val", tmp_path)
-    assert {"shard", "unlisted"} <= {finding.kind for finding in check(shards).damage}
+    assert {"shard", "unlisted"} <= {finding.kind for finding in check(shards).corruption}
     shutil.copy(tmp_path / "other" / "index" / "train.parquet", shards / "index")
     (shards / "dataset.json").write_text(
         (shards / "dataset.json").read_text().replace('"samples": 32', '"samples": 31')
@@ -128,29 +128,29 @@ def replaced(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda root: (root / "train" / "n01440764" / name).write_bytes(content) and None
 
 
-WHOLE = made_up.encoded(made_up.picture(999, (300, 200)))
+WHOLE = synthetic.encoded(synthetic.image(999, (300, 200)))
 
 
 @pytest.mark.parametrize(
-    ("damage", "kind", "detail"),
+    ("corruption", "kind", "detail"),
     [
         (replaced("cut.JPEG", WHOLE[:-9]), "unreadable", "is a JPEG that is cut short"),
         (replaced("hole.JPEG", WHOLE[:2000] + WHOLE[-20:]), "unreadable", "cannot be decoded"),
         (replaced("empty.JPEG", b""), "unreadable", "it is empty"),
         (replaced("page.JPEG", b"<html>no</html>"), "unreadable", "begins with '<html>no</html>'"),
-        (replaced("a.JPEG", made_up.encoded(made_up.picture(1), "WEBP")), "format", "is a WEBP named as a JPEG"),
-        (replaced("a.png", made_up.encoded(made_up.picture(1), "PNG")), "format", "is a PNG"),
-        (replaced("a.jpg", made_up.encoded(made_up.picture(1, mode="CMYK"))), "colour", "colours are CMYK"),
-        (replaced("a.jpg", made_up.encoded(made_up.picture(1, (20, 90)))), "small", "20 x 90 pixels"),
+        (replaced("a.JPEG", synthetic.encoded(synthetic.image(1), "WEBP")), "format", "is a WEBP named as a JPEG"),
+        (replaced("a.png", synthetic.encoded(synthetic.image(1), "PNG")), "format", "is a PNG"),
+        (replaced("a.jpg", synthetic.encoded(synthetic.image(1, mode="CMYK"))), "color", "colors are CMYK"),
+        (replaced("a.jpg", synthetic.encoded(synthetic.image(1, (20, 90)))), "small", "20 x 90 pixels"),
     ],
 )
-def test_each_fault_in_class_folders_is_found(damage, kind, detail, class_folders):
+def test_each_problem_in_class_folders_is_found(corruption, kind, detail, class_folders):
     clean = check(class_folders)
-    damage(class_folders)
+    corruption(class_folders)
     report = check(class_folders)
     new = [finding for finding in report.findings if finding not in clean.findings]
     assert [(finding.kind, detail in finding.detail) for finding in new] == [(kind, True)]
-    assert bool(report.damage) == KINDS[kind][0]
+    assert bool(report.corruption) == KINDS[kind][0]
 
 
 def test_duplicates_are_told_within_and_across_splits(class_folders):
@@ -172,29 +172,29 @@ def test_duplicates_are_told_within_and_across_splits(class_folders):
 
 
 def test_a_set_of_imagenets_classes_must_have_imagenets_numbers(tmp_path):
-    content = made_up.encoded(Image.new("RGB", (40, 40)))
+    content = synthetic.encoded(Image.new("RGB", (40, 40)))
     tree = {split: {f"n{i:08d}": {"1.JPEG": content} for i in range(1000)} for split in ("train", "val")}
-    made_up.write_folders(tmp_path / "set", tree)
-    details = [finding.detail for finding in check(tmp_path / "set").damage]
+    synthetic.write_folders(tmp_path / "set", tree)
+    details = [finding.detail for finding in check(tmp_path / "set").corruption]
     assert details == [
-        "1,000 pictures, ILSVRC2012 has 1,281,167 (--any-counts if this is a part)",
-        "1,000 pictures, ILSVRC2012 has 50,000 (--any-counts if this is a part)",
+        "1,000 images, ILSVRC2012 has 1,281,167 (--any-counts if this is a part)",
+        "1,000 images, ILSVRC2012 has 50,000 (--any-counts if this is a part)",
     ]
-    assert check(tmp_path / "set", any_counts=True).damage == []
+    assert check(tmp_path / "set", any_counts=True).corruption == []
 
 
 @pytest.mark.parametrize(
-    "write", [made_up.write_folders, made_up.write_webdataset, made_up.write_ilsvrc, made_up.write_kaggle]
+    "write", [synthetic.write_folders, synthetic.write_webdataset, synthetic.write_ilsvrc, synthetic.write_kaggle]
 )
 def test_data_is_indexed_where_it_lies(write, tmp_path):
-    tree = made_up.pictures()
+    tree = synthetic.images()
     write(tmp_path / "set", tree)
     with Pool(1) as pool:
         manifest, _ = index_in_place(tmp_path / "set", pool)
         with pytest.raises(DataError, match="has an index already"):
             index_in_place(tmp_path / "set", pool)
-    assert manifest.classes == made_up.CLASSES
-    assert check(tmp_path / "set").damage == []
+    assert manifest.classes == synthetic.CLASSES
+    assert check(tmp_path / "set").corruption == []
     for split, index in zip(tree, open_splits(str(tmp_path / "set"), "train", "val", tmp_path), strict=True):
         there = sorted((index.classes[label], index.read(i).tobytes()) for i, label in enumerate(index.labels_N))
         assert there == sorted((wnid, content) for wnid, files in tree[split].items() for content in files.values())
@@ -203,19 +203,19 @@ def test_data_is_indexed_where_it_lies(write, tmp_path):
 def test_an_index_in_place_names_what_is_damaged(class_folders):
     replaced("cut.JPEG", WHOLE[:-9])(class_folders)
     with (
-        pytest.raises(DataError, match=r"1 damaged pictures in train:\n  train/n01440764/cut.JPEG: is a JPEG"),
+        pytest.raises(DataError, match=r"1 corrupt images in train:\n  train/n01440764/cut.JPEG: is a JPEG"),
         Pool(1) as p,
     ):
         index_in_place(class_folders, p)
 
 
 def test_parquet_files_are_prepared_before_they_are_verified(tmp_path):
-    made_up.write_parquet(tmp_path / "set", made_up.pictures())
+    synthetic.write_parquet(tmp_path / "set", synthetic.images())
     with pytest.raises(DataError, match="make a data set of them first, with `densenet data prepare`"):
         check(tmp_path / "set")
 
 
-def test_statistics_are_those_of_the_pictures(shards, tmp_path):
+def test_statistics_are_those_of_the_images(shards, tmp_path):
     with Pool(1) as pool:
         result = stats(shards, 0, pool)
         assert len(stats(shards, 5, pool).splits["train"].widths) == 5

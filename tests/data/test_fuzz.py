@@ -1,4 +1,4 @@
-"""Ten thousand damaged pictures: each is decoded or told by name, and none ends the process or hangs it."""
+"""Ten thousand corrupt images: each is decoded or told by name, and none ends the process or hangs it."""
 
 import random
 import subprocess
@@ -10,35 +10,35 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import MAX_PIXELS
-from pipeline.data.folders import scan_pictures
+from pipeline.data.folders import scan_images
 from pipeline.data.images import TooLarge, check_size, decode, header
 from tests.conftest import PROJECT
-from tests.data import made_up
+from tests.data import synthetic
 from tests.data.test_data_loading import loader, run, train_plan
 
 COUNT, FILES_IN_A_FOLDER = 10_000, 1000
 
 
-def sound() -> list[bytes]:
+def valid() -> list[bytes]:
     """JPEGs of all kinds that training sets hold."""
     kinds: list[tuple[str, dict[str, object]]] = [
         ("RGB", {}),
-        ("RGB", {"progressive": True}),
+        ("RGB", {"progressive_resize": True}),
         ("RGB", {"subsampling": 0}),
         ("RGB", {"subsampling": 1, "quality": 40}),
         ("RGB", {"optimize": True, "restart_marker_blocks": 2}),
         ("RGB", {"exif": b"Exif\0\0II*\0" + b"\x08\0\0\0\0\0"}),
         ("L", {}),
-        ("L", {"progressive": True}),
+        ("L", {"progressive_resize": True}),
     ]
     return [
-        made_up.encoded(made_up.picture(number, (40 + 3 * number, 60), mode), **options)
+        synthetic.encoded(synthetic.image(number, (40 + 3 * number, 60), mode), **options)
         for number, (mode, options) in enumerate(kinds * 3)
     ]
 
 
 def mutated(rng: random.Random, content: bytes) -> bytes:
-    """A picture with one kind of damage somewhere, its head as often as its data."""
+    """An image with one kind of corruption somewhere, its head as often as its data."""
     data = bytearray(content)
     reach = len(data) if rng.random() < 0.5 else min(700, len(data))
     at = rng.randrange(reach)
@@ -63,20 +63,20 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
 
 
 def write(root: Path, seed: int, count: int) -> None:
-    rng, pictures = random.Random(seed), sound()
+    rng, images = random.Random(seed), valid()
     for i in range(count):
         file = root / f"{i // FILES_IN_A_FOLDER:02d}" / f"{i:05d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(mutated(rng, rng.choice(pictures)))
+        file.write_bytes(mutated(rng, rng.choice(images)))
 
 
 def read_all(root: Path) -> Iterator[str]:
     """Every file's outcome, a line each: `NAME decoded`, or `NAME` and what is wrong with it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        index, faults, _ = scan_pictures(root)
-    for name, fault in faults.items():
-        yield f"{Path(name).name} {fault}"
+        index, problems, _ = scan_images(root)
+    for name, problem in problems.items():
+        yield f"{Path(name).name} {problem}"
     plan, batch = train_plan(index), 16
     with loader(index, batch, skip_by=plan) as reader:
         _, seen = run(reader, plan, steps=-(-len(index) // batch), batch=batch)
@@ -88,7 +88,7 @@ def read_all(root: Path) -> Iterator[str]:
 
 
 def test_a_head_that_tells_of_gigabytes_is_refused():
-    content = bytearray(sound()[0])
+    content = bytearray(valid()[0])
     at = content.index(b"\xff\xc0") + 5
     content[at : at + 4] = b"\xff\xdc\xff\xdc"
     head = header(bytes(content), bytes(content))
@@ -101,7 +101,7 @@ def test_a_head_that_tells_of_gigabytes_is_refused():
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_thousand_damaged_jpegs_are_decoded_or_told_by_name(tmp_path):
+def test_ten_thousand_corrupt_jpegs_are_decoded_or_told_by_name(tmp_path):
     write(tmp_path / "set", seed=20261126, count=COUNT)
     program = "import sys; from pathlib import Path; from tests.data.test_fuzz import read_all\n"
     program += "for line in read_all(Path(sys.argv[1])): print(line)"

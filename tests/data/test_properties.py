@@ -1,4 +1,4 @@
-"""What holds for any size, seed and world: the sample plan, the index, and damage to the files of a data set."""
+"""What holds for any size, seed and world: the sample plan, the index, and corruption to the files of a data set."""
 
 import random
 import shutil
@@ -16,8 +16,8 @@ from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.tars import Member, members
 from pipeline.data.tools.verify import verify
-from pipeline.errors import DamagedSample, DataError
-from tests.data import made_up
+from pipeline.errors import CorruptSample, DataError
+from tests.data import synthetic
 
 seeds = st.integers(0, 2**32 - 1)
 sides = st.integers(1, 5000)
@@ -84,7 +84,7 @@ def test_evaluation_has_every_sample_once_whatever_the_world(samples, workers, b
     area=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)).map(sorted),
     ratio=st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(sorted),
 )
-def test_windows_lie_in_their_pictures(seed, shapes, area, ratio):
+def test_windows_lie_in_their_images(seed, shapes, area, ratio):
     heights_N, widths_N = np.array(shapes).T
     plan = TrainPlan(seed, widths_N, heights_N, tuple(area), tuple(ratio), 0.5)
     batch = plan.batch(np.arange(len(shapes)), 32)
@@ -100,7 +100,7 @@ def test_windows_lie_in_their_pictures(seed, shapes, area, ratio):
     more=st.integers(0, 200),
     anchor=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
-def test_crops_lie_in_the_resized_pictures(shapes, crop, more, anchor):
+def test_crops_lie_in_the_resized_images(shapes, crop, more, anchor):
     heights_N, widths_N = np.array(shapes).T
     batch = EvalPlan(widths_N, heights_N, crop + more, crop, anchor).batch(np.arange(len(shapes)))
     assert (batch.sizes_B2.min(axis=1) == crop + more).all()
@@ -130,7 +130,7 @@ def test_an_index_is_read_as_it_was_written(rows, tmp_path_factory):
 def shards(tmp_path_factory) -> Path:
     """A small set in shards."""
     root = tmp_path_factory.mktemp("prepared")
-    made_up.write_folders(root / "source", made_up.pictures())
+    synthetic.write_folders(root / "source", synthetic.images())
     with Pool(1) as pool:
         prepare(root / "source", root / "set", PrepareOptions(shard_bytes=20_000), pool)
     return root / "set"
@@ -138,7 +138,7 @@ def shards(tmp_path_factory) -> Path:
 
 @settings(max_examples=150)
 @given(seed=seeds, kind=st.sampled_from(["flip", "cut", "zero"]))
-def test_an_index_with_any_damage_is_refused_or_means_the_same(shards, seed, kind, tmp_path_factory):
+def test_an_index_with_any_corruption_is_refused_or_means_the_same(shards, seed, kind, tmp_path_factory):
     rng = random.Random(seed)
     file = index_file(shards, "train")
     content = bytearray(file.read_bytes())
@@ -149,12 +149,12 @@ def test_an_index_with_any_damage_is_refused_or_means_the_same(shards, seed, kin
         del content[at:]
     else:
         content[at : at + 16] = bytes(min(16, len(content) - at))
-    damaged = tmp_path_factory.mktemp("damaged") / "train.parquet"
-    damaged.write_bytes(content)
+    corrupt = tmp_path_factory.mktemp("corrupt") / "train.parquet"
+    corrupt.write_bytes(content)
     try:
-        table = load_table(damaged)
+        table = load_table(corrupt)
     except DataError as error:
-        assert str(damaged) in str(error)
+        assert str(corrupt) in str(error)
     else:
         assert table.equals(load_table(file)), f"byte {at} of {len(content)} changes what the index says"
 
@@ -171,14 +171,14 @@ def test_a_byte_that_rots_anywhere_in_a_shard_is_told_with_the_sample(shards, se
     content[at] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
     index, _ = open_splits(str(root), "train", "val", root)
-    sound = open_splits(str(shards), "train", "val", root)[0]
+    valid = open_splits(str(shards), "train", "val", root)[0]
     for sample in range(len(index)):
         try:
-            assert bytes(index.read(sample)) == bytes(sound.read(sample))
-        except DamagedSample as error:
+            assert bytes(index.read(sample)) == bytes(valid.read(sample))
+        except CorruptSample as error:
             assert str(file) in str(error)
             start = index._offsets_N[sample]
-            assert start <= at < start + index._lengths_N[sample], "a sound sample is called damaged"
+            assert start <= at < start + index._lengths_N[sample], "a valid sample is called corrupt"
     with Pool(1) as pool:
         report = verify(root, pool)
     assert any(file.name in str(finding) for finding in report.findings), "verify passes over it"
@@ -195,18 +195,18 @@ def _listed(file: Path, content: bytes) -> list[Member] | None:
 
 
 @pytest.mark.parametrize("name", ["n01440764/a.JPEG", f"{'long/' * 40}a.JPEG"])
-def test_an_archive_that_is_damaged_at_any_byte_is_refused_or_lists_the_same(name, tmp_path):
-    """Each byte is changed, and each is where it ends: heads, pictures, padding, end marks; long names have more."""
+def test_an_archive_that_is_corrupt_at_any_byte_is_refused_or_lists_the_same(name, tmp_path):
+    """Each byte is changed, and each is where it ends: heads, images, padding, end marks; long names have more."""
     file = tmp_path / "x.tar"
-    sound = made_up.tar({name: b"x" * 700, "b.JPEG": b"y" * 10, "c.JPEG": b"z" * 512})
-    end = len(sound.rstrip(b"\0")) + 512  # a first block of the end mark is enough
-    there = _listed(file, sound)
+    valid = synthetic.tar({name: b"x" * 700, "b.JPEG": b"y" * 10, "c.JPEG": b"z" * 512})
+    end = len(valid.rstrip(b"\0")) + 512  # a first block of the end mark is enough
+    there = _listed(file, valid)
     assert there is not None and [member.length for member in there] == [700, 10, 512]
     for at in range(end):
-        damaged = bytearray(sound)
-        damaged[at] ^= 0x10
+        corrupt = bytearray(valid)
+        corrupt[at] ^= 0x10
         if at >= there[0].offset - 512:  # before it are a long name's own blocks, which have no checksum
-            assert _listed(file, damaged) in (None, there), f"byte {at} changes what is listed"
+            assert _listed(file, corrupt) in (None, there), f"byte {at} changes what is listed"
         else:
-            _listed(file, damaged)
-        assert _listed(file, sound[:at]) is None, f"an archive of {at} bytes passes for a whole one"
+            _listed(file, corrupt)
+        assert _listed(file, valid[:at]) is None, f"an archive of {at} bytes passes for a whole one"

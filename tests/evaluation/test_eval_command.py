@@ -24,7 +24,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Nine pictures of several shapes in two of the three classes."""
+    """Nine images of several shapes in two of the three classes."""
     rng = np.random.default_rng(0)
     for i in range(9):
         file = tmp_path / "set" / "val" / ("dog", "eel")[i % 2] / f"{i}.png"
@@ -34,13 +34,13 @@ def data(tmp_path: Path) -> Path:
 
 
 def by_hand(model: Path, file: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A picture's probabilities by torchvision: as it is, with its mirrored self, over ten crops."""
+    """An image's probabilities by torchvision: as it is, with its mirrored self, over ten crops."""
     network = load_model(model)
-    with Image.open(file) as picture:
-        image_CHW = tv.resize(tv.pil_to_tensor(picture.convert("RGB")), [40], antialias=True)
+    with Image.open(file) as image:
+        image_CHW = tv.resize(tv.pil_to_tensor(image.convert("RGB")), [40], antialias=True)
     crops = [tv.normalize(crop / 255, TRANSFORM["mean"], TRANSFORM["std"]) for crop in tv.ten_crop(image_CHW, [32, 32])]
     with torch.no_grad():
-        given = network(torch.stack(crops)).softmax(dim=1)  # 4 corners and the centre, then the same mirrored
+        given = network(torch.stack(crops)).softmax(dim=1)  # 4 corners and the center, then the same mirrored
     return given[4], given[[4, 9]].mean(dim=0), given.mean(dim=0)
 
 
@@ -61,7 +61,7 @@ def test_scores_are_told_apart_and_written_as_tables(densenet, model, data, tmp_
     out = tmp_path / "out"
     code, printed = densenet("eval", model, "--data", data, "--tta", "ten-crop", "--labels", labels, "--out", out)
     assert code == 0, printed
-    assert "resize 40 bilinear antialias, centre crop 32" in printed
+    assert "resize 40 bilinear antialias, center crop 32" in printed
     assert "top-1 8/8 = 100.00 % by" in printed
     assert "1 images without label" in printed
     report = json.loads((out / "scores.json").read_text())
@@ -77,15 +77,15 @@ def test_scores_are_told_apart_and_written_as_tables(densenet, model, data, tmp_
     assert matrix.sum(axis=1).tolist() == [0, 5, 4]
     assert np.trace(matrix) == plain["top1_correct"]
     with (out / "predictions.csv").open() as stream:
-        pictures = list(csv.DictReader(stream))
-    assert sum(row["class"] == row["predicted"] for row in pictures) == plain["top1_correct"]
+        images = list(csv.DictReader(stream))
+    assert sum(row["class"] == row["predicted"] for row in images) == plain["top1_correct"]
 
 
 def test_another_resolution_keeps_the_ratio_and_is_named(densenet, model, data):
     code, printed = densenet("eval", model, "--data", data, "--crop", 48, "--interpolation", "bicubic", "--json")
     assert code == 0, printed
     report = json.loads(printed)
-    assert report["transform"].startswith("resize 60 bicubic antialias, centre crop 48")
+    assert report["transform"].startswith("resize 60 bicubic antialias, center crop 48")
     assert report["scores"]["plain"]["total"] == 9
 
 

@@ -36,7 +36,7 @@ def test_top5_of_three_classes_counts_all():
     assert (scores.top5_k, scores.top5_correct) == (3, 200)
 
 
-def test_calibration_error_is_the_gap_of_each_bin_weighted_by_its_pictures():
+def test_calibration_error_is_the_gap_of_each_bin_weighted_by_its_images():
     confidence_N = np.array([0.9, 0.92, 0.5, 0.52], np.float32)  # two bins: (13/15, 14/15] and (7/15, 8/15]
     correct_N = np.array([True, False, True, True])
     expected = 0.5 * abs(0.5 - 0.91) + 0.5 * abs(1 - 0.51)
@@ -44,7 +44,7 @@ def test_calibration_error_is_the_gap_of_each_bin_weighted_by_its_pictures():
     assert calibration_error(np.ones(3, np.float32), np.ones(3, bool)) == 0
 
 
-def test_label_sets_count_pictures_that_have_labels():
+def test_label_sets_count_images_that_have_labels():
     best_N = PROBABILITIES_NK.argmax(axis=1)
     accepted = [{int(best), 7} if i % 2 else set() for i, best in enumerate(best_N)]
     accepted[1] = {(int(best_N[1]) + 1) % 8}
@@ -52,24 +52,24 @@ def test_label_sets_count_pictures_that_have_labels():
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> DatasetIndex:
-    """Four pictures in the classes cat and dog, in the root itself."""
+def images(tmp_path: Path) -> DatasetIndex:
+    """Four images in the classes cat and dog, in the root itself."""
     for i, name in enumerate(("dog", "cat", "dog", "cat")):
         (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "set" / name / f"val_{i}.jpg")
     return open_split(tmp_path / "set", "val", tmp_path / "cache")
 
 
-def test_labels_follow_the_names_of_the_classes(pictures):
-    assert pictures.classes == ("cat", "dog")
-    assert pictures.names() == ["val_1", "val_3", "val_0", "val_2"]
-    assert labels_of(pictures, ["ant", "dog", "cat"]).tolist() == [2, 2, 1, 1]
+def test_labels_follow_the_names_of_the_classes(images):
+    assert images.classes == ("cat", "dog")
+    assert images.names() == ["val_1", "val_3", "val_0", "val_2"]
+    assert labels_of(images, ["ant", "dog", "cat"]).tolist() == [2, 2, 1, 1]
     with pytest.raises(DataError, match=r"1 classes that the model does not know: cat. It knows 2: ant, dog"):
-        labels_of(pictures, ["ant", "dog"])
+        labels_of(images, ["ant", "dog"])
 
 
 def test_a_model_of_names_in_another_unicode_form_knows_the_classes(tmp_path):
-    """Models that were made before names were normalised have macOS's form D."""
+    """Models that were made before names were normalized have macOS's form D."""
     (tmp_path / "set" / "\u00e9clair").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "set" / "\u00e9clair" / "a.jpg")
     index = open_split(tmp_path / "set", "val", tmp_path / "cache")
@@ -86,39 +86,39 @@ def test_numbers_for_names_are_places_in_the_list(tmp_path):
         labels_of(index, ["n0", "n1"])
 
 
-def test_label_files_by_order_and_by_name(pictures, tmp_path):
+def test_label_files_by_order_and_by_name(images, tmp_path):
     file = tmp_path / "real.json"
     file.write_text("[[0], [], [1, 2], 2]")
-    assert read_label_sets(file, pictures, 3) == [set(), {2}, {0}, {1, 2}]
+    assert read_label_sets(file, images, 3) == [set(), {2}, {0}, {1, 2}]
     file.write_text(json.dumps({f"val/val_{i}.JPEG": i % 3 for i in range(4)}))
-    assert read_label_sets(file, pictures, 3) == [{1}, {0}, {0}, {2}]
+    assert read_label_sets(file, images, 3) == [{1}, {0}, {0}, {2}]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[[0], [1]]", "holds 2 entries, there are 4 pictures"),
-        ("3", "holds a int, there are 4 pictures"),
+        ("[[0], [1]]", "holds 2 entries, there are 4 images"),
+        ("3", "holds a int, there are 4 images"),
         ("[0, 1, 2, 3]", "val_3 has 3; classes are numbers from 0 to 2"),
-        ('{"val_0": 1}', "has no entry for 3 pictures: val_1, val_3, val_2"),
+        ('{"val_0": 1}', "has no entry for 3 images: val_1, val_3, val_2"),
         ("{", "cannot be read as JSON"),
     ],
 )
-def test_label_files_that_do_not_fit_are_named(pictures, tmp_path, content, message):
+def test_label_files_that_do_not_fit_are_named(images, tmp_path, content, message):
     (tmp_path / "wrong.json").write_text(content)
     with pytest.raises(DataError, match=message):
-        read_label_sets(tmp_path / "wrong.json", pictures, 3)
+        read_label_sets(tmp_path / "wrong.json", images, 3)
 
 
-def test_pictures_with_nan_are_misses_that_are_counted_and_of_no_class():
-    probabilities_NK, spoiled = PROBABILITIES_NK.copy(), np.arange(0, 200, 4)
-    probabilities_NK[spoiled] = np.nan
-    rest = np.setdiff1d(np.arange(200), spoiled)
+def test_images_with_nan_are_misses_that_are_counted_and_of_no_class():
+    probabilities_NK, non_finite_weights = PROBABILITIES_NK.copy(), np.arange(0, 200, 4)
+    probabilities_NK[non_finite_weights] = np.nan
+    rest = np.setdiff1d(np.arange(200), non_finite_weights)
     scores, of_rest = score(probabilities_NK, LABELS_N), score(PROBABILITIES_NK[rest], LABELS_N[rest])
     assert scores == dataclasses.replace(of_rest, total=200, non_finite=50)
     best_N = best_class(probabilities_NK)
-    assert (best_N[spoiled] == NO_CLASS).all()
+    assert (best_N[non_finite_weights] == NO_CLASS).all()
     assert np.array_equal(confusion(best_N, LABELS_N, 8), confusion(best_N[rest], LABELS_N[rest], 8))
     assert score_sets(probabilities_NK, [set(range(8))] * 200) == (150, 200)
-    none = score(probabilities_NK[spoiled], LABELS_N[spoiled])
+    none = score(probabilities_NK[non_finite_weights], LABELS_N[non_finite_weights])
     assert (none.top1_correct, none.top5_correct, none.loss, none.calibration_error) == (0, 0, None, None)

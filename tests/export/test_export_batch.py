@@ -1,4 +1,4 @@
-"""`densenet predict` over a folder: the probabilities of `eval`, in a table, and damaged files told by name."""
+"""`densenet predict` over a folder: the probabilities of `eval`, in a table, and corrupt files told by name."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipeline.data.dataset import open_split
-from pipeline.data.folders import scan_pictures
+from pipeline.data.folders import scan_images
 from pipeline.errors import DataError
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.open import open_model
@@ -23,8 +23,8 @@ from tests.models import CLASSES, spoil, write_model
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Ten sound pictures at several depths, of several formats."""
+def images(tmp_path: Path) -> Path:
+    """Ten valid images at several depths, of several formats."""
     rng = np.random.default_rng(0)
     for i in range(10):
         file = tmp_path / "set" / CLASSES[i % 3] / f"{i}.{'png' if i % 2 else 'jpg'}"
@@ -33,19 +33,19 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_a_folder_gets_the_probabilities_of_the_evaluation(densenet, pictures, tmp_path):
+def test_a_folder_gets_the_probabilities_of_the_evaluation(densenet, images, tmp_path):
     model, out = write_model(tmp_path / "model"), tmp_path / "out" / "answers.parquet"
-    code, printed = densenet("predict", model, "--batch", pictures, "--out", out, "--top", 2, "--batch-size", 4)
+    code, printed = densenet("predict", model, "--batch", images, "--out", out, "--top", 2, "--batch-size", 4)
     assert code == 0, printed
-    assert "10 pictures in" in printed
+    assert "10 images in" in printed
     assert "img/s" in printed
-    index = open_split(pictures.parent / "set", "val", tmp_path / "index")
+    index = open_split(images.parent / "set", "val", tmp_path / "index")
     expected_NK, _ = model_probabilities(model, index)
     rows = pq.read_table(out).to_pylist()
     by_name = {row["image"]: row for row in rows}
     assert len(by_name) == 10
     for i, row_K in enumerate(expected_NK):
-        row = by_name[index.path(i).relative_to(pictures).as_posix()]
+        row = by_name[index.path(i).relative_to(images).as_posix()]
         assert row["class_name"] == CLASSES[row["class_id"]] == CLASSES[int(row_K.argmax())]
         assert row["probability"] == pytest.approx(row_K.max(), abs=1e-5)
         assert row["top_class_ids"] == np.argsort(-row_K)[:2].tolist()
@@ -55,50 +55,50 @@ def test_a_folder_gets_the_probabilities_of_the_evaluation(densenet, pictures, t
             assert row_K[CLASSES.index(name)] == pytest.approx(probability, abs=2e-3)
 
 
-def test_damaged_files_are_rows_with_what_is_wrong(densenet, pictures, tmp_path):
-    (pictures / "notes.txt").write_text("x")
-    whole = (pictures / "cat" / "0.jpg").read_bytes()
-    (pictures / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    holes = bytearray((pictures / "dog" / "1.png").read_bytes())
+def test_corrupt_files_are_rows_with_what_is_wrong(densenet, images, tmp_path):
+    (images / "notes.txt").write_text("x")
+    whole = (images / "cat" / "0.jpg").read_bytes()
+    (images / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    holes = bytearray((images / "dog" / "1.png").read_bytes())
     holes[len(holes) // 2] ^= 0xFF  # found by decoding alone
-    (pictures / "dog" / "1.png").write_bytes(holes)
+    (images / "dog" / "1.png").write_bytes(holes)
     model, out = write_model(tmp_path / "model"), tmp_path / "answers.parquet"
-    code, printed = densenet("predict", model, "--batch", pictures, "--out", out)
+    code, printed = densenet("predict", model, "--batch", images, "--out", out)
     assert code == 0, printed
-    assert "3 files are no sound pictures (column `error`)" in printed
+    assert "3 files are no valid images (column `error`)" in printed
     rows = pq.read_table(out).to_pylist()
-    faults = {row["image"]: row["error"] for row in rows if row["error"]}
-    assert set(faults) == {"notes.txt", "cat/cut.jpg", "dog/1.png"}
-    assert "is a JPEG that is cut short" in faults["cat/cut.jpg"]
+    problems = {row["image"]: row["error"] for row in rows if row["error"]}
+    assert set(problems) == {"notes.txt", "cat/cut.jpg", "dog/1.png"}
+    assert "is a JPEG that is cut short" in problems["cat/cut.jpg"]
     assert len(rows) == 12
 
 
-def test_a_file_that_goes_meanwhile_is_a_row(pictures, tmp_path, monkeypatch):
-    model, out, gone = write_model(tmp_path / "model"), tmp_path / "answers.parquet", pictures / "dog" / "1.png"
+def test_a_file_that_goes_meanwhile_is_a_row(images, tmp_path, monkeypatch):
+    model, out, gone = write_model(tmp_path / "model"), tmp_path / "answers.parquet", images / "dog" / "1.png"
 
     def listed_before(*arguments: Any) -> Any:
-        found = scan_pictures(*arguments)
+        found = scan_images(*arguments)
         gone.unlink()
         return found
 
-    monkeypatch.setattr("pipeline.export.predict.scan_pictures", listed_before)
-    done = open_model(model).predict_folder(pictures, out)
-    assert (done.classified, done.damaged) == (9, 1)
-    (fault,) = [row for row in pq.read_table(out).to_pylist() if row["error"]]
-    assert (fault["image"], fault["error"]) == ("dog/1.png", f"{gone} cannot be read: No such file or directory.")
+    monkeypatch.setattr("pipeline.export.predict.scan_images", listed_before)
+    done = open_model(model).predict_folder(images, out)
+    assert (done.classified, done.corrupt) == (9, 1)
+    (problem,) = [row for row in pq.read_table(out).to_pylist() if row["error"]]
+    assert (problem["image"], problem["error"]) == ("dog/1.png", f"{gone} cannot be read: No such file or directory.")
 
 
-def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, pictures, tmp_path):
-    (pictures / "cat").rename(tmp_path / "elsewhere")
-    (pictures / "cat").symlink_to(tmp_path / "elsewhere")
-    (pictures / "dog" / "broken.jpg").symlink_to("gone.jpg")
-    (pictures / "dog" / "up").symlink_to("..")
-    (pictures / ".hidden.jpg").write_bytes(b"x")
-    os.mkfifo(pictures / "dog" / "fifo.jpg")
+def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, images, tmp_path):
+    (images / "cat").rename(tmp_path / "elsewhere")
+    (images / "cat").symlink_to(tmp_path / "elsewhere")
+    (images / "dog" / "broken.jpg").symlink_to("gone.jpg")
+    (images / "dog" / "up").symlink_to("..")
+    (images / ".hidden.jpg").write_bytes(b"x")
+    os.mkfifo(images / "dog" / "fifo.jpg")
     out = tmp_path / "answers.parquet"
-    code, printed = densenet("predict", write_model(tmp_path / "model"), "--batch", pictures, "--out", out)
+    code, printed = densenet("predict", write_model(tmp_path / "model"), "--batch", images, "--out", out)
     assert code == 0, printed
-    assert "10 pictures in" in printed
+    assert "10 images in" in printed
     assert "left out: 1 hidden files and folders: .hidden.jpg" in printed
     assert {row["image"]: row["error"] for row in pq.read_table(out).to_pylist() if row["error"]} == {
         "dog/broken.jpg": "is a link that leads nowhere, to gone.jpg",
@@ -107,55 +107,55 @@ def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, pict
     }
 
 
-def test_bad_input_is_told(densenet, pictures, tmp_path):
+def test_bad_input_is_told(densenet, images, tmp_path):
     model = write_model(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ((model,), "give image files, or a folder with --batch DIR --out FILE.parquet"),
-        ((model, "--batch", pictures), "give image files, or a folder with --batch DIR --out FILE.parquet"),
-        ((model, "--batch", tmp_path / "gone", "--out", "x.parquet"), "is not a folder: give one with pictures"),
-        ((model, "--batch", tmp_path / "empty", "--out", "x.parquet"), "holds no files: give a folder with pictures"),
-        ((model, "--batch", pictures, "--out", "/proc/x.parquet"), "--out=/proc/x.parquet cannot be written"),
+        ((model, "--batch", images), "give image files, or a folder with --batch DIR --out FILE.parquet"),
+        ((model, "--batch", tmp_path / "gone", "--out", "x.parquet"), "is not a folder: give one with images"),
+        ((model, "--batch", tmp_path / "empty", "--out", "x.parquet"), "holds no files: give a folder with images"),
+        ((model, "--batch", images, "--out", "/proc/x.parquet"), "--out=/proc/x.parquet cannot be written"),
     ):
         code, printed = densenet("predict", *arguments)
         assert code == 2, printed
         assert message in " ".join(printed.split())
 
 
-def test_what_was_begun_is_not_left_behind(densenet, pictures, tmp_path, monkeypatch):
+def test_what_was_begun_is_not_left_behind(densenet, images, tmp_path, monkeypatch):
     def gone(*arguments: object, **options: object) -> None:
         raise DataError("the folder has gone")
 
     monkeypatch.setattr("pipeline.export.predict._given", gone)
     monkeypatch.setattr("pipeline.export.predict._looked_through", gone)
     code, printed = densenet(
-        "predict", write_model(tmp_path / "model"), "--batch", pictures, "--out", tmp_path / "out" / "answers.parquet"
+        "predict", write_model(tmp_path / "model"), "--batch", images, "--out", tmp_path / "out" / "answers.parquet"
     )
     assert (code, printed) == (2, "error: the folder has gone\n")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_a_model_gives_nan_for_has_no_class(densenet, pictures, tmp_path):
+def test_what_a_model_gives_nan_for_has_no_class(densenet, images, tmp_path):
     model, out = spoil(write_model(tmp_path / "model")), tmp_path / "answers.parquet"
-    code, printed = densenet("predict", model, "--batch", pictures, "--out", out)
+    code, printed = densenet("predict", model, "--batch", images, "--out", out)
     assert code == 0, printed
-    assert "0 pictures in" in printed
+    assert "0 images in" in printed
     assert "for 10 the model gives NaN or infinities (column `error`)" in printed
     rows = pq.read_table(out).to_pylist()
     assert len(rows) == 10
     for row in rows:
         assert row["error"] == "the model gives NaN or infinities"
         assert {row[name] for name in row if name not in ("image", "error")} == {None}
-    file = pictures / "cat" / "0.jpg"
+    file = images / "cat" / "0.jpg"
     code, printed = densenet("predict", model, file)
     assert code == 2, printed
     assert f"{file}: the model in {model} gives NaN or infinities: it cannot be used." in " ".join(printed.split())
     with pytest.raises(MlflowException, match="NaN or infinities for row 1 of `image`"):
-        answers_but_once(write_model(tmp_path / "sound")).predict(None, pd.DataFrame({"image": [file, file]}))
+        answers_but_once(write_model(tmp_path / "valid")).predict(None, pd.DataFrame({"image": [file, file]}))
 
 
 def answers_but_once(folder: Path) -> Any:
-    """The packaged model, which gives an infinity for the second of two pictures."""
+    """The packaged model, which gives an infinity for the second of two images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's advice on type hints
         from pipeline.export.pyfunc_model import Classifier
@@ -163,6 +163,6 @@ def answers_but_once(folder: Path) -> Any:
     model = Classifier()
     artifacts = {"card": str(folder / "model.json"), "weights": str(folder / "model.safetensors")}
     model.load_context(SimpleNamespace(artifacts=artifacts))
-    sound = model.model
-    model.model = lambda images_NCHW: sound(images_NCHW) * torch.tensor([[1.0], [float("inf")]])
+    valid = model.model
+    model.model = lambda images_NCHW: valid(images_NCHW) * torch.tensor([[1.0], [float("inf")]])
     return model

@@ -105,14 +105,14 @@ def test_plain_timm_has_no_small_stem(densenet, tmp_path):
     save_file(create("densenet_bc_l22_k12", 3).state_dict(), model / "model.safetensors")
     code, printed = densenet("export", model, "--to", "timm", "--out", "out")
     assert code == 2
-    assert "timm has no net with the stem of densenet_bc_l22_k12: export it as onnx or torch" in printed
+    assert "timm has no model with the stem of densenet_bc_l22_k12: export it as onnx or torch" in printed
     code, printed = densenet("export", model, "--to", "onnx", "--out", "out")
     assert code == 0, printed
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Twelve training and nine evaluation pictures, labelled anyhow."""
+    """Twelve training and nine evaluation images, labeled anyhow."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 9)):
         for i in range(count):

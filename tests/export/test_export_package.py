@@ -20,8 +20,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from launch.cluster.net import free_port
-from pipeline.data.batch_ops import grey
+from launch.cluster.ports import free_port
+from pipeline.data.batch_ops import gray
 from pipeline.errors import UserError
 from pipeline.export.open import open_model
 from pipeline.export.package import Registered, register
@@ -41,19 +41,19 @@ CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registered, str, Path]:
-    """A model in a registry of its own, the registry's address and a folder with a picture."""
+    """A model in a registry of its own, the registry's address and a folder with an image."""
     folder = tmp_path_factory.mktemp("registry")
     checkpoint = write_model(folder / "checkpoint", CLASSES)
     with start_run(folder) as tracker:
         names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
         model = register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "picture.jpg")
+    Image.fromarray(pixels).save(folder / "image.jpg")
     return model, tracker.uri, folder
 
 
-def expected(picture: Path) -> torch.Tensor:
-    with Image.open(picture) as image:
+def expected(image: Path) -> torch.Tensor:
+    with Image.open(image) as image:
         cut = tv.center_crop(tv.resize(image.convert("RGB"), TRANSFORM["resize"]), TRANSFORM["crop"])
     with torch.no_grad():
         return network(len(CLASSES))(
@@ -76,8 +76,8 @@ def test_predictions_equal_plain_timm_after_torchvisions_transform(registered, t
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
     for name in (model.uri, "models:/tiny/1", f"runs:/{run_id}/model", str(folder / "checkpoint")):
         place = locate(name, "MODEL", tmp_path, Stores(uri, uri))
-        (prediction,) = open_model(place).predict(folder / "picture.jpg", 99)
-        probabilities = expected(folder / "picture.jpg")
+        (prediction,) = open_model(place).predict(folder / "image.jpg", 99)
+        probabilities = expected(folder / "image.jpg")
         assert [*prediction.classes.values()] == sorted(prediction.classes.values(), reverse=True)
         for class_name, probability in prediction.classes.items():
             assert probability == pytest.approx(probabilities[CLASSES.index(class_name)].item(), abs=1e-6)
@@ -87,19 +87,19 @@ def test_predictions_equal_plain_timm_after_torchvisions_transform(registered, t
 def test_mlflow_loads_it_and_takes_bytes_base64_arrays_and_paths(registered):
     model, uri, folder = registered
     mlflow.set_tracking_uri(uri)
-    content = (folder / "picture.jpg").read_bytes()
-    with Image.open(folder / "picture.jpg") as image:
+    content = (folder / "image.jpg").read_bytes()
+    with Image.open(folder / "image.jpg") as image:
         pixels_HWC = np.asarray(image)
     loaded = mlflow.pyfunc.load_model(model.uri)
-    forms = [content, base64.b64encode(content).decode(), folder / "picture.jpg", pixels_HWC, pixels_HWC.tolist()]
+    forms = [content, base64.b64encode(content).decode(), folder / "image.jpg", pixels_HWC, pixels_HWC.tolist()]
     frame = loaded.predict(pd.DataFrame({"image": forms}))
-    probabilities_K = expected(folder / "picture.jpg")
+    probabilities_K = expected(folder / "image.jpg")
     for row_K in frame["probabilities"]:
         assert row_K == pytest.approx(probabilities_K.tolist(), abs=1e-6)
     assert frame["class_name"][0] == CLASSES[frame["class_id"][0]]
     assert frame["probability"][0] == max(frame["probabilities"][0])
-    for wrong in (b"no picture", "no base64!", str(folder / "picture.jpg"), Path("/gone.jpg"), pixels_HWC * 1.5, None):
-        with pytest.raises(mlflow.MlflowException, match="row 1 of `image` is not a picture"):
+    for wrong in (b"no image", "no base64!", str(folder / "image.jpg"), Path("/gone.jpg"), pixels_HWC * 1.5, None):
+        with pytest.raises(mlflow.MlflowException, match="row 1 of `image` is not an image"):
             loaded.predict(pd.DataFrame({"image": [content, wrong]}))
     many = loaded.predict(pd.DataFrame({"image": [content] * 70}))
     assert len(many) == 70
@@ -109,9 +109,9 @@ def test_mlflow_loads_it_and_takes_bytes_base64_arrays_and_paths(registered):
 @pytest.mark.slow
 def test_mlflow_models_predict_scores_a_file(registered, tmp_path):
     model, uri, folder = registered
-    picture = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()
+    image = base64.b64encode((folder / "image.jpg").read_bytes()).decode()
     asked, answer = tmp_path / "asked.json", tmp_path / "answer.json"
-    asked.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[picture]]}}))
+    asked.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[image]]}}))
     done = subprocess.run(
         [BIN / "mlflow", "models", "predict", "-m", model.uri, "-i", asked, "-o", answer, "--env-manager", "local"],
         env=os.environ | {"MLFLOW_TRACKING_URI": uri, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
@@ -120,7 +120,7 @@ def test_mlflow_models_predict_scores_a_file(registered, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(answer.read_text())["predictions"]
-    assert row["probabilities"] == pytest.approx(expected(folder / "picture.jpg").tolist(), abs=1e-6)
+    assert row["probabilities"] == pytest.approx(expected(folder / "image.jpg").tolist(), abs=1e-6)
 
 
 @pytest.mark.slow
@@ -142,12 +142,12 @@ def test_mlflow_serves_it_over_http(registered):
         while not _answers(f"{address}/ping"):
             assert server.poll() is None and time.monotonic() < deadline, (folder / "serve.log").read_text()
             time.sleep(0.2)
-        picture = base64.b64encode((folder / "picture.jpg").read_bytes()).decode()
-        asked = {"dataframe_split": {"columns": ["image"], "data": [[picture], [picture]]}}
+        image = base64.b64encode((folder / "image.jpg").read_bytes()).decode()
+        asked = {"dataframe_split": {"columns": ["image"], "data": [[image], [image]]}}
         answer = requests.post(f"{address}/invocations", json=asked, timeout=60)
         assert answer.ok, answer.text
         first, second = answer.json()["predictions"]
-        probabilities_K = expected(folder / "picture.jpg")
+        probabilities_K = expected(folder / "image.jpg")
         assert second["probabilities"] == pytest.approx(probabilities_K.tolist(), abs=1e-6)
         assert first["probabilities"] == pytest.approx(probabilities_K.tolist(), abs=1e-6)
         assert first["class_name"] == CLASSES[int(probabilities_K.argmax())]
@@ -166,17 +166,17 @@ def test_mlflow_serves_it_over_http(registered):
                 "has pixels of PIL's mode F: convert it to an 8-bit",
             ),
             (base64.b64encode(large()).decode(), "has 20,000 x 20,000 pixels, more than the limit of 178,956,970"),
-            (json.loads("[" * 200 + "]" * 200), "is not a picture"),
+            (json.loads("[" * 200 + "]" * 200), "is not an image"),
         ):
-            body = {"dataframe_split": {"columns": ["image"], "data": [[picture], [data]]}}
+            body = {"dataframe_split": {"columns": ["image"], "data": [[image], [data]]}}
             wrong = requests.post(f"{address}/invocations", json=body, timeout=60)
             assert wrong.status_code == 400
             assert f"row 1 of `image` {message}" in wrong.json()["message"]
-        for data in ("bm8gcGljdHVyZQ==", str(folder / "picture.jpg"), "/etc/passwd"):  # no picture; paths
+        for data in ("bm8gcGljdHVyZQ==", str(folder / "image.jpg"), "/etc/passwd"):  # no image; paths
             body = {"dataframe_split": {"columns": ["image"], "data": [[data]]}}
             wrong = requests.post(f"{address}/invocations", json=body, timeout=60)
             assert wrong.status_code == 400
-            assert "row 0 of `image` is not a picture: give the bytes of a JPEG" in wrong.json()["message"]
+            assert "row 0 of `image` is not an image: give the bytes of a JPEG" in wrong.json()["message"]
             assert "Traceback" not in wrong.text
     finally:
         for process in [*psutil.Process(server.pid).children(recursive=True), server]:  # groups of their own
@@ -197,12 +197,12 @@ def test_it_loads_where_this_project_is_not(registered):
 import sys, mlflow, pandas
 mlflow.set_tracking_uri({uri!r})
 loaded = mlflow.pyfunc.load_model({model.uri!r})
-print(loaded.predict(pandas.DataFrame({{"image": [open("picture.jpg", "rb").read()]}}))["class_name"][0])
+print(loaded.predict(pandas.DataFrame({{"image": [open("image.jpg", "rb").read()]}}))["class_name"][0])
 assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "launch")]
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == CLASSES[int(expected(folder / "picture.jpg").argmax())]
+    assert done.stdout.strip() == CLASSES[int(expected(folder / "image.jpg").argmax())]
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,11 @@ def test_a_model_that_is_not_there_is_told_with_those_that_are(registered, tmp_p
 def test_a_model_that_a_run_does_not_have_is_told_with_those_it_has(registered, tmp_path):
     _, uri, _ = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
-    with pytest.raises(UserError, match=f"the run {run_id} has no model 'net', it has: model"):
-        locate(f"runs:/{run_id}/net", "MODEL", tmp_path, Stores(uri, uri))
+    with pytest.raises(UserError, match=f"the run {run_id} has no model 'model', it has: model"):
+        locate(f"runs:/{run_id}/model", "MODEL", tmp_path, Stores(uri, uri))
 
 
-def test_files_that_are_no_pictures_are_named(registered):
+def test_files_that_are_no_images_are_named(registered):
     _, _, folder = registered
     (folder / "notes.txt").write_text("x")
     for file, message in (
@@ -261,8 +261,8 @@ def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registere
     first = (place / "model.safetensors").stat().st_mtime_ns
     assert locate("models:/tiny/1", "model.weights", tmp_path / "models", Stores(uri, uri)) == place
     assert (place / "model.safetensors").stat().st_mtime_ns == first
-    probabilities = expected(folder / "picture.jpg")
-    with Image.open(folder / "picture.jpg") as image:
+    probabilities = expected(folder / "image.jpg")
+    with Image.open(folder / "image.jpg") as image:
         cut = tv.center_crop(tv.resize(image.convert("RGB"), TRANSFORM["resize"]), TRANSFORM["crop"])
     image_1CHW = tv.normalize(tv.to_tensor(cut), TRANSFORM["mean"], TRANSFORM["std"])[None]
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registere
         locate(str(tmp_path / "gone"), "loss.teacher", tmp_path / "models", Stores(uri, uri))
 
 
-def test_grey_pictures_are_the_training_sides(tmp_path):
+def test_gray_images_are_the_training_sides(tmp_path):
     """One channel: the packaged transform, the loader's batches and Pillow's own conversion agree."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -281,9 +281,9 @@ def test_grey_pictures_are_the_training_sides(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     options = {"resize": 40, "crop": 32, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
     rgb_1CHW = evaluation_transform(Image.fromarray(pixels), **options)
-    grey_11HW = evaluation_transform(Image.fromarray(pixels), **options, channels=1)
-    assert torch.allclose(grey_11HW, grey(rgb_1CHW, tuple(options["std"])), atol=1e-5)
+    gray_11HW = evaluation_transform(Image.fromarray(pixels), **options, channels=1)
+    assert torch.allclose(gray_11HW, gray(rgb_1CHW, tuple(options["std"])), atol=1e-5)
     luma = np.array([0.299, 0.587, 0.114])
     pillow_HW = np.asarray(Image.fromarray(pixels).convert("L"), np.float64)[4:36, 4:36] / 255
     expected_HW = (pillow_HW - luma @ options["mean"]) / (luma @ options["std"])
-    assert np.abs(grey_11HW[0, 0].numpy() - expected_HW).max() < 0.6 / 255 / (luma @ options["std"])
+    assert np.abs(gray_11HW[0, 0].numpy() - expected_HW).max() < 0.6 / 255 / (luma @ options["std"])

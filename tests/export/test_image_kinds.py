@@ -20,7 +20,7 @@ from pipeline.data.augment import Augmentations, Auto
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_split
-from pipeline.data.folders import scan_pictures
+from pipeline.data.folders import scan_images
 from pipeline.data.images import NotAnImage, encode, quiet
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan
@@ -67,8 +67,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float
     folder = tmp_path_factory.mktemp("kinds")
     for name, kind in KINDS.items():
         (folder / NAMES[name]).write_bytes(kind.content)
-    index, faults, _ = scan_pictures(folder)
-    assert not faults
+    index, problems, _ = scan_images(folder)
+    assert not problems
     ids = np.arange(len(index))
     evaluated = EvalPlan(index.widths_N, index.heights_N, HEIGHT, CROP).batch(ids)
     nothing = np.zeros((len(ids), 1), np.int32)
@@ -84,7 +84,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float
     place = np.argsort(whole.locate(ids)[1])  # the plan shuffles
     return {
         "evaluation": loaded(index, evaluated),
-        "evaluation by DALI": loaded(index, by_dali, augment=Augment(auto="trivialaugment")),
+        "evaluation by DALI": loaded(index, by_dali, augment=Augment(auto_augment="trivialaugment")),
         "training": loaded(index, whole.batch(ids, CROP))[place],
         "packaged": torch.cat(packaged).permute(0, 2, 3, 1).numpy(),
     }
@@ -117,7 +117,7 @@ def test_preparing_and_looking_use_the_same_pixels(name, tmp_path):
         assert small in (encode(image, 90), encode(image.convert("RGB"), 90))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0").write_bytes(content)
-    index, _, _ = scan_pictures(tmp_path)
+    index, _, _ = scan_images(tmp_path)
     thumbnail = io.BytesIO()
     Image.fromarray(pixels_HWC).save(thumbnail, "JPEG", quality=85)
     assert base64.b64decode(_thumbnail(index, 0)) == thumbnail.getvalue()
@@ -131,7 +131,7 @@ def test_statistics_are_of_the_same_pixels(tmp_path):
     with Pool(1, lambda what, done, total: None) as pool:
         found = stats(tmp_path, 0, pool).splits["train"]
         report = verify(tmp_path, pool)
-    assert (found.decoded, found.unreadable, report.damage) == (len(KINDS), 0, [])
+    assert (found.decoded, found.unreadable, report.corruption) == (len(KINDS), 0, [])
     means = [kind.pixels_HWC.reshape(-1, 3).mean(axis=0) / 255 for kind in KINDS.values()]
     assert found.mean == pytest.approx(np.mean(means, axis=0).tolist(), abs=1e-6)
 
@@ -145,7 +145,7 @@ def test_predictions_by_every_form_and_by_the_folder_agree(tmp_path):
     import pyarrow.parquet as pq
 
     done = open_model(model).predict_folder(folder, tmp_path / "out.parquet", topk=3)
-    assert (done.classified, done.damaged) == (len(KINDS), 0)
+    assert (done.classified, done.corrupt) == (len(KINDS), 0)
     rows = {row["image"]: row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
     for prediction, name in zip(open_model(model).predict(list(files.values()), 3), files, strict=True):
         row = rows[NAMES[name]]
@@ -167,7 +167,7 @@ def packaged_model(folder: Path, **card: object) -> Classifier:
 @pytest.mark.parametrize("name", REFUSED)
 def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
     content, reason = REFUSED[name]
-    cure = "convert it to an 8-bit JPEG or PNG"
+    fix = "convert it to an 8-bit JPEG or PNG"
     for split in ("train", "val"):
         for label in "ab":
             (tmp_path / "set" / split / label).mkdir(parents=True)
@@ -176,38 +176,38 @@ def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
             )
     odd = tmp_path / "set" / "train" / "a" / "1.img"
     odd.write_bytes(content)
-    with pytest.raises(DataError, match=f"a/1.img: .*{reason}.*{cure}"):
+    with pytest.raises(DataError, match=f"a/1.img: .*{reason}.*{fix}"):
         open_split(tmp_path / "set", "train", tmp_path / "cache")
     with Pool(1, lambda what, done, total: None) as pool:
-        (finding,) = verify(tmp_path / "set", pool).damage
-        with pytest.raises(DataError, match=f"a/1.img: .*{reason}.*{cure}"):
+        (finding,) = verify(tmp_path / "set", pool).corruption
+        with pytest.raises(DataError, match=f"a/1.img: .*{reason}.*{fix}"):
             index_in_place(tmp_path / "set", pool)
     assert finding.kind == "unsupported"
     assert reason in finding.detail
     with pytest.raises(NotAnImage, match=reason):
         convert(content, PrepareOptions())
-    _, faults, _ = scan_pictures(tmp_path / "set")
-    assert [reason in fault for fault in faults.values()] == [True]
+    _, problems, _ = scan_images(tmp_path / "set")
+    assert [reason in problem for problem in problems.values()] == [True]
     model = write_model(tmp_path / "model")
-    with pytest.raises(UserError, match=f"1.img has pixels of .*{cure}"):
+    with pytest.raises(UserError, match=f"1.img has pixels of .*{fix}"):
         open_model(model).predict(odd)
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_other_formats_are_refused_everywhere(kind, tmp_path):
     (tmp_path / "0.jpg").write_bytes(UNKNOWN[kind])
-    _, faults, _ = scan_pictures(tmp_path)
-    assert "is not an image of a known format (JPEG, PNG, BMP, TIFF, WEBP)" in faults["0.jpg"]
-    with pytest.raises(BadImage, match="^is not a picture$"):
+    _, problems, _ = scan_images(tmp_path)
+    assert "is not an image of a known format (JPEG, PNG, BMP, TIFF, WEBP)" in problems["0.jpg"]
+    with pytest.raises(BadImage, match="^is not an image$"):
         decoded(UNKNOWN[kind])
 
 
 def test_an_index_from_before_does_not_let_a_refused_kind_pass(tmp_path):
-    """A prepared index may know a picture that is refused by now: training names it, or replaces it."""
+    """A prepared index may know an image that is refused by now: training names it, or replaces it."""
     (tmp_path / "a").mkdir()
     for i in range(8):
         (tmp_path / "a" / f"{i}.img").write_bytes(KINDS["PNG RGB"].content)
-    index, _, _ = scan_pictures(tmp_path)
+    index, _, _ = scan_images(tmp_path)
     content = REFUSED["TIFF floats"][0]
     (tmp_path / "a" / "3.img").write_bytes(content)
     i = index.table.schema.get_field_index("length")
@@ -225,7 +225,7 @@ def test_what_dali_refuses_is_decoded_by_pil(tmp_path, monkeypatch):
     """Only kinds that DALI decodes come to it as they are; should a version of it refuse one, PIL decodes that."""
     for i, name in enumerate(("PNG RGB", "TIFF, lzma", "JPEG RGB")):
         (tmp_path / str(i)).write_bytes(KINDS[name].content)
-    index, _, _ = scan_pictures(tmp_path)
+    index, _, _ = scan_images(tmp_path)
     planned = EvalPlan(index.widths_N, index.heights_N, HEIGHT, CROP).batch(np.arange(3))
     expected = loaded(index, planned)
     monkeypatch.setattr(reading, "in_common", lambda content: True)
@@ -261,12 +261,12 @@ def test_arrays_are_taken(given, same):
         (ARRAY[:0], r"an array of the shape \[0, 70, 3\]"),
         ([], "numbers of type float64"),
         (np.uint8(3), r"an array of the shape \[\]"),
-        ([[1, 2], [3]], "is not a picture"),
-        (json.loads("[" * 200 + "]" * 200), "is not a picture"),
-        ({"a": 1}, "is not a picture"),
-        (None, "is not a picture"),
+        ([[1, 2], [3]], "is not an image"),
+        (json.loads("[" * 200 + "]" * 200), "is not an image"),
+        ({"a": 1}, "is not an image"),
+        (None, "is not an image"),
     ],
 )
-def test_arrays_that_are_no_pictures_are_refused_with_their_row(given, message, tmp_path):
+def test_arrays_that_are_no_images_are_refused_with_their_row(given, message, tmp_path):
     with pytest.raises(MlflowException, match=f"row 1 of `image` .*{message}.*: give the bytes of a JPEG"):
         packaged_model(tmp_path / "model").predict(None, pd.DataFrame({"image": [ARRAY, given]}))

@@ -42,7 +42,7 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("shape", LONG)
-def test_the_crop_of_a_long_picture_is_that_of_all_of_it(shape, interpolation: Interpolation):
+def test_the_crop_of_a_long_image_is_that_of_all_of_it(shape, interpolation: Interpolation):
     pixels_HWC = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     image = Image.fromarray(pixels_HWC)
     planned = EvalPlan(np.array([shape[1]]), np.array([shape[0]]), 64, 56).batch(np.array([0]))
@@ -76,7 +76,7 @@ print(run("small"), run("long"))
 
 
 @pytest.mark.slow
-def test_long_pictures_take_no_memory(tmp_path):
+def test_long_images_take_no_memory(tmp_path):
     """By the loader of evaluation and by the packaged code; resizing all of 65,500 x 1 pixels takes 20 GB."""
     transform = {"resize": 256, "crop": 224, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.2] * 3}
     model = write_model(tmp_path / "model", transform=transform)
@@ -101,7 +101,7 @@ def large(width: int = 20_000, height: int = 20_000) -> bytes:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Class folders of two pictures of 40 x 30 pixels each, and one of 60 x 50 among the training ones."""
+    """Class folders of two images of 40 x 30 pixels each, and one of 60 x 50 among the training ones."""
     root = tmp_path / "set"
     for split in ("train", "val"):
         for i, label in enumerate("ab"):
@@ -116,7 +116,7 @@ SAID = (
 )
 
 
-def test_training_refuses_larger_pictures_or_leaves_them_out(classes, tmp_path):
+def test_training_refuses_larger_images_or_leaves_them_out(classes, tmp_path):
     cache = tmp_path / "cache"
     assert len(open_splits(str(classes), "train", "val", cache)[0]) == 3
     with pytest.raises(DataError, match=f"train/a/1.png: {SAID}"):  # the cached index does not hide it
@@ -134,10 +134,10 @@ def test_a_prepared_set_is_compared_with_the_limit_too(classes, tmp_path):
             index_in_place(classes, pool, max_pixels=2000)
         with pytest.raises(DataError, match=f"a/1.png in .*: {SAID}"):
             prepare(classes, tmp_path / "less", PrepareOptions(), pool, max_pixels=2000)
-        (finding,) = verify(classes, pool, max_pixels=2000).damage
+        (finding,) = verify(classes, pool, max_pixels=2000).corruption
         assert (finding.kind, finding.where) == ("large", "train/a/1.png")
         index_in_place(classes, pool)
-    with pytest.raises(DataError, match=rf"1 of 3 pictures in .* are too large:\n  .*a/1.png {SAID}"):
+    with pytest.raises(DataError, match=rf"1 of 3 images in .* are too large:\n  .*a/1.png {SAID}"):
         open_split(classes, "train", tmp_path, max_pixels=2000)
     assert len(open_split(classes, "train", tmp_path, max_pixels=3000)) == 3
 
@@ -147,7 +147,7 @@ def test_the_model_keeps_the_limit(classes, tmp_path):
     with pytest.raises(UserError, match=r"1.png has 60 x 50 pixels, more than the limit of 2,000 \(max_pixels in the"):
         open_model(model).predict(classes / "train" / "a" / "1.png")
     done = open_model(model).predict_folder(classes, tmp_path / "out.parquet")
-    assert (done.classified, done.damaged) == (4, 1)
+    assert (done.classified, done.corrupt) == (4, 1)
     (error,) = [row["error"] for row in pq.read_table(tmp_path / "out.parquet").to_pylist() if row["error"]]
     assert "has 60 x 50 pixels, more than the limit of 2,000" in error
 

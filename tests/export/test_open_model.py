@@ -21,7 +21,7 @@ from tests.models import CLASSES, network, start_run, write_model
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Nine pictures of two of the three classes."""
+    """Nine images of two of the three classes."""
     rng = np.random.default_rng(0)
     for i in range(9):
         file = tmp_path / "set" / "val" / ("dog", "eel")[i % 2] / f"{i}.png"
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_paths_bytes_and_arrays_are_the_same_picture(data, tmp_path):
+def test_paths_bytes_and_arrays_are_the_same_image(data, tmp_path):
     model = pipeline.open_model(write_model(tmp_path / "model"))
     assert model.classes == CLASSES
     assert model.card.transform == pipeline.Transform(40, 32, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
@@ -49,12 +49,12 @@ def test_paths_bytes_and_arrays_are_the_same_picture(data, tmp_path):
         found[0].image = "another"  # type: ignore[misc]
 
 
-def test_what_is_no_picture_is_told_by_its_place(data, tmp_path):
+def test_what_is_no_image_is_told_by_its_place(data, tmp_path):
     model = pipeline.open_model(write_model(tmp_path / "model"))
-    sound = io.BytesIO()
-    Image.new("L", (40, 40)).save(sound, "PNG")
+    valid = io.BytesIO()
+    Image.new("L", (40, 40)).save(valid, "PNG")
     for images, message in (
-        ([sound.getvalue(), b"text"], "image 1 is not an image that can be read"),
+        ([valid.getvalue(), b"text"], "image 1 is not an image that can be read"),
         ([np.zeros((4, 4), np.float32)], "image 0 is not an image that can be read .*must be uint8"),
         (["gone.jpg"], "gone.jpg does not exist"),
     ):
@@ -74,7 +74,7 @@ def test_an_evaluation_is_a_value_and_what_the_command_prints(densenet, data, tm
     assert found.top5 == 100.0  # of three classes all are among the best three
     assert found.top5_correct == 9
     assert found.loss == found.plain.loss > 0
-    assert found.transform == "resize 40 bilinear antialias, centre crop 32, no EXIF rotation"
+    assert found.transform == "resize 40 bilinear antialias, center crop 32, no EXIF rotation"
     code, printed = densenet("eval", place, "--data", data, "--tta", "flip", "--batch-size", 4, "--json")
     assert code == 0
     assert json.loads(printed) == json.loads(json.dumps(asdict(found)))
@@ -90,7 +90,7 @@ def test_prediction_and_evaluation_take_turns(data, tmp_path):
     assert model.evaluate(data).total == 9
     assert model.predict(file) == before
     done = model.predict_folder(data, tmp_path / "answers.parquet", topk=1)
-    assert (done.classified, done.damaged, done.out) == (9, 0, str(tmp_path / "answers.parquet"))
+    assert (done.classified, done.corrupt, done.out) == (9, 0, str(tmp_path / "answers.parquet"))
     with torch.no_grad():
         assert torch.equal(model.module(torch.ones(1, 3, 32, 32)), network()(torch.ones(1, 3, 32, 32)))
 
@@ -124,16 +124,16 @@ def test_registered_models_and_runs_are_opened_by_name(data, tmp_path, monkeypat
 )
 def test_a_file_of_timms_tells_its_net(tmp_path, name, options):
     torch.manual_seed(1)
-    net = timm.create_model(name, num_classes=3, **options).eval()
-    torch.save({"state_dict": net.state_dict()}, tmp_path / "weights.pth")
-    save_file(net.state_dict(), tmp_path / "weights.safetensors")
+    plain = timm.create_model(name, num_classes=3, **options).eval()
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "weights.pth")
+    save_file(plain.state_dict(), tmp_path / "weights.safetensors")
     for file in ("weights.pth", "weights.safetensors"):
         model = pipeline.open_model(tmp_path / file, classes=["a", "b", "c"])
         assert (model.card.name, model.classes) == (name, ("a", "b", "c"))
         crop = model.card.transform.crop
         images_NCHW = torch.randn(1, model.card.in_chans, crop, crop)
         with torch.no_grad():
-            assert torch.equal(model.module(images_NCHW), net(images_NCHW))
+            assert torch.equal(model.module(images_NCHW), plain(images_NCHW))
         assert len(model.predict(np.zeros((300, 300, 3), np.uint8))[0].classes) == 3
 
 
@@ -141,7 +141,7 @@ def test_imagenets_classes_are_known_by_their_number(tmp_path):
     save_file(create("densenet_tiny", 1000).state_dict(), tmp_path / "weights.safetensors")
     model = pipeline.open_model(tmp_path / "weights.safetensors")
     assert model.classes[:2] == ("n01440764", "n01443537")
-    assert model.card.transform.description.startswith("resize 256 bicubic antialias, centre crop 224")
+    assert model.card.transform.description.startswith("resize 256 bicubic antialias, center crop 224")
 
 
 def test_timms_folder_keeps_classes_and_transform(data, tmp_path):
@@ -161,13 +161,13 @@ def test_files_of_which_too_little_is_known_are_refused(tmp_path):
     with pytest.raises(UserError, match="2 classes are given, and .* has 3 logits"):
         pipeline.open_model(tmp_path / "three.safetensors", classes=["a", "b"])
     save_file({"fc.weight": torch.zeros(3, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="holds the weights of none of these nets: densenet121, "):
+    with pytest.raises(UserError, match="holds the weights of none of these models: densenet121, "):
         pipeline.open_model(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="MODEL=.*gone is no model"):
         pipeline.open_model(tmp_path / "gone")
 
 
-def test_a_damaged_card_is_named(tmp_path):
+def test_a_corrupt_card_is_named(tmp_path):
     place = write_model(tmp_path / "model")
     for content in ("{", "[]", '{"name": "densenet_tiny"}'):
         (place / "model.json").write_text(content)

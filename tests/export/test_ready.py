@@ -8,13 +8,13 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from launch.cluster.capacity import Resources
-from launch.cluster.prepared import Prepared
+from launch.cluster.allocation import Resources
+from launch.cluster.prepared_run import PreparedRun
 from launch.run.prepare import prepare, read_config
 from pipeline.errors import UserError
 from pipeline.export.registration import check_registry
 from pipeline.tracking.run import Tracker
-from pipeline.train.room import check_room, checkpoint_bytes, kept_checkpoints
+from pipeline.train.disk_space import check_disk_space, checkpoint_bytes, kept_checkpoints
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 HERE = Resources("this machine", 1, 0, embedded=True)
@@ -29,7 +29,7 @@ def prepared(tmp_path):
             for i in range(2):
                 Image.new("RGB", (40, 40), (60 * i, 9, 50)).save(tmp_path / "set" / split / name / f"{i}.jpg")
 
-    def make(*overrides: str) -> Prepared:
+    def make(*overrides: str) -> PreparedRun:
         places = [f"data.root={tmp_path / 'set'}", f"run.output={tmp_path / 'out'}", "run.name=one"]
         small = ["train.global_batch_size=4", "cluster.workers=1", "device=cpu"]
         return prepare(read_config(DEMO, [*places, *small, *overrides]), HERE)
@@ -43,23 +43,25 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(prepared, monkeypatc
     parameters = 6_955_906  # of DenseNet-121 with two classes
     assert checkpoint_bytes(run.config, parameters) == 4 * 3 * parameters
     assert kept_checkpoints(run.config) == 4
-    check_room(run)
+    check_disk_space(run)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 7 * 10**8, 3 * 10**8))
     with pytest.raises(UserError, match=r"has 300.0 MB free, this run needs about 3\d\d.\d MB there: 4 checkpoints"):
-        check_room(run)
+        check_disk_space(run)
 
 
 def test_a_registry_that_will_not_take_the_model_is_refused(prepared, tmp_path):
-    run = prepared(f"tracking.registry_uri=sqlite:///{tmp_path}/other.db", "tracking.register_as=mine")
+    run = prepared(f"tracking.registry_uri=sqlite:///{tmp_path}/other.db", "tracking.registered_model_name=mine")
     told: list[str] = []
     check_registry(run.config, told.append)
     client = MlflowClient(f"sqlite:///{tmp_path}/other.db", f"sqlite:///{tmp_path}/other.db")
     assert [model.name for model in client.search_registered_models()] == ["mine"]
     client.register_prompt("question", "why?")
-    with pytest.raises(UserError, match=r"question is the name of a prompt in .*: set tracking.register_as"):
+    with pytest.raises(UserError, match=r"question is the name of a prompt in .*: set tracking.registered_model_name"):
         check_registry(
-            prepared(f"tracking.registry_uri=sqlite:///{tmp_path}/other.db", "tracking.register_as=question").config,
+            prepared(
+                f"tracking.registry_uri=sqlite:///{tmp_path}/other.db", "tracking.registered_model_name=question"
+            ).config,
             told.append,
         )
     away = "tracking.registry_uri=http://127.0.0.1:9"

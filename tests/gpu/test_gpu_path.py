@@ -83,7 +83,7 @@ def test_between_log_lines_the_host_waits_for_the_agreement_on_the_loss_alone(nc
     data, batches = indexes(), iter(range(99))
     plan = {
         "train": {"epochs": 4, "log_every_steps": 20},
-        "augment": {"brightness": 0.4, "erase": 0.5, "mixup": 0.2, "cutmix": 1.0},
+        "augment": {"brightness": 0.4, "erase_prob": 0.5, "mixup_alpha": 0.2, "cutmix_alpha": 1.0},
         "ema": {"decay": 0.9},
         "checkpoint": {"every_epochs": 9},
         "eval": {"resize": 32, "crop": 32, "every_epochs": 9},

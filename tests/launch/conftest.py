@@ -14,16 +14,16 @@ import psutil
 import pytest
 import ray
 
-from launch.cluster.net import answers, free_port
+from launch.cluster.ports import answers, free_port
 from tests.conftest import BIN
 
 PATIENCE_S = 300  # a condition that holds ends a wait at once; a busy machine needs minutes for what takes seconds
 _STARTS = 3
 
 
-def wait_until(condition: Callable[[], object], told: Callable[[], str], patience_s: float = PATIENCE_S) -> None:
+def wait_until(condition: Callable[[], object], told: Callable[[], str], wait_timeout_s: float = PATIENCE_S) -> None:
     """Waits for a condition; fails with what `told` returns."""
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + wait_timeout_s
     while not condition():
         assert time.monotonic() < deadline, told()
         time.sleep(0.2)

@@ -112,5 +112,5 @@ def test_a_job_carries_the_code_and_the_locked_packages(apart):
     """Whatever `submit` sends is there without the checkout; it gets as far as the cluster that is not."""
     done = apart("densenet", "submit", "demo", "run.output=/runs", "--address", "http://127.0.0.1:1")
     assert (done.returncode, "no Ray dashboard answers at http://127.0.0.1:1" in done.stdout) == (2, True), done.stdout
-    code = "from launch.cluster.submit import locked; print(*locked())"
+    code = "from launch.cluster.submit import folder_lock; print(*locked_requirements())"
     assert "torch==2.14.1" in apart("python", "-c", code).stdout

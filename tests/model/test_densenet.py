@@ -1,4 +1,4 @@
-"""The models: DESIGN's counts, timm's registry, the stem for small pictures, near names."""
+"""The models: DESIGN's counts, timm's registry, the stem for small images, near names."""
 
 import math
 
@@ -44,11 +44,11 @@ def test_sizes_by_arithmetic_are_those_that_torch_counts(name):
     for side, options in ((32, {}), (75, {"in_chans": 1, "global_pool": "catavgmax"})):
         model = Model(name=name, **options)
         with torch.device("meta"):
-            net = create(model, 7).eval()
+            network = create(model, 7).eval()
             image_1CHW = torch.empty(1, model.in_chans, side, side)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(image_1CHW)
-        counted = Size(sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2)
+            network(image_1CHW)
+        counted = Size(sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)
         assert size(model, 7, side) == counted
 
 
@@ -58,7 +58,7 @@ def test_additions_are_in_timms_registry():
     assert model.num_classes == 7
 
 
-def test_the_stem_for_small_pictures_keeps_their_size_and_timms_features():
+def test_the_stem_for_small_images_keeps_their_size_and_timms_features():
     images_NCHW = torch.randn(2, 3, 32, 32)
     assert create("densenet_bc_l40_k12", 10)(images_NCHW).shape == (2, 10)
     pyramid = timm.create_model("densenet_bc_l40_k12", features_only=True)
@@ -71,7 +71,7 @@ def test_the_stem_for_small_pictures_keeps_their_size_and_timms_features():
     assert pyramid.feature_info.reduction() == [1, 1, 2, 4]
 
 
-def test_convolutions_are_he_initialised():
+def test_convolutions_are_he_initialized():
     torch.manual_seed(0)
     for module in create("densenet121", 10).modules():
         if isinstance(module, torch.nn.Conv2d):

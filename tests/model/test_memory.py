@@ -12,7 +12,7 @@ NAME, STEPS = "densenet_bc_l40_k12", 2
 
 
 def trained(memory: str, dtype: torch.dtype, freeze: bool = False) -> tuple[list[torch.Tensor], nn.Module]:
-    """Losses of a few steps, and the model after them, which still has the last step's gradients."""
+    """WorkerFailureCallback of a few steps, and the model after them, which still has the last step's gradients."""
     torch.manual_seed(0)
     model = create(Model(name=NAME, memory=memory), 10).to(dtype)
     if freeze:

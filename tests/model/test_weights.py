@@ -1,4 +1,4 @@
-"""Weights from files: names of other projects, other classes, faults; models to learn from."""
+"""Weights from files: names of other projects, other classes, problems; models to learn from."""
 
 from pathlib import Path
 
@@ -138,14 +138,14 @@ def test_a_model_is_built_from_its_card(tmp_path):
         assert torch.equal(model(image_1CHW), other(2, **options).eval()(image_1CHW))
 
 
-def test_a_teacher_must_know_the_same_classes_and_take_the_same_pictures(tmp_path):
+def test_a_teacher_must_know_the_same_classes_and_take_the_same_images(tmp_path):
     place = folder(tmp_path / "checkpoint", ("cat", "dog"))
     model = load_teacher(place, ("cat", "dog"), 3)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(UserError, match=r"2 classes apart \(cat, dog\), the data have 2 \(dog, cat\)"):
         load_teacher(place, ("dog", "cat"), 3)
-    with pytest.raises(UserError, match="takes pictures of other channels than model.in_chans=1"):
+    with pytest.raises(UserError, match="takes images of other channels than model.in_chans=1"):
         load_teacher(place, ("cat", "dog"), 1)
     with pytest.raises(UserError, match="is a file of weights alone"):
         load_teacher(place / "ema.safetensors", ("cat", "dog"), 3)

@@ -60,8 +60,8 @@ def test_an_older_databases_cure_is_told_and_it_is_not_migrated_unasked(database
         file = database(f"UPDATE alembic_version SET version_num = '{OLDER}'", *statements)
         before = file.read_bytes()
         uri = f"sqlite:///{file}"
-        cure = f"back it up, end what uses it, and run `mlflow db upgrade '{uri}'`"
-        error = refused(uri, f"is of an older MLflow (schema {OLDER})", cure)
+        fix = f"back it up, end what uses it, and run `mlflow db upgrade '{uri}'`"
+        error = refused(uri, f"is of an older MLflow (schema {OLDER})", fix)
         assert not isinstance(error, Unreachable)
         assert file.read_bytes() == before
 

@@ -7,7 +7,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils import validation
 
 from pipeline.config import Tracking
-from pipeline.names import alias_fault, experiment_fault, model_fault
+from pipeline.names import alias_error, experiment_error, model_name_error
 
 TEXT = st.text(st.sampled_from("abvV019-_./:@ '\"\\\0é"), max_size=6)
 ALIASES = ["latest", "LATEST", "v1", "V12", "v", "va1", "candidate", "a-b_c", "1", "", "a b", "a" * 255, "a" * 256]
@@ -29,22 +29,22 @@ def takes_alias(alias: str) -> bool:
 
 @given(st.one_of(TEXT, st.sampled_from([*ALIASES, *NAMES])))
 def test_what_we_take_mlflow_takes(name):
-    if alias_fault(name) is None:
+    if alias_error(name) is None:
         assert takes_alias(name)
-    if model_fault(name) is None:
+    if model_name_error(name) is None:
         assert takes(validation._validate_model_name, name)
-    if experiment_fault(name) is None:
+    if experiment_error(name) is None:
         assert takes(validation._validate_experiment_name, name)
 
 
 def test_what_mlflow_reserves_is_refused_and_usual_names_are_not():
     for alias in ALIASES:
         if not takes_alias(alias):
-            assert alias_fault(alias) is not None, alias
+            assert alias_error(alias) is not None, alias
     for alias in ("candidate", "champion", "v", "va1", "latest-one", "a" * 255):
-        assert alias_fault(alias) is None, alias
+        assert alias_error(alias) is None, alias
     for name in ("densenet121", "my model", "a.b-c_d"):
-        assert model_fault(name) is None, name
+        assert model_name_error(name) is None, name
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_what_mlflow_reserves_is_refused_and_usual_names_are_not():
         ("alias", "latest", "is reserved by MLflow"),
         ("alias", "v1", "is reserved by MLflow"),
         ("alias", "a b", "must be letters"),
-        ("register_as", "a:b", "must not be blank, begin with a dot, or hold slashes, colons"),
-        ("register_as", " ", "must not be blank"),
+        ("registered_model_name", "a:b", "must not be blank, begin with a dot, or hold slashes, colons"),
+        ("registered_model_name", " ", "must not be blank"),
         ("experiment", "", "must not be blank"),
         ("experiment", "e" * 501, "at most 500 characters"),
         ("registry_uri", "http://me:secret@host", "must not hold a password"),

@@ -120,10 +120,10 @@ def test_all_commands_work_with_the_two_addresses(stores, command, tmp_path):
     assert "models:/tiny/2" in command("models", "show", "tiny@candidate")
     assert "optim.lr" in command("models", "diff", "tiny/1", "tiny/2")
     assert "@candidate" in command("models", "history", "tiny")
-    picture = tmp_path / "set" / "val" / "cat" / "0.png"
-    picture.parent.mkdir(parents=True)
-    Image.new("RGB", (50, 50), (9, 99, 199)).save(picture)
-    assert "%" in command("predict", "models:/tiny@candidate", picture)
+    image = tmp_path / "set" / "val" / "cat" / "0.png"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (50, 50), (9, 99, 199)).save(image)
+    assert "%" in command("predict", "models:/tiny@candidate", image)
     assert "plain" in command("eval", "models:/tiny/1", "--data", tmp_path / "set")
     assert "tiny@champion is version 1 now" in command("models", "promote", "tiny/1", "--data", tmp_path / "set")
     told = command("export", "models:/tiny@champion", "--to", "timm", "--out", tmp_path / "out", "--attach")

@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import register
-from pipeline.tracking.look import metric_history, read_artifact
+from pipeline.tracking.queries import metric_history, read_artifact
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.store import connect
 from pipeline.tracking.stores import Stores

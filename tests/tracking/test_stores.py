@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.tracking.stores import Stores, given_stores, shown, stores_of
+from pipeline.tracking.stores import Stores, given_stores, redacted, stores_of
 
 HTTP = "http://127.0.0.1:5000"
 
@@ -54,6 +54,6 @@ def test_relative_paths_are_absolute_and_passwords_are_not_shown(monkeypatch, tm
     monkeypatch.chdir(tmp_path)
     assert given_stores("sqlite:///mine.db", None).tracking == f"sqlite:///{tmp_path}/mine.db"
     assert given_stores(None, None).tracking == f"sqlite:///{tmp_path}/outputs/mlflow.db"
-    assert shown("http://me:secret@host:5000") == "http://me:***@host:5000"
+    assert redacted("http://me:secret@host:5000") == "http://me:***@host:5000"
     with pytest.raises(UserError, match=r"run.output=/a\?b: MLflow takes what follows a `\?` for options"):
         stores_of(RunConfig.model_validate({"run": {"output": "/a?b"}}))

@@ -218,7 +218,7 @@ def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path, densenet):
         spooled.finish("FINISHED", timeout_s=0.1)
         assert spooled.unsent == 3
         (tmp_path / "spooled" / "run" / "config.yaml").write_text(spooling.to_yaml())
-        code, printed = densenet("runs", "sync", tmp_path / "spooled" / "run", "--patience", 0)
+        code, printed = densenet("runs", "sync", tmp_path / "spooled" / "run", "--timeout", 0)
         assert code == 2
         assert "no MLflow store answers" in printed
         server.start()

@@ -1,4 +1,4 @@
-"""A run's settings for a small picture set, and its trainer."""
+"""A run's settings for a small image set, and its trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from pipeline.config import Device, RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived, derive
+from pipeline.train.batch_size_finder import find_batch_size
 from pipeline.train.events import Report, Warned
-from pipeline.train.fitting import fitting
 from pipeline.train.inputs import Inputs
 from pipeline.train.trainer import Trainer
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def settings(
     train_index: DatasetIndex, val_index: DatasetIndex, workers: int = 1, device: Device = "cpu", **sections: dict
 ) -> tuple[RunConfig, Derived]:
-    """A config for the picture set, and what follows from it."""
+    """A config for the image set, and what follows from it."""
     tree: dict = {
         "run": {"seed": 5},
         "model": {"name": "densenet_tiny"},
@@ -54,6 +54,6 @@ def new_trainer(
 ) -> Trainer:
     """A trainer of this rank, on the CPU or the first GPU; `options` are its further arguments."""
     device = CPU if derived.device == "cpu" else torch.device("cuda", 0)
-    derived = fitting(config, derived, device, lambda text: report(Warned(text)))
+    derived = find_batch_size(config, derived, device, lambda text: report(Warned(text)))
     inputs = Inputs(config, derived, *indexes, device)
     return Trainer(config, derived, inputs, run_dir=run_dir, device=device, report=report, **options)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: sealed last, verified in full, passed over when damaged."""
+"""Checkpoint folders: committed last, verified in full, passed over when corrupt."""
 
 import json
 import random
@@ -8,16 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import OtherFormatError
 from pipeline.train import checkpoint
 
 
-def sealed(root: Path, samples: int) -> Path:
+def committed(root: Path, samples: int) -> Path:
     folder = root / checkpoint.folder_name(samples)
     partial = checkpoint.partial(folder)
     (partial / "engine").mkdir(parents=True)
     (partial / "engine" / "state.pt").write_bytes(bytes(range(256)) * 16)
     checkpoint.write_json(partial / "state.json", {"samples_seen": samples})
-    checkpoint.seal(folder)
+    checkpoint.commit(folder)
     return folder
 
 
@@ -33,23 +34,26 @@ def flip_a_bit(folder: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGES = {
+CORRUPTIONS = {
     "truncated": (truncate, "engine/state.pt has 4095 bytes, 4096 were written"),
     "flipped": (flip_a_bit, "engine/state.pt has changed"),
     "gone": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
     "half a manifest": (lambda f: (f / "manifest.json").write_text('{"format"'), "manifest.json cannot be read"),
-    "later format": (lambda f: (f / "manifest.json").write_text('{"format": 9, "files": {}}'), "its format is 9"),
+    "another format": (
+        lambda f: (f / "manifest.json").write_text('{"format": 9, "files": {}}'),
+        "has format 9, and this",
+    ),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_the_newest_valid_one_is_found_behind_a_damaged_one(tmp_path, damage):
-    older, newer = sealed(tmp_path, 100), sealed(tmp_path, 200)
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_the_newest_valid_one_is_found_behind_a_corrupt_one(tmp_path, corruption):
+    older, newer = committed(tmp_path, 100), committed(tmp_path, 200)
     said: list[str] = []
     assert checkpoint.newest_valid(tmp_path, said.append) == newer
     assert said == []
-    spoil, reason = DAMAGES[damage]
+    spoil, reason = CORRUPTIONS[corruption]
     spoil(newer)
     assert checkpoint.newest_valid(tmp_path, said.append) == older
     assert len(said) == 1
@@ -57,22 +61,32 @@ def test_the_newest_valid_one_is_found_behind_a_damaged_one(tmp_path, damage):
     assert reason in said[0]
 
 
+def test_a_run_whose_checkpoints_another_version_wrote_is_refused_and_keeps_them(tmp_path):
+    folder = committed(tmp_path, 100)
+    (folder / "manifest.json").write_text('{"format": 4, "files": {}}')
+    with pytest.raises(
+        OtherFormatError, match="has format 4, and this version reads format 5: resume it with the version"
+    ):
+        checkpoint.newest_valid(tmp_path, lambda _: None)
+    assert folder.is_dir()
+
+
 def test_a_half_written_checkpoint_is_not_one(tmp_path):
-    folder = sealed(tmp_path, 100)
+    folder = committed(tmp_path, 100)
     folder.rename(checkpoint.partial(folder))
     assert checkpoint.checkpoints(tmp_path) == []
     assert checkpoint.newest_valid(tmp_path, pytest.fail) is None
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
-    folders = [sealed(tmp_path, n) for n in (100, 200, 300, 400)]
+    folders = [committed(tmp_path, n) for n in (100, 200, 300, 400)]
     checkpoint.partial(folders[0]).mkdir()
     checkpoint.prune(tmp_path, lambda there: [there[0], *there[-2:]])
     assert sorted(p.name for p in tmp_path.iterdir()) == [folders[i].name for i in (0, 2, 3)]
 
 
 def test_the_manifest_lists_every_file_but_itself(tmp_path):
-    folder = sealed(tmp_path, 100)
+    folder = committed(tmp_path, 100)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     on_disk = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert set(files) == on_disk - {"manifest.json"}
@@ -80,9 +94,9 @@ def test_the_manifest_lists_every_file_but_itself(tmp_path):
 
 @settings(max_examples=200)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(["flip", "cut", "zero", "more"]))
-def test_any_damage_anywhere_is_told_or_leaves_every_file_as_it_was(tmp_path_factory, seed, kind):
+def test_any_corruption_anywhere_is_told_or_leaves_every_file_as_it_was(tmp_path_factory, seed, kind):
     rng = random.Random(seed)
-    folder = sealed(tmp_path_factory.mktemp("checkpoints"), 100)
+    folder = committed(tmp_path_factory.mktemp("checkpoints"), 100)
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     file = rng.choice(sorted(before))
     content = bytearray(before[file])
@@ -96,7 +110,10 @@ def test_any_damage_anywhere_is_told_or_leaves_every_file_as_it_was(tmp_path_fac
     else:
         content += b"\0"
     file.write_bytes(content)
-    reason = checkpoint.fault(folder)
+    try:
+        reason = checkpoint.verify(folder)
+    except OtherFormatError as error:
+        reason = str(error)
     if reason is None:
         kept = {f: f.read_bytes() for f in before if f.name != "manifest.json"}
         assert kept == {f: b for f, b in before.items() if f in kept}
@@ -105,14 +122,14 @@ def test_any_damage_anywhere_is_told_or_leaves_every_file_as_it_was(tmp_path_fac
 MANIFESTS = [
     "[]",
     "3",
-    '{"format": 4, "files": []}',
-    '{"format": 4, "files": {"a": 1}}',
-    '{"format": 4, "files": {"../a": {"bytes": 1, "sha256": "0"}}}',
+    '{"format": 5, "files": []}',
+    '{"format": 5, "files": {"a": 1}}',
+    '{"format": 5, "files": {"../a": {"bytes": 1, "sha256": "0"}}}',
 ]
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS)
-def test_a_manifest_that_is_other_json_is_a_damaged_one(tmp_path, manifest):
-    folder = sealed(tmp_path, 100)
+def test_a_manifest_that_is_other_json_is_a_corrupt_one(tmp_path, manifest):
+    folder = committed(tmp_path, 100)
     (folder / "manifest.json").write_text(manifest)
-    assert "manifest.json cannot be read" in str(checkpoint.fault(folder))
+    assert "manifest.json cannot be read" in str(checkpoint.verify(folder))

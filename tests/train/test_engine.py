@@ -129,7 +129,7 @@ def test_further_keys_reach_deepspeed_and_contradictions_are_refused():
 def test_gradients_travel_in_the_format_that_is_asked_for():
     config, d = settings(1)
     assert "communication_data_type" not in deepspeed_config(config, d)
-    engine = config.engine.model_copy(update={"communication": "bf16"})
+    engine = config.engine.model_copy(update={"communication_data_type": "bf16"})
     assert deepspeed_config(config.model_copy(update={"engine": engine}), d)["communication_data_type"] == "bf16"
 
 

@@ -108,7 +108,7 @@ def test_two_ranks_and_accumulation_give_the_losses_of_one_batch_where_norms_are
 
 
 def offloaded() -> list[list[float]]:
-    options = {"offload_optimizer": True, "bucket_elements": 50_000}
+    options = {"offload_optimizer": True, "reduce_bucket_size": 50_000}
     return [losses(stage, BATCH, False, engine=options) for stage in (1, 2, 3)]
 
 

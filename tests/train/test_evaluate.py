@@ -17,7 +17,7 @@ from tests.train.settings import settings
 
 
 def fixed_model(classes: int) -> torch.nn.Module:
-    """Random weights whose running statistics fit the pictures, so that its answers vary."""
+    """Random weights whose running statistics fit the images, so that its answers vary."""
     torch.manual_seed(1)
     model = create("densenet_tiny", classes)
     generator = torch.Generator().manual_seed(2)
@@ -54,14 +54,14 @@ def evaluate_rank(train_index: DatasetIndex, val_index: DatasetIndex, batch_size
 
 
 def plain_count(val_index: DatasetIndex, classes: int) -> EvalResult:
-    """One picture after the other through PIL and plain PyTorch."""
+    """One image after the other through PIL and plain PyTorch."""
     model = fixed_model(classes).eval()
     config, _ = settings(val_index, val_index)
     top1 = top5 = 0
     loss = 0.0
     for i, label in enumerate(val_index.labels_N):
-        with Image.open(val_index.path(i)) as picture:
-            image = tv.normalize(tv.to_tensor(picture.convert("RGB")), config.data.mean, config.data.std)
+        with Image.open(val_index.path(i)) as image:
+            image = tv.normalize(tv.to_tensor(image.convert("RGB")), config.data.mean, config.data.std)
         with torch.no_grad():
             logits_1K = model(image[None])
         best = logits_1K[0].topk(min(5, classes)).indices.tolist()

@@ -25,11 +25,11 @@ def test_cross_entropy_of_labels_and_of_shares_with_smoothing():
     for targets, shares_NK in ((LABELS_N, one_hot_NK), (SHARES_NK, SHARES_NK)):
         smooth_NK = 0.9 * shares_NK + 0.1 / 4
         by_hand = -(smooth_NK * LOGITS_NK.log_softmax(dim=1)).sum(dim=1).mean()
-        assert value(targets, smoothing=0.1) == pytest.approx(by_hand.item(), rel=1e-5)
+        assert value(targets, label_smoothing=0.1) == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_binary_cross_entropy_is_timms():
-    assert value(LABELS_N, name="bce", smoothing=0.1) == pytest.approx(
+    assert value(LABELS_N, name="bce", label_smoothing=0.1) == pytest.approx(
         BinaryCrossEntropy(smoothing=0.1)(LOGITS_NK, LABELS_N).item(), rel=1e-5
     )
     assert value(SHARES_NK, name="bce") == pytest.approx(
@@ -43,7 +43,7 @@ def test_distillation_weighs_the_labels_and_the_teachers_softened_answers():
     teacher_NK = (teacher(IMAGES_NCHW) / 3).softmax(dim=1)
     divergence = (teacher_NK * (teacher_NK.log() - student_NK)).sum(dim=1).mean()
     expected = 0.3 * F.cross_entropy(LOGITS_NK, LABELS_N) + 0.7 * 9 * divergence
-    got = value(LABELS_N, teacher, teacher="x", alpha=0.7, temperature=3)
+    got = value(LABELS_N, teacher, teacher="x", distillation_alpha=0.7, distillation_temperature=3)
     assert got == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -52,4 +52,4 @@ def test_a_student_that_answers_like_its_teacher_has_nothing_to_learn_from_it():
         def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
             return LOGITS_NK
 
-    assert value(LABELS_N, Same(), teacher="x", alpha=1, temperature=2) == pytest.approx(0, abs=1e-6)
+    assert value(LABELS_N, Same(), teacher="x", distillation_alpha=1, distillation_temperature=2) == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Losses that are no numbers: what is written of them, and how a run gets over them."""
+"""WorkerFailureCallback that are no numbers: what is written of them, and how a run gets over them."""
 
 import json
 import re
@@ -27,12 +27,12 @@ OFTEN = {"log_every_steps": 1, "max_device_batch_size": 4, "epochs": 1}  # two m
 def run(
     indexes: Indexes,
     run_dir: Path,
-    spoiled: tuple[int, ...] = (),
+    non_finite_weights: tuple[int, ...] = (),
     rank: int = 0,
     resume: Path | None = None,
     **sections: dict,
 ) -> list[Event]:
-    """A run in which the first loss of the `spoiled` steps of a rank is no number; returns the events."""
+    """A run in which the first loss of the `non_finite_weights` steps of a rank is no number; returns the events."""
     events: list[Event] = []
     defaults = {"train": OFTEN, "checkpoint": {"every_samples": 8, "keep_last": 99}, "ema": {"decay": 0.5}}
     merged = {name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections}
@@ -43,7 +43,7 @@ def run(
 
     def spoil(*inputs: torch.Tensor) -> torch.Tensor:
         step, micro = divmod(next(count), derived.accumulation)
-        here = step + 1 in spoiled and micro == 0 and torch.distributed.get_rank() == rank
+        here = step + 1 in non_finite_weights and micro == 0 and torch.distributed.get_rank() == rank
         return forward(*inputs) * float("nan" if here else 1)
 
     trainer.criterion = spoil  # type: ignore[assignment]
@@ -69,7 +69,7 @@ def test_a_run_stops_before_the_step_and_tells_what_the_layers_gave(one_rank, in
     with pytest.raises(UserError) as error:
         run(indexes(), tmp_path, optim={"lr": 1e18, "momentum": 0.0})
     step = int(
-        re.match(r"the training loss is no number at step (\d) .* on rank 0: lower optim.lr", str(error.value))[1]
+        re.match(r"the training loss is NaN or infinite at step (\d) .* on rank 0: lower optim.lr", str(error.value))[1]
     )
     assert step in (2, 3)
     assert all(checkpoint.samples_of(f) < step * 8 for f in checkpoint.checkpoints(checkpoint_root(tmp_path)))
@@ -92,8 +92,8 @@ def test_a_step_can_be_left_out_and_changes_nothing(one_rank, indexes, tmp_path)
     events = run(data, tmp_path, (2, 4), train=OFTEN | {"on_nan": "skip", "nan_limit": 2})
     assert [event.step for event in events if isinstance(event, Step)] == [1, 2, 3, 4, 5]
     assert [re.sub(", see .*", "", text) for text in warnings(events)] == [
-        "the training loss is no number at step 2 (epoch 0.20) on rank 0: the step is left out (1 of at most 2",
-        "the training loss is no number at step 4 (epoch 0.60) on rank 0: the step is left out (2 of at most 2",
+        "the training loss is NaN or infinite at step 2 (epoch 0.20) on rank 0: the step is left out (1 of at most 2",
+        "the training loss is NaN or infinite at step 4 (epoch 0.60) on rank 0: the step is left out (2 of at most 2",
     ]
     windows = [(e.skipped_steps, e.loss is None) for e in events if isinstance(e, Step)]
     assert windows == [(0, False), (1, True), (0, False), (1, True), (0, False)]
@@ -103,7 +103,7 @@ def test_a_step_can_be_left_out_and_changes_nothing(one_rank, indexes, tmp_path)
             weights(tmp_path, 32, file), weights(tmp_path, 24, file)
         )  # the average lags behind the weights now
         assert not equal(weights(tmp_path, 24, file), weights(tmp_path, 16, file))
-    assert read_state(checkpoint_root(tmp_path) / checkpoint.folder_name(24))["mended"] == 1
+    assert read_state(checkpoint_root(tmp_path) / checkpoint.folder_name(24))["non_finite_steps"] == 1
     rest = tmp_path / "rest"
     resume = checkpoint_root(tmp_path) / checkpoint.folder_name(24)
     run(data, rest, (2, 4), resume=resume, train=OFTEN | {"on_nan": "skip", "nan_limit": 2})
@@ -163,7 +163,7 @@ def spoiling_trainer(indexes: Indexes, run_dir: Path, events: list[Event], after
 def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(one_rank, indexes, tmp_path, on_nan, reason):
     events: list[Event] = []
     trainer = spoiling_trainer(indexes(), tmp_path, events, after=8, on_nan=on_nan)
-    with pytest.raises(UserError, match=f"the training loss is no number at step 3 .* on rank 0{reason}: lower"):
+    with pytest.raises(UserError, match=f"the training loss is NaN or infinite at step 3 .* on rank 0{reason}: lower"):
         trainer.fit()
     (text,) = warnings(events)
     assert "classifier.weight in model.safetensors holds values that are no numbers" in text
@@ -188,13 +188,13 @@ def test_a_run_whose_last_weights_are_not_finite_has_no_result(one_rank, indexes
 
 def test_losses_of_a_step_that_is_left_out_have_no_part_in_the_mean(one_rank):
     meter = Meter(two_micro_batches(), torch.device("cpu"), print)
-    for losses, end in (((1.0, 3.0), "stepped"), ((100.0, float("nan")), "left_out"), ((5.0, 7.0), "overflowed")):
+    for losses, end in (((1.0, 3.0), "stepped"), ((100.0, float("nan")), "ignored"), ((5.0, 7.0), "overflowed")):
         meter.begin()
         for loss in losses:
             meter.add(torch.tensor(loss))
         meter.forwarded()
-        if end == "left_out":
-            meter.left_out()
+        if end == "ignored":
+            meter.ignored()
             meter.restart()  # an evaluation: the steps before it are not forgotten
         else:
             meter.stepped(applied=end == "stepped")

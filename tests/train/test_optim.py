@@ -82,7 +82,7 @@ def test_optimizers_of_whole_weights_train_in_the_engine_and_are_refused_where_w
 
 def test_rates_by_layer_and_of_the_classifier_reach_the_optimizer(one_rank):
     config, d = settings(1)
-    finetune = Finetune(layer_decay=0.5, head_lr=10)
+    finetune = Finetune(layer_decay=0.5, head_lr_mult=10)
     config = config.model_copy(update={"finetune": finetune})
     model = create("densenet_tiny", d.num_classes)
     factors = rate_factors(model, finetune)

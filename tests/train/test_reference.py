@@ -31,7 +31,7 @@ OVERRIDES = [
 
 
 def reference(train_index: DatasetIndex, epochs: float) -> list[float]:
-    """Losses of a plain loop: timm's model, torch's SGD, a cosine after one epoch of warm-up."""
+    """WorkerFailureCallback of a plain loop: timm's model, torch's SGD, a cosine after one epoch of warm-up."""
     torch.manual_seed(0)
     model = timm.create_model("densenet_bc_l22_k12", num_classes=len(train_index.classes)).train()
     decayed = [p for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear) for p in [m.weight]]
@@ -60,7 +60,7 @@ def reference(train_index: DatasetIndex, epochs: float) -> list[float]:
 
 
 def trained(train_index: DatasetIndex, val_index: DatasetIndex, epochs: float, run_dir: Path) -> list[float]:
-    """Losses of the trainer."""
+    """WorkerFailureCallback of the trainer."""
     config = load_config(RECIPE, *OVERRIDES, f"train.epochs={epochs}")
     sizes = {"train_samples": len(train_index), "val_samples": len(val_index), "num_classes": len(train_index.classes)}
     derived = derive(config, workers=1, cpus_per_worker=1, device="cpu", **sizes)

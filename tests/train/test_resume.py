@@ -72,7 +72,7 @@ def every_case(indexes: Indexes, folder: Path) -> list[str]:
             same = same and ends[0].keys() == ends[1].keys()
             same = same and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
         if not same:
-            different.append(f"stage {stage}, {device_batch} pictures at once, {optim['name']}, {precision}")
+            different.append(f"stage {stage}, {device_batch} images at once, {optim['name']}, {precision}")
     return different
 
 
@@ -109,7 +109,7 @@ def test_a_wish_to_stop_ends_the_run_after_a_checkpoint_from_which_it_goes_on(on
     asked = iter([False, False, False, False, True])
     stopped = run(data, tmp_path / "stopped", options={"should_stop": lambda: next(asked)})
     assert Stopped(40) in stopped
-    assert checkpoint.fault(at(tmp_path / "stopped", 40)) is None
+    assert checkpoint.verify(at(tmp_path / "stopped", 40)) is None
     rest = run(data, tmp_path / "stopped", at(tmp_path / "stopped", 40))
     assert losses(stopped) | losses(rest) == losses(whole)
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_folder_that_vanishes_is_made_again(one_rank, indexes, tmp_
     run(data, tmp_path / "whole")
     kept = checkpoint.checkpoints(root)
     assert kept[-1] == at(tmp_path / "run", END)
-    assert all(checkpoint.fault(folder) is None for folder in kept)
+    assert all(checkpoint.verify(folder) is None for folder in kept)
     ends = [load_file(at(tmp_path / name, END) / "model.safetensors") for name in ("run", "whole")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     assert best_checkpoint(tmp_path / "run") in kept

@@ -49,7 +49,7 @@ def test_the_rate_does_not_depend_on_the_batch_within_an_epoch():
 
 
 def test_linear_falls_in_a_line_to_its_end():
-    r = rates(name="linear", warmup_epochs=2, end=0.1)
+    r = rates(name="linear", warmup_epochs=2, min_lr_ratio=0.1)
     assert r[19] == r[20] == 1.0
     assert r[60] == pytest.approx(0.55)
     steps = {round(a - b, 9) for a, b in pairwise(r[20:])}
@@ -68,7 +68,7 @@ def test_one_cycle_is_torchs():
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         other.step()
-    r = rates(name="one-cycle", rise=0.3)
+    r = rates(name="one-cycle", pct_start=0.3)
     assert r.index(max(r)) == peak
     assert r == pytest.approx(expected, abs=1e-6)
 

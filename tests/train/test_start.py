@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launch.cluster.capacity import Resources
+from launch.cluster.allocation import Resources
 from launch.run.prepare import prepare, read_config
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -21,7 +21,7 @@ HERE = Resources("this machine", 1, 0, embedded=True)
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    """A run on eight pictures, not begun."""
+    """A run on eight images, not begun."""
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             (tmp_path / "set" / split / name).mkdir(parents=True)
@@ -62,14 +62,14 @@ def test_a_new_run_goes_on_from_another_ones_checkpoint(config, one_rank, tmp_pa
 
     (newest / "model.json").unlink()
     assert find_checkpoint(str(run_dir), second) == older
-    with pytest.raises(UserError, match=r"is damaged: model.json is missing"):
+    with pytest.raises(UserError, match=r"is corrupt: model.json is missing"):
         find_checkpoint(str(newest), second)
     with pytest.raises(UserError, match="the run first has checkpoints of its own, and goes on from the newest"):
         find_checkpoint(str(older), config)
 
 
 def test_what_holds_no_checkpoint_is_named(config, tmp_path):
-    with pytest.raises(UserError, match=r"--resume=/nowhere: there is no sound checkpoint in /nowhere"):
+    with pytest.raises(UserError, match=r"--resume=/nowhere: there is no valid checkpoint in /nowhere"):
         find_checkpoint("/nowhere", config)
     with pytest.raises(UserError, match=r"has no training run with the id 0+"):
         find_checkpoint("0" * 32, config)

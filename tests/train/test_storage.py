@@ -1,4 +1,4 @@
-"""Checkpoints that are kept in a second place: what is there, what a run on a bare disk does, and faults."""
+"""Checkpoints that are kept in a second place: what is there, what a run on a bare disk does, and problems."""
 
 import shutil
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_copies(one_rank, indexes, tmp
     assert END in names(tmp_path / "driver")
 
 
-def test_a_copy_that_is_damaged_is_skipped(one_rank, indexes, tmp_path):
+def test_a_copy_that_is_corrupt_is_skipped(one_rank, indexes, tmp_path):
     data, store = indexes(), tmp_path / "store"
     run(data, tmp_path / "first", str(store))
     before = sorted(folder.name for folder in (store / "run").iterdir())[-2]

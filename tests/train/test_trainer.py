@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pipeline.train.fitting as fitting_module
+import pipeline.train.batch_size_finder as fitting_module
 from pipeline.errors import UserError
 from pipeline.model.densenet import create
-from pipeline.model.sources import Sources
+from pipeline.model.pretrained import Pretrained
 from pipeline.model.weights import load_model
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
@@ -22,17 +22,17 @@ from pipeline.train.events import Evaluated, Event, Profiled, Resumed, Saved, St
 from tests.train.settings import new_trainer, settings
 
 CPU = torch.device("cpu")
-EVERYTHING = {  # every source of randomness, and pictures that grow in the middle of the run
-    "data": {"image_size": 32, "progressive": [[1.2, 24]]},
+EVERYTHING = {  # every source of randomness, and images that grow in the middle of the run
+    "data": {"image_size": 32, "progressive_resize": [[1.2, 24]]},
     "augment": {
         "brightness": 0.4,
         "contrast": 0.4,
         "saturation": 0.4,
         "lighting": 0.1,
-        "erase": 0.5,
+        "erase_prob": 0.5,
         "erase_fill": "noise",
-        "mixup": 0.2,
-        "cutmix": 1.0,
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 1.0,
     },
     "model": {"drop_rate": 0.2, "layer_drop_rate": 0.1},
     "ema": {"decay": 0.9},
@@ -55,7 +55,7 @@ def test_a_run_in_two_parts_equals_one_in_one_bit_for_bit(one_rank, indexes, tmp
     data = indexes()
     whole = run(data, tmp_path / "whole", checkpoint={"keep_last": 9}, **EVERYTHING)
     middle = checkpoint_root(tmp_path / "whole") / checkpoint.folder_name(40)
-    assert checkpoint.fault(middle) is None
+    assert checkpoint.verify(middle) is None
     rest = run(data, tmp_path / "rest", resume=middle, checkpoint={"keep_last": 9}, **EVERYTHING)
     assert rest[0] == Resumed(40, middle)
     assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 5}
@@ -127,12 +127,12 @@ def test_a_run_from_weights_with_a_teacher_starts_there_and_learns_from_it(one_r
     config, derived = settings(
         *data,
         model={"weights": str(teacher), "num_classes": 3},
-        loss={"teacher": str(teacher), "alpha": 1.0, "temperature": 2.0},
+        loss={"teacher": str(teacher), "distillation_alpha": 1.0, "distillation_temperature": 2.0},
         finetune={"freeze_batch_norm": True},
         train={"log_every_steps": 1},
     )
     events: list[Event] = []
-    new_trainer(config, derived, data, tmp_path / "student", events.append, sources=Sources(teacher, teacher)).fit()
+    new_trainer(config, derived, data, tmp_path / "student", events.append, sources=Pretrained(teacher, teacher)).fit()
     assert all(loss == pytest.approx(0, abs=1e-6) for loss in losses(events).values())
 
 
@@ -191,13 +191,13 @@ def test_too_little_memory_is_told_with_a_batch_that_keeps_the_global_one(one_ra
     with pytest.raises(UserError) as error:
         trainer.fit()
     assert str(error.value) == (
-        "the GPU's memory does not hold 8 pictures at once: set train.max_device_batch_size=4 (accumulation becomes 2, "
-        "the global batch stays 8), or train.on_out_of_memory=halve, or model.memory=checkpoint."
+        "the GPU's memory does not hold 8 images at once: set train.max_device_batch_size=4 (accumulation becomes 2, "
+        "the global batch stays 8), or train.on_out_of_memory=halve, or model.memory=activation-checkpointing."
     )
 
 
 def test_a_device_batch_that_fits_is_found_before_training(one_rank, indexes, tmp_path, monkeypatch):
-    """A memory that holds two pictures, and then less than one; a whole step of 8 is then four micro-batches."""
+    """A memory that holds two images, and then less than one; a whole step of 8 is then four micro-batches."""
     data, room, create_as_it_is = indexes(), 2, fitting_module.create
 
     def create_with_little_room(*arguments: Any) -> torch.nn.Module:
@@ -213,11 +213,13 @@ def test_a_device_batch_that_fits_is_found_before_training(one_rank, indexes, tm
     events = run(data, tmp_path / "halved", train={"epochs": 1, "on_out_of_memory": "halve"})
     (warning,) = [event.message for event in events if isinstance(event, Warned)]
     assert warning == (
-        "the memory does not hold 8 pictures at once: 2 are taken, with 4 accumulated; the global batch stays 8, batch "
+        "the memory does not hold 8 images at once: 2 are taken, with 4 accumulated; the global batch stays 8, batch "
         "norm's statistics are of 2"
     )
     given = run(data, tmp_path / "given", train={"epochs": 1, "max_device_batch_size": 2})
     assert losses(events) == losses(given)
     room = 0
-    with pytest.raises(UserError, match="does not hold 1 pictures at once: set model.memory=checkpoint. No smaller"):
+    with pytest.raises(
+        UserError, match="does not hold 1 images at once: set model.memory=activation-checkpointing. No smaller"
+    ):
         run(data, tmp_path / "none", train={"on_out_of_memory": "halve"})

@@ -19,7 +19,7 @@ from pipeline.data.tools.stats import Stats
 from pipeline.data.tools.verify import Report
 from pipeline.errors import UserError
 from pipeline.files import write_text
-from pipeline.wording import duration
+from pipeline.formatting import duration
 
 _SHOWN = 5  # findings of each kind; the JSON report has them all
 _LINE_S = 10  # between progress lines where there is no terminal
@@ -45,11 +45,11 @@ def print_prepared(console: Console, target: Path, share: tuple[int, int], done:
         )
     for name, split in done.manifest.splits.items():
         shards = f" in {len(split.shards)} shards" if split.shards else ""
-        console.print(f"{name:6}{split.samples:,} pictures, {gigabytes(split.bytes)}{shards}")
-    console.print(f"{len(done.manifest.classes):,} classes; {made['converted']:,} pictures encoded anew")
-    if done.left_out:
+        console.print(f"{name:6}{split.samples:,} images, {gigabytes(split.bytes)}{shards}")
+    console.print(f"{len(done.manifest.classes):,} classes; {made['converted']:,} images encoded anew")
+    if done.ignored:
         console.print(
-            f"{len(done.left_out)} damaged pictures left out, named in {target / 'dataset.json'}", style="yellow"
+            f"{len(done.ignored)} corrupt images left out, named in {target / 'dataset.json'}", style="yellow"
         )
 
 
@@ -57,7 +57,7 @@ def print_indexed(console: Console, root: Path, manifest: Manifest, notes: list[
     """Says what data that lie where they are hold."""
     print_notes(console, notes)
     for name, split in manifest.splits.items():
-        console.print(f"{name:6}{split.samples:,} pictures, {gigabytes(split.bytes)}")
+        console.print(f"{name:6}{split.samples:,} images, {gigabytes(split.bytes)}")
     console.print(f"{root} can be trained on: data.root={root}", soft_wrap=True)
 
 
@@ -107,31 +107,31 @@ def pool(console: Console, workers: int) -> Iterator[Pool]:
 
 
 def print_verified(console: Console, report: Report) -> None:
-    """Prints what was found in a data set, damage by its kinds."""
+    """Prints what was found in a data set, corruption by its kinds."""
     console.print(f"{report.root} ({report.layout})", markup=False, soft_wrap=True)
     rows = {
-        "pictures": [f"{split.samples:,}" for split in report.splits.values()],
+        "images": [f"{split.samples:,}" for split in report.splits.values()],
         "classes": [f"{split.classes:,}" for split in report.splits.values()],
         "per class": [_range(split.per_class) for split in report.splits.values()],
         "bytes": [gigabytes(split.bytes) for split in report.splits.values()],
         "formats": [_counted(split.formats) for split in report.splits.values()],
-        "colours": [_counted(split.modes) for split in report.splits.values()],
+        "colors": [_counted(split.modes) for split in report.splits.values()],
         "shorter side": [_range(split.shorter_side) for split in report.splits.values()],
     }
     print_table(console, ("", *report.splits), [(name, *cells) for name, cells in rows.items()])
     for kind, count in report.counts().items():
-        is_damage, meaning = KINDS[kind]
-        console.print(f"{kind}: {count:,}  ({meaning})", style="red" if is_damage else "yellow", soft_wrap=True)
+        is_corruption, meaning = KINDS[kind]
+        console.print(f"{kind}: {count:,}  ({meaning})", style="red" if is_corruption else "yellow", soft_wrap=True)
         of_kind = [finding for finding in report.findings if finding.kind == kind]
         for finding in of_kind[:_SHOWN]:
             console.print(f"  {finding.where}: {finding.detail}", markup=False, soft_wrap=True)
         if count > _SHOWN:
             console.print(f"  and {count - _SHOWN:,} more; --json FILE has them all")
-    print_notes(console, [f"left out: {line}" for line in report.left_out])
-    if report.damage:
-        console.print(f"damaged: {len(report.damage):,} findings", style="red")
+    print_notes(console, [f"left out: {line}" for line in report.ignored])
+    if report.corruption:
+        console.print(f"corrupt: {len(report.corruption):,} findings", style="red")
     else:
-        console.print("no damage", style="green")
+        console.print("no corruption", style="green")
 
 
 def print_notes(console: Console, notes: list[str]) -> None:
@@ -141,14 +141,14 @@ def print_notes(console: Console, notes: list[str]) -> None:
 
 
 def print_stats(console: Console, result: Stats) -> None:
-    """Prints the numbers of each split: pictures, sizes, bytes, channels."""
+    """Prints the numbers of each split: images, sizes, bytes, channels."""
     console.print(f"{result.root} ({result.layout}), {len(result.classes):,} classes", soft_wrap=True)
     print_notes(console, result.notes)
     tree = result.to_json()
     for name, split in result.splits.items():
         unreadable = f", {split.unreadable} unreadable" if split.unreadable else ""
         least, most = min(split.per_class), max(split.per_class)
-        console.print(f"{name}: {split.samples:,} pictures, {gigabytes(split.bytes)}, {least:,} to {most:,} per class")
+        console.print(f"{name}: {split.samples:,} images, {gigabytes(split.bytes)}, {least:,} to {most:,} per class")
         console.print(f"  of {split.decoded:,} decoded{unreadable}:")
         for key, unit in (("widths", "pixels"), ("heights", "pixels"), ("lengths", "bytes")):
             quantiles = tree["splits"][name][key]

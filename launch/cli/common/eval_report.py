@@ -12,8 +12,8 @@ from pipeline.evaluation.counts import accuracy
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.scores import Scores
 from pipeline.export.open import TrainedModel, open_model
+from pipeline.formatting import number
 from pipeline.tracking.stores import Stores
-from pipeline.wording import number
 
 
 @dataclass(frozen=True)

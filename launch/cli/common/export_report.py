@@ -1,4 +1,4 @@
-"""`densenet export`: a model as ONNX, torch.export, a timm folder, or quantised to int8."""
+"""`densenet export`: a model as ONNX, torch.export, a timm folder, or quantized to int8."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from pipeline.export.open import FORMATS, Exported, open_model
+from pipeline.formatting import speed
 from pipeline.tracking.registry import attach_to_version, check_attachable
 from pipeline.tracking.stores import Stores
-from pipeline.wording import speed
 
 
 def export_command(

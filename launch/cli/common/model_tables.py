@@ -10,16 +10,16 @@ from rich.console import Console
 from launch.cli.common.tables import print_table
 from launch.run.promote import BEFORE, PROMOTED, Candidate
 from pipeline.errors import UserError
-from pipeline.tracking.look import differences, run_of
+from pipeline.tracking.queries import differences, get_run
 from pipeline.tracking.registry import REGISTRY, Version, registered_names, resolve, versions
-from pipeline.tracking.stores import Stores, shown, sqlite_file
+from pipeline.tracking.stores import Stores, redacted, sqlite_file
 
 
 def registered_command(console: Console, stores: Stores) -> None:
     """Prints each registered model's versions that have an alias, and its newest one."""
     names = _names(stores)
     if not names:
-        console.print(f"no model is registered in {shown(stores.registry)}", soft_wrap=True)
+        console.print(f"no model is registered in {redacted(stores.registry)}", soft_wrap=True)
         return
     rows = []
     for name in names:
@@ -59,14 +59,16 @@ def diff_command(console: Console, first: str, second: str, stores: Stores) -> N
         values = a.tags.get(key, ""), b.tags.get(key, "")
         if values[0] != values[1]:
             rows.append((key, *values))
-    runs = [run_of(stores.tracking, v.run_id) for v in (a, b)]
+    runs = [get_run(stores.tracking, v.run_id) for v in (a, b)]
     known = [run for run in runs if run is not None]
     if len(known) == len(runs):
         rows += [(key, *given) for key, given in differences(known)]
     print_table(console, ("", f"{name_1}/{a.version}", f"{name_2}/{b.version}"), rows)
     for v, run in zip((a, b), runs, strict=True):
         if run is None:
-            told = f"{shown(stores.tracking)} does not have the run {v.run_id or 'none'}: parameters are not compared"
+            told = (
+                f"{redacted(stores.tracking)} does not have the run {v.run_id or 'none'}: parameters are not compared"
+            )
             console.print(told, style="yellow", soft_wrap=True)
 
 
@@ -92,7 +94,7 @@ def _find(model: str, stores: Stores) -> tuple[str, Version]:
     if "@" not in text and "/" not in text:
         found = versions(text, stores)
         if not found:
-            raise UserError(f"{text} has no versions in {shown(stores.registry)}.")
+            raise UserError(f"{text} has no versions in {redacted(stores.registry)}.")
         return text, found[0]
     resolved = resolve(f"{REGISTRY}{text}", stores)
     return resolved.name, next(v for v in versions(resolved.name, stores) if v.version == resolved.version)
@@ -120,8 +122,7 @@ def print_candidate(console: Console, found: Candidate) -> None:
         return
     if found.old_non_finite:
         console.print(
-            f"warning: version {found.old} gives NaN or infinities for {found.old_non_finite} pictures: they are "
-            f"misses",
+            f"warning: version {found.old} gives NaN or infinities for {found.old_non_finite} images: they are misses",
             style="yellow",
             soft_wrap=True,
         )

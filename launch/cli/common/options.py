@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launch.cluster.net import DASHBOARD
+from launch.cluster.ports import DASHBOARD
 
 Config = Annotated[
     Path, typer.Argument(help="YAML file, or a built-in config's name, for example demo", show_default=False)

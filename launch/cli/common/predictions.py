@@ -9,8 +9,8 @@ from rich.progress import Progress
 
 from pipeline.errors import UserError
 from pipeline.export.open import open_model
+from pipeline.formatting import speed
 from pipeline.tracking.stores import Stores
-from pipeline.wording import speed
 
 
 def predict_command(
@@ -53,9 +53,9 @@ def predict_command(
             batch_size=batch_size,
             progress=lambda seen, total: bar.update(task, completed=seen, total=total),
         )
-    damaged = f", {done.damaged} files are no sound pictures (column `error`)" if done.damaged else ""
+    corrupt = f", {done.corrupt} files are no valid images (column `error`)" if done.corrupt else ""
     if done.non_finite:
-        damaged += f", for {done.non_finite} the model gives NaN or infinities (column `error`)"
-    console.print(f"{done.classified:,} pictures in {done.out}, {speed(done.img_per_s)}{damaged}", soft_wrap=True)
-    for line in done.left_out:
+        corrupt += f", for {done.non_finite} the model gives NaN or infinities (column `error`)"
+    console.print(f"{done.classified:,} images in {done.out}, {speed(done.img_per_s)}{corrupt}", soft_wrap=True)
+    for line in done.ignored:
         console.print(f"left out: {line}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Sources that are files: class folders, Kaggle's ImageNet, and data sets of this project."""
+"""Pretrained that are files: class folders, Kaggle's ImageNet, and data sets of this project."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from pipeline.data.folders import (
     list_files,
     list_images,
 )
+from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.index import SCHEMA
 from pipeline.data.label_lists import Row, list_files_of, names_images_and_labels, read_list
-from pipeline.data.left_out import LeftOut
 from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.scan import Found, Scan, beside, by_file_name, is_flat, labelled, split_folders
+from pipeline.data.tools.scan import Found, Scan, beside, by_file_name, is_flat, labeled, split_folders
 from pipeline.errors import DataError, listed
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
@@ -41,26 +41,26 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
 
 
 def scan_folders(root: Path, work: Path | None, pool: Pool) -> Scan:
-    """`train/CLASS/*`, and `val/CLASS/*` or flat `val/*` beside a list of what its pictures are."""
+    """`train/CLASS/*`, and `val/CLASS/*` or flat `val/*` beside a list of what its images are."""
     train, val = split_folders(root)
     if train is None or val is None:
         lacking = "train" if train is None else "val"
         raise DataError(f"{root} has no folder {lacking}: it must hold train/CLASS/* and val/CLASS/*.")
-    left_out = LeftOut()
-    beside(root, {train.name, val.name, *_LABEL_FILES}, left_out)
-    folders = list_classes(train, left_out)
+    ignored = IgnoredFiles()
+    beside(root, {train.name, val.name, *_LABEL_FILES}, ignored)
+    folders = list_classes(train, ignored)
     classes = tuple(folders)
     train_listing = list_images(train, folders, classes)
     if is_flat(val):
         val_listing = Listing()
         list_files(val, val.name, 0, val_listing)
-        pictures = [_found(image, Path()) for image in val_listing.images]
-        val_table = by_file_name(pictures, _val_labels(root, val.name), classes, left_out)
+        images = [_found(image, Path()) for image in val_listing.images]
+        val_table = by_file_name(images, _val_labels(root, val.name), classes, ignored)
     else:
-        val_listing = list_images(val, list_classes(val, left_out), classes)
+        val_listing = list_images(val, list_classes(val, ignored), classes)
         val_table = _table(val_listing, classes)
     train_table = _table(train_listing, classes)
-    return _scan("folders", root, classes, (train_listing, train_table), (val_listing, val_table), left_out)
+    return _scan("folders", root, classes, (train_listing, train_table), (val_listing, val_table), ignored)
 
 
 def _scan(
@@ -69,16 +69,16 @@ def _scan(
     classes: tuple[str, ...],
     train: tuple[Listing, pa.Table],
     val: tuple[Listing, pa.Table],
-    left_out: LeftOut,
+    ignored: IgnoredFiles,
 ) -> Scan:
     for listing, _ in (train, val):
-        left_out.merge(listing.left_out)
-    faults = {"train": train[0].faults, "val": val[0].faults}
-    return Scan(layout, root, classes, {"train": train[1], "val": val[1]}, faults, left_out)
+        ignored.merge(listing.ignored)
+    problems = {"train": train[0].problems, "val": val[0].problems}
+    return Scan(layout, root, classes, {"train": train[1], "val": val[1]}, problems, ignored)
 
 
 def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
-    """Kaggle's "ImageNet Object Localization Challenge": class folders for training, flat validation pictures."""
+    """Kaggle's "ImageNet Object Localization Challenge": class folders for training, flat validation images."""
     missing = [name for name in (KAGGLE_VAL, KAGGLE_CLASSES) if not (root / name).is_file()]
     if missing:
         raise DataError(f"{root} lacks {', '.join(missing)}: Kaggle's archive holds them beside the folder ILSVRC.")
@@ -87,10 +87,10 @@ def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
         raise DataError(f"{root / KAGGLE} lacks train or val: unpack Kaggle's archive again.")
     lines = (root / KAGGLE_CLASSES).read_text(encoding="utf-8").splitlines()
     classes = tuple(sorted(line.split(maxsplit=1)[0] for line in lines if line.strip()))
-    left_out = LeftOut()
-    beside(root, {KAGGLE.parts[0], KAGGLE_VAL, KAGGLE_CLASSES}, left_out)
-    beside(root / KAGGLE, {train.name, val.name}, left_out, str(KAGGLE))
-    folders = list_classes(train, left_out)
+    ignored = IgnoredFiles()
+    beside(root, {KAGGLE.parts[0], KAGGLE_VAL, KAGGLE_CLASSES}, ignored)
+    beside(root / KAGGLE, {train.name, val.name}, ignored, str(KAGGLE))
+    folders = list_classes(train, ignored)
     differ = sorted(set(folders) ^ set(classes))
     if differ:
         raise DataError(
@@ -99,14 +99,14 @@ def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
         )
     train_listing, val_listing = list_images(train, folders, classes), Listing()
     list_files(val, "val", 0, val_listing)
-    pictures = [_found(image, KAGGLE) for image in val_listing.images]
-    val_table = by_file_name(pictures, kaggle_labels(root / KAGGLE_VAL), classes, left_out)
+    images = [_found(image, KAGGLE) for image in val_listing.images]
+    val_table = by_file_name(images, kaggle_labels(root / KAGGLE_VAL), classes, ignored)
     train_table = _table(train_listing, classes, KAGGLE)
-    return _scan("kaggle", root, classes, (train_listing, train_table), (val_listing, val_table), left_out)
+    return _scan("kaggle", root, classes, (train_listing, train_table), (val_listing, val_table), ignored)
 
 
 def _table(listing: Listing, classes: tuple[str, ...], below: Path = Path()) -> pa.Table:
-    return labelled([(image.label, _found(image, below)) for image in listing.images], classes)
+    return labeled([(image.label, _found(image, below)) for image in listing.images], classes)
 
 
 def _found(image: ImageFile, below: Path) -> Found:
@@ -122,9 +122,9 @@ def _val_labels(root: Path, val: str) -> dict[str, str]:
     if lists:
         return _by_stem([row for file in lists for row in read_list(file)])
     raise DataError(
-        f"{root / val} is flat: its pictures are in no class folders, and read as they are they would be one class. "
+        f"{root / val} is flat: its images are in no class folders, and read as they are they would be one class. "
         f"Put {DEVKIT} or {KAGGLE_VAL} into {root}, or a CSV file with the columns file and label: they say what each "
-        f"picture is."
+        f"image is."
     )
 
 

@@ -1,17 +1,17 @@
-"""Sources whose images lie flat or at any depth, with their labels in CSV files beside."""
+"""Pretrained whose images lie flat or at any depth, with their labels in CSV files beside."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.data.files import File
 from pipeline.data.formats import START, format_of
+from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.label_lists import FILE, LABEL, Row, list_files_of, names_images_and_labels, read_list
-from pipeline.data.left_out import LeftOut
 from pipeline.data.listing import Entry, Tree, joined, tree
 from pipeline.data.names import SPLIT_WORDS, is_list, words_of
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.samples import IMAGE_ENDINGS
-from pipeline.data.tools.scan import Found, Scan, has_class_folders, is_flat, labelled, split_folders
+from pipeline.data.tools.scan import Found, Scan, has_class_folders, is_flat, labeled, split_folders
 from pipeline.errors import DataError, listed
 
 
@@ -58,12 +58,12 @@ def is_list_source(root: Path) -> bool:
 def scan_lists(root: Path, work: Path | None, pool: Pool) -> Scan:
     """Images of train and val in folders of these names, or told by a column `split`, and lists of their labels."""
     train, val = split_folders(root)
-    left_out = LeftOut()
+    ignored = IgnoredFiles()
     lists = list_files_of([folder for folder in (root, train, val) if folder])
     used = [file for file in lists if names_images_and_labels(file)]
     for file in lists:
         if file not in used:
-            left_out.add("lists without a column of images and one of labels", str(file.relative_to(root)))
+            ignored.add("lists without a column of images and one of labels", str(file.relative_to(root)))
     if not used:
         raise DataError(
             f"{root} has no list of labels: a CSV file with a column of image files ({', '.join(FILE)}) and one of "
@@ -72,23 +72,23 @@ def scan_lists(root: Path, work: Path | None, pool: Pool) -> Scan:
     rows = {file: read_list(file) for file in used}
     of_splits = [row.split is not None for of_file in rows.values() for row in of_file]
     if all(of_splits):
-        found = _below(root, "", left_out)
+        found = _below(root, "", ignored)
         pools = dict.fromkeys(("train", "val"), _Images(found.files, ""))
-        faults = {"train": found.faults}
+        problems = {"train": found.problems}
     elif train is not None and val is not None:
-        trees = {"train": _below(train, train.name, left_out), "val": _below(val, val.name, left_out)}
+        trees = {"train": _below(train, train.name, ignored), "val": _below(val, val.name, ignored)}
         pools = {
             split: _Images(there.files, folder.name)
             for (split, there), folder in zip(trees.items(), (train, val), strict=True)
         }
-        faults = {split: there.faults for split, there in trees.items()}
+        problems = {split: there.problems for split, there in trees.items()}
     else:
         raise DataError(
             f"{root} must hold folders train and val, or {listed([f.name for f in used])} a column `split` with train "
             f"or val for each image."
         )
-    labels = _labels(root, rows, pools, left_out)
-    _refuse_unlabelled(root, pools.values(), {path for of_split in labels.values() for path in of_split}, left_out)
+    labels = _labels(root, rows, pools, ignored)
+    _refuse_unlabeled(root, pools.values(), {path for of_split in labels.values() for path in of_split}, ignored)
     names = {label for of_split in labels.values() for label in of_split.values()}
     classes = tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
     ranks = {name: rank for rank, name in enumerate(classes)}
@@ -98,27 +98,27 @@ def scan_lists(root: Path, work: Path | None, pool: Pool) -> Scan:
             f"{root}: no training image is of the classes {listed(lacking)}: add some or remove the others."
         )
     tables = {
-        split: labelled(
+        split: labeled(
             [(ranks[label], Found(path, path, 0, pools[split].files[path].length)) for path, label in of_split.items()],
             classes,
         )
         for split, of_split in labels.items()
     }
-    return Scan("list", root, classes, tables, faults, left_out)
+    return Scan("list", root, classes, tables, problems, ignored)
 
 
-def _below(folder: Path, prefix: str, left_out: LeftOut) -> Tree:
+def _below(folder: Path, prefix: str, ignored: IgnoredFiles) -> Tree:
     """All files below a folder but lists, by path below the source's root."""
     found = tree(folder)
-    left_out.merge(found.left_out)
+    ignored.merge(found.ignored)
     return Tree(
         {joined(prefix, path): entry for path, entry in found.files.items() if not is_list(path)},
-        {joined(prefix, path): fault for path, fault in found.faults.items()},
+        {joined(prefix, path): problem for path, problem in found.problems.items()},
     )
 
 
 def _labels(
-    root: Path, rows: dict[Path, list[Row]], pools: dict[str, _Images], left_out: LeftOut
+    root: Path, rows: dict[Path, list[Row]], pools: dict[str, _Images], ignored: IgnoredFiles
 ) -> dict[str, dict[str, str]]:
     """Each split's images with their classes, by path."""
     labels: dict[str, dict[str, str]] = {split: {} for split in pools}
@@ -128,11 +128,11 @@ def _labels(
         splits = [split for split in pools if words & SPLIT_WORDS[split]] or list(pools)
         for row in of_file:
             if row.split == "test":
-                left_out.add("lines of a test split", row.where)
+                ignored.add("lines of a test split", row.where)
                 continue
             places = [(s, path) for s in splits if row.split in (None, s) and (path := pools[s].find(row)) is not None]
             if not places:
-                left_out.add("labels of images that are not there", f"{row.file} ({row.where})")
+                ignored.add("labels of images that are not there", f"{row.file} ({row.where})")
             for split, path in places:
                 other = told.setdefault(path, row)
                 if (other.label, other.split) != (row.label, row.split):
@@ -155,16 +155,16 @@ def _says(row: Row) -> str:
     return row.label if row.split is None else f"{row.label} of {row.split}"
 
 
-def _refuse_unlabelled(root: Path, pools: Iterable[_Images], taken: set[str], left_out: LeftOut) -> None:
+def _refuse_unlabeled(root: Path, pools: Iterable[_Images], taken: set[str], ignored: IgnoredFiles) -> None:
     """Images without a label are an error, but for those of a test split; files that are none are left out."""
     without = []
     for path, entry in {path: entry for pool in pools for path, entry in pool.files.items()}.items():
         if path in taken:
             continue
         if not _is_image(path, entry):
-            left_out.add("files that are no images", path)
+            ignored.add("files that are no images", path)
         elif "test" in words_of(path.rpartition("/")[0]):
-            left_out.add("images of a test split", path)
+            ignored.add("images of a test split", path)
         else:
             without.append(path)
     if without:

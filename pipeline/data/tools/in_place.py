@@ -12,7 +12,7 @@ from pipeline.data.class_names import refuse_one_class
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table
 from pipeline.data.tools.inspect import chunks, look
-from pipeline.data.tools.layouts import recognise
+from pipeline.data.tools.layouts import recognize
 from pipeline.data.tools.pool import Pool
 from pipeline.errors import DataError, listed
 
@@ -20,15 +20,15 @@ from pipeline.errors import DataError, listed
 def index_in_place(
     root: Path, pool: Pool, layout: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[Manifest, list[str]]:
-    """Reads all pictures' bytes, and writes `dataset.json` and the indexes with sizes and checksums into `root`.
+    """Reads all images' bytes, and writes `dataset.json` and the indexes with sizes and checksums into `root`.
 
     Returns the manifest, and lines on what is not taken or is doubtful.
 
     Raises:
-        DataError: the layout is not understood, pictures are damaged, or nothing can be written in `root`.
+        DataError: the layout is not understood, images are corrupt, or nothing can be written in `root`.
     """
     root = root.absolute()
-    found = recognise(root, layout)
+    found = recognize(root, layout)
     if found.name == "prepared":
         raise DataError(f"{root} has an index already: remove {MANIFEST} to make it anew.")
     scan = found.scan(root, None, pool)
@@ -40,13 +40,11 @@ def index_in_place(
             table = table.take(order)
         tasks = list(chunks(root, split, table, decoded=False, max_pixels=max_pixels))
         parts = pool.map(look, tasks, f"indexing {split}", [pc.sum(task.table["length"]).as_py() for task in tasks])
-        damaged = [f"{path}: {fault}" for path, fault in scan.faults.get(split, {}).items()]
-        damaged += [f"{f.where}: {f.detail}" for part in parts for f in part.findings if f.is_damage]
-        if damaged:
+        corrupt = [f"{path}: {problem}" for path, problem in scan.problems.get(split, {}).items()]
+        corrupt += [f"{f.where}: {f.detail}" for part in parts for f in part.findings if f.is_corruption]
+        if corrupt:
             raise DataError(
-                f"{len(damaged)} damaged pictures in {split}:\n  "
-                + listed(damaged, "\n  ")
-                + "\nReplace or remove them."
+                f"{len(corrupt)} corrupt images in {split}:\n  " + listed(corrupt, "\n  ") + "\nReplace or remove them."
             )
         columns = {
             "width": np.concatenate([part.widths_N for part in parts]),
@@ -60,7 +58,7 @@ def index_in_place(
         paths = pc.unique(table["path"]).to_pylist() if in_shards else []
         hashes = pool.map(_hash, [root / path for path in paths], f"hashing {split}")
         splits[split] = Split(len(table), pc.sum(table["length"]).as_py(), dict(zip(paths, hashes, strict=True)))
-    made = {"from": found.name, "to": "index", "not_taken": scan.left_out.lines()}
+    made = {"from": found.name, "to": "index", "not_taken": scan.ignored.lines()}
     manifest = Manifest("shards" if in_shards else "folders", scan.classes, splits, made)
     manifest.save(root)
     return manifest, scan.notes()

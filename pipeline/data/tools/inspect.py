@@ -1,4 +1,4 @@
-"""Looking at pictures one by one, in many processes: what each is, and what is wrong with it."""
+"""Looking at images one by one, in many processes: what each is, and what is wrong with it."""
 
 import hashlib
 import zlib
@@ -25,14 +25,14 @@ from pipeline.data.images import (
 )
 from pipeline.data.index import rows_of
 
-CHUNK = 256  # pictures in a task
+CHUNK = 256  # images in a task
 _DIGEST = 16  # bytes of a content hash
 _SMALL = 32  # pixels
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one picture, file or split, of a kind that `KINDS` explains."""
+    """Something about one image, file or split, of a kind that `KINDS` explains."""
 
     kind: str
     split: str
@@ -40,12 +40,12 @@ class Finding:
     detail: str
 
     @property
-    def is_damage(self) -> bool:
+    def is_corruption(self) -> bool:
         """Whether it stops a training; else it is only worth knowing."""
         return KINDS[self.kind][0]
 
 
-KINDS = {  # whether it is damage, and what it means
+KINDS = {  # whether it is corruption, and what it means
     "unreadable": (True, "a file is missing, or cannot be read or decoded to the end"),
     "unsupported": (True, "its pixels have no one meaning in 8 bits"),
     "large": (True, "it has more pixels than --max-pixels"),
@@ -54,14 +54,14 @@ KINDS = {  # whether it is damage, and what it means
     "shard": (True, "a shard is not the one that was written"),
     "label": (True, "the label in the shard is not the index's"),
     "unlisted": (True, "a file is there that the index does not know"),
-    "count": (True, "the numbers of pictures or classes are not ImageNet's"),
+    "count": (True, "the numbers of images or classes are not ImageNet's"),
     "classes": (True, "there is only one class: nothing can be learned"),
     "absent": (False, "classes of which a split has no image"),
     "doubtful": (False, "class names that are allowed and probably not meant"),
     "across": (False, "the same bytes are in training and evaluation"),
     "duplicate": (False, "the same bytes are there twice in a split"),
     "format": (False, "no JPEG, whatever its name says; it is used all the same"),
-    "colour": (False, "neither RGB nor gray; it is converted"),
+    "color": (False, "neither RGB nor gray; it is converted"),
     "exif": (False, "EXIF says that it is turned or mirrored, which is not applied"),
     "small": (False, f"a side is shorter than {_SMALL} pixels"),
 }
@@ -69,9 +69,9 @@ KINDS = {  # whether it is damage, and what it means
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a split, in the index's schema; `decoded`: whether pictures are decoded to the end.
+    """Some rows of a split, in the index's schema; `decoded`: whether images are decoded to the end.
 
-    Pictures of more than `max_pixels` are findings, and are not decoded.
+    Images of more than `max_pixels` are findings, and are not decoded.
     """
 
     root: Path
@@ -83,7 +83,7 @@ class Chunk:
 
 @dataclass
 class Looked:
-    """What a chunk's pictures are; those that are no pictures have width 0."""
+    """What a chunk's images are; those that are no images have width 0."""
 
     widths_N: NDArray[np.int32]
     heights_N: NDArray[np.int32]
@@ -106,7 +106,7 @@ def where(path: str, name: str | None, offset: int) -> str:
 
 
 def look(chunk: Chunk) -> Looked:
-    """Reads a chunk's pictures, and compares them with what the index says of them where it says something."""
+    """Reads a chunk's images, and compares them with what the index says of them where it says something."""
     count = len(chunk.table)
     looked = Looked(
         np.zeros(count, np.int32),
@@ -164,6 +164,6 @@ def _notes(content: bytes, head: Header, path: str, chunk: Chunk) -> Iterator[tu
     if head.format != "JPEG":
         yield "format", f"is a {head.format}" + (" named as a JPEG" if path.lower().endswith((".jpg", ".jpeg")) else "")
     if head.mode not in ("RGB", "L"):
-        yield "colour", f"colours are {head.mode}"
+        yield "color", f"colors are {head.mode}"
     if min(head.width, head.height) < _SMALL:
         yield "small", f"{head.width} x {head.height} pixels"

@@ -1,7 +1,7 @@
-"""What ImageNet's validation pictures are: from the development kit or from Kaggle's list.
+"""What ImageNet's validation images are: from the development kit or from Kaggle's list.
 
 A class's label is the rank of its WordNet id among the sorted ids. The kit's own ILSVRC2012_ID is another numbering,
-and only leads from a picture to its WordNet id.
+and only leads from an image to its WordNet id.
 """
 
 import csv
@@ -16,14 +16,14 @@ from pipeline.errors import DataError
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 KAGGLE_VAL, KAGGLE_CLASSES = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 _META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-_VAL_PICTURE = "ILSVRC2012_val_{:08d}"
+_VAL_IMAGE = "ILSVRC2012_val_{:08d}"
 
 
 def devkit_labels(file: Path) -> dict[str, str]:
-    """WordNet ids of the validation pictures, by file name without its ending, from the development kit.
+    """WordNet ids of the validation images, by file name without its ending, from the development kit.
 
     Raises:
-        DataError: the kit is damaged or lacks one of its two tables.
+        DataError: the kit is corrupt or lacks one of its two tables.
     """
     from scipy.io import loadmat
 
@@ -43,13 +43,13 @@ def devkit_labels(file: Path) -> dict[str, str]:
         truth = [wnids[int(line)] for line in contents[_TRUTH].split()]
     except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(f"{file} cannot be read ({type(error).__name__}: {error}): download it again.") from error
-    return {_VAL_PICTURE.format(number): wnid for number, wnid in enumerate(truth, start=1)}
+    return {_VAL_IMAGE.format(number): wnid for number, wnid in enumerate(truth, start=1)}
 
 
 def kaggle_labels(file: Path) -> dict[str, str]:
-    """WordNet ids of the validation pictures, by file name without its ending, from Kaggle's `LOC_val_solution.csv`.
+    """WordNet ids of the validation images, by file name without its ending, from Kaggle's `LOC_val_solution.csv`.
 
-    A line holds boxes, each five words long and led by its class; the first one's is the picture's.
+    A line holds boxes, each five words long and led by its class; the first one's is the image's.
 
     Raises:
         DataError: the file is not laid out so.

@@ -1,4 +1,4 @@
-"""Sources of pictures, recognised by looking at what lies there."""
+"""Pretrained of images, recognized by looking at what lies there."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ class Layout:
     """A kind of source: what it looks like, whether a folder is one, and how it is scanned.
 
     `scan` takes the source, a working folder (None where nothing may be written) and a pool. From what it returns,
-    pictures are read at their places, in any order, by any process.
+    images are read at their places, in any order, by any process.
     """
 
     name: str
@@ -34,11 +34,11 @@ class Layout:
     scan: Callable[[Path, Path | None, Pool], Scan]
 
 
-def recognise(root: Path, override: str | None = None) -> Layout:
+def recognize(root: Path, override: str | None = None) -> Layout:
     """Tells a source's layout; `override` names one instead.
 
     Raises:
-        DataError: there is no such folder, nothing is recognised, or several layouts are.
+        DataError: there is no such folder, nothing is recognized, or several layouts are.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: give the one that holds the archives, shards or class folders.")
@@ -103,7 +103,7 @@ LAYOUTS = (
     ),
     Layout(
         "parquet",
-        "*train*.parquet and *val*.parquet with a picture and a label in each row",
+        "*train*.parquet and *val*.parquet with an image and a label in each row",
         lambda root: _holds("parquet", root),
         scan_parquet,
     ),

@@ -1,6 +1,6 @@
 """`densenet data prepare`: from any source to a data set's folder, part by part.
 
-The source is scanned for where its pictures lie. They are put in order and cut into parts: shards, or runs of pictures
+The source is scanned for where its images lie. They are put in order and cut into parts: shards, or runs of images
 in class folders. Each part follows from the scan, the options and its number alone, so that parts are written by any
 process in any order, come out the same every time, and are not written again after an interruption.
 """
@@ -32,15 +32,15 @@ from pipeline.data.index import Shard, load_table, rows_of, save_table, table_of
 from pipeline.data.plan import permutation
 from pipeline.data.space import check_space
 from pipeline.data.tools import tars
-from pipeline.data.tools.layouts import recognise
+from pipeline.data.tools.layouts import recognize
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Scan
 from pipeline.errors import DataError, listed
-from pipeline.files import whole_file, write_text
+from pipeline.files import atomic_file, write_text
 
 _WORK = ".prepare"
-_FOLDER_PART = 1000  # pictures
-_SAMPLED = 64  # pictures that are encoded beforehand, to know how much room all will take
+_FOLDER_PART = 1000  # images
+_SAMPLED = 64  # images that are encoded beforehand, to know how much room all will take
 _PER_SAMPLE = 3 * tars.BLOCK + tars.BLOCK // 2  # two headers, a label and half a block of padding
 
 
@@ -48,8 +48,8 @@ _PER_SAMPLE = 3 * tars.BLOCK + tars.BLOCK // 2  # two headers, a label and half 
 class PrepareOptions:
     """What decides the bytes that are written.
 
-    `shorter_side` (pixels) re-encodes every picture, with the shorter side at most that; a picture that would grow is
-    kept as it is. `quality` is that of JPEGs that are encoded: re-encoded pictures, and those that were no plain JPEGs.
+    `shorter_side` (pixels) re-encodes every image, with the shorter side at most that; an image that would grow is
+    kept as it is. `quality` is that of JPEGs that are encoded: re-encoded images, and those that were no plain JPEGs.
     """
 
     to: Literal["shards", "folders"] = "shards"
@@ -62,7 +62,7 @@ class PrepareOptions:
 @dataclass(frozen=True)
 class PreparedSet:
     """What was done: the manifest, the parts of this share, those that an earlier start had written, what is left out
-    for damage, and lines on what else is not taken or is doubtful.
+    for corruption, and lines on what else is not taken or is doubtful.
 
     `manifest` is None, and `waiting` the number of parts, where other shares have not written theirs yet.
     """
@@ -70,14 +70,14 @@ class PreparedSet:
     manifest: Manifest | None
     parts: int
     parts_found: int
-    left_out: list[str]
+    ignored: list[str]
     waiting: int = 0
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One shard, or one run of pictures of class folders; `table` holds its rows of the scan, in order."""
+    """One shard, or one run of images of class folders; `table` holds its rows of the scan, in order."""
 
     source: Path
     target: Path
@@ -85,7 +85,7 @@ class _Part:
     number: int
     table: pa.Table
     options: PrepareOptions
-    skip_damaged: bool
+    skip_corrupt: bool
     max_pixels: int
 
     @property
@@ -104,12 +104,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Written:
-    """What became of a part; it is not finished where pictures are damaged and none may be left out."""
+    """What became of a part; it is not finished where images are corrupt and none may be left out."""
 
     bytes: int
     sha256: str
     converted: int
-    damaged: list[str]
+    corrupt: list[str]
 
 
 def prepare(
@@ -118,26 +118,26 @@ def prepare(
     options: PrepareOptions,
     pool: Pool,
     layout: str | None = None,
-    skip_damaged: bool = False,
+    skip_corrupt: bool = False,
     share: tuple[int, int] = (0, 1),
     max_pixels: int = MAX_PIXELS,
 ) -> PreparedSet:
-    """Makes a data set in `target` from the pictures in `source`.
+    """Makes a data set in `target` from the images in `source`.
 
-    An interrupted preparation goes on where it was. Damaged pictures, those of kinds that are not used and those of
-    more than `max_pixels` are an error, told when all else is written, or are left out with `skip_damaged`. `share` is
+    An interrupted preparation goes on where it was. Corrupt images, those of kinds that are not used and those of
+    more than `max_pixels` are an error, told when all else is written, or are left out with `skip_corrupt`. `share` is
     (K, N) where N processes, on any machines that see both folders, write
     every N-th part each; the one that is done last completes the data set.
 
     Raises:
-        DataError: the source is not understood or is damaged, the target is in use, full, or holds something else.
+        DataError: the source is not understood or is corrupt, the target is in use, full, or holds something else.
     """
     target = target.absolute()
-    _check_places(source.absolute(), target)
+    _check_locations(source.absolute(), target)
     index, shares = share
     with _working(target, share) as work:
-        with FileLock(work / "scan"):  # of one share at a time: it may spool pictures to the working folder
-            scan = recognise(source, layout).scan(source.absolute(), work, pool)
+        with FileLock(work / "scan"):  # of one share at a time: it may spool images to the working folder
+            scan = recognize(source, layout).scan(source.absolute(), work, pool)
         refuse_one_class(scan.classes, source)
         notes = scan.notes()
         job = _job(scan, options)
@@ -145,43 +145,45 @@ def prepare(
         if finished is not None:
             if finished.made.get("job") != job:
                 raise DataError(f"{target} holds another data set (or the same with other options): choose another.")
-            return PreparedSet(finished, 0, 0, finished.made["left_out"], notes=notes)
+            return PreparedSet(finished, 0, 0, finished.made["ignored"], notes=notes)
         with FileLock(work / "turn"):
             _claim(work, f"{job} {shares}", target)
         parts = [
-            part for split in scan.splits for part in _parts(scan, split, target, options, skip_damaged, max_pixels)
+            part for split in scan.splits for part in _parts(scan, split, target, options, skip_corrupt, max_pixels)
         ]
         mine = parts[index::shares]
         todo = [part for part in mine if not _is_finished(part)]
         for part in todo:
             for left in work.glob(f"{part.label}.*.tmp"):
                 left.unlink()
-        _check_room(todo, scan, options, target)
+        _check_disk_space(todo, scan, options, target)
         for split in scan.splits:
             (target / split).mkdir(exist_ok=True)
         sizes = [pc.sum(part.table["length"]).as_py() for part in todo]
         written = pool.map(_write, todo, "preparing", sizes)
-        damaged = _unread(scan) + [line for part in written for line in part.damaged]
-        if damaged and not skip_damaged:
+        corrupt = _unread(scan) + [line for part in written for line in part.corrupt]
+        if corrupt and not skip_corrupt:
             raise DataError(
-                f"{len(damaged)} damaged pictures in {source}:\n  " + listed(damaged, "\n  ") + "\nAll others are "
-                "written. Mend these and start again, or leave them out with --skip-damaged."
+                f"{len(corrupt)} corrupt images in {source}:\n  " + listed(corrupt, "\n  ") + "\nAll others are "
+                "written. Mend these and start again, or leave them out with --skip-corrupt."
             )
         with FileLock(work / "turn"):
             manifest = read_manifest(target)  # of another share that was done at the same time
             waiting = [] if manifest else [part for part in parts if not _is_finished(part)]
             if not manifest and not waiting:
                 manifest = _assemble(scan, parts, target, options, job)
-        left_out = manifest.made["left_out"] if manifest else damaged
-        return PreparedSet(manifest, len(mine), len(mine) - len(todo), left_out, len(waiting), notes)
+        ignored = manifest.made["ignored"] if manifest else corrupt
+        return PreparedSet(manifest, len(mine), len(mine) - len(todo), ignored, len(waiting), notes)
 
 
 def _unread(scan: Scan) -> list[str]:
     """What the scan could not take, a line each."""
-    return [f"{path} in {scan.root}: {fault}" for faults in scan.faults.values() for path, fault in faults.items()]
+    return [
+        f"{path} in {scan.root}: {problem}" for problems in scan.problems.values() for path, problem in problems.items()
+    ]
 
 
-def _check_places(source: Path, target: Path) -> None:
+def _check_locations(source: Path, target: Path) -> None:
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise DataError(f"the target {target} must not lie in the source {source}: choose another place.")
     if target.is_dir():
@@ -226,13 +228,13 @@ def _claim(work: Path, job: str, target: Path) -> None:
         write_text(record, job)
     elif record.read_text(encoding="utf-8") != job:
         raise DataError(
-            f"{target} holds an unfinished preparation of other pictures, with other options or in another number of "
+            f"{target} holds an unfinished preparation of other images, with other options or in another number of "
             f"shares: repeat that command, or remove {target} to start anew."
         )
 
 
 def _parts(
-    scan: Scan, split: str, target: Path, options: PrepareOptions, skip_damaged: bool, max_pixels: int
+    scan: Scan, split: str, target: Path, options: PrepareOptions, skip_corrupt: bool, max_pixels: int
 ) -> list[_Part]:
     table = scan.splits[split]
     count = len(table)
@@ -244,13 +246,13 @@ def _parts(
         number = -(-count // _FOLDER_PART)
     bounds = [i * count // number for i in range(number + 1)]
     return [
-        _Part(scan.root, target, split, i, rows_of(table, start, stop - start), options, skip_damaged, max_pixels)
+        _Part(scan.root, target, split, i, rows_of(table, start, stop - start), options, skip_corrupt, max_pixels)
         for i, (start, stop) in enumerate(pairwise(bounds))
     ]
 
 
 def _check_names(table: pa.Table, split: str) -> None:
-    """Class folders need a file name of its own for each picture."""
+    """Class folders need a file name of its own for each image."""
     names = table["name"].to_pylist()
     odd = [name for name in names if len(PurePosixPath(name).parts) != 2 or ".." in PurePosixPath(name).parts]
     if odd:
@@ -259,11 +261,11 @@ def _check_names(table: pa.Table, split: str) -> None:
     if len(set(files)) < len(files):
         seen: set[str] = set()
         twice = [name for name in files if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
-        raise DataError(f"the {split} split has pictures of the same class and name ({listed(twice)}): prepare shards.")
+        raise DataError(f"the {split} split has images of the same class and name ({listed(twice)}): prepare shards.")
 
 
 def _file_name(name: str) -> str:
-    """A picture's name in a class folder: the source's, with an ending that says what it now is."""
+    """An image's name in a class folder: the source's, with an ending that says what it now is."""
     return name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
 
 
@@ -282,16 +284,16 @@ def _read_record(part: _Part) -> _Written:
     return _Written(**json.loads(pq.read_schema(part.record).metadata[b"written"]))
 
 
-def _check_room(todo: list[_Part], scan: Scan, options: PrepareOptions, target: Path) -> None:
+def _check_disk_space(todo: list[_Part], scan: Scan, options: PrepareOptions, target: Path) -> None:
     samples = sum(len(part.table) for part in todo)
     size = sum(pc.sum(part.table["length"]).as_py() for part in todo)
     if options.shorter_side is not None and todo:
         size = int(size * _shrinkage(todo, options))
-    check_space(target, size + samples * _PER_SAMPLE, "the pictures")
+    check_space(target, size + samples * _PER_SAMPLE, "the images")
 
 
 def _shrinkage(todo: list[_Part], options: PrepareOptions) -> float:
-    """Which share of the bytes re-encoding leaves, from a few pictures of the first part."""
+    """Which share of the bytes re-encoding leaves, from a few images of the first part."""
     table = todo[0].table.slice(0, _SAMPLED)
     before = after = 0
     with quiet():
@@ -308,10 +310,10 @@ def _shrinkage(todo: list[_Part], options: PrepareOptions) -> float:
 
 
 def convert(content: bytes, options: PrepareOptions, max_pixels: int = MAX_PIXELS) -> tuple[bytes, int, int]:
-    """A picture as it is stored, a gray or RGB JPEG, with its width and height in pixels.
+    """An image as it is stored, a gray or RGB JPEG, with its width and height in pixels.
 
     Raises:
-        NotAnImage: it is damaged, of a kind that is not used, or too large. Of a plain JPEG that is not encoded
+        NotAnImage: it is corrupt, of a kind that is not used, or too large. Of a plain JPEG that is not encoded
             anew, only the head and the end mark are looked at.
     """
     head = header(content, content)
@@ -338,8 +340,8 @@ def _write(part: _Part) -> _Written:
         ) from error
 
 
-def _pictures(part: _Part, damaged: list[str]) -> Iterator[tuple[dict[str, Any], bytes, bool]]:
-    """The part's pictures as they are stored, with their rows so far; those that are damaged are listed instead."""
+def _images(part: _Part, corrupt: list[str]) -> Iterator[tuple[dict[str, Any], bytes, bool]]:
+    """The part's images as they are stored, with their rows so far; those that are corrupt are listed instead."""
     files = Files()
     columns = (part.table[name].to_pylist() for name in ("path", "name", "offset", "length", "label"))
     for path, name, offset, length, label in zip(*columns, strict=True):
@@ -349,7 +351,7 @@ def _pictures(part: _Part, damaged: list[str]) -> Iterator[tuple[dict[str, Any],
                 raise NotAnImage("is cut short: the file has become shorter")
             stored, width, height = convert(content, part.options, part.max_pixels)
         except NotAnImage as error:
-            damaged.append(f"{name} in {part.source / path}: {error}")
+            corrupt.append(f"{name} in {part.source / path}: {error}")
             continue
         row = {
             "name": name,
@@ -370,13 +372,13 @@ def _aside(part: _Part) -> Path:
 def _write_shard(part: _Part) -> _Written:
     """A WebDataset shard: for each sample NUMBER.jpg and NUMBER.cls, NUMBER being its place in the split's order."""
     rows: list[dict[str, Any]] = []
-    damaged: list[str] = []
+    corrupt: list[str] = []
     converted = 0
     shard = part.target / part.shard
     aside = _aside(part)
     with aside.open("wb") as plain:
         file = _Hashing(plain)
-        for number, (row, stored, changed) in enumerate(_pictures(part, damaged)):
+        for number, (row, stored, changed) in enumerate(_images(part, corrupt)):
             key = f"{part.number:06d}{number:06d}"
             row |= {"path": part.shard, "offset": file.position + tars.BLOCK}
             tars.append(file, f"{key}.jpg", stored)
@@ -386,8 +388,8 @@ def _write_shard(part: _Part) -> _Written:
         tars.finish(file, file.position)
         plain.flush()
         os.fsync(plain.fileno())
-    written = _Written(file.position, file.digest.hexdigest(), converted, damaged)
-    if damaged and not part.skip_damaged:
+    written = _Written(file.position, file.digest.hexdigest(), converted, corrupt)
+    if corrupt and not part.skip_corrupt:
         aside.unlink()
     else:
         _save_record(part, rows, written)
@@ -409,18 +411,18 @@ class _Hashing:
 
 def _write_folder_part(part: _Part) -> _Written:
     rows: list[dict[str, Any]] = []
-    damaged: list[str] = []
+    corrupt: list[str] = []
     converted = 0
-    for row, stored, changed in _pictures(part, damaged):
+    for row, stored, changed in _images(part, corrupt):
         row["path"] = f"{part.split}/{_file_name(row.pop('name'))}"
         file = part.target / row["path"]
         file.parent.mkdir(exist_ok=True)
-        with whole_file(file, _aside(part)) as aside:
+        with atomic_file(file, _aside(part)) as aside:
             aside.write_bytes(stored)
         rows.append(row)
         converted += changed
-    written = _Written(sum(row["length"] for row in rows), "", converted, damaged)
-    if part.skip_damaged or not damaged:
+    written = _Written(sum(row["length"] for row in rows), "", converted, corrupt)
+    if part.skip_corrupt or not corrupt:
         _save_record(part, rows, written)
     return written
 
@@ -455,8 +457,8 @@ def _assemble(scan: Scan, parts: list[_Part], target: Path, options: PrepareOpti
         "job": job,
         **asdict(options),
         "converted": sum(part.converted for part in written),
-        "left_out": _unread(scan) + [line for part in written for line in part.damaged],
-        "not_taken": scan.left_out.lines(),
+        "ignored": _unread(scan) + [line for part in written for line in part.corrupt],
+        "not_taken": scan.ignored.lines(),
     }
     manifest = Manifest(options.to, scan.classes, splits, made)
     manifest.save(target)
@@ -464,8 +466,8 @@ def _assemble(scan: Scan, parts: list[_Part], target: Path, options: PrepareOpti
 
 
 def _check_classes(table: pa.Table, classes: tuple[str, ...], split: str) -> None:
-    """No training class may be without pictures, once the damaged ones are left out."""
+    """No training class may be without images, once the corrupt ones are left out."""
     if split == "train":
         empty = np.flatnonzero(np.bincount(table["label"].to_numpy(), minlength=len(classes)) == 0)
         if len(empty):
-            raise DataError(f"no training picture is left of the classes {listed([classes[i] for i in empty])}.")
+            raise DataError(f"no training image is left of the classes {listed([classes[i] for i in empty])}.")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pipeline.data.formats import START, format_of
-from pipeline.data.left_out import LeftOut
+from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.listing import member_reason
 from pipeline.data.tools.tars import Member
 from pipeline.errors import DataError, listed
@@ -24,13 +24,13 @@ class _Image:
     field: str
 
 
-def samples(members: Iterable[Member], read: Read, where: str, left_out: LeftOut) -> list[tuple[int, Member]]:
+def samples(members: Iterable[Member], read: Read, where: str, ignored: IgnoredFiles) -> list[tuple[int, Member]]:
     """The labels and images of a shard, in its order; `read` gives bytes at an offset, `where` names the shard.
 
     A label `NAME.cls` or `NAME.json` is that of the image `NAME.ENDING`, dots in NAME or not; so a key is not cut at
     its first dot, as WebDataset does, unless there is no longer NAME in common. An image is told by its first bytes or
     by its ending. Second images of a sample, `NAME.FIELD.ENDING` beside `NAME.ENDING`, and members of other kinds are
-    counted in `left_out`.
+    counted in `ignored`.
 
     Raises:
         DataError: an image has no label, a label has no image, or it is not clear which belong together.
@@ -41,7 +41,7 @@ def samples(members: Iterable[Member], read: Read, where: str, left_out: LeftOut
     for member in members:
         reason = member_reason(member.name)
         if reason is not None:
-            left_out.add(reason, f"{where}, {member.name}")
+            ignored.add(reason, f"{where}, {member.name}")
             continue
         if member.name in names:
             raise DataError(f"{where} has two members named {member.name}: which one counts is not clear. Rename one.")
@@ -54,7 +54,7 @@ def samples(members: Iterable[Member], read: Read, where: str, left_out: LeftOut
             images.append(member)
             continue
         if label is None:
-            left_out.add(f"members with the ending .{ending}, which are neither images nor labels", member.name)
+            ignored.add(f"members with the ending .{ending}, which are neither images nor labels", member.name)
         elif labels.setdefault(stem, (label, member.name))[0] != label:
             other, name = labels[stem]
             raise DataError(f"{where}: {member.name} gives label {label}, {name} gave {other}.")
@@ -74,10 +74,10 @@ def samples(members: Iterable[Member], read: Read, where: str, left_out: LeftOut
             f"{where}: {len(lonely)} labels have no image: {listed(lonely)}. A label's image has the same name but "
             f"for the ending, and ends in {', '.join(f'.{ending}' for ending in IMAGE_ENDINGS)} or begins as one."
         )
-    return [(labels[key][0], _first(found, where, left_out).member) for key, found in of_key.items()]
+    return [(labels[key][0], _first(found, where, ignored).member) for key, found in of_key.items()]
 
 
-def _first(found: list[_Image], where: str, left_out: LeftOut) -> _Image:
+def _first(found: list[_Image], where: str, ignored: IgnoredFiles) -> _Image:
     """The image of a sample, of which others are fields: `x.jpg` beside `x.seg.png`."""
     plain = [image for image in found if "." not in image.field]
     others = [image for image in found if "." in image.field]
@@ -91,7 +91,7 @@ def _first(found: list[_Image], where: str, left_out: LeftOut) -> _Image:
             f"NAME.FIELD.ENDING. If they are two samples, each needs a label of its own name."
         )
     for image in others:
-        left_out.add(f"second images of samples, .{image.field}", image.member.name)
+        ignored.add(f"second images of samples, .{image.field}", image.member.name)
     return plain[0]
 
 

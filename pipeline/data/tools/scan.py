@@ -1,4 +1,4 @@
-"""What scanning a source of pictures gives, and what the scanners of several layouts share."""
+"""What scanning a source of images gives, and what the scanners of several layouts share."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.data.class_names import absent, doubts, unknown_classes
+from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.index import table_of
-from pipeline.data.left_out import LeftOut
 from pipeline.data.listing import Entry, entries, joined, tree
 from pipeline.data.names import SPLIT_WORDS, is_packed, words_of
 from pipeline.errors import DataError, listed
@@ -20,7 +20,7 @@ _WNID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True, slots=True)  # there are a million of them
 class Found:
-    """A picture in a source: its name there, and where its bytes lie in the file `path` below the source's root."""
+    """An image in a source: its name there, and where its bytes lie in the file `path` below the source's root."""
 
     name: str
     path: str
@@ -30,31 +30,29 @@ class Found:
 
 @dataclass(frozen=True)
 class Scan:
-    """A source's pictures: `splits` maps train and val to tables in the index's schema.
+    """A source's images: `splits` maps train and val to tables in the index's schema.
 
     Names are `CLASS/FILE`; widths, heights and checksums are null unless the source is a prepared data set, whose order
-    is kept; else rows are sorted by label and name. `faults` tells by split what should be an image and cannot be
-    read, by path and reason; `left_out` counts all else that the source holds and that is not taken.
+    is kept; else rows are sorted by label and name. `problems` tells by split what should be an image and cannot be
+    read, by path and reason; `ignored` counts all else that the source holds and that is not taken.
     """
 
     layout: str
     root: Path
     classes: tuple[str, ...]
     splits: dict[str, pa.Table]
-    faults: dict[str, dict[str, str]] = field(default_factory=dict)
-    left_out: LeftOut = field(default_factory=LeftOut)
+    problems: dict[str, dict[str, str]] = field(default_factory=dict)
+    ignored: IgnoredFiles = field(default_factory=IgnoredFiles)
 
     def notes(self) -> list[str]:
         """Lines on what is not taken, and on what is allowed and probably not meant."""
         lines = [absent(self.classes, table["label"].to_numpy(), split) for split, table in self.splits.items()]
-        return (
-            [f"left out: {line}" for line in self.left_out.lines()] + doubts(self.classes) + list(filter(None, lines))
-        )
+        return [f"left out: {line}" for line in self.ignored.lines()] + doubts(self.classes) + list(filter(None, lines))
 
 
-def labelled(pictures: Iterable[tuple[int, Found]], classes: tuple[str, ...]) -> pa.Table:
-    """A split's table from pictures with their labels."""
-    rows = sorted(pictures, key=lambda row: (row[0], row[1].name, row[1].path, row[1].offset))
+def labeled(images: Iterable[tuple[int, Found]], classes: tuple[str, ...]) -> pa.Table:
+    """A split's table from images with their labels."""
+    rows = sorted(images, key=lambda row: (row[0], row[1].name, row[1].path, row[1].offset))
     return table_of(
         {
             "path": [found.path for _, found in rows],
@@ -67,48 +65,48 @@ def labelled(pictures: Iterable[tuple[int, Found]], classes: tuple[str, ...]) ->
 
 
 def by_file_name(
-    pictures: Iterable[Found], wnids: dict[str, str], classes: tuple[str, ...], left_out: LeftOut
+    images: Iterable[Found], wnids: dict[str, str], classes: tuple[str, ...], ignored: IgnoredFiles
 ) -> pa.Table:
     """A flat validation split's table; `wnids` maps file names without their ending to classes.
 
-    Labels without an image are counted in `left_out`.
+    Labels without an image are counted in `ignored`.
 
     Raises:
-        DataError: a picture has no label, or one of a class that the training split lacks.
+        DataError: an image has no label, or one of a class that the training split lacks.
     """
     ranks = {wnid: rank for rank, wnid in enumerate(classes)}
-    stems = [(found.name.rpartition("/")[2].rpartition(".")[0], found) for found in pictures]
-    unlabelled = sorted(found.name for stem, found in stems if stem not in wnids)
-    if unlabelled:
-        raise DataError(f"{len(unlabelled)} validation pictures have no label: {listed(unlabelled)}.")
+    stems = [(found.name.rpartition("/")[2].rpartition(".")[0], found) for found in images]
+    unlabeled = sorted(found.name for stem, found in stems if stem not in wnids)
+    if unlabeled:
+        raise DataError(f"{len(unlabeled)} validation images have no label: {listed(unlabeled)}.")
     unknown_classes("the validation split", sorted({wnids[stem] for stem, _ in stems}), classes)
     for stem in sorted(wnids.keys() - {stem for stem, _ in stems}):
-        left_out.add("labels of validation images that are not there", stem)
-    return labelled([(ranks[wnids[stem]], found) for stem, found in stems], classes)
+        ignored.add("labels of validation images that are not there", stem)
+    return labeled([(ranks[wnids[stem]], found) for stem, found in stems], classes)
 
 
 def by_number(
-    pictures: dict[str, list[tuple[int, Found]]], class_names: tuple[str, ...] | None, where: Path
+    images: dict[str, list[tuple[int, Found]]], class_names: tuple[str, ...] | None, where: Path
 ) -> tuple[tuple[str, ...], dict[str, pa.Table]]:
-    """Classes and tables of splits whose pictures carry numbers as labels.
+    """Classes and tables of splits whose images carry numbers as labels.
 
-    Where every picture's name holds a WordNet id, and each number stands for one id, classes are the sorted ids, and
+    Where every image's name holds a WordNet id, and each number stands for one id, classes are the sorted ids, and
     labels their ranks, whatever the numbers were. Else the numbers are the labels, and `class_names` their names.
 
     Raises:
-        DataError: numbers are negative or too large, or some have no training picture.
+        DataError: numbers are negative or too large, or some have no training image.
     """
-    numbers = {split: {number for number, _ in rows} for split, rows in pictures.items()}
+    numbers = {split: {number for number, _ in rows} for split, rows in images.items()}
     used = set.union(*numbers.values())
     if min(used) < 0:
-        odd = [found.name for rows in pictures.values() for number, found in rows if number < 0]
+        odd = [found.name for rows in images.values() for number, found in rows if number < 0]
         raise DataError(
-            f"{where}: {len(odd)} pictures have negative labels, as test sets do ({listed(odd)}): leave them out."
+            f"{where}: {len(odd)} images have negative labels, as test sets do ({listed(odd)}): leave them out."
         )
     lacking = sorted(used - numbers["train"])
     if lacking:
-        raise DataError(f"{where}: no training picture has the labels {listed([str(n) for n in lacking])}.")
-    ids = _wordnet_ids(pictures)
+        raise DataError(f"{where}: no training image has the labels {listed([str(n) for n in lacking])}.")
+    ids = _wordnet_ids(images)
     if ids is not None:
         classes = tuple(sorted(ids.values()))
         rank = {number: classes.index(wnid) for number, wnid in ids.items()}
@@ -118,28 +116,28 @@ def by_number(
             raise DataError(f"{where}: label {max(used)} is beyond the {len(classes)} class names.")
         rank = {number: number for number in used}
     tables = {
-        split: labelled([(rank[number], found) for number, found in rows], classes) for split, rows in pictures.items()
+        split: labeled([(rank[number], found) for number, found in rows], classes) for split, rows in images.items()
     }
     return classes, tables
 
 
-def _wordnet_ids(pictures: dict[str, list[tuple[int, Found]]]) -> dict[int, str] | None:
-    """The WordNet id that each label stands for, by the training pictures' names; None unless that is one each."""
+def _wordnet_ids(images: dict[str, list[tuple[int, Found]]]) -> dict[int, str] | None:
+    """The WordNet id that each label stands for, by the training images' names; None unless that is one each."""
     ids: dict[int, str] = {}
-    for number, found in pictures["train"]:
+    for number, found in images["train"]:
         match = _WNID.search(found.name)
         if match is None or ids.setdefault(number, match[0]) != match[0]:
             return None
     return ids if len(set(ids.values())) == len(ids) else None
 
 
-def beside(folder: Path, taken: Collection[str], left_out: LeftOut, prefix: str = "") -> None:
+def beside(folder: Path, taken: Collection[str], ignored: IgnoredFiles, prefix: str = "") -> None:
     """Counts what lies in a folder beside the names that are taken."""
-    for entry in entries(folder, prefix, left_out):
+    for entry in entries(folder, prefix, ignored):
         name = entry[0] if isinstance(entry, tuple) else entry.name
         if name not in taken:
             what = "folders" if isinstance(entry, Entry) and entry.is_folder else "files"
-            left_out.add(f"{what} beside the data", joined(prefix, name))
+            ignored.add(f"{what} beside the data", joined(prefix, name))
 
 
 def split_folders(root: Path) -> tuple[Path | None, Path | None]:
@@ -163,18 +161,18 @@ def has_class_folders(train: Path | None, least: int = 2) -> bool:
     """Whether there is a training split and folders in it, `least` or more; hidden ones do not count."""
     if train is None:
         return False
-    return sum(isinstance(e, Entry) and e.is_folder for e in entries(train, "", LeftOut())) >= least
+    return sum(isinstance(e, Entry) and e.is_folder for e in entries(train, "", IgnoredFiles())) >= least
 
 
 def is_flat(split: Path | None) -> bool:
     """Whether there is a split's folder that holds files and no folders."""
     if split is None:
         return False
-    return {e.is_folder for e in entries(split, "", LeftOut()) if isinstance(e, Entry)} == {False}
+    return {e.is_folder for e in entries(split, "", IgnoredFiles()) if isinstance(e, Entry)} == {False}
 
 
-def split_files(root: Path, ending: str, left_out: LeftOut) -> dict[str, list[Path]]:
-    """Files of train and val, told by words in their paths below `root`; all others are counted in `left_out`.
+def split_files(root: Path, ending: str, ignored: IgnoredFiles) -> dict[str, list[Path]]:
+    """Files of train and val, told by words in their paths below `root`; all others are counted in `ignored`.
 
     Raises:
         DataError: a file's split is unclear, a split has no file, or something there is no file or cannot be listed.
@@ -182,19 +180,19 @@ def split_files(root: Path, ending: str, left_out: LeftOut) -> dict[str, list[Pa
     splits: dict[str, list[Path]] = {"train": [], "val": []}
     unclear = []
     found = tree(root)
-    faults = [f"{path} {fault}" for path, fault in found.faults.items()]
-    if faults:
-        raise DataError(f"{root} holds what cannot be read: {listed(faults)}. Mend or remove it.")
-    left_out.merge(found.left_out)
+    problems = [f"{path} {problem}" for path, problem in found.problems.items()]
+    if problems:
+        raise DataError(f"{root} holds what cannot be read: {listed(problems)}. Mend or remove it.")
+    ignored.merge(found.ignored)
     for path in found.files:
         words = words_of(path)
         kinds = [split for split, names in SPLIT_WORDS.items() if words & names]
         if not path.endswith(f".{ending}"):
-            left_out.add(f"files that are no .{ending} files", path)
+            ignored.add(f"files that are no .{ending} files", path)
         elif len(kinds) == 1:
             splits[kinds[0]].append(root / path)
         elif "test" in words:
-            left_out.add("files of a test split", path)
+            ignored.add("files of a test split", path)
         else:
             unclear.append(path)
     if unclear or not all(splits.values()):

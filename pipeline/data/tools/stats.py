@@ -1,4 +1,4 @@
-"""`densenet data stats`: a data set in numbers and one picture."""
+"""`densenet data stats`: a data set in numbers and one image."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,17 +13,17 @@ from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, quiet, to_rgb
 from pipeline.data.plan import permutation
 from pipeline.data.tools.inspect import Chunk, chunks
-from pipeline.data.tools.layouts import recognise
+from pipeline.data.tools.layouts import recognize
 from pipeline.data.tools.pool import Pool
 from pipeline.errors import DataError
-from pipeline.files import whole_file
+from pipeline.files import atomic_file
 
 
 @dataclass(frozen=True)
 class SplitStats:
-    """A split: pictures per class (by label), and of the decoded sample widths, heights (pixels) and lengths (bytes).
+    """A split: images per class (by label), and of the decoded sample widths, heights (pixels) and lengths (bytes).
 
-    `mean` and `std` are per RGB channel, of pixel values in [0, 1] of whole pictures; each picture weighs the same.
+    `mean` and `std` are per RGB channel, of pixel values in [0, 1] of whole images; each image weighs the same.
     """
 
     samples: int
@@ -49,7 +49,7 @@ class Stats:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers for machines, without the lists of each picture's size."""
+        """The numbers for machines, without the lists of each image's size."""
         tree = asdict(self)
         for split in tree["splits"].values():
             for name in ("widths", "heights", "lengths"):
@@ -59,13 +59,13 @@ class Stats:
 
 
 def stats(root: Path, samples: int, pool: Pool, layout: str | None = None, max_pixels: int = MAX_PIXELS) -> Stats:
-    """Counts all pictures, and decodes `samples` of each split (0: all), chosen evenly at random.
+    """Counts all images, and decodes `samples` of each split (0: all), chosen evenly at random.
 
     Raises:
-        DataError: it cannot be read as any layout, or no picture can be decoded.
+        DataError: it cannot be read as any layout, or no image can be decoded.
     """
     root = root.absolute()
-    found = recognise(root, layout)
+    found = recognize(root, layout)
     scan = found.scan(root, None, pool)
     splits = {}
     for split, table in scan.splits.items():
@@ -75,14 +75,14 @@ def stats(root: Path, samples: int, pool: Pool, layout: str | None = None, max_p
         sizes = np.concatenate([part[0] for part in parts])
         moments = np.concatenate([part[1] for part in parts])
         if not len(sizes):
-            raise DataError(f"none of the {len(chosen)} pictures of {split} can be decoded: `densenet data verify`.")
+            raise DataError(f"none of the {len(chosen)} images of {split} can be decoded: `densenet data verify`.")
         mean = moments.mean(axis=0)
         splits[split] = SplitStats(
             samples=len(table),
             bytes=pc.sum(table["length"]).as_py(),
             per_class=np.bincount(table["label"].to_numpy(), minlength=len(scan.classes)).tolist(),
             decoded=len(sizes),
-            unreadable=len(chosen) - len(sizes) + len(scan.faults.get(split, {})),
+            unreadable=len(chosen) - len(sizes) + len(scan.problems.get(split, {})),
             mean=mean[:3].tolist(),
             std=np.sqrt(mean[3:] - mean[:3] ** 2).tolist(),
             widths=sizes[:, 0].tolist(),
@@ -110,7 +110,7 @@ def _measure(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 
 def plot(result: Stats, file: Path) -> None:
-    """Draws class balance, picture sizes, bytes and channels of each split into a PNG file."""
+    """Draws class balance, image sizes, bytes and channels of each split into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -119,20 +119,20 @@ def plot(result: Stats, file: Path) -> None:
     balance, sides, lengths, channels = figure.subplots(2, 2).ravel()
     for i, (name, split) in enumerate(result.splits.items()):
         per_class = np.sort(split.per_class)[::-1]
-        balance.step(np.arange(len(per_class)), per_class, where="mid", label=f"{name}: {split.samples:,} pictures")
+        balance.step(np.arange(len(per_class)), per_class, where="mid", label=f"{name}: {split.samples:,} images")
         shorter = np.minimum(split.widths, split.heights)
         _histogram(sides, shorter, f"{name}: {split.decoded:,} decoded")
         _histogram(lengths, np.array(split.lengths) / 1000, name)
         channels.bar(np.arange(3) + 0.3 * i, split.mean, 0.28, yerr=split.std, capsize=3, label=name)
-    balance.set(title="pictures per class", xlabel="classes, largest first", ylim=(0, None))
-    sides.set(title="shorter side", xlabel="pixels", ylabel="share of the pictures", xscale="log")
-    lengths.set(title="encoded length", xlabel="KB", ylabel="share of the pictures", xscale="log")
+    balance.set(title="images per class", xlabel="classes, largest first", ylim=(0, None))
+    sides.set(title="shorter side", xlabel="pixels", ylabel="share of the images", xscale="log")
+    lengths.set(title="encoded length", xlabel="KB", ylabel="share of the images", xscale="log")
     channels.set(title="channels: mean and standard deviation", ylim=(0, 1))
     channels.set_xticks(np.arange(3) + 0.15, ["red", "green", "blue"])
     for axes in (balance, sides, lengths, channels):
         axes.legend(fontsize="small")
     figure.suptitle(f"{result.root} ({result.layout}, {len(result.classes):,} classes)")
-    with whole_file(file) as aside:
+    with atomic_file(file) as aside:
         figure.savefig(aside, dpi=110, format="png")
 
 

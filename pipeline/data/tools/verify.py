@@ -18,7 +18,7 @@ from pipeline.data.index import Shard, rows_of
 from pipeline.data.listing import Tree, tree
 from pipeline.data.names import SPLIT_WORDS
 from pipeline.data.tools.inspect import KINDS, Finding, Looked, chunks, look, where
-from pipeline.data.tools.layouts import recognise
+from pipeline.data.tools.layouts import recognize
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.samples import IMAGE_ENDINGS
 from pipeline.data.tools.scan import Scan
@@ -31,7 +31,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class SplitReport:
-    """A split in numbers: sides in pixels; `per_class` is the least, the median and the most pictures of a class."""
+    """A split in numbers: sides in pixels; `per_class` is the least, the median and the most images of a class."""
 
     samples: int
     classes: int
@@ -44,18 +44,18 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found: `findings` of `pipeline.data.tools.inspect.KINDS`, and in `left_out` what was not looked at."""
+    """What was found: `findings` of `pipeline.data.tools.inspect.KINDS`, and in `ignored` what was not looked at."""
 
     root: str
     layout: str
     splits: dict[str, SplitReport]
     findings: list[Finding]
-    left_out: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
     @property
-    def damage(self) -> list[Finding]:
+    def corruption(self) -> list[Finding]:
         """The findings that stop a training."""
-        return [finding for finding in self.findings if finding.is_damage]
+        return [finding for finding in self.findings if finding.is_corruption]
 
     def counts(self) -> dict[str, int]:
         """How many findings there are of each kind, in the order of `KINDS`."""
@@ -64,21 +64,21 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The whole report for machines."""
-        return {"damaged": bool(self.damage), "counts": self.counts()} | asdict(self)
+        return {"corrupt": bool(self.corruption), "counts": self.counts()} | asdict(self)
 
 
 def verify(
     root: Path, pool: Pool, layout: str | None = None, any_counts: bool = False, max_pixels: int = MAX_PIXELS
 ) -> Report:
-    """Reads and decodes every picture of a data set or a source, and compares with the index where there is one.
+    """Reads and decodes every image of a data set or a source, and compares with the index where there is one.
 
-    A set of 1,000 WordNet ids is taken for ImageNet and must have its numbers of pictures, unless `any_counts`.
+    A set of 1,000 WordNet ids is taken for ImageNet and must have its numbers of images, unless `any_counts`.
 
     Raises:
-        DataError: it cannot be read as any layout, or an archive is damaged.
+        DataError: it cannot be read as any layout, or an archive is corrupt.
     """
     root = root.absolute()
-    found = recognise(root, layout)
+    found = recognize(root, layout)
     scan = found.scan(root, None, pool)
     manifest = read_manifest(root) if found.name == "prepared" else None
     findings: list[Finding] = []
@@ -90,7 +90,9 @@ def verify(
         tasks = list(chunks(scan.root, split, table, decoded=True, max_pixels=max_pixels))
         weights = [pc.sum(task.table["length"]).as_py() for task in tasks]
         parts = pool.map(look, tasks, f"verifying {split}", weights)
-        findings += [Finding("unreadable", split, path, fault) for path, fault in scan.faults.get(split, {}).items()]
+        findings += [
+            Finding("unreadable", split, path, problem) for path, problem in scan.problems.get(split, {}).items()
+        ]
         findings += [finding for part in parts for finding in part.findings]
         splits[split] = _split_report(table, parts, len(scan.classes))
         digests[split] = np.concatenate([part.digests_N for part in parts])
@@ -101,7 +103,7 @@ def verify(
     findings = list(dict.fromkeys(findings))  # a shard that is gone is missed more than once
     order = list(KINDS)
     findings.sort(key=lambda f: (order.index(f.kind), f.split, f.where))
-    return Report(str(root), found.name, splits, findings, scan.left_out.lines())
+    return Report(str(root), found.name, splits, findings, scan.ignored.lines())
 
 
 def _split_report(table: pa.Table, parts: list[Looked], num_classes: int) -> SplitReport:
@@ -126,7 +128,7 @@ def _unlisted(root: Path, manifest: Manifest, splits: dict[str, pa.Table]) -> It
         known = set(pc.unique(table["path"]).to_pylist())
         for name in SPLIT_WORDS.get(split, {split}):
             found = tree(root / name) if (root / name).is_dir() else Tree()
-            for path in (f"{name}/{path}" for path in (*found.files, *found.faults)):
+            for path in (f"{name}/{path}" for path in (*found.files, *found.problems)):
                 if path not in known and (endings is None or path.lower().rpartition(".")[2] in endings):
                     yield Finding("unlisted", split, path, f"not in {MANIFEST}'s index")
 
@@ -173,10 +175,10 @@ def _members(file: Any, root: Path, split: str, path: str, rows: pa.Table) -> li
     findings = []
     there = list(members(root / path))
     labels = {member.name: member for member in there if member.name.endswith(".cls")}
-    pictures = {member.offset: member for member in there if member.name.endswith(".jpg")}
+    images = {member.offset: member for member in there if member.name.endswith(".jpg")}
     columns = (rows[name].to_pylist() for name in ("name", "offset", "length", "label"))
     for name, offset, length, label in zip(*columns, strict=True):
-        member = pictures.pop(offset, None)
+        member = images.pop(offset, None)
         at = where(path, name, offset)
         if member is None or member.length != length:
             findings.append(Finding("shard", split, at, "the sample is not at its place"))
@@ -186,12 +188,12 @@ def _members(file: Any, root: Path, split: str, path: str, rows: pa.Table) -> li
         stored = file.read(beside.length) if beside else b""
         if stored != str(label).encode():
             findings.append(Finding("label", split, at, f"{stored.decode(errors='replace')!r}, indexed as {label}"))
-    findings += [Finding("shard", split, path, f"holds {m.name}, which is not indexed") for m in pictures.values()]
+    findings += [Finding("shard", split, path, f"holds {m.name}, which is not indexed") for m in images.values()]
     return findings
 
 
 def _duplicates(splits: dict[str, pa.Table], digests: dict[str, Any]) -> Iterator[Finding]:
-    """Pictures whose bytes were there before, in the order of the splits."""
+    """Images whose bytes were there before, in the order of the splits."""
     names = list(splits)
     of_split = np.concatenate([np.full(len(splits[split]), i) for i, split in enumerate(names)])
     rows = np.concatenate([np.arange(len(splits[split])) for split in names])
@@ -235,7 +237,7 @@ def _counts(classes: tuple[str, ...], splits: dict[str, SplitReport]) -> Iterato
     is_imagenet = len(classes) == IMAGENET["classes"] and all(c[0] == "n" and c[1:].isdigit() for c in classes)
     for split, report in splits.items():
         if is_imagenet and split in IMAGENET and report.samples != IMAGENET[split]:
-            detail = f"{report.samples:,} pictures, ILSVRC2012 has {IMAGENET[split]:,} (--any-counts if this is a part)"
+            detail = f"{report.samples:,} images, ILSVRC2012 has {IMAGENET[split]:,} (--any-counts if this is a part)"
             yield Finding("count", split, split, detail)
         if report.classes < len(classes) and (split == "train" or is_imagenet):
-            yield Finding("count", split, split, f"{len(classes) - report.classes} classes have no picture")
+            yield Finding("count", split, split, f"{len(classes) - report.classes} classes have no image")

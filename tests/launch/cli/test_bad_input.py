@@ -34,8 +34,8 @@ def refused(densenet) -> Callable[..., str]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A sound set of 8 + 4 pictures in two classes."""
+def images(tmp_path: Path) -> Path:
+    """A valid set of 8 + 4 images in two classes."""
     for split, count in (("train", 4), ("val", 2)):
         for name in ("cat", "dog"):
             (tmp_path / "set" / split / name).mkdir(parents=True)
@@ -45,111 +45,111 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def train(pictures: Path, *overrides: str) -> list[str]:
-    output = f"run.output={pictures.parent / 'out'}"
-    return ["train", DEMO, f"data.root={pictures}", "train.global_batch_size=4", output, *overrides]
+def train(images: Path, *overrides: str) -> list[str]:
+    output = f"run.output={images.parent / 'out'}"
+    return ["train", DEMO, f"data.root={images}", "train.global_batch_size=4", output, *overrides]
 
 
-def test_a_missing_folder(refused, pictures):
-    assert "is not a folder: give one that holds" in refused(*train(pictures / "gone"))
+def test_a_missing_folder(refused, images):
+    assert "is not a folder: give one that holds" in refused(*train(images / "gone"))
     assert "data.root is not set" in refused("plan", str(CONFIGS / "densenet121.yaml"))
 
 
-def test_an_empty_class_folder(refused, pictures):
-    (pictures / "train" / "eel").mkdir()
-    assert "class folders without files: eel" in refused(*train(pictures))
+def test_an_empty_class_folder(refused, images):
+    (images / "train" / "eel").mkdir()
+    assert "class folders without files: eel" in refused(*train(images))
 
 
-def test_one_class_and_images_with_their_labels_in_a_file(refused, pictures):
+def test_one_class_and_images_with_their_labels_in_a_file(refused, images):
     for split in ("train", "val"):
-        (pictures / split / "cat").rename(pictures / split / "images")
-        shutil.rmtree(pictures / split / "dog")
-    (pictures / "labels.csv").write_text("file,label\n0.jpg,cat\n1.jpg,dog\n")
-    message = refused(*train(pictures))
+        (images / split / "cat").rename(images / split / "images")
+        shutil.rmtree(images / split / "dog")
+    (images / "labels.csv").write_text("file,label\n0.jpg,cat\n1.jpg,dog\n")
+    message = refused(*train(images))
     assert "train has only one class, images" in message
     assert "labels.csv may hold them" in message
 
 
-def test_a_fifo_and_a_link_that_leads_nowhere_in_a_class_folder(refused, pictures):
-    os.mkfifo(pictures / "train" / "cat" / "fifo.jpg")
-    (pictures / "train" / "cat" / "lost.jpg").symlink_to("gone.jpg")
-    message = refused(*train(pictures))
+def test_a_fifo_and_a_link_that_leads_nowhere_in_a_class_folder(refused, images):
+    os.mkfifo(images / "train" / "cat" / "fifo.jpg")
+    (images / "train" / "cat" / "lost.jpg").symlink_to("gone.jpg")
+    message = refused(*train(images))
     assert "train/cat/fifo.jpg: is a FIFO, not a file" in message
     assert "train/cat/lost.jpg: is a link that leads nowhere, to gone.jpg" in message
 
 
-def test_a_val_class_that_train_lacks(refused, pictures):
-    (pictures / "val" / "dog").rename(pictures / "val" / "eel")
-    assert "classes that the training split lacks: eel" in refused(*train(pictures))
+def test_a_val_class_that_train_lacks(refused, images):
+    (images / "val" / "dog").rename(images / "val" / "eel")
+    assert "classes that the training split lacks: eel" in refused(*train(images))
 
 
-def test_a_file_that_is_no_image_and_one_cut_short(refused, pictures):
-    (pictures / "train" / "cat" / "notes.txt").write_text("feed the cat")
-    whole = (pictures / "val" / "cat" / "0.jpg").read_bytes()
-    assert "cat/notes.txt: is not an image" in refused(*train(pictures))
-    (pictures / "train" / "cat" / "notes.txt").unlink()
-    (pictures / "val" / "cat" / "0.jpg").write_bytes(whole[: len(whole) // 2])
-    assert "cat/0.jpg: is a JPEG that is cut short" in refused(*train(pictures))
+def test_a_file_that_is_no_image_and_one_cut_short(refused, images):
+    (images / "train" / "cat" / "notes.txt").write_text("feed the cat")
+    whole = (images / "val" / "cat" / "0.jpg").read_bytes()
+    assert "cat/notes.txt: is not an image" in refused(*train(images))
+    (images / "train" / "cat" / "notes.txt").unlink()
+    (images / "val" / "cat" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    assert "cat/0.jpg: is a JPEG that is cut short" in refused(*train(images))
 
 
-def test_a_typo_and_a_value_of_the_wrong_type(refused, pictures):
-    assert "did you mean 'optim.lr'?" in refused(*train(pictures, "optim.lrr=1"))
-    assert "must be a valid number" in refused(*train(pictures, "optim.lr=fast"))
-    assert "Did you mean 'densenet121'?" in refused(*train(pictures, "model.name=densenet12"))
+def test_a_typo_and_a_value_of_the_wrong_type(refused, images):
+    assert "did you mean 'optim.lr'?" in refused(*train(images, "optim.lrr=1"))
+    assert "must be a valid number" in refused(*train(images, "optim.lr=fast"))
+    assert "Did you mean 'densenet121'?" in refused(*train(images, "model.name=densenet12"))
 
 
-def test_weights_and_teachers_that_do_not_fit(refused, pictures, tmp_path):
+def test_weights_and_teachers_that_do_not_fit(refused, images, tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"features.conv0.weight": torch.zeros(8, 3, 7, 7)}, file)
-    message = refused(*train(pictures, f"model.weights={file}"))
+    message = refused(*train(images, f"model.weights={file}"))
     assert "features.conv0.weight [8, 3, 7, 7] for [24, 3, 7, 7]" in message
-    assert "model.weights=/nowhere is no model" in refused(*train(pictures, "model.weights=/nowhere"))
-    assert "is a file of weights alone" in refused(*train(pictures, f"loss.teacher={file}"))
-    assert "no model named 'big' in" in refused(*train(pictures, "loss.teacher=models:/big@champion"))
+    assert "model.weights=/nowhere is no model" in refused(*train(images, "model.weights=/nowhere"))
+    assert "is a file of weights alone" in refused(*train(images, f"loss.teacher={file}"))
+    assert "no model named 'big' in" in refused(*train(images, "loss.teacher=models:/big@champion"))
 
 
-def test_more_epochs_of_schedule_than_of_training(refused, pictures):
-    message = refused("plan", str(CONFIGS / "densenet121.yaml"), f"data.root={pictures}", "train.epochs=20")
+def test_more_epochs_of_schedule_than_of_training(refused, images):
+    message = refused("plan", str(CONFIGS / "densenet121.yaml"), f"data.root={images}", "train.epochs=20")
     assert "schedule.milestones=[30.0, 60.0] must lie before train.epochs=20" in message
-    message = refused(*train(pictures, "model.num_classes=1"))
+    message = refused(*train(images, "model.num_classes=1"))
     assert "model.num_classes=1 is less than the 2 classes in data.root" in message
 
 
-def test_a_dashboard_port_in_use(refused, pictures):
+def test_a_dashboard_port_in_use(refused, images):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        message = refused(*train(pictures, f"cluster.dashboard_port={port}"))
+        message = refused(*train(images, f"cluster.dashboard_port={port}"))
         assert f"cluster.dashboard_port={port} cannot be used on 127.0.0.1: Address already in use" in message
         assert f"--port={port} cannot be used" in refused("ui", "--port", str(port))
 
 
-def test_an_output_folder_that_cannot_be_written(refused, pictures):
-    assert "run.output=/proc/runs cannot be written" in refused(*train(pictures, "run.output=/proc/runs"))
-    file = pictures.parent / "file"
+def test_an_output_folder_that_cannot_be_written(refused, images):
+    assert "run.output=/proc/runs cannot be written" in refused(*train(images, "run.output=/proc/runs"))
+    file = images.parent / "file"
     file.touch()
-    assert f"run.output={file} cannot be written" in refused(*train(pictures, f"run.output={file}"))
+    assert f"run.output={file} cannot be written" in refused(*train(images, f"run.output={file}"))
 
 
-def test_batches_and_workers_that_do_not_fit(refused, pictures):
-    assert "cannot be divided among 3 workers" in refused(*train(pictures, "cluster.workers=3"))
-    assert "more than the 8 training images" in refused(*train(pictures, "train.global_batch_size=16"))
-    assert "device=cuda needs GPUs" in refused(*train(pictures, "device=cuda"))
+def test_batches_and_workers_that_do_not_fit(refused, images):
+    assert "cannot be divided among 3 workers" in refused(*train(images, "cluster.workers=3"))
+    assert "more than the 8 training images" in refused(*train(images, "train.global_batch_size=16"))
+    assert "device=cuda needs GPUs" in refused(*train(images, "device=cuda"))
 
 
-def test_an_address_where_no_cluster_answers(refused, pictures):
-    message = refused(*train(pictures), "--address", "127.0.0.1:9")
+def test_an_address_where_no_cluster_answers(refused, images):
+    message = refused(*train(images), "--address", "127.0.0.1:9")
     assert "nothing answers at the Ray address 127.0.0.1:9" in message
 
 
-def test_a_tracking_server_that_does_not_answer(refused, pictures):
-    message = refused(*train(pictures, "tracking.uri=http://127.0.0.1:9"))
+def test_a_tracking_server_that_does_not_answer(refused, images):
+    message = refused(*train(images, "tracking.uri=http://127.0.0.1:9"))
     assert "no MLflow store answers at http://127.0.0.1:9" in message
 
 
-def test_more_cores_than_there_are_is_a_warning_with_an_embedded_ray(densenet, pictures):
-    code, printed = densenet("plan", *train(pictures, "cluster.workers=4", "cluster.cpus_per_worker=64")[1:])
+def test_more_cores_than_there_are_is_a_warning_with_an_embedded_ray(densenet, images):
+    code, printed = densenet("plan", *train(images, "cluster.workers=4", "cluster.cpus_per_worker=64")[1:])
     assert code == 0
     assert "warning: 4 workers with 64 CPU cores each need 256" in printed
     assert "global batch 4 = 1 per device x 1 accumulated x 4 workers" in printed

@@ -10,28 +10,28 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data import made_up
+from tests.data import synthetic
 
 BIN = Path(sys.executable).parent
 
 
 @pytest.mark.slow
 def test_from_archives_to_a_verified_and_described_set(shell, tmp_path):
-    made_up.write_ilsvrc(tmp_path / "source", made_up.pictures())
+    synthetic.write_ilsvrc(tmp_path / "source", synthetic.images())
     root = tmp_path / "set"
     done = shell("densenet", "data", "prepare", str(tmp_path / "source"), str(root))
     assert done.returncode == 0, done.stdout
-    assert "train 32 pictures" in done.stdout
-    assert "3 classes; 3 pictures encoded anew" in done.stdout
+    assert "train 32 images" in done.stdout
+    assert "3 classes; 3 images encoded anew" in done.stdout
     assert "is complete already" in shell("densenet", "data", "prepare", str(tmp_path / "source"), str(root)).stdout
     report = tmp_path / "report.json"
     done = shell("densenet", "data", "verify", str(root), "--json", str(report))
     assert done.returncode == 0, done.stdout
-    assert "no damage" in done.stdout
+    assert "no corruption" in done.stdout
     assert json.loads(report.read_text())["splits"]["train"]["samples"] == 32
     done = shell("densenet", "data", "stats", str(root), "--plot", str(tmp_path / "plot.png"))
     assert done.returncode == 0, done.stdout
-    assert "train: 32 pictures" in done.stdout and "8 to 16 per class" in done.stdout
+    assert "train: 32 images" in done.stdout and "8 to 16 per class" in done.stdout
     with Image.open(tmp_path / "plot.png") as image:
         assert image.format == "PNG"
     shard = root / "train" / "train-000000.tar"
@@ -40,13 +40,13 @@ def test_from_archives_to_a_verified_and_described_set(shell, tmp_path):
     shard.write_bytes(content)
     done = shell("densenet", "data", "verify", str(root), "--json", str(report))
     assert done.returncode == 1
-    assert "checksum: 1" in done.stdout and "damaged: " in done.stdout
-    assert json.loads(report.read_text())["damaged"] is True
+    assert "checksum: 1" in done.stdout and "corrupt: " in done.stdout
+    assert json.loads(report.read_text())["corrupt"] is True
 
 
 @pytest.mark.slow
 def test_class_folders_are_indexed_in_place(shell, tmp_path):
-    made_up.write_folders(tmp_path / "set", made_up.pictures())
+    synthetic.write_folders(tmp_path / "set", synthetic.images())
     (tmp_path / "set" / "test").mkdir()
     told = "left out: 1 folders beside the data: test"
     assert told in shell("densenet", "data", "verify", str(tmp_path / "set")).stdout
@@ -81,10 +81,10 @@ def test_bad_input_is_told_in_words(arguments, message, shell, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_preparation_and_its_processes_and_the_next_start_goes_on(shell, tmp_path):
-    tree = made_up.pictures()
+    tree = synthetic.images()
     for i in range(300):
-        tree["train"]["n01440764"][f"more_{i}.JPEG"] = made_up.encoded(made_up.picture(i % 7, (1200, 900)))
-    made_up.write_ilsvrc(tmp_path / "source", tree)
+        tree["train"]["n01440764"][f"more_{i}.JPEG"] = synthetic.encoded(synthetic.image(i % 7, (1200, 900)))
+    synthetic.write_ilsvrc(tmp_path / "source", tree)
     command = ["data", "prepare", str(tmp_path / "source"), str(tmp_path / "set")]
     options = ["--shorter-side", "600", "--shard-size", "0.4", "--workers", "2"]
     with subprocess.Popen(

@@ -8,7 +8,7 @@ import time
 import pytest
 import requests
 
-from launch.cluster.net import free_port
+from launch.cluster.ports import free_port
 from pipeline.config import RunConfig
 from pipeline.tracking.store import connect
 from pipeline.tracking.stores import stores_of

@@ -7,9 +7,9 @@ import pytest
 import ray.train
 
 from launch.cluster import training
-from launch.cluster.capacity import Resources
+from launch.cluster.allocation import Resources
 from launch.cluster.connect import embedded
-from launch.cluster.net import free_port
+from launch.cluster.ports import free_port
 from launch.run.prepare import prepare, read_config
 from pipeline.errors import TrainingError
 from pipeline.train.events import Event, Warned

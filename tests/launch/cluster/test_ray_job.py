@@ -55,9 +55,9 @@ def test_a_driver_beside_the_cluster_joins_it_and_asks_what_it_has(cluster, shel
     asked = shell("densenet", "plan", *arguments, "cluster.workers=4", env=cluster.env)
     assert asked.returncode == 2
     assert f"the cluster at {cluster.address} has 2: set fewer cluster.workers" in asked.stdout
-    fitting = shell("densenet", "plan", *arguments, env=cluster.env)
-    assert fitting.returncode == 0, fitting.stdout
-    assert "workers      2 on cpu, 1 CPU cores each" in fitting.stdout
+    find_batch_size = shell("densenet", "plan", *arguments, env=cluster.env)
+    assert find_batch_size.returncode == 0, find_batch_size.stdout
+    assert "workers      2 on cpu, 1 CPU cores each" in find_batch_size.stdout
 
 
 def left_by_ctrl_c(arguments: list[str], env: dict[str, str], answer: str) -> tuple[int, str]:

@@ -18,10 +18,10 @@ from packaging.specifiers import SpecifierSet
 from launch.cli import app
 from launch.kubernetes.kubectl import kustomize
 from launch.kubernetes.manifests import K8S, overlays
-from launch.kubernetes.schemas import faults_of
+from launch.kubernetes.schemas import schema_errors
 from pipeline.config_file import load_config
 from tests.conftest import PROJECT
-from tests.data import made_up
+from tests.data import synthetic
 from tests.launch.kubernetes.kube_api import kube_api, path_of
 
 IMAGE = "registry.test/densenet:1.2.3"
@@ -69,16 +69,16 @@ def pods(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def test_every_object_is_valid_as_it_lies_there_and_rendered(rendered, overlay):
     crds = CRDS if CRDS.is_dir() else None
     for documents in (kustomize(K8S / "overlays" / overlay), rendered(overlay)):
-        faults = faults_of(documents, crds)
+        problems = schema_errors(documents, crds)
         if crds is None:
-            faults = [fault for fault in faults if "there is no schema for" not in fault]
-        assert faults == []
+            problems = [problem for problem in problems if "there is no schema for" not in problem]
+        assert problems == []
 
 
 @pytest.mark.parametrize("folder", ["mlflow", "data"])
 def test_what_stands_beside_a_training_is_valid_and_restricted(folder):
     documents = kustomize(K8S / folder)
-    assert faults_of(documents, None) == []
+    assert schema_errors(documents, None) == []
     for document in documents:
         spec = document.get("spec", {})
         spec = spec.get("jobTemplate", {}).get("spec", spec)
@@ -121,7 +121,7 @@ def test_each_pod_of_the_preparation_writes_its_share(densenet, tmp_path):
     assert (job["spec"]["completionMode"], job["spec"]["parallelism"]) == ("Indexed", shares)
     program, *words = job["spec"]["template"]["spec"]["containers"][0]["command"]
     assert program == "densenet"
-    made_up.write_ilsvrc(tmp_path / "downloads", made_up.pictures())
+    synthetic.write_ilsvrc(tmp_path / "downloads", synthetic.images())
     places = {"/downloads": str(tmp_path / "downloads"), "/data/imagenet": str(tmp_path / "data")}
     for index in range(shares):
         command = [places.get(w, w).replace("$(JOB_COMPLETION_INDEX)", str(index)) for w in words]
@@ -140,13 +140,13 @@ def test_unknown_fields_and_wrong_types_are_found_in_custom_kinds_too(rendered):
     job["spec"]["backofLimit"] = 3
     job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] = "many"
     job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePulPolicy"] = "Never"
-    faults = " ".join(faults_of(documents, CRDS))
+    problems = " ".join(schema_errors(documents, CRDS))
     for word in ("backofLimit", "'many' is not of type 'integer'", "imagePulPolicy"):
-        assert word in faults
+        assert word in problems
     (claim, *_) = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
     claim["spec"]["acessModes"] = []
-    assert "acessModes" in " ".join(faults_of([claim], None))
-    assert "there is no schema for ray.io/v1 RayJob: give --crds DIR" in " ".join(faults_of([job], None))
+    assert "acessModes" in " ".join(schema_errors([claim], None))
+    assert "there is no schema for ray.io/v1 RayJob: give --crds DIR" in " ".join(schema_errors([job], None))
 
 
 @pytest.mark.parametrize("overlay", overlays())
@@ -210,7 +210,7 @@ def test_a_nodes_disk_a_bucket_and_a_server_that_is_there(rendered):
     settings = [f"--set={word}" for word in ("stage-class=nvme", "secret=keys")]
     server = "tracking.uri=https://mlflow.example:8443/tracking"
     documents = rendered("multi-node", *wanted, server, *settings, "--set", "storage-class=nfs")
-    assert faults_of(documents, CRDS if CRDS.is_dir() else None) == [] or not CRDS.is_dir()
+    assert schema_errors(documents, CRDS if CRDS.is_dir() else None) == [] or not CRDS.is_dir()
     job = job_of(documents)
     _, (_, head), (_, workers) = pods(job)
     (volume,) = [volume for volume in workers["volumes"] if volume["name"] == "stage"]

@@ -12,7 +12,7 @@ import requests
 import yaml
 from mlflow.tracking import MlflowClient
 
-from launch.cluster.net import free_port
+from launch.cluster.ports import free_port
 from launch.kubernetes.kubectl import kustomize
 from launch.kubernetes.manifests import K8S
 from tests.conftest import BIN
@@ -73,13 +73,13 @@ class Job:
             "ray", "job", "logs", "--address", self.cluster.dashboard, self.id, env=self.cluster.env
         ).stdout
 
-    def wait_for(self, text: str, patience_s: float = PATIENCE_S) -> None:
+    def wait_for(self, text: str, wait_timeout_s: float = PATIENCE_S) -> None:
         def look() -> bool:
             printed = self.output()
             assert "training failed" not in printed, printed
             return text in printed
 
-        wait_until(look, self.output, patience_s)
+        wait_until(look, self.output, wait_timeout_s)
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.runs.glob("demo/checkpoints/samples-*/manifest.json"))
@@ -103,7 +103,7 @@ def test_a_job_over_a_deleted_worker_a_lost_head_and_a_suspension(shell, tmp_pat
         job.cluster.close()  # Kueue suspends the job: all of its pods go
         job.start()
         job.wait_for("resumed at")
-        job.wait_for("models:/densenet_tiny@candidate", patience_s=900)
+        job.wait_for("models:/densenet_tiny@candidate", wait_timeout_s=900)
     finally:
         job.cluster.close()
     client = MlflowClient(f"sqlite:///{job.runs}/mlflow.db")

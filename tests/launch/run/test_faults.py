@@ -19,9 +19,9 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from launch.cluster.capacity import Resources
+from launch.cluster.allocation import Resources
 from launch.run.prepare import prepare, read_config
-from pipeline.train.checkpoint import checkpoints, fault, samples_of
+from pipeline.train.checkpoint import checkpoints, samples_of, verify
 from pipeline.train.events import Event
 from tests.conftest import BIN, PROJECT
 from tests.launch.conftest import wait_until
@@ -84,7 +84,7 @@ def process_of(driver: int, name: str) -> psutil.Process:
 def finished(
     output: Path, resume: Path | None = None, overrides: Sequence[str] = (), until: int = 10**9
 ) -> dict[str, torch.Tensor]:
-    """The weights at the end of the same run, or of its rest, without Ray and without faults; or soon after `until`."""
+    """The weights at the end of the same run, or of its rest, without Ray and without problems; or soon after `until`."""
     settings = [*OVERRIDES, *overrides, f"run.output={output}", "device=cpu"]
     config = read_config(PROJECT / "configs" / "demo.yaml", settings)
     seen = 0
@@ -146,7 +146,7 @@ def test_a_killed_driver_and_a_lost_ray_change_nothing_about_the_end(tmp_path, o
     second.wait_for(lambda: "resumed at" in second.output and len(checkpoints(folder)) > 1)
     process_of(second.process.pid, "raylet").kill()
     assert second.end() == 1, second.output
-    # Ray's core may end the driver before it can say more; then its witness does.
+    # Ray's core may end the driver before it can say more; then its exit_notice does.
     reasons = "Ray lost the node that the driver is on, or its own processes there|the driver was killed, or Ray's core"
     assert re.search(rf"^training failed: ({reasons})", second.output, re.MULTILINE), second.output
     assert "The same command with run.name=run goes on from the newest checkpoint." in second.output
@@ -186,7 +186,7 @@ def test_a_terminal_that_closes_ends_a_run_after_a_checkpoint_and_one_under_nohu
     assert run.wait(DEADLINE_S) == 128 + signal.SIGHUP
     worker.wait(DEADLINE_S)
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    assert fault(newest) is None
+    assert verify(newest) is None
     assert samples_of(newest) % 1437 > 64, "not one of those that come with an epoch's end"
 
     run, terminal = started("deaf", "nohup")

@@ -30,8 +30,8 @@ def test_a_model_that_gives_nan_is_no_candidate(shell, tmp_path):
     assert "top-1 0/360 = 0.00 %, top-5 0/360 = 0.00 %, NaN or infinities for 360 of 360, loss -" in printed
     assert "warning: the model is not registered: it gives NaN or infinities for 360 of 360 evaluation" in printed
     assert re.search(r"^model +not registered$", printed, re.MULTILINE)
-    assert len(re.findall("^warning: the training loss is no number", printed, re.MULTILINE)) == 1
-    assert "warning: 10 more like this, in the workers' logs: the training loss is no number at step 2" in printed
+    assert len(re.findall("^warning: the training loss is NaN or infinite", printed, re.MULTILINE)) == 1
+    assert "warning: 10 more like this, in the workers' logs: the training loss is NaN or infinite at step 2" in printed
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     assert client.search_model_versions() == []
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()

@@ -1,4 +1,4 @@
-"""Nets of timm that are no DenseNets: trained, gone on with, evaluated, exported and used as DenseNets are."""
+"""Models of timm that are no DenseNets: trained, gone on with, evaluated, exported and used as DenseNets are."""
 
 import json
 

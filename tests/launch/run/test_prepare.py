@@ -10,8 +10,8 @@ DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
 def test_paths_become_absolute_from_where_the_command_was_given(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = read_config(DEMO, ["data.root=pictures", "run.output=runs/mine"])
-    assert config.data.root == str(tmp_path / "pictures")
+    config = read_config(DEMO, ["data.root=images", "run.output=runs/mine"])
+    assert config.data.root == str(tmp_path / "images")
     assert config.run.output == str(tmp_path / "runs" / "mine")
     assert re.fullmatch(r"demo-\d{8}-\d{6}-[0-9a-f]{6}", str(config.run.name))
 

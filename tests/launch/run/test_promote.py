@@ -15,11 +15,11 @@ from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.package import register
 from tests.models import CLASSES, spoil, start_run, write_model
 
-PICTURES = 24
+IMAGES = 24
 
 
 def test_mcnemars_test_by_hand():
-    """Of ten pictures that one alone hits, nine are the new one's: (10 + 1) / 2^10."""
+    """Of ten images that one alone hits, nine are the new one's: (10 + 1) / 2^10."""
     new_N = np.array([True] * 9 + [False] + [True] * 5 + [False] * 5)
     old_N = np.array([False] * 9 + [True] + [True] * 5 + [False] * 5)
     paired = compare(new_N, old_N)
@@ -31,7 +31,7 @@ def test_mcnemars_test_by_hand():
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Versions 1 and 2 of a model, and pictures that are labelled as version 2 answers."""
+    """Versions 1 and 2 of a model, and images that are labeled as version 2 answers."""
     folder = tmp_path_factory.mktemp("registry")
     with start_run(folder) as tracker:
         for seed in (1, 2):
@@ -40,7 +40,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
             register(checkpoint, stores=tracker.stores, **names)
 
     rng = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         file = folder / "unsorted" / "val" / "any" / f"{i:02d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (50, 60, 3), np.uint8)).resize((60, 50)).save(file)
@@ -74,7 +74,7 @@ def test_the_gate_from_the_first_champion_to_the_way_back(registry, models):
 
     code, printed = models("promote", "tiny@candidate", "--data", data, "--dry-run")
     assert code == 0, printed
-    assert f"version 2         top-1 {PICTURES}/{PICTURES} = 100.00 %, " in printed
+    assert f"version 2         top-1 {IMAGES}/{IMAGES} = 100.00 %, " in printed
     assert "would become version 2 (dry run)" in printed
     assert champion() == "1"
     code, printed = models("promote", "tiny@candidate", "--data", data, "--min-gain", 100.5)
@@ -89,7 +89,7 @@ def test_the_gate_from_the_first_champion_to_the_way_back(registry, models):
     assert tags["promoted.before"] == "1"
     assert float(tags["promoted.gain"]) == pytest.approx(float(gain), abs=0.01)
     assert float(tags["promoted.p"]) == pytest.approx(float(p_value))
-    assert tags["promoted.top1"] == f"{PICTURES}/{PICTURES}"
+    assert tags["promoted.top1"] == f"{IMAGES}/{IMAGES}"
 
     code, printed = models("promote", "models:/tiny/1", "--data", data)
     assert code == 1, "the worse one"
@@ -140,5 +140,5 @@ def test_a_model_that_gives_nan_is_not_promoted(registry, densenet, tmp_path):
         register(spoil(write_model(tmp_path / "checkpoint", metrics=None)), stores=tracker.stores, **names)
     code, printed = densenet("models", "promote", "tiny@candidate", "--data", data, "--uri", tracker.uri)
     assert code == 2
-    assert f"tiny version 1 gives NaN or infinities for {PICTURES} of {PICTURES} pictures" in " ".join(printed.split())
+    assert f"tiny version 1 gives NaN or infinities for {IMAGES} of {IMAGES} images" in " ".join(printed.split())
     assert MlflowClient(tracker.uri, tracker.uri).get_registered_model("tiny").aliases.keys() == {"candidate"}

@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.config import RunConfig
 from pipeline.tracking.run import Tracker
-from pipeline.train.checkpoint import checkpoint_root, folder_name, partial, seal
+from pipeline.train.checkpoint import checkpoint_root, commit, folder_name, partial
 from tests.models import write_model
 
 
@@ -24,7 +24,7 @@ def run_dir(tmp_path: Path) -> Path:
     checkpoint = checkpoint_root(folder) / folder_name(123)
     write_model(partial(checkpoint), name="densenet_tiny")
     (partial(checkpoint) / "state.json").write_text(json.dumps({"best_at": 123}))
-    seal(checkpoint)
+    commit(checkpoint)
     tree = config.model_dump(mode="json")
     tree["tracking"]["alias"], tree["model"]["name"] = "latest", "densenet_tiny"
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -86,7 +86,7 @@ def test_what_is_no_finished_run_is_told(run_dir, densenet, tmp_path):
 
 
 def test_a_registry_that_is_away_names_the_command(run_dir, densenet):
-    away = ("--registry-uri", "http://127.0.0.1:9", "--patience", 0)
+    away = ("--registry-uri", "http://127.0.0.1:9", "--timeout", 0)
     code, printed = densenet("models", "register", run_dir, "--alias", "candidate", *away)
     assert code == 2
     assert "no MLflow store answers at http://127.0.0.1:9" in printed

@@ -62,9 +62,9 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert len(client.get_metric_history(version.run_id, "train/loss")) == 7
 
     there = {file.path for file in client.list_artifacts(version.run_id)}
-    pictures = {"learning_rate.png", "loss.png", "accuracy.png", "confusion.png"}
+    images = {"learning_rate.png", "loss.png", "accuracy.png", "confusion.png"}
     tables = {"config.yaml", "deepspeed.json", "packages.txt", "metrics.csv", "confusion.csv", "checkpoints.json"}
-    assert pictures | tables | {"samples.json"} <= there
+    assert images | tables | {"samples.json"} <= there
     assert sorted(read.dataset.name for read in run.inputs.dataset_inputs) == ["digits/train", "digits/val"]
     assert f"- **best**: {summary['best']}" in run.data.tags["mlflow.note.content"]
     assert run.data.tags["checkpoint.best"] == summary["checkpoint"]
@@ -108,13 +108,13 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert (answer["image"], next(iter(answer["classes"]))) == (arguments[2], label)
 
 
-def test_densenet121_on_real_imagenet_pictures(shell, tmp_path, imagenet_samples):
+def test_densenet121_on_real_imagenet_images(shell, tmp_path, imagenet_samples):
     """The paper's model and recipe at 224 pixels for a few steps, from shards that are staged and have rotted there."""
     for split in ("train", "val"):
-        for picture in imagenet_samples.iterdir():
-            folder = tmp_path / "imagenet" / split / picture.name.split("_")[0]
+        for image in imagenet_samples.iterdir():
+            folder = tmp_path / "imagenet" / split / image.name.split("_")[0]
             folder.mkdir(parents=True)
-            (folder / picture.name).symlink_to(picture)
+            (folder / image.name).symlink_to(image)
     root, fast = tmp_path / "shards", tmp_path / "fast"
     done = shell("densenet", "data", "prepare", str(tmp_path / "imagenet"), str(root), "--shard-size", "1")
     assert done.returncode == 0, done.stdout
@@ -144,13 +144,13 @@ def test_densenet121_on_real_imagenet_pictures(shell, tmp_path, imagenet_samples
     assert "densenet121, 6,994,856 parameters, 40 classes" in done.stdout
     assert re.search(r"epoch 0\.40/0\.4  step 2/2  loss \d+\.\d+  lr 0\.1 ", done.stdout)
     assert re.search(r"top-1 \d+/40 = .* top-5 \d+/40", done.stdout)
-    assert "resize 256 bilinear antialias, centre crop 224, no EXIF rotation" in done.stdout
+    assert "resize 256 bilinear antialias, center crop 224, no EXIF rotation" in done.stdout
     assert f"warning: replaced {staged.describe(third)} does not have the checksum" in done.stdout
-    assert "warning: 1 damaged training pictures were replaced by others" in done.stdout
+    assert "warning: 1 corrupt training images were replaced by others" in done.stdout
 
 
-def test_a_picture_that_breaks_in_training_is_named(shell, tmp_path):
-    """Damage that only decoding finds: start and end are in order, so the index accepts the file."""
+def test_a_image_that_breaks_in_training_is_named(shell, tmp_path):
+    """Corruption that only decoding finds: start and end are in order, so the index accepts the file."""
     for split in ("train", "val"):
         for i in range(8):
             file = tmp_path / "set" / split / "ab"[i % 2] / f"{i}.jpg"

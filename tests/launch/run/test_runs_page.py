@@ -1,4 +1,4 @@
-"""`densenet report`: one page that a browser shows with all its pictures, and nothing from elsewhere."""
+"""`densenet report`: one page that a browser shows with all its images, and nothing from elsewhere."""
 
 import base64
 import io
@@ -20,9 +20,9 @@ def uri(tmp_path: Path) -> str:
     """Two runs: one with all that a training leaves, and one that has failed early, with a value that is HTML."""
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20), (200, 30, 60)).save(buffer, "JPEG")
-    picture = base64.b64encode(buffer.getvalue()).decode()
+    image = base64.b64encode(buffer.getvalue()).decode()
     samples = [
-        {"image": picture, "label": label, "predicted": [["cat", 0.9], ["dog", 0.1]]} for label in ("cat", "dog", "dog")
+        {"image": image, "label": label, "predicted": [["cat", 0.9], ["dog", 0.1]]} for label in ("cat", "dog", "dog")
     ]
     record = {"address": "/runs/one/samples-64", "samples_seen": 64, "sha256": "f00d" * 16, "best": True, "top1": 95.5}
     (tmp_path / "samples.json").write_text(json.dumps(samples))
@@ -54,8 +54,8 @@ def test_a_browser_shows_the_whole_page(densenet, uri, tmp_path):
           count("#differences b")].join(" ");
     """
     document = rendered(page, tmp_path, script)
-    pictures = 3 + 3 + 1  # curves of loss, top-1 and rate; samples; the confusion matrix
-    assert f"<title>{pictures} {pictures} 3 2 0</title>" in document
+    images = 3 + 3 + 1  # curves of loss, top-1 and rate; samples; the confusion matrix
+    assert f"<title>{images} {images} 3 2 0</title>" in document
     differences = document.split('id="differences"')[1].split("</table>")[0]
     assert "optim.lr" in differences and "model.name" not in differences
     assert "Restart: worker 0: gone" in document

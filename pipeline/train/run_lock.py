@@ -14,19 +14,19 @@ PROBE = "config.yaml"  # in the run's folder, of the driver's making: a node tha
 
 
 @contextmanager
-def claimed(run_dir: Path, config: RunConfig) -> Iterator[None]:
+def run_lock(run_dir: Path, config: RunConfig) -> Iterator[None]:
     """Keeps other drivers from the run's folder, and leaves the config there, by which nodes know the folder.
 
     Raises:
         UserError: another driver has it.
     """
-    with locked(run_dir):
+    with folder_lock(run_dir):
         write_text(run_dir / PROBE, config.to_yaml())
         yield
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
+def folder_lock(run_dir: Path) -> Iterator[None]:
     """Keeps other drivers from the run's folder.
 
     Raises:

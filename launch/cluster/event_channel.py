@@ -20,7 +20,7 @@ _GONE_S = 20  # an ended driver's actors may be there for some seconds
 
 
 @ray.remote(num_cpus=0)
-class Hub:
+class EventChannel:
     """Carries events to the driver, and remembers the first error."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Hub:
         return events
 
     def error(self) -> str | None:
-        """The first worker's error that the user can mend, if there was one."""
+        """The first worker's error that the user can fix, if there was one."""
         return self._error
 
     def ask_to_stop(self) -> None:
@@ -52,7 +52,7 @@ class Hub:
         return self._stop
 
 
-class Losses(UserCallback):
+class WorkerFailureCallback(UserCallback):
     """Tells the hub which workers were lost, and why; runs in Ray Train's controller."""
 
     def __init__(self, hub: Any) -> None:
@@ -61,7 +61,7 @@ class Losses(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Tells the hub which workers were lost, and why; Ray Train calls it before it starts them again."""
         if ray.get(self._hub.error.remote()) is not None:
-            return  # the user's to mend, and told as that
+            return  # the user's to fix, and told as that
         causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
         ray.get(self._hub.push.remote(WorkersLost(causes)))
 
@@ -76,7 +76,7 @@ def _cause(error: Exception) -> str:
     return textwrap.shorten(lines[-1], _LONGEST_CAUSE, placeholder=" ...")
 
 
-def open_hub(run_name: str) -> Any:
+def open_event_channel(run_name: str) -> Any:
     """A hub under the run's name, on the driver's node: it must not go with another one.
 
     Raises:
@@ -87,7 +87,7 @@ def open_hub(run_name: str) -> Any:
     while True:
         try:
             options = {"name": run_name, "namespace": _NAMESPACE, "scheduling_strategy": here}
-            return Hub.options(**options).remote()  # type: ignore[attr-defined]
+            return EventChannel.options(**options).remote()  # type: ignore[attr-defined]
         except ValueError as error:
             if time.monotonic() > deadline:
                 raise UserError(

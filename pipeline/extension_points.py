@@ -1,6 +1,6 @@
 """What can be added from outside, one table each: a plugin (`run.plugins`) registers its own under new names.
 
-`docs/extending.md` shows each. Nets are the sixth: timm's registry is their table.
+`docs/extending.md` shows each. Models are the sixth: timm's registry is their table.
 """
 
 from collections.abc import Callable
@@ -54,9 +54,9 @@ OPTIMIZERS: Choices[Optimizer] = Choices(
 
 SCHEDULES: Choices[Shape] = Choices("schedule.name", BUILT_IN)
 
-# `augment(images_BCHW, random_B4)` returns the pictures of a batch, normalised fp32 on their device, changed. Random
-# numbers, four in [0, 1] for each picture, are functions of seed, epoch and sample: so a resumed run repeats them.
-AUGMENTATIONS: Choices[Callable[[Any, Any], Any]] = Choices("augment.also", {})
+# `augment(images_BCHW, random_B4)` returns the images of a batch, normalized fp32 on their device, changed. Random
+# numbers, four in [0, 1] for each image, are functions of seed, epoch and sample: so a resumed run repeats them.
+AUGMENTATIONS: Choices[Callable[[Any, Any], Any]] = Choices("augment.custom", {})
 
 # `write(rest, folder)` makes the data set of `data.root=NAME://rest`, unless it is there: class folders in
 # `folder/train` and `folder/val`, or what `densenet data prepare` makes.
@@ -72,10 +72,10 @@ class Sink(Protocol):
 
 
 # `open(config, run_dir)` makes the sink of a run.
-TRACKERS: Choices[Callable[[Any, Path], Sink]] = Choices("tracking.also", {})
+TRACKERS: Choices[Callable[[Any, Path], Sink]] = Choices("tracking.custom", {})
 
 
-def is_made(root: str | None) -> bool:
+def is_generated(root: str | None) -> bool:
     """Whether a data root stands for a data set that is made here (`digits://`)."""
     scheme, sign, _ = (root or "").partition("://")
     return bool(sign) and scheme in DATA_SOURCES

@@ -9,7 +9,7 @@ _CODE = "import sys; sys.stdin.buffer.read() or sys.stderr.write(sys.argv[1])"
 
 
 @contextmanager
-def witness(message: str) -> Iterator[None]:
+def exit_notice(message: str) -> Iterator[None]:
     """Prints `message` to the standard error if this process ends inside, killed or ended by Ray's core."""
     child = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", _CODE, f"{message}\n"],

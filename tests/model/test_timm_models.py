@@ -1,4 +1,4 @@
-"""Nets of timm that are no DenseNets: what they can do is done, what they have not is refused."""
+"""Models of timm that are no DenseNets: what they can do is done, what they have not is refused."""
 
 import pytest
 import timm
@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.config import Model, RunConfig
 from pipeline.errors import ConfigError
 from pipeline.model.densenet import create
-from pipeline.model.nets import check_model, check_name, size
+from pipeline.model.timm_models import check_model, check_name, size
 from pipeline.model.weights import load_weights, rate_factors
 from pipeline.train.optim import parameter_groups
 
@@ -25,19 +25,22 @@ def test_sizes_are_the_published_ones(name, millions, giga):
     [
         ({"model": {"name": "resnet5"}}, r"model.name='resnet5' is not known. Did you mean 'resnet50'"),
         ({"model": {"name": "resnet50.a1_in1k"}}, r"is not known.* without the tags of weights"),
-        ({"model": {"name": "resnet50", "memory": "checkpoint"}}, r"model.memory=checkpoint is of DenseNets"),
+        (
+            {"model": {"name": "resnet50", "memory": "activation-checkpointing"}},
+            r"model.memory=activation-checkpointing is of DenseNets",
+        ),
         (
             {"model": {"name": "resnet50", "layer_drop_rate": 0.1}},
             r"cannot be made with .*model.in_chans, global_pool, drop_rate and layer_drop_rate",
         ),
-        ({"finetune": {"freeze_blocks": 2}}, r"finetune.freeze_blocks=2 is of nets with dense blocks"),
+        ({"finetune": {"freeze_blocks": 2}}, r"finetune.freeze_blocks=2 is of models with dense blocks"),
         (
             {"model": {"name": "rdnet_tiny"}, "finetune": {"layer_decay": 0.7}},
-            r"finetune.layer_decay=0.7 is of nets with",
+            r"finetune.layer_decay=0.7 is of models with",
         ),
         (
             {"model": {"name": "test_vit"}, "engine": {"sync_batch_norm": True}},
-            r"engine.sync_batch_norm=true is of nets ",
+            r"engine.sync_batch_norm=true is of models ",
         ),
         (
             {"model": {"name": "test_vit", "in_chans": 1, "global_pool": "catavgmax"}},
@@ -58,7 +61,9 @@ def test_what_a_net_does_not_have_is_refused(sections, message):
 @pytest.mark.parametrize("name", ["densenet_tiny", "test_resnet", "test_vit", "deit_tiny_distilled_patch16_224"])
 def test_what_it_has_is_taken(name):
     check_name(name)
-    check_model(RunConfig.model_validate({"model": {"name": name}, "finetune": {"layer_decay": 0.7, "head_lr": 10}}))
+    check_model(
+        RunConfig.model_validate({"model": {"name": name}, "finetune": {"layer_decay": 0.7, "head_lr_mult": 10}})
+    )
 
 
 def test_another_number_of_classes_keeps_the_new_classifier(tmp_path):
@@ -72,7 +77,7 @@ def test_another_number_of_classes_keeps_the_new_classifier(tmp_path):
 
 
 def test_head_lr_is_of_the_classifier_whatever_its_name():
-    finetune = RunConfig.model_validate({"finetune": {"head_lr": 10}}).finetune
+    finetune = RunConfig.model_validate({"finetune": {"head_lr_mult": 10}}).finetune
     assert rate_factors(create("rdnet_tiny", 3), finetune) == {"head.fc.weight": 10, "head.fc.bias": 10}
 
 

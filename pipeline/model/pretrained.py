@@ -5,11 +5,11 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Sources:
+class Pretrained:
     """Where a run's weights and its teacher are: files of weights, or folders with a model card."""
 
     weights: Path | None = None
     teacher: Path | None = None
 
 
-NO_SOURCES = Sources()
+NO_PRETRAINED = Pretrained()

@@ -27,7 +27,7 @@ def write_commit(folder: Path) -> None:
         (folder / DIFF).write_bytes(diff)
 
 
-def origin_tags() -> dict[str, str]:
+def provenance_tags() -> dict[str, str]:
     """Tags: versions of the main packages, commit, machine."""
     tags = {f"version.{name}": importlib.metadata.version(name) for name in _PACKAGES}
     tags |= {
@@ -47,7 +47,7 @@ def origin_tags() -> dict[str, str]:
     return tags | {"mlflow.source.git.commit": commit.strip(), "git.dirty": str(bool(_diff())).lower()}
 
 
-def write_origin(folder: Path) -> list[Path]:
+def write_provenance(folder: Path) -> list[Path]:
     """Writes `packages.txt`, all that is installed, and, where the code differs from its commit, `git.diff`."""
     installed = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
     packages = folder / "packages.txt"

@@ -2,10 +2,10 @@
 
 import time
 
-from pipeline.wording import duration
+from pipeline.formatting import duration
 
 
-class Clock:
+class PhaseTimer:
     """Wall time of each phase of a run, in the order in which they ended."""
 
     def __init__(self) -> None:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from launch.cluster.capacity import Share
+from launch.cluster.allocation import Allocation
 from pipeline.train.setup import RunSetup
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared(RunSetup):
+class PreparedRun(RunSetup):
     """A run that is ready to start, and its share of what the cluster offers."""
 
-    share: Share
+    allocation: Allocation

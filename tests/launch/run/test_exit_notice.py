@@ -1,4 +1,4 @@
-"""The witness speaks when its process is killed, and is silent when that goes on or ends by itself."""
+"""The exit_notice speaks when its process is killed, and is silent when that goes on or ends by itself."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import PROJECT
 
-CODE = "import os, signal\nfrom launch.run.witness import witness\nwith witness('it is gone'):\n    {}\nprint('after')"
+CODE = "import os, signal\nfrom launch.run.exit_notice import exit_notice\nwith exit_notice('it is gone'):\n    {}\nprint('after')"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_name(name: str) -> None:
-    """Raises `ConfigError` with the nearest name when neither timm nor this project has a net called `name`."""
+    """Raises `ConfigError` with the nearest name when neither timm nor this project has a model called `name`."""
     if name in ARCHITECTURES:
         return
     import timm
@@ -33,10 +33,10 @@ def check_name(name: str) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    """Looks whether the net does what the config asks of it; one that is not of this project is built, without data.
+    """Looks whether the model does what the config asks of it; one that is not of this project is built, without data.
 
     Raises:
-        ConfigError: the name is unknown, the net does not take pictures of that size, gives no logits, or has not what
+        ConfigError: the name is unknown, the model does not take images of that size, gives no logits, or has not what
             other keys are about.
     """
     model, finetune = config.model, config.finetune
@@ -48,18 +48,18 @@ def check_model(config: RunConfig) -> None:
 
     from pipeline.model.weights import rate_factors
 
-    net = _without_data(model, num_classes=2)
+    network = _without_data(model, num_classes=2)
     for key, side in _sides(config):
-        fault = _fault(net, model, side)
-        if fault is not None:
-            usual = getattr(net, "pretrained_cfg", {}).get("input_size", ("unknown",))[-1]
+        problem = _problem(network, model, side)
+        if problem is not None:
+            usual = getattr(network, "pretrained_cfg", {}).get("input_size", ("unknown",))[-1]
             raise ConfigError(
-                f"{key}={side} does not fit model.name={model.name} ({fault}): set data.image_size and eval.crop to "
+                f"{key}={side} does not fit model.name={model.name} ({problem}): set data.image_size and eval.crop to "
                 f"what it takes; its own size is {usual}."
             )
-    if finetune.freeze_blocks and not isinstance(net, DenseNet):
+    if finetune.freeze_blocks and not isinstance(network, DenseNet):
         raise _refused("finetune.freeze_blocks", finetune.freeze_blocks, model, "dense blocks")
-    if not any(isinstance(module, _BatchNorm) for module in net.modules()):
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         for key, value in (
             ("finetune.freeze_batch_norm", finetune.freeze_batch_norm),
             ("engine.sync_batch_norm", config.engine.sync_batch_norm),
@@ -68,36 +68,36 @@ def check_model(config: RunConfig) -> None:
                 raise _refused(key, "true", model, "batch norm")
     if finetune.layer_decay < 1:
         try:
-            rate_factors(net, finetune)
-        except Exception as error:  # nets tell in many ways that timm knows no order of their layers
+            rate_factors(network, finetune)
+        except Exception as error:  # models tell in many ways that timm knows no order of their layers
             raise _refused("finetune.layer_decay", finetune.layer_decay, model, "layers in an order") from error
 
 
 def _sides(config: RunConfig) -> list[tuple[str, int]]:
-    """The sides of all pictures that the net will get, each with the key that asks for it."""
+    """The sides of all images that the model will get, each with the key that asks for it."""
     sides = [("data.image_size", config.data.image_size), ("eval.crop", config.eval.crop)]
-    return [*sides, *(("data.progressive", side) for _, side in config.data.progressive)]
+    return [*sides, *(("data.progressive_resize", side) for _, side in config.data.progressive_resize)]
 
 
-def _fault(net: "nn.Module", model: Model, side: int) -> str | None:
-    """Why the net gives no logits for a picture of that side; None where it does."""
+def _problem(network: "nn.Module", model: Model, side: int) -> str | None:
+    """Why the model gives no logits for an image of that side; None where it does."""
     import torch
 
     try:
         with torch.no_grad():
-            logits_BK = net(torch.empty(1, model.in_chans, side, side, device="meta"))
-    except Exception as error:  # nets check their input in many ways, or not at all
+            logits_BK = network(torch.empty(1, model.in_chans, side, side, device="meta"))
+    except Exception as error:  # models check their input in many ways, or not at all
         return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     shape = tuple(logits_BK.shape) if isinstance(logits_BK, torch.Tensor) else type(logits_BK).__name__
-    return None if shape == (1, 2) else f"it gives {shape} for one picture and two classes"
+    return None if shape == (1, 2) else f"it gives {shape} for one image and two classes"
 
 
 def _refused(key: str, value: object, model: Model, what: str) -> ConfigError:
-    return ConfigError(f"{key}={value} is of nets with {what}, and model.name={model.name} has none: leave it out.")
+    return ConfigError(f"{key}={value} is of models with {what}, and model.name={model.name} has none: leave it out.")
 
 
 def _without_data(model: Model, num_classes: int) -> Any:
-    """The net on torch's device `meta`, in evaluation mode: shapes and no numbers, so it takes a moment."""
+    """The model on torch's device `meta`, in evaluation mode: shapes and no numbers, so it takes a moment."""
     import torch
 
     from pipeline.model.densenet import create
@@ -107,7 +107,7 @@ def _without_data(model: Model, num_classes: int) -> Any:
 
 
 def architecture(model: Model) -> dict[str, Any]:
-    """What builds the same net anew, for the model's card: a DenseNet's numbers, or `timm` with a name of its registry.
+    """What builds the same model anew, for the model's card: a DenseNet's numbers, or `timm` with a name of its registry.
 
     `module` says what has to be imported for that name, where plain timm does not have it.
     """
@@ -123,22 +123,22 @@ def architecture(model: Model) -> dict[str, Any]:
 
 
 def draws(model: Model) -> bool:
-    """Whether a forward pass in training draws random numbers; nets of timm may drop paths without being asked."""
+    """Whether a forward pass in training draws random numbers; models of timm may drop paths without being asked."""
     return model.drop_rate > 0 or model.layer_drop_rate > 0 or model.name not in ARCHITECTURES
 
 
 @cache
 def size(model: Model, num_classes: int, side: int) -> Size:
-    """Parameters, and multiply-adds for a picture of `side` x `side` pixels: arithmetic for this project's DenseNets.
+    """Parameters, and multiply-adds for an image of `side` x `side` pixels: arithmetic for this project's DenseNets.
 
-    Other nets are run without data, and what torch's counter knows (convolutions, matrix products, attention) counts.
+    Other models are run without data, and what torch's counter knows (convolutions, matrix products, attention) counts.
     """
     if model.name in ARCHITECTURES:
         return counted(model, num_classes, side)
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = _without_data(model, num_classes)
+    network = _without_data(model, num_classes)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.empty(1, model.in_chans, side, side, device="meta"))
-    return Size(sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2)
+        network(torch.empty(1, model.in_chans, side, side, device="meta"))
+    return Size(sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)

@@ -3,7 +3,7 @@
 _NAMES = 3
 
 
-class LeftOut:
+class IgnoredFiles:
     """Counts by reason, a plural that follows the number: `hidden files`. It can be sent to other processes."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class LeftOut:
         count, names = self._found.get(reason, (0, ()))
         self._found[reason] = count + 1, (*names, name)[:_NAMES]
 
-    def merge(self, other: "LeftOut") -> None:
+    def merge(self, other: "IgnoredFiles") -> None:
         """Adds what another one has counted."""
         for reason, (more, others) in other._found.items():
             count, names = self._found.get(reason, (0, ()))

@@ -15,7 +15,7 @@ from pipeline.train.engine import autocast
 _COPIES = 6  # of the weights, besides weights and gradients: fp32 parts, a bucket, two moments, an average, slack
 
 
-def fitting(config: RunConfig, derived: Derived, device: torch.device, warn: Callable[[str], None]) -> Derived:
+def find_batch_size(config: RunConfig, derived: Derived, device: torch.device, warn: Callable[[str], None]) -> Derived:
     """`derived`, or the same global batch in smaller device batches where it does not fit (a collective).
 
     Tries a forward and a backward pass of the bare model, which all ranks can fail at without waiting for each other;
@@ -34,7 +34,7 @@ def fitting(config: RunConfig, derived: Derived, device: torch.device, warn: Cal
         tried = smaller
     if tried is not derived:
         warn(
-            f"the memory does not hold {derived.device_batch_size} pictures at once: {tried.device_batch_size} are "
+            f"the memory does not hold {derived.device_batch_size} images at once: {tried.device_batch_size} are "
             f"taken, with {tried.accumulation} accumulated; the global batch stays {tried.global_batch_size}, batch "
             f"norm's statistics are of {tried.device_batch_size}"
         )
@@ -44,14 +44,14 @@ def fitting(config: RunConfig, derived: Derived, device: torch.device, warn: Cal
 def too_large(derived: Derived, config: RunConfig) -> str:
     """What to do where the memory does not hold a batch, at the same global batch."""
     smaller = halved(derived, config)
-    advice = "set model.memory=checkpoint"
+    advice = "set model.memory=activation-checkpointing"
     if smaller is not None:
         advice = (
             f"set train.max_device_batch_size={smaller.device_batch_size} (accumulation becomes "
             f"{smaller.accumulation}, the global batch stays {derived.global_batch_size}), or "
-            f"train.on_out_of_memory=halve, or model.memory=checkpoint"
+            f"train.on_out_of_memory=halve, or model.memory=activation-checkpointing"
         )
-    return f"the GPU's memory does not hold {derived.device_batch_size} pictures at once: {advice}."
+    return f"the GPU's memory does not hold {derived.device_batch_size} images at once: {advice}."
 
 
 def _fits_all(config: RunConfig, derived: Derived, device: torch.device) -> bool:

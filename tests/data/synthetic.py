@@ -14,11 +14,11 @@ from PIL import Image
 from scipy.io import savemat
 
 CLASSES = ("n01440764", "n02105855", "n04557648")
-Pictures = dict[str, dict[str, dict[str, bytes]]]  # split, class, file name
+Images = dict[str, dict[str, dict[str, bytes]]]  # split, class, file name
 
 
-def picture(number: int, size: tuple[int, int] = (60, 50), mode: str = "RGB") -> Image.Image:
-    """A smooth picture of its own for each number."""
+def image(number: int, size: tuple[int, int] = (60, 50), mode: str = "RGB") -> Image.Image:
+    """A smooth image of its own for each number."""
     coarse = Image.fromarray(np.random.default_rng(number).integers(0, 256, (6, 6, 3), np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
 
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def ycck(image: Image.Image) -> bytes:
-    """The picture as Adobe's YCCK: a CMYK file whose first three planes are the YCbCr of what CMY stand for."""
+    """The image as Adobe's YCCK: a CMYK file whose first three planes are the YCbCr of what CMY stand for."""
     cmyk = np.asarray(image.convert("CMYK"))
     stored = Image.fromarray(cmyk[..., :3]).convert("YCbCr")  # the inverse of what is stored in plain YCbCr
     planes = np.concatenate([255 - np.asarray(stored), cmyk[..., 3:]], axis=2)  # PIL inverts what it writes
@@ -40,35 +40,35 @@ def ycck(image: Image.Image) -> bytes:
     return bytes(content)
 
 
-def pictures() -> Pictures:
-    """Three classes of eight training and three validation pictures, the odd ones among them."""
-    tree: Pictures = {"train": {}, "val": {}}
+def images() -> Images:
+    """Three classes of eight training and three validation images, the odd ones among them."""
+    tree: Images = {"train": {}, "val": {}}
     number = 0
     for wnid in CLASSES:
         tree["train"][wnid] = {}
         for i in range(8):
             number += 1
-            tree["train"][wnid][f"{wnid}_{i}.JPEG"] = encoded(picture(number, (60 + number, 50)))
+            tree["train"][wnid][f"{wnid}_{i}.JPEG"] = encoded(image(number, (60 + number, 50)))
         tree["val"][wnid] = {}
-    order = (2, 0, 1, 1, 2, 0, 0, 1, 2)  # validation pictures do not come sorted by class
+    order = (2, 0, 1, 1, 2, 0, 0, 1, 2)  # validation images do not come sorted by class
     for val_number, i in enumerate(order, start=1):
         name = f"ILSVRC2012_val_{val_number:08d}.JPEG"
-        tree["val"][CLASSES[i]][name] = encoded(picture(100 + val_number, (50, 70)))
+        tree["val"][CLASSES[i]][name] = encoded(image(100 + val_number, (50, 70)))
     odd = tree["train"]["n02105855"]
-    odd["n02105855_2933.JPEG"] = encoded(picture(50), "PNG")
-    odd["n02105855_cmyk.JPEG"] = encoded(picture(51, mode="CMYK"))
-    odd["n02105855_ycck.JPEG"] = ycck(picture(52))
-    odd["n02105855_gray.JPEG"] = encoded(picture(53, mode="L"))
+    odd["n02105855_2933.JPEG"] = encoded(image(50), "PNG")
+    odd["n02105855_cmyk.JPEG"] = encoded(image(51, mode="CMYK"))
+    odd["n02105855_ycck.JPEG"] = ycck(image(52))
+    odd["n02105855_gray.JPEG"] = encoded(image(53, mode="L"))
     exif = Image.Exif()
     exif[0x0112] = 6
-    odd["n02105855_turned.JPEG"] = encoded(picture(54, (80, 40)), exif=exif)
-    odd["n02105855_exif.JPEG"] = encoded(picture(55), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xee" * 40)
-    odd["it's a #1 \u00e9\u4f8b.jpg"] = encoded(picture(56))
-    odd["UPPER.JPG"] = encoded(picture(57))
+    odd["n02105855_turned.JPEG"] = encoded(image(54, (80, 40)), exif=exif)
+    odd["n02105855_exif.JPEG"] = encoded(image(55), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xee" * 40)
+    odd["it's a #1 \u00e9\u4f8b.jpg"] = encoded(image(56))
+    odd["UPPER.JPG"] = encoded(image(57))
     return tree
 
 
-def write_folders(root: Path, tree: Pictures, flat_val: bool = False) -> None:
+def write_folders(root: Path, tree: Images, flat_val: bool = False) -> None:
     for split, classes in tree.items():
         for wnid, files in classes.items():
             folder = root / split if flat_val and split == "val" else root / split / wnid
@@ -87,7 +87,7 @@ def tar(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def write_devkit(root: Path, tree: Pictures) -> None:
+def write_devkit(root: Path, tree: Images) -> None:
     """The development kit. Its own numbers run against the order of the ids: that is the trap."""
     ids = {wnid: len(CLASSES) - rank for rank, wnid in enumerate(CLASSES)}
     rows = [(ids[w], w, f"words of {w}") for w in sorted(CLASSES, key=ids.__getitem__)] + [(4, "n00001740", "entity")]
@@ -101,7 +101,7 @@ def write_devkit(root: Path, tree: Pictures) -> None:
     (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar(files)))
 
 
-def write_ilsvrc(root: Path, tree: Pictures) -> None:
+def write_ilsvrc(root: Path, tree: Images) -> None:
     root.mkdir(parents=True, exist_ok=True)
     inner = {f"{wnid}.tar": tar(files) for wnid, files in reversed(tree["train"].items())}
     (root / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
@@ -110,13 +110,13 @@ def write_ilsvrc(root: Path, tree: Pictures) -> None:
     write_devkit(root, tree)
 
 
-def write_kaggle(root: Path, tree: Pictures) -> None:
+def write_kaggle(root: Path, tree: Images) -> None:
     write_folders(root / "ILSVRC" / "Data" / "CLS-LOC", tree, flat_val=True)
     write_kaggle_labels(root, tree)
     (root / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} some, words\n" for wnid in CLASSES))
 
 
-def write_kaggle_labels(root: Path, tree: Pictures) -> None:
+def write_kaggle_labels(root: Path, tree: Images) -> None:
     with (root / "LOC_val_solution.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["ImageId", "PredictionString"])
@@ -126,14 +126,14 @@ def write_kaggle_labels(root: Path, tree: Pictures) -> None:
                 rows.writerow([Path(name).stem, boxes])
 
 
-def samples(tree: Pictures, split: str) -> list[tuple[int, str, bytes]]:
+def samples(tree: Images, split: str) -> list[tuple[int, str, bytes]]:
     rank = {wnid: label for label, wnid in enumerate(CLASSES)}
     rows = [(rank[w], name, content) for w, files in tree[split].items() for name, content in files.items()]
     np.random.default_rng(1).shuffle(rows)  # type: ignore[arg-type]
     return [(int(label), str(name), content) for label, name, content in rows]
 
 
-def write_parquet(root: Path, tree: Pictures, names: tuple[str, ...] | None = None, prefix: str = "{wnid}_") -> None:
+def write_parquet(root: Path, tree: Images, names: tuple[str, ...] | None = None, prefix: str = "{wnid}_") -> None:
     (root / "data").mkdir(parents=True)
     for split, word in (("train", "train"), ("val", "validation")):
         rows = samples(tree, split)
@@ -147,7 +147,7 @@ def write_parquet(root: Path, tree: Pictures, names: tuple[str, ...] | None = No
             pq.write_table(part, root / "data" / f"{word}-0000{i}-of-00002.parquet", row_group_size=4)
 
 
-def write_webdataset(root: Path, tree: Pictures) -> None:
+def write_webdataset(root: Path, tree: Images) -> None:
     """Shards with endings and label members of all kinds mixed."""
     root.mkdir(parents=True)
     for split, word in (("train", "train"), ("val", "validation")):

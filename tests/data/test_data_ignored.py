@@ -14,7 +14,7 @@ from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
-from tests.data import made_up
+from tests.data import synthetic
 
 CLUTTER = {"._a.JPEG": b"x", ".DS_Store": b"x", "__MACOSX/n.JPEG": b"x"}
 
@@ -24,12 +24,12 @@ def made(source: Path) -> PreparedSet:
         return prepare(source, source.parent / "set", PrepareOptions(), pool)
 
 
-def test_hidden_members_of_imagenets_archives_and_labels_without_a_picture_are_counted(tmp_path):
-    tree = made_up.pictures()
-    made_up.write_ilsvrc(tmp_path / "source", tree)
+def test_hidden_members_of_imagenets_archives_and_labels_without_a_image_are_counted(tmp_path):
+    tree = synthetic.images()
+    synthetic.write_ilsvrc(tmp_path / "source", tree)
     tree["train"]["n01440764"] |= CLUTTER
     del tree["val"]["n04557648"]["ILSVRC2012_val_00000001.JPEG"]
-    made_up.write_ilsvrc(tmp_path / "other", tree)
+    synthetic.write_ilsvrc(tmp_path / "other", tree)
     for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
         (tmp_path / "other" / name).rename(tmp_path / "source" / name)
     (tmp_path / "source" / "ILSVRC2012_img_test.tar").write_bytes(b"x")
@@ -45,16 +45,16 @@ def test_hidden_members_of_imagenets_archives_and_labels_without_a_picture_are_c
     ]
 
 
-def test_members_that_are_no_pictures_are_damage_by_name(tmp_path):
-    tree = made_up.pictures()
-    tree["train"]["n01440764"]["readme.txt"] = b"about the pictures"
-    made_up.write_ilsvrc(tmp_path / "source", tree)
+def test_members_that_are_no_images_are_corruption_by_name(tmp_path):
+    tree = synthetic.images()
+    tree["train"]["n01440764"]["readme.txt"] = b"about the images"
+    synthetic.write_ilsvrc(tmp_path / "source", tree)
     with pytest.raises(DataError, match=r"readme.txt in .*: is not an image of a known format"):
         made(tmp_path / "source")
 
 
 def test_what_kaggles_folder_holds_beside_is_counted(tmp_path):
-    made_up.write_kaggle(tmp_path / "source", made_up.pictures())
+    synthetic.write_kaggle(tmp_path / "source", synthetic.images())
     (tmp_path / "source" / "ILSVRC" / "Data" / "CLS-LOC" / "test").mkdir()
     (tmp_path / "source" / "LOC_train_solution.csv").write_text("x")
     with Pool(1) as pool:
@@ -62,7 +62,7 @@ def test_what_kaggles_folder_holds_beside_is_counted(tmp_path):
             "1 files beside the data: LOC_train_solution.csv",
             "1 folders beside the data: ILSVRC/Data/CLS-LOC/test",
         ]
-        assert verify(tmp_path / "source", pool).left_out == expected
+        assert verify(tmp_path / "source", pool).ignored == expected
         lines = [f"left out: {line}" for line in expected]
         assert stats(tmp_path / "source", 0, pool).notes == lines
         manifest, notes = index_in_place(tmp_path / "source", pool)
@@ -84,7 +84,7 @@ def other_names(table: pa.Table) -> pa.Table:
 
 
 def test_parquet_columns_and_files_that_are_not_used_are_counted(tmp_path):
-    made_up.write_parquet(tmp_path / "source", made_up.pictures(), made_up.CLASSES)
+    synthetic.write_parquet(tmp_path / "source", synthetic.images(), synthetic.CLASSES)
     rewrite(lambda t: t.append_column("coarse_label", t["label"]))(tmp_path / "source")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "source" / "data" / "test-00000-of-00001.parquet")
     assert made(tmp_path / "source").notes == [
@@ -104,14 +104,14 @@ def test_parquet_columns_and_files_that_are_not_used_are_counted(tmp_path):
         (rewrite(lambda t: t.set_column(1, "label", pa.nulls(len(t), pa.int64()))), "row 0: the label is missing"),
         (
             rewrite(lambda t: t.set_column(0, "image", pa.nulls(len(t), t["image"].type))),
-            "row 0: the picture's bytes are",
+            "row 0: the image's bytes are",
         ),
         (rewrite(other_names), "differ in their label column (label, label) or in its class names"),
         (lambda r: (r / "data" / "rest.parquet").write_bytes(b"x"), "not told: data/rest.parquet. Rename them."),
     ],
 )
 def test_parquet_files_that_do_not_fit_are_told(spoil, message, tmp_path):
-    made_up.write_parquet(tmp_path / "source", made_up.pictures(), made_up.CLASSES)
+    synthetic.write_parquet(tmp_path / "source", synthetic.images(), synthetic.CLASSES)
     spoil(tmp_path / "source")
     with pytest.raises(DataError) as error:
         made(tmp_path / "source")

@@ -10,7 +10,7 @@ from pipeline.derived import split_batch
 from pipeline.errors import ConfigError
 
 
-class NoRoom(ConfigError):
+class InsufficientResources(ConfigError):
     """A cluster has too little for the run now, and may have more later; `why` is without the advice to wait."""
 
     def __init__(self, why: str) -> None:
@@ -30,7 +30,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Share:
+class Allocation:
     """What the workers of a run take, and what the user should know about it.
 
     `workers` is how many there is room for now; `bounds` says how few and how many there may be later.
@@ -62,7 +62,7 @@ def this_machine() -> Resources:
     return Resources("this machine", len(os.sched_getaffinity(0)), devices, embedded=True)
 
 
-def share(config: RunConfig, offered: Resources) -> Share:
+def allocate(config: RunConfig, offered: Resources) -> Allocation:
     """Settles device, workers and cores.
 
     Raises:
@@ -73,12 +73,14 @@ def share(config: RunConfig, offered: Resources) -> Share:
     if device == "auto":
         device = "cuda" if offered.gpus else "cpu"
     if device == "cuda" and not offered.gpus:
-        raise _no_room(offered, f"device=cuda needs GPUs, and {offered.where} has none: set device=auto or device=cpu")
+        raise _insufficient(
+            offered, f"device=cuda needs GPUs, and {offered.where} has none: set device=auto or device=cpu"
+        )
     if isinstance(wanted, Elastic):
         _check_each(config, wanted)
         room = _room(config, offered, device)
         if room < wanted.min:
-            raise _no_room(
+            raise _insufficient(
                 offered,
                 f"cluster.workers={{min: {wanted.min}, max: {wanted.max}}}: {offered.where} has room for {room}: set a "
                 f"smaller min",
@@ -88,7 +90,7 @@ def share(config: RunConfig, offered: Resources) -> Share:
         workers = wanted if wanted != "auto" else offered.gpus if device == "cuda" else 1
         bounds = (workers, workers)
     if device == "cuda" and workers > offered.gpus:
-        raise _no_room(
+        raise _insufficient(
             offered,
             f"cluster.workers={workers} needs {workers} GPUs, and {offered.where} has {offered.gpus}"
             f"{_fewer(config, offered.gpus)}",
@@ -100,12 +102,12 @@ def share(config: RunConfig, offered: Resources) -> Share:
             f"{workers} workers with {cpus} CPU cores each need {workers * cpus}, {offered.where} has {offered.cpus}"
         )
         if not offered.embedded:
-            raise _no_room(offered, f"{needs}: set fewer cluster.workers or a smaller cluster.cpus_per_worker")
+            raise _insufficient(offered, f"{needs}: set fewer cluster.workers or a smaller cluster.cpus_per_worker")
         warnings.append(f"{needs}: they will share the cores and be slower.")
     for name, amount in config.cluster.resources.items():
         has = offered.further.get(name, 0)
         if workers * amount > has:
-            raise _no_room(
+            raise _insufficient(
                 offered,
                 f"cluster.resources: {workers} workers with {amount:g} {name} each need {workers * amount:g}, "
                 f"{offered.where} has {has:g}: change it",
@@ -113,12 +115,12 @@ def share(config: RunConfig, offered: Resources) -> Share:
     kind = config.cluster.accelerator_type
     if kind is not None and f"accelerator_type:{kind}" not in offered.further:
         kinds = [name.split(":")[1] for name in offered.further if name.startswith("accelerator_type:")]
-        raise _no_room(
+        raise _insufficient(
             offered,
             f"cluster.accelerator_type={kind}: {offered.where} has {', '.join(kinds) or 'none that Ray knows'}: change "
             f"it",
         )
-    return Share(device, workers, bounds, cpus, tuple(warnings))
+    return Allocation(device, workers, bounds, cpus, tuple(warnings))
 
 
 def _cpus_per_worker(config: RunConfig, offered: Resources, workers: int) -> int:
@@ -158,7 +160,7 @@ def _fewer(config: RunConfig, most: int) -> str:
     return ""
 
 
-def _no_room(offered: Resources, why: str) -> ConfigError:
+def _insufficient(offered: Resources, why: str) -> ConfigError:
     if offered.embedded:
         return ConfigError(f"{why}.")
-    return NoRoom(why)
+    return InsufficientResources(why)

@@ -3,17 +3,17 @@
 import re
 from collections.abc import Callable, Iterator
 
-from pipeline.config import Place, RunConfig, Section
+from pipeline.config import Location, RunConfig, Section
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.:-]*:/")  # s3://..., models:/..., sqlite:///...
 
 
-def is_address(place: str) -> bool:
+def is_uri(place: str) -> bool:
     """Whether a place is an address, and not a path of this machine."""
     return _ADDRESS.match(place) is not None
 
 
-def places(config: RunConfig) -> Iterator[tuple[str, Place, str]]:
+def locations(config: RunConfig) -> Iterator[tuple[str, Location, str]]:
     """Each place that is set: its key, what the schema says of it, and the value."""
     for key, mark, value in _marked(config):
         for place in value if isinstance(value, tuple) else (value,):
@@ -21,10 +21,10 @@ def places(config: RunConfig) -> Iterator[tuple[str, Place, str]]:
                 yield key, mark, place
 
 
-def with_places(config: RunConfig, changed: Callable[[Place, str], str]) -> RunConfig:
+def with_locations(config: RunConfig, changed: Callable[[Location, str], str]) -> RunConfig:
     """The config with each place that is set replaced by `changed(mark, place)`."""
 
-    def new(mark: Place, place: str) -> str:
+    def new(mark: Location, place: str) -> str:
         return changed(mark, place) if mark.holds(place) else place
 
     sections: dict[str, dict[str, object]] = {}
@@ -37,11 +37,11 @@ def with_places(config: RunConfig, changed: Callable[[Place, str], str]) -> RunC
     return config.model_copy(update=parts)
 
 
-def _marked(config: RunConfig) -> Iterator[tuple[str, Place, str | tuple[str, ...] | None]]:
+def _marked(config: RunConfig) -> Iterator[tuple[str, Location, str | tuple[str, ...] | None]]:
     for name in RunConfig.model_fields:
         section = getattr(config, name)
         if isinstance(section, Section):
             for key, field in type(section).model_fields.items():
                 for mark in field.metadata:
-                    if isinstance(mark, Place):
+                    if isinstance(mark, Location):
                         yield f"{name}.{key}", mark, getattr(section, key)

@@ -8,8 +8,8 @@ from pathlib import Path
 from pipeline.config import RunConfig
 from pipeline.data.space import gigabytes
 from pipeline.errors import UserError
-from pipeline.model.nets import size
-from pipeline.seams import OPTIMIZERS
+from pipeline.extension_points import OPTIMIZERS
+from pipeline.model.timm_models import size
 from pipeline.tracking.stores import sqlite_file, stores_of
 from pipeline.train.checkpoint import checkpoint_root, checkpoints
 from pipeline.train.setup import RunSetup
@@ -42,7 +42,7 @@ def package_bytes(parameters: int) -> int:
     return _BYTES * parameters
 
 
-def check_room(setup: RunSetup) -> None:
+def check_disk_space(setup: RunSetup) -> None:
     """Looks whether the disks hold the run's checkpoints and the model's package.
 
     Raises:

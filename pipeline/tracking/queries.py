@@ -12,13 +12,13 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
 from pipeline.tracking.store import connect, first_line
-from pipeline.tracking.stores import shown
+from pipeline.tracking.stores import redacted
 
 _MOST = 1000
 
 
 @dataclass(frozen=True)
-class PastRun:
+class TrackedRunInfo:
     """One run; `started` is a Unix time, seconds, `minutes` None where it has not ended, `metrics` the last ones."""
 
     id: str
@@ -31,7 +31,7 @@ class PastRun:
     tags: dict[str, str]
 
 
-def past_runs(uri: str, experiment: str) -> list[PastRun]:
+def list_runs(uri: str, experiment: str) -> list[TrackedRunInfo]:
     """The runs of an experiment, newest first.
 
     Raises:
@@ -41,11 +41,11 @@ def past_runs(uri: str, experiment: str) -> list[PastRun]:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = ", ".join(e.name for e in client.search_experiments()) or "none"
-        raise UserError(f"there is no experiment '{experiment}' in {shown(uri)}; there are: {names}.")
+        raise UserError(f"there is no experiment '{experiment}' in {redacted(uri)}; there are: {names}.")
     return [_past(run) for run in client.search_runs([found.experiment_id], max_results=_MOST)]
 
 
-def past_run(uri: str, experiment: str, name_or_id: str) -> PastRun:
+def find_run(uri: str, experiment: str, name_or_id: str) -> TrackedRunInfo:
     """A run by its id, or the newest one of a name.
 
     Raises:
@@ -54,15 +54,15 @@ def past_run(uri: str, experiment: str, name_or_id: str) -> PastRun:
     try:
         return _past(connect(uri).get_run(name_or_id))
     except MlflowException:
-        runs = past_runs(uri, experiment)
+        runs = list_runs(uri, experiment)
     for run in runs:
         if run.name == name_or_id:
             return run
     newest = ", ".join(run.name for run in runs[:5]) or "none"
-    raise UserError(f"there is no run '{name_or_id}' in {shown(uri)}; the newest: {newest}.")
+    raise UserError(f"there is no run '{name_or_id}' in {redacted(uri)}; the newest: {newest}.")
 
 
-def run_of(uri: str, run_id: str) -> PastRun | None:
+def get_run(uri: str, run_id: str) -> TrackedRunInfo | None:
     """A run by its id; None where the store does not have it."""
     client = connect(uri)
     try:
@@ -71,7 +71,7 @@ def run_of(uri: str, run_id: str) -> PastRun | None:
         return None
 
 
-def differences(runs: list[PastRun]) -> list[tuple[str, list[str]]]:
+def differences(runs: list[TrackedRunInfo]) -> list[tuple[str, list[str]]]:
     """Parameters whose values are not the same in all runs, but for where these write."""
     found = []
     for key in sorted({key for run in runs for key in run.params}):
@@ -102,7 +102,7 @@ def read_artifact(uri: str, run_id: str, name: str) -> str | None:
             return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
     except Exception as error:  # each kind of artifact store has errors of its own
         raise UserError(
-            f"{name} of the run {run_id} cannot be read from {shown(uri)}: {first_line(error, uri)}"
+            f"{name} of the run {run_id} cannot be read from {redacted(uri)}: {first_line(error, uri)}"
         ) from error
 
 
@@ -125,13 +125,13 @@ def run_folder(run_id: str, uri: str) -> Path:
         params = connect(uri).get_run(run_id).data.params
         return Path(params["run.output"]) / params["run.name"]
     except (MlflowException, KeyError) as error:
-        raise UserError(f"{shown(uri)} has no training run with the id {run_id}.") from error
+        raise UserError(f"{redacted(uri)} has no training run with the id {run_id}.") from error
 
 
-def _past(run: Run) -> PastRun:
+def _past(run: Run) -> TrackedRunInfo:
     started, ended = run.info.start_time / 1000, run.info.end_time
     minutes = None if ended is None else (ended / 1000 - started) / 60
     data = run.data
-    return PastRun(
+    return TrackedRunInfo(
         run.info.run_id, run.info.run_name, run.info.status, started, minutes, data.params, data.metrics, data.tags
     )
