@@ -1,4 +1,4 @@
-"""Images of every kind that PIL and DALI know, with the pixels that each must become, and those that are refused."""
+"""Image files of every format of PIL and DALI with their expected pixels, and files that must be refused."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ TURNED[0x0112] = 6
 
 @dataclass(frozen=True)
 class Kind:
-    """A file, and its pixels [H, W, 3]: PIL's own conversion unless something else is right."""
+    """A file and its expected pixels [H, W, 3]: PIL's conversion, except where PIL's is wrong."""
 
     content: bytes
     pixels_HWC: NDArray[np.uint8]
@@ -34,7 +34,7 @@ class Kind:
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.copy().save(buffer, kind, **options)  # saving leaves settings in the image
+    image.copy().save(buffer, kind, **options)  # saving changes the image's settings
     return buffer.getvalue()
 
 
@@ -49,7 +49,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(depth: int, color: int, values: NDArray[np.integer], before: bytes = b"") -> bytes:
-    """A PNG of `depth` bits per sample and a color type, with other chunks `before` its data; values [H, W, ...]."""
+    """Encodes values [H, W, ...] as a PNG of `depth` bits and a color type, with chunks `before` the data."""
     if depth < 8:
         bits = (values[..., None] >> np.arange(depth - 1, -1, -1) & 1).astype(np.uint8)
         rows = list(np.packbits(bits.reshape(HEIGHT, -1), axis=1))
@@ -60,8 +60,8 @@ def png(depth: int, color: int, values: NDArray[np.integer], before: bytes = b""
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + before + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def tiff(values: NDArray[np.generic], meaning: int, sample_format: int = 1, order: str = "<") -> bytes:
-    """An uncompressed TIFF of one strip; `meaning` is the tag PhotometricInterpretation."""
+def tiff(values: NDArray[np.generic], photometric: int, sample_format: int = 1, order: str = "<") -> bytes:
+    """Encodes an uncompressed TIFF of one strip; `photometric` is the tag PhotometricInterpretation."""
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     samples = values.shape[2] if values.ndim == 3 else 1
     tags = {
@@ -69,22 +69,22 @@ def tiff(values: NDArray[np.generic], meaning: int, sample_format: int = 1, orde
         257: [HEIGHT],
         258: [values.dtype.itemsize * 8] * samples,
         259: [1],
-        262: [meaning],
+        262: [photometric],
         273: [8],
         277: [samples],
         278: [HEIGHT],
         279: [len(data)],
         339: [sample_format] * samples,
     }
-    place = 8 + len(data) + 2 + 12 * len(tags) + 4
-    entries, beyond = b"", b""
+    offset = 8 + len(data) + 2 + 12 * len(tags) + 4
+    entries, overflow = b"", b""
     for tag, numbers in tags.items():
         kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
         value = struct.pack(order + letter * len(numbers), *numbers)
         if len(value) > 4:
-            value, beyond = struct.pack(order + "I", place + len(beyond)), beyond + value
+            value, overflow = struct.pack(order + "I", offset + len(overflow)), overflow + value
         entries += struct.pack(order + "HHI", tag, kind, len(numbers)) + value.ljust(4, b"\0")
-    directory = struct.pack(order + "H", len(tags)) + entries + bytes(4) + beyond
+    directory = struct.pack(order + "H", len(tags)) + entries + bytes(4) + overflow
     magic = b"II*\0" if order == "<" else b"MM\0*"
     return magic + struct.pack(order + "I", 8 + len(data)) + data + directory
 
@@ -175,7 +175,7 @@ def _twelve_bits() -> bytes:
 KINDS = {name: _kind(name, content) for name, content in _files().items()}
 _LAB = ImageCms.profileToProfile(RGB, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
 assert _LAB is not None
-REFUSED = {  # and what they are told to be
+REFUSED = {  # with their error messages
     "TIFF 32 bits": (tiff(GRAY_16.astype(np.uint32), 1), "PIL's mode I"),
     "TIFF 16 bits with a sign": (tiff(GRAY_16, 1, sample_format=2), "PIL's mode I"),
     "TIFF floats": (tiff((GRAY_16 / 65535).astype(np.float32), 1, sample_format=3), "PIL's mode F"),

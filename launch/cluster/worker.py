@@ -143,7 +143,7 @@ def _on_this_node(config: RunConfig, index: DatasetIndex) -> DatasetIndex:
     """
     if config.data.stage is not None:
         return stage(index, str(config.data.root), Path(config.data.stage))
-    reason = index.differs_here(_PROBED, sizes=config.data.on_corrupt == "error")
+    reason = index.find_difference(_PROBED, compare_sizes=config.data.on_corrupt == "error")
     if reason is not None:
         raise DataError(
             f"{_node()} does not see the data that the driver sees in data.root={config.data.root}: {reason}. Put them "

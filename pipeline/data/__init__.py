@@ -1,1 +1,1 @@
-"""Data: what a folder holds, which sample comes when and how it is cropped, and its pixels."""
+"""Data: class folders and shards, the sample order, crops and augmentations, and the pixels."""

@@ -1,7 +1,8 @@
-"""What is random about training images besides crop and flip: pure arithmetic on (seed, epoch, sample).
+"""Plans random augmentations: color jitter, RandAugment, TrivialAugment, random erasing, mixup and CutMix.
 
-Mixing is of pairs, the neighbors 2k and 2k + 1 in the run's sample order, and follows from the pair's number: so it is
-the same whatever the number of workers and the split of the batch, as long as device batches are even.
+All random numbers are pure functions of (seed, epoch, sample). Mixup and CutMix mix neighbors 2k and 2k + 1 in the
+run's sample order; their random numbers depend on the pair's index alone. So results do not depend on the number of
+workers or on gradient accumulation, as long as the micro-batch per device is even.
 """
 
 from collections.abc import Mapping
@@ -12,10 +13,10 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtri
 
 from pipeline.config import Augment
-from pipeline.data.philox import AUTO, COLOR, ERASE, MIX, PLUGIN, Ints, draw
+from pipeline.data.philox import AUTO_AUGMENT, COLOR, ERASE, MIX, PLUGIN, Ints, draw
 
 MAGNITUDES = 31  # bins, as in RandAugment and TrivialAugment
-NUM_OPS = 14  # of each of DALI's suites
+NUM_OPS = 14  # operators in each of DALI's two suites
 _TRIES = 10
 
 # Eigenvalues and eigenvectors (columns) of ImageNet's RGB values in [0, 1]: Krizhevsky et al. 2012, section 4.1, with
@@ -26,7 +27,10 @@ _EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140]
 
 @dataclass(frozen=True)
 class Color:
-    """Factors of brightness, contrast and saturation (1: as it is), and what is added to RGB in [0, 1]; float32."""
+    """Factors of brightness, contrast and saturation (1: unchanged), and the PCA lighting offset of RGB in [0, 1].
+
+    All are float32.
+    """
 
     brightness_B: NDArray[np.float32]
     contrast_B: NDArray[np.float32]
@@ -35,8 +39,8 @@ class Color:
 
 
 @dataclass(frozen=True)
-class Auto:
-    """Which of the suite's operators come one after another, with the bins and signs of their magnitudes; int32."""
+class AutoAugment:
+    """M operators per sample, applied in order: index in DALI's suite, magnitude bin and sign; int32."""
 
     ops_BM: NDArray[np.int32]
     bins_BM: NDArray[np.int32]
@@ -45,7 +49,7 @@ class Auto:
 
 @dataclass(frozen=True)
 class Erase:
-    """Boxes (top, left, height, width) in pixels, of height 0 where nothing is erased; seeds of the noise in them."""
+    """Random erasing: boxes (top, left, height, width) in pixels, height 0 for none; seeds of the noise in them."""
 
     boxes_B4: Ints
     seeds_B: Ints
@@ -53,45 +57,45 @@ class Erase:
 
 @dataclass(frozen=True)
 class Mix:
-    """Each sample's weight in its pixels (`blend_B`) and in its target (`weight_B`), and the box its partner pastes.
+    """Mixup and CutMix: each sample's lambda for its pixels and for its target, and the box pasted from its partner.
 
-    Boxes are (top, left, height, width) in pixels, of height 0 where nothing is pasted. Both of a pair have the same.
+    Boxes are (top, left, height, width) in pixels, height 0 for none. Both samples of a pair have the same values.
     """
 
-    blend_B: NDArray[np.float32]
-    weight_B: NDArray[np.float32]
+    image_lam_B: NDArray[np.float32]
+    target_lam_B: NDArray[np.float32]
     boxes_B4: Ints
 
 
 @dataclass(frozen=True)
 class Augmentations:
-    """The augmentations of a batch; None where one is off. `also` has the random numbers of plugins', by name."""
+    """The augmentations of a batch; None: disabled. `custom` has the random numbers for plugins, by plugin name."""
 
     color: Color | None = None
-    auto: Auto | None = None
+    auto_augment: AutoAugment | None = None
     erase: Erase | None = None
     mix: Mix | None = None
     custom: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def tries(config: Augment) -> dict[int, int]:
-    """How many random numbers of each purpose `augmentations` wants of `draw` for each sample."""
-    wanted = {
+def draw_counts(config: Augment) -> dict[int, int]:
+    """Returns the `counts` argument of `draw` that `plan_augmentations` needs: draws per sample for each purpose."""
+    counts = {
         COLOR: 2 * config.colors,
-        AUTO: config.auto_augment_stages,
+        AUTO_AUGMENT: config.auto_augment_stages,
         ERASE: (_TRIES + 1) * bool(config.erase_prob),
         PLUGIN: len(config.custom),
     }
-    return {purpose: int(count) for purpose, count in wanted.items() if count}
+    return {purpose: int(count) for purpose, count in counts.items() if count}
 
 
-def augmentations(
+def plan_augmentations(
     config: Augment, seed: int, positions_B: Ints, draws: dict[int, NDArray[np.float64]], side: int
 ) -> Augmentations:
-    """Plans the augmentations of samples at positions of the run's order, as images of `side` pixels."""
+    """Plans the augmentations of samples at positions of the run's sample order; images have `side` x `side` pixels."""
     return Augmentations(
         color=_color(config, draws[COLOR]) if COLOR in draws else None,
-        auto=_auto(config, draws[AUTO]) if AUTO in draws else None,
+        auto_augment=_auto_augment(config, draws[AUTO_AUGMENT]) if AUTO_AUGMENT in draws else None,
         erase=_erase(config, draws[ERASE], side) if ERASE in draws else None,
         mix=_mix(config, seed, positions_B, side) if config.mixes else None,
         custom={name: draws[PLUGIN][..., i].T.astype(np.float32, order="C") for i, name in enumerate(config.custom)},
@@ -108,16 +112,16 @@ def _color(config: Augment, u_4B2: NDArray[np.float64]) -> Color:
     return Color(*(v.astype(np.float32) for v in (brightness_B, contrast_B, saturation_B, lighting_B3)))
 
 
-def _auto(config: Augment, u_4BM: NDArray[np.float64]) -> Auto:
+def _auto_augment(config: Augment, u_4BM: NDArray[np.float64]) -> AutoAugment:
     random = config.auto_augment == "trivialaugment"
     bins_BM = u_4BM[1] * MAGNITUDES if random else np.full(u_4BM.shape[1:], config.randaugment_magnitude)
     ops_BM, signs_BM = u_4BM[0] * NUM_OPS, u_4BM[2] * 2
-    # DALI wants each row in one piece.
-    return Auto(*(values_BM.astype(np.int32, order="C") for values_BM in (ops_BM, bins_BM, signs_BM)))
+    # DALI requires contiguous rows.
+    return AutoAugment(*(values_BM.astype(np.int32, order="C") for values_BM in (ops_BM, bins_BM, signs_BM)))
 
 
 def _erase(config: Augment, u_4BT: NDArray[np.float64], side: int) -> Erase:
-    """torchvision's `RandomErasing` (Zhong et al. 2017): the first of ten boxes that fits, if any."""
+    """Random erasing as torchvision's `RandomErasing` (Zhong et al. 2017): the first of ten boxes that fits, if any."""
     chosen_E = np.flatnonzero(u_4BT[0, :, 0] < config.erase_prob)
     u_4ET = u_4BT[:, chosen_E, 1:]
     low, high = config.erase_scale
@@ -137,8 +141,11 @@ def _erase(config: Augment, u_4BT: NDArray[np.float64], side: int) -> Erase:
 
 
 def _mix(config: Augment, seed: int, positions_B: Ints, side: int) -> Mix:
-    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019) of neighbors; a box counts as it lies in the image."""
-    pairs_P, of_pair_B = np.unique(positions_B // 2, return_inverse=True)
+    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019) of neighbors.
+
+    As in CutMix, the target's lambda follows from the area of the box after clipping to the image.
+    """
+    pairs_P, pair_of_B = np.unique(positions_B // 2, return_inverse=True)
     u_4P2 = draw(seed, pairs_P >> 32, pairs_P & 0xFFFFFFFF, {MIX: 2})[MIX]
     mixed_P = u_4P2[0, :, 0] < config.mix_prob
     if config.mixup_alpha and config.cutmix_alpha:
@@ -153,6 +160,8 @@ def _mix(config: Augment, seed: int, positions_B: Ints, side: int) -> Mix:
     left_P, right_P = (np.clip(np.rint(x_P + s * cut_side_P / 2), 0, side) for s in (-1, 1))
     boxes_P4 = np.stack([top_P, left_P, bottom_P - top_P, right_P - left_P], axis=1).astype(np.int64)
     boxes_P4 *= (cut_P & mixed_P)[:, None]
-    blend_P = np.where(mixed_P & ~cut_P, lam_P, 1.0)
-    weight_P = blend_P - boxes_P4[:, 2] * boxes_P4[:, 3] / (side * side)
-    return Mix(blend_P.astype(np.float32)[of_pair_B], weight_P.astype(np.float32)[of_pair_B], boxes_P4[of_pair_B])
+    image_lam_P = np.where(mixed_P & ~cut_P, lam_P, 1.0)
+    target_lam_P = image_lam_P - boxes_P4[:, 2] * boxes_P4[:, 3] / (side * side)
+    return Mix(
+        image_lam_P.astype(np.float32)[pair_of_B], target_lam_P.astype(np.float32)[pair_of_B], boxes_P4[pair_of_B]
+    )

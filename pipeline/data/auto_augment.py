@@ -1,4 +1,4 @@
-"""RandAugment and TrivialAugment by DALI's own operators, chosen by the plan and not by DALI's random numbers."""
+"""RandAugment and TrivialAugment with DALI's operators; the plan, not DALI's RNG, chooses operators and magnitudes."""
 
 from typing import Any
 
@@ -9,30 +9,30 @@ from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 
 from pipeline.data.augment import MAGNITUDES
 
-_GRAY = 128  # fills what geometric operators leave empty, as is DALI's default
+_GRAY = 128  # fill value of geometric operators; DALI's default
 
 
 def suite(kind: str) -> list[Any]:
-    """DALI's operators of a kind, `randaugment` or `trivialaugment`.
+    """Returns DALI's operators for `randaugment` or `trivialaugment`.
 
-    Translations are shares of the image's side: what DALI's defaults of 100 and 32 pixels are of 224.
+    Translations are relative to the image's side: DALI's defaults of 100 and 32 pixels, divided by 224.
     """
     if kind == "randaugment":
         return get_rand_augment_suite(use_shape=True, max_translate_rel=100 / 224)
     return get_trivial_augment_wide_suite(use_shape=True, max_translate_rel=32 / 224)
 
 
-def augmented(images: Any, ops: Any, bins: Any, signs: Any, shape: Any, kind: str, stages: int) -> Any:
-    """Applies `stages` planned operators one after another, inside a pipeline with conditionals.
+def apply_auto_augment(images: Any, ops: Any, bins: Any, signs: Any, shape: Any, kind: str, num_ops: int) -> Any:
+    """Applies `num_ops` planned operators in order, inside a DALI pipeline with conditionals.
 
-    `ops`, `bins` and `signs` are int32 vectors of `stages` numbers for each image; `shape` is its height and width.
+    `ops`, `bins` and `signs` are int32 vectors of length `num_ops` per image; `shape` is the image's height and width.
     """
-    for stage in range(stages):
+    for i in range(num_ops):
         images = select(
             suite(kind),
-            ops[stage],
+            ops[i],
             data=images,
-            magnitude_bin=signed_bin(bins[stage], random_sign=signs[stage]),
+            magnitude_bin=signed_bin(bins[i], random_sign=signs[i]),
             num_magnitude_bins=MAGNITUDES,
             shape=shape,
             fill_value=_GRAY,

@@ -1,4 +1,4 @@
-"""Class names: how they are written, and what makes a set of classes doubtful or useless."""
+"""Class names: Unicode normalization, and checks for missing, unknown and suspicious classes."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -10,73 +10,73 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError, listed
 
 
-def normal(name: str) -> str:
-    """A class name in Unicode's normal form C: macOS writes folders' names in form D, other systems don't."""
+def to_nfc(name: str) -> str:
+    """Converts a class name to Unicode normal form C; macOS stores folder names in form D."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def folders_by_class(folders: Iterable[str], where: Path) -> dict[str, str]:
-    """The folder of each class, by class name in sorted order.
+    """Maps class names to folder names, in sorted order.
 
     Raises:
-        DataError: two folders have names that differ in their Unicode normal form alone.
+        DataError: two folders' names differ only in their Unicode normal form.
     """
     found: dict[str, str] = {}
     for folder in sorted(folders):
-        other = found.setdefault(normal(folder), folder)
+        other = found.setdefault(to_nfc(folder), folder)
         if other != folder:
             raise DataError(
-                f"{where} has two folders that are both the class {normal(folder)!r}, {other!a} and "
-                f"{folder!a}: their names differ in Unicode normal form alone. Put their files into one."
+                f"{where} has two folders that are both the class {to_nfc(folder)!r}, {other!a} and "
+                f"{folder!a}: their names differ only in Unicode normal form. Move their files into one."
             )
     return dict(sorted(found.items()))
 
 
-def unknown_classes(split: object, classes: Iterable[str], known: Sequence[str]) -> None:
-    """Raises `DataError` where a split has classes that the training split lacks; those nearly the same are named."""
-    there = set(known)
-    unknown = [name for name in classes if name not in there]
+def check_known_classes(split: object, classes: Iterable[str], known: Sequence[str]) -> None:
+    """Raises `DataError` if a split has classes that are not training classes; the message suggests similar names."""
+    known_set = set(known)
+    unknown = [name for name in classes if name not in known_set]
     if unknown:
         alike = {_plain(name): name for name in known}
-        names = [f"{name!r} (there is {alike[_plain(name)]!r})" if _plain(name) in alike else name for name in unknown]
+        names = [f"{name!r} (similar: {alike[_plain(name)]!r})" if _plain(name) in alike else name for name in unknown]
         raise DataError(
             f"{split} has classes that the training split lacks: {listed(names)}. Add, rename or remove them."
         )
 
 
-def refuse_one_class(classes: Sequence[str], where: object, lists: Sequence[str] = ()) -> None:
-    """Raises `DataError` where there are fewer than two classes; `lists` are CSV files that may hold the labels."""
+def require_two_classes(classes: Sequence[str], where: object, lists: Sequence[str] = ()) -> None:
+    """Raises `DataError` if there are fewer than two classes; `lists` are CSV files that may hold the labels."""
     if len(classes) > 1:
         return
-    there = f" ({listed(lists)} may hold them)" if lists else ""
+    hint = f" ({listed(lists)} may hold them)" if lists else ""
     raise DataError(
-        f"{where} has only one class, {listed(classes) or 'none'}: whatever a model answers would be right. Each class "
-        f"needs a folder of its own, train/CLASS/*; with labels in a CSV file{there}, `densenet data prepare` makes a "
-        f"data set of images and file."
+        f"{where} has only one class, {listed(classes) or 'none'}: any prediction would be correct. Each class "
+        f"needs its own folder, train/CLASS/*; with labels in a CSV file{hint}, `densenet data prepare` creates a "
+        f"data set from images and file."
     )
 
 
-def doubts(classes: Sequence[str]) -> list[str]:
-    """A line on each thing about class names that is allowed and probably not meant."""
-    found = []
+def class_name_warnings(classes: Sequence[str]) -> list[str]:
+    """Returns warnings about class names that are valid but probably a mistake."""
+    warnings = []
     alike: dict[str, list[str]] = {}
     for name in classes:
         alike.setdefault(_plain(name), []).append(name)
     same = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
     if same:
-        found.append(f"classes whose names differ only in case or spaces are different classes: {listed(same)}")
+        warnings.append(f"classes whose names differ only in case or spaces are different classes: {listed(same)}")
     spaced = [repr(name) for name in classes if name != name.strip()]
     if spaced:
-        found.append(f"class names begin or end with spaces: {listed(spaced)}")
+        warnings.append(f"class names begin or end with spaces: {listed(spaced)}")
     if all(name.isdecimal() for name in classes):
         moved = [f"{name!r} has label {label}" for label, name in enumerate(classes) if int(name) != label]
         if moved:
-            found.append(f"class names are numbers, and labels are their places in the list: {listed(moved)}")
-    return found
+            warnings.append(f"class names are numbers, but labels are positions in the sorted list: {listed(moved)}")
+    return warnings
 
 
-def absent(classes: Sequence[str], labels_N: NDArray[np.int64], split: str) -> str | None:
-    """A line on the classes of which a split has no image, if any."""
+def missing_class_warning(classes: Sequence[str], labels_N: NDArray[np.int64], split: str) -> str | None:
+    """Returns a warning that names the classes without images in a split; None if there are none."""
     counts_K = np.bincount(labels_N, minlength=len(classes))
     names = [classes[k] for k in np.flatnonzero(counts_K == 0).tolist()]
     return f"{split} has no image of {len(names):,} of the {len(classes):,} classes: {listed(names)}" if names else None

@@ -1,6 +1,6 @@
-"""A data set's folder: `dataset.json`, `index/SPLIT.parquet`, and the data in `SPLIT/` as shards or class folders.
+"""A prepared data set: `dataset.json`, `index/SPLIT.parquet`, and the data in `SPLIT/` as shards or class folders.
 
-`dataset.json` is written last, so that a folder that has one is complete.
+`dataset.json` is written last, so a folder with this file is complete.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.config import MAX_PIXELS
-from pipeline.data.class_names import absent, doubts, refuse_one_class
+from pipeline.data.class_names import class_name_warnings, missing_class_warning, require_two_classes
 from pipeline.data.folders import scan_split, scan_splits
 from pipeline.data.images import TooLarge, check_size
 from pipeline.data.index import DatasetIndex, Shard, load_table
@@ -25,7 +25,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its samples, their bytes, and its shards by path below the root (none for class folders)."""
+    """One split: number of samples, their total bytes, and shards by path below the root (none for class folders)."""
 
     samples: int
     bytes: int
@@ -34,7 +34,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `dataset.json` holds; `made` says from what and how, for people."""
+    """The content of `dataset.json`; `made` describes source and options for people."""
 
     layout: Literal["shards", "folders"]
     classes: tuple[str, ...]
@@ -47,26 +47,28 @@ class Manifest:
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """Reads the content of a `dataset.json`; `where` names it in errors.
+    """Parses the content of a `dataset.json`; `where` names it in errors.
 
     Raises:
-        DataError: it is corrupt, or of another version.
+        DataError: it is corrupt, or has another format version.
     """
     try:
         content = json.loads(text)
         if content.pop("format") != _FORMAT:
-            raise DataError(f"{where} is of another version of this project: make the data set or its index anew.")
+            raise DataError(
+                f"{where} was written by another version of this project: create the data set or its index again."
+            )
         splits = {
             name: Split(split["samples"], split["bytes"], {p: Shard(**s) for p, s in split["shards"].items()})
             for name, split in content.pop("splits").items()
         }
         return Manifest(classes=tuple(content.pop("classes")), splits=splits, **content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is corrupt ({type(error).__name__}: {error}): make the data set anew.") from error
+        raise DataError(f"{where} is corrupt ({type(error).__name__}: {error}): create the data set again.") from error
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """The folder's manifest; None where there is none."""
+    """Reads a folder's manifest; returns None if there is none."""
     file = root / MANIFEST
     try:
         return parse_manifest(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
@@ -75,15 +77,15 @@ def read_manifest(root: Path) -> Manifest | None:
 
 
 def index_file(root: Path, split: str) -> Path:
-    """Where a prepared set keeps a split's index."""
+    """Returns the path of a split's index in a prepared data set."""
     return root / "index" / f"{split}.parquet"
 
 
 def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
-    """The index of a split of a data set's folder; its shards are not looked at.
+    """Opens the index of a split of a prepared data set; does not check its shards.
 
     Raises:
-        DataError: there is no such split, or its index is missing, corrupt or of other data.
+        DataError: there is no such split, or its index is missing, corrupt or belongs to other data.
     """
     if split not in manifest.splits:
         raise DataError(f"{root} has no split '{split}', it has {', '.join(manifest.splits)}: correct the name.")
@@ -91,40 +93,40 @@ def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
     index = DatasetIndex(root.absolute(), manifest.classes, load_table(index_file(root, split)), expected.shards)
     if len(index) != expected.samples or index.total_bytes != expected.bytes:
         raise DataError(
-            f"{index_file(root, split)} has {len(index)} samples, {root / MANIFEST} says {expected.samples}: "
-            f"they are not of the same data set. Make the data set or its index anew."
+            f"{index_file(root, split)} has {len(index)} samples, {root / MANIFEST} has {expected.samples}: "
+            f"they belong to different data sets. Create the data set or its index again."
         )
     return index
 
 
 def check_shards(root: Path, split: Split) -> None:
-    """Compares the shards' sizes with the manifest.
+    """Compares the shards' file sizes with the manifest.
 
     Raises:
-        DataError: shards are missing or of another size; some are named.
+        DataError: shards are missing or have another size; the message names the first few.
     """
-    wrong = []
+    problems = []
     for name, shard in split.shards.items():
         try:
             size = (root / name).stat().st_size
         except OSError as error:
-            wrong.append(f"{name}: {error.strerror}")
+            problems.append(f"{name}: {error.strerror}")
             continue
         if size != shard.bytes:
-            wrong.append(f"{name}: {size} bytes, indexed with {shard.bytes}")
-    if wrong:
+            problems.append(f"{name}: {size} bytes, {shard.bytes} in the index")
+    if problems:
         raise DataError(
-            f"{len(wrong)} of {len(split.shards)} shards in {root} are not those that were indexed:\n  "
-            + listed(wrong, "\n  ")
-            + "\nCopy or prepare them anew; `densenet data verify` compares everything."
+            f"{len(problems)} of {len(split.shards)} shards in {root} are not those that were indexed:\n  "
+            + listed(problems, "\n  ")
+            + "\nCopy or prepare them again; `densenet data verify` checks everything."
         )
 
 
 def check_sizes(index: DatasetIndex, max_pixels: int) -> None:
-    """Compares all images' sizes in an index with the limit.
+    """Checks all images' sizes in an index against the limit.
 
     Raises:
-        DataError: some have more pixels; they are named.
+        DataError: some have more pixels; the message names the first few.
     """
     large = []
     for sample in np.flatnonzero(index.widths_N * index.heights_N > max_pixels).tolist():
@@ -136,12 +138,12 @@ def check_sizes(index: DatasetIndex, max_pixels: int) -> None:
         raise DataError(
             f"{len(large)} of {len(index)} images in {index.root} are too large:\n  "
             + listed(large, "\n  ")
-            + "\nRaise the limit, which costs memory, or leave them out."
+            + "\nRaise the limit, which costs memory, or remove them."
         )
 
 
 def open_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS) -> DatasetIndex:
-    """The index of one split of a data set's folder, or of class folders without an index, remembered in `cache`.
+    """Opens one split of a prepared data set, or indexes class folders; caches that index in `cache`.
 
     Raises:
         DataError: as `open_splits`.
@@ -164,14 +166,14 @@ def open_splits(
     warn: Callable[[str], None] = print,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[DatasetIndex, DatasetIndex]:
-    """Indexes of the training and the evaluation split of a data set's folder, or of class folders without an index.
+    """Opens the training and the evaluation split of a prepared data set, or indexes class folders.
 
-    The latter are looked at file by file, and remembered in the folder `cache`. With `skip_corrupt`, corrupt training
-    files found there, and those of more than `max_pixels`, are left out and told to `warn`, as is what is allowed and
-    probably not meant.
+    Checks class folders file by file, and caches the index in the folder `cache`. With `skip_corrupt`, skips training
+    files in class folders that are corrupt or have more than `max_pixels`. Passes skipped files and suspicious data to
+    `warn`.
 
     Raises:
-        DataError: something is missing, corrupt, or not laid out as it must be.
+        DataError: something is missing, corrupt, or has the wrong layout.
     """
     manifest = read_manifest(Path(root)) if root is not None else None
     if root is None or manifest is None:
@@ -189,16 +191,17 @@ def open_splits(
 def check_classes(
     train_index: DatasetIndex, val_index: DatasetIndex, names: tuple[str, str], root: str, warn: Callable[[str], None]
 ) -> None:
-    """Looks at the classes of two splits that are trained on and evaluated; what is doubtful is told to `warn`.
+    """Checks the classes of the training and the evaluation split; passes suspicious ones to `warn`.
 
     Raises:
         DataError: there is only one class.
     """
-    refuse_one_class(train_index.classes, root)
+    require_two_classes(train_index.classes, root)
     if names[0] == names[1]:
         warn(f"data.train and data.val are both '{names[0]}': the training images are evaluated")
     lines = [
-        absent(index.classes, index.labels_N, name) for index, name in zip((train_index, val_index), names, strict=True)
+        missing_class_warning(index.classes, index.labels_N, name)
+        for index, name in zip((train_index, val_index), names, strict=True)
     ]
-    for line in [*doubts(train_index.classes), *filter(None, lines)]:
+    for line in [*class_name_warnings(train_index.classes), *filter(None, lines)]:
         warn(line)

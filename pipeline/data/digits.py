@@ -1,4 +1,4 @@
-"""The demonstration's data set: scikit-learn's handwritten digits as JPEG class folders."""
+"""The demo data set: scikit-learn's handwritten digits as JPEG class folders."""
 
 from pathlib import Path
 
@@ -14,30 +14,30 @@ _QUALITY = 95
 
 
 def write_source(rest: str, folder: Path) -> None:
-    """The data source `digits://`.
+    """Writes the data source `digits://`.
 
     Raises:
-        DataError: something stands behind its name, or `folder` holds something else.
+        DataError: `rest` is not empty, or `folder` holds something else.
     """
     if rest:
-        raise DataError(f"data.root=digits://{rest}: nothing comes after digits://.")
+        raise DataError(f"data.root=digits://{rest}: nothing may follow digits://.")
     write_digits(folder)
 
 
 def write_digits(root: Path) -> None:
     """Writes `root`/{train,val}/DIGIT/NNNN.jpg: 1,437 and 360 gray images of 32 x 32 pixels.
 
-    The source is the 1,797 digits of 8 x 8 pixels, gray values 0-16, that scikit-learn carries (from the UCI set
-    "Optical Recognition of Handwritten Digits"). The split is a fixed shuffle, stratified by class. A complete folder
-    is left as it is; it appears under its name only when all files are there.
+    The source is scikit-learn's 1,797 digits of 8 x 8 pixels, gray values 0-16 (from the UCI set "Optical Recognition
+    of Handwritten Digits"). The split is a fixed shuffle, stratified by class. The folder is written atomically; a
+    complete one is not changed.
 
     Raises:
         DataError: `root` exists and holds something else.
     """
     if root.exists():
-        found = _count(root)
-        if found != (TRAIN_IMAGES, VAL_IMAGES):
-            raise DataError(f"{root} is not the digits data set ({found[0]} + {found[1]} images): move it away.")
+        counts = _count_images(root)
+        if counts != (TRAIN_IMAGES, VAL_IMAGES):
+            raise DataError(f"{root} is not the digits data set ({counts[0]} + {counts[1]} images): move or remove it.")
         return
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -47,14 +47,14 @@ def write_digits(root: Path) -> None:
         np.arange(len(digits.target)), test_size=VAL_IMAGES, random_state=0, stratify=digits.target
     )
     in_train = np.isin(np.arange(len(digits.target)), train_ids)
-    with atomic_folder(root) as aside:
+    with atomic_folder(root) as temporary:
         for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            folder = aside / ("train" if in_train[i] else "val") / str(label)
+            folder = temporary / ("train" if in_train[i] else "val") / str(label)
             folder.mkdir(parents=True, exist_ok=True)
             gray = Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8))
             gray.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.jpg", quality=_QUALITY)
 
 
-def _count(root: Path) -> tuple[int, int]:
+def _count_images(root: Path) -> tuple[int, int]:
     train, val = (sum(1 for _ in (root / split).glob("?/*.jpg")) for split in ("train", "val"))
     return train, val

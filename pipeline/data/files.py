@@ -1,4 +1,4 @@
-"""Files that are read at positions, by several threads or processes."""
+"""Random-access reads from files, by several threads or processes."""
 
 import os
 from functools import lru_cache
@@ -8,14 +8,14 @@ _OPEN_FILES = 256
 
 
 class File:
-    """An open file; it is closed when nobody holds it any longer."""
+    """An open file; it is closed when the last reference is gone."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes at `offset`: `length` of them, or fewer where the file ends. Other threads go on meanwhile."""
+        """Reads `length` bytes at `offset`, or fewer at the end of the file. Releases the GIL; thread-safe."""
         content = os.pread(self._descriptor, length, offset)
         while 0 < len(content) < length:
             more = os.pread(self._descriptor, length - len(content), offset + len(content))
@@ -30,7 +30,7 @@ class File:
 
 
 class Files:
-    """Opens files as they are asked for, and keeps the last few hundred open."""
+    """Opens files on demand, and keeps the most recently used few hundred open."""
 
     def __init__(self) -> None:
         self.open = lru_cache(_OPEN_FILES)(File)

@@ -1,4 +1,4 @@
-"""Class folders: `ROOT/SPLIT/CLASS/*`, listed, looked at and indexed without being copied."""
+"""Class folders, `ROOT/SPLIT/CLASS/*`: listing, header checks and indexing, without copying."""
 
 import hashlib
 import os
@@ -10,17 +10,17 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.config import MAX_PIXELS
-from pipeline.data.class_names import folders_by_class, refuse_one_class, unknown_classes
+from pipeline.data.class_names import check_known_classes, folders_by_class, require_two_classes
 from pipeline.data.ignored import IgnoredFiles
-from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, TooLarge, check_size, header, quiet
+from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, TooLarge, check_size, header, ignore_pil_warnings
 from pipeline.data.index import DatasetIndex, load_table, table_of
-from pipeline.data.label_lists import list_files_of, names_images_and_labels
+from pipeline.data.label_lists import find_label_lists, is_label_list
 from pipeline.data.listing import SYSTEM, entries, printable, tree
-from pipeline.data.names import SPLIT_WORDS, is_list, is_packed, words_of
+from pipeline.data.names import SPLIT_WORDS, is_compressed, is_csv, words_of
 from pipeline.errors import DataError, listed
 
-_CACHE = 2  # a cached index tells which files are used, so this changes when other files become so
-_TOGETHER = 256  # files that a thread looks at in one go: a task for each of a million files would cost gigabytes
+_CACHE_VERSION = 2  # a cached index records which files are valid: increase this when that rule changes
+_FILES_PER_TASK = 256  # one task for each of a million files would cost gigabytes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ImageFile:
 
 @dataclass
 class Listing:
-    """A split's files in sorted order; what is wrong with the rest, by path below the root; what is left out."""
+    """A split's files in sorted order; problems of unusable files, by path below the root; ignored files."""
 
     images: list[ImageFile] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
@@ -43,74 +43,78 @@ class Listing:
 
 
 def find_splits(root: str | None, train: str, val: str) -> tuple[Path, Path]:
-    """The folders of the two splits below `data.root`.
+    """Returns the folders of the two splits below `data.root`.
 
     Raises:
-        DataError: the root is not given or one of the folders is missing.
+        DataError: the root is not set or one of the folders is missing.
     """
     if root is None:
-        raise DataError("data.root is not set: add data.root=DIR, where DIR holds train/CLASS/* and val/CLASS/*.")
+        raise DataError("data.root is not set: add data.root=DIR, where DIR contains train/CLASS/* and val/CLASS/*.")
     folder = Path(root)
     if not folder.is_dir():
-        raise DataError(f"data.root={root} is not a folder: give one that holds {train}/CLASS/* and {val}/CLASS/*.")
+        raise DataError(
+            f"data.root={root} is not a folder: set it to one that contains {train}/CLASS/* and {val}/CLASS/*."
+        )
     for key, name in (("train", train), ("val", val)):
         if not (folder / name).is_dir():
-            there = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-            found = f"in it: {listed(there)}" if there else "it is empty"
-            others = [n for n in there if n not in (train, val) and (folder / n).is_dir()]
-            meant = [f"data.{key}={n}" for n in others if words_of(n) & SPLIT_WORDS[key]]
-            meant += [f"data.{key}={n}" for n in others if key == "val" and not meant and "test" in words_of(n)]
-            packed = [n for n in there if is_packed(n)]
+            existing = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+            contents = f"in it: {listed(existing)}" if existing else "it is empty"
+            others = [n for n in existing if n not in (train, val) and (folder / n).is_dir()]
+            suggested = [f"data.{key}={n}" for n in others if words_of(n) & SPLIT_WORDS[key]]
+            suggested += [f"data.{key}={n}" for n in others if key == "val" and not suggested and "test" in words_of(n)]
+            compressed = [n for n in existing if is_compressed(n)]
             advice = f"correct data.root or data.{key}"
-            if meant:
-                advice = f"set {' or '.join(meant)}"
-            elif packed:
-                advice = f"unpack {listed(packed)} first"
+            if suggested:
+                advice = f"set {' or '.join(suggested)}"
+            elif compressed:
+                advice = f"unpack {listed(compressed)} first"
             elif len(others) > 1 and not (folder / train).is_dir() and not (folder / val).is_dir():
-                advice = f"if these are the classes, move them into {train} and a share of each one's images into {val}"
+                advice = f"if these are the classes, move them into {train} and a part of each one's images into {val}"
             raise DataError(
-                f"data.root={root} has no folder '{name}' ({found}): {advice}, or make a data set from archives with "
-                f"`densenet data prepare`."
+                f"data.root={root} has no folder '{name}' ({contents}): {advice}, or create a data set from archives "
+                f"with `densenet data prepare`."
             )
     return folder / train, folder / val
 
 
 def list_classes(split: Path, ignored: IgnoredFiles | None = None) -> dict[str, str]:
-    """The folder of each class of a split, by class name in sorted order; a class's label is its rank.
+    """Maps a split's class names, sorted, to folder names; a class's label is its position.
 
     Raises:
-        DataError: there are no class folders, files lie beside them, or two are the same class or the same folder.
+        DataError: there are no class folders, there are files next to them, or two are the same class or folder.
     """
     folders: dict[tuple[int, int], str] = {}
     loose = []
     for entry in entries(split, split.name, ignored or IgnoredFiles()):
         if isinstance(entry, tuple):
-            raise DataError(f"{split / entry[0]} {entry[1]}. Mend or remove it: only class folders may be in {split}.")
+            raise DataError(f"{split / entry[0]} {entry[1]}. Fix or remove it: {split} may contain only class folders.")
         if not entry.is_folder:
             loose.append(entry.name)
         elif (other := folders.setdefault(entry.identity, entry.name)) != entry.name:
-            raise DataError(f"{split / other} and {split / entry.name} are the same folder, and would be two classes.")
+            raise DataError(f"{split / other} and {split / entry.name} are the same folder, but would be two classes.")
     if loose:
-        lists = [name for name in loose if is_list(name)]
-        with_list = f" With labels in a file ({listed(lists)}), so does it." if lists else ""
+        lists = [name for name in loose if is_csv(name)]
+        with_list = f" It also reads labels from a CSV file ({listed(lists)})." if lists else ""
         raise DataError(
-            f"{split} holds files outside class folders: {listed(sorted(loose))}. Each class needs a folder of its "
-            f"own, {split.name}/CLASS/*; ImageNet's validation images are flat: `densenet data prepare` sorts them."
+            f"{split} has files outside class folders: {listed(sorted(loose))}. Each class needs its own folder, "
+            f"{split.name}/CLASS/*; ImageNet's validation images are flat: `densenet data prepare` sorts them by class."
             + with_list
         )
     if not folders:
-        raise DataError(f"{split} has no class folders: it must hold {split.name}/CLASS/*.")
+        raise DataError(f"{split} has no class folders: it must contain {split.name}/CLASS/*.")
     return folders_by_class(folders.values(), split)
 
 
 def list_images(split: Path, classes: dict[str, str], train_classes: Sequence[str]) -> Listing:
-    """All files of a split's class folders, labeled by rank in `train_classes`; `classes` are from `list_classes`.
+    """Lists all files of a split's class folders, labeled by position in `train_classes`.
+
+    `classes` comes from `list_classes`.
 
     Raises:
-        DataError: a class is not among the training classes, is empty, or has folders in it.
+        DataError: a class is not a training class, is empty, or contains folders.
     """
     labels = {name: label for label, name in enumerate(train_classes)}
-    unknown_classes(split, classes, train_classes)
+    check_known_classes(split, classes, train_classes)
     listing = Listing()
     empty: list[str] = []
     for name, folder in classes.items():
@@ -124,18 +128,18 @@ def list_images(split: Path, classes: dict[str, str], train_classes: Sequence[st
 
 
 def list_files(folder: Path, prefix: str, label: int, listing: Listing) -> None:
-    """Adds the files of one folder; `prefix` is the folder's path below the root.
+    """Adds the files of one folder to `listing`; `prefix` is the folder's path below the root.
 
     Raises:
-        DataError: there is a folder in it.
+        DataError: it contains a folder.
     """
     for entry in entries(folder, prefix, listing.ignored):
         if isinstance(entry, tuple):
             listing.problems[f"{prefix}/{entry[0]}"] = entry[1]
         elif entry.is_folder:
             raise DataError(
-                f"{printable(entry.path)} is a folder inside a class folder: only image files may be there. If it is "
-                f"the class, and {folder.name} a group of classes, move or link it to {folder.parent}."
+                f"{printable(entry.path)} is a folder inside a class folder, which may contain only image files. If "
+                f"it is the class, and {folder.name} a group of classes, move or link it to {folder.parent}."
             )
         else:
             listing.images.append(ImageFile(f"{prefix}/{entry.name}", label, entry.length, entry.mtime_ns))
@@ -150,57 +154,57 @@ def scan_splits(
     warn: Callable[[str], None],
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[DatasetIndex, DatasetIndex]:
-    """Indexes of class folders.
+    """Indexes class folders for training and evaluation.
 
-    Files already known to the index in the folder `cache` (same path, length and time) are not opened again. Corrupt
-    training files, and those of more than `max_pixels`, are left out and told to `warn` with `skip_corrupt`; in the
-    evaluation split they never are.
+    Does not open files that the cached index in the folder `cache` has (same path, length and modification time). With
+    `skip_corrupt`, skips training files that are corrupt or have more than `max_pixels`, with a warning; in the
+    evaluation split they are always errors.
 
     Raises:
-        DataError: a folder is missing or is not laid out in class folders, or files are corrupt or are no images.
+        DataError: a folder is missing or does not contain class folders, or files are corrupt or not images.
     """
     train_folder, val_folder = find_splits(root, train, val)
     try:
         ignored = IgnoredFiles()
         folders = list_classes(train_folder, ignored)
         classes = tuple(folders)
-        refuse_one_class(classes, train_folder, [n for n in sorted(os.listdir(train_folder.parent)) if is_list(n)])
+        require_two_classes(classes, train_folder, [n for n in sorted(os.listdir(train_folder.parent)) if is_csv(n)])
         train_listing = list_images(train_folder, folders, classes)
         val_listing = list_images(val_folder, list_classes(val_folder, ignored), classes)
         folder = train_folder.parent.absolute()
         train_index, problems = _index(folder, train, classes, train_listing, cache, max_pixels)
         count = len(train_listing.images) + len(train_listing.problems)
         if skip_corrupt and problems:
-            warn(f"{len(problems)} of {count} training files are left out:\n  " + listed(problems, "\n  "))
+            warn(f"{len(problems)} of {count} training files are skipped:\n  " + listed(problems, "\n  "))
         else:
-            _refuse(train_folder, problems, count)
+            _raise_problems(train_folder, problems, count)
         val_index, problems = _index(folder, val, classes, val_listing, cache, max_pixels)
-        _refuse(val_folder, problems, len(val_listing.images) + len(val_listing.problems))
-        for file in list_files_of([train_folder.parent, train_folder, val_folder]):
-            if names_images_and_labels(file):
-                warn(f"{file} is not read, labels are the class folders' names: `densenet data prepare` reads it")
+        _raise_problems(val_folder, problems, len(val_listing.images) + len(val_listing.problems))
+        for file in find_label_lists([train_folder.parent, train_folder, val_folder]):
+            if is_label_list(file):
+                warn(f"{file} is ignored, labels follow from the class folders: `densenet data prepare` reads it")
         if train != val and train_folder.samefile(val_folder):
             warn(f"{train_folder} and {val_folder} are the same folder: the training images are evaluated")
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
     ignored.merge(train_listing.ignored)
     ignored.merge(val_listing.ignored)
-    for line in ignored.lines(without=SYSTEM):
-        warn(f"left out: {line}")
+    for line in ignored.lines(exclude=SYSTEM):
+        warn(f"ignored: {line}")
     return train_index, val_index
 
 
 def scan_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS) -> DatasetIndex:
-    """The index of one split's class folders, or of class folders in the root itself, where there is no such split.
+    """Indexes one split's class folders; without such a split, class folders in the root itself.
 
     Raises:
         DataError: as `scan_splits`.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder: give one that holds {split}/CLASS/* or CLASS/*.")
+        raise DataError(f"{root} is not a folder: use one that contains {split}/CLASS/* or CLASS/*.")
     folder = root / split if (root / split).is_dir() else root
     try:
-        if any(entry.is_dir() and _holds_folders(entry) for entry in folder.iterdir()):
+        if any(entry.is_dir() and _has_subfolders(entry) for entry in folder.iterdir()):
             raise DataError(
                 f"{root} has no split '{split}', it has {listed(list(list_classes(root)))}: correct the name."
             )
@@ -209,36 +213,39 @@ def scan_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS
         index, problems = _index(folder.parent.absolute(), folder.name, tuple(classes), listing, cache, max_pixels)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
-    _refuse(folder, problems, len(listing.images) + len(listing.problems))
+    _raise_problems(folder, problems, len(listing.images) + len(listing.problems))
     return index
 
 
 def scan_images(folder: Path, max_pixels: int = MAX_PIXELS) -> tuple[DatasetIndex, dict[str, str], IgnoredFiles]:
-    """All files below a folder, at any depth, in sorted order, linked folders too: an index of the images, all of one
-    class without a name; what is wrong with the rest, by path below the folder; and what is left out.
+    """Indexes all files below a folder, at any depth, in sorted order; follows links.
+
+    Returns:
+        The index of the images, all in one class with an empty name; the problems of unusable files, by path below the
+        folder; and the ignored files.
 
     Raises:
         DataError: it is not a folder.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give one with images.")
+        raise DataError(f"{folder} is not a folder: use one with images.")
     try:
         found = tree(folder)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be used: {error.strerror}.") from error
     files = [ImageFile(path, 0, entry.length, entry.mtime_ns) for path, entry in found.files.items()]
-    sizes = [_size(header, max_pixels) for header in probe_all([folder / file.path for file in files])]
+    sizes = [_usable_size(header, max_pixels) for header in probe_all([folder / file.path for file in files])]
     valid = [(file, size) for file, size in zip(files, sizes, strict=True) if isinstance(size, tuple)]
     problems = {file.path: reason for file, reason in zip(files, sizes, strict=True) if isinstance(reason, str)}
     return DatasetIndex(folder, ("",), _table(valid)), found.problems | problems, found.ignored
 
 
-def _holds_folders(folder: Path) -> bool:
+def _has_subfolders(folder: Path) -> bool:
     with os.scandir(folder) as entries:
         return any(entry.is_dir() for entry in entries)
 
 
-def _refuse(split: Path, problems: list[str], count: int) -> None:
+def _raise_problems(split: Path, problems: list[str], count: int) -> None:
     if problems:
         raise DataError(
             f"{len(problems)} of {count} files in {split} cannot be used:\n  "
@@ -250,20 +257,20 @@ def _refuse(split: Path, problems: list[str], count: int) -> None:
 def _index(
     root: Path, split: str, classes: tuple[str, ...], listing: Listing, cache: Path, max_pixels: int
 ) -> tuple[DatasetIndex, list[str]]:
-    """The index of the valid files, and a line on each of the others."""
-    cached = cache / f"{split}-{hashlib.sha256(os.fsencode(root / split)).hexdigest()[:16]}-{_CACHE}.parquet"
+    """Returns the index of the valid files, and a line for each problem."""
+    cached = cache / f"{split}-{hashlib.sha256(os.fsencode(root / split)).hexdigest()[:16]}-{_CACHE_VERSION}.parquet"
     known, images = _known_sizes(cached), listing.images
-    found: list[tuple[int, int] | Header | str | None] = [known.get((i.path, i.length, i.mtime_ns)) for i in images]
-    new = [i for i, known_size in enumerate(found) if known_size is None]
+    results: list[tuple[int, int] | Header | str | None] = [known.get((i.path, i.length, i.mtime_ns)) for i in images]
+    new = [i for i, known_size in enumerate(results) if known_size is None]
     for i, probed in zip(new, probe_all([root / images[i].path for i in new]), strict=True):
-        found[i] = probed
-    sizes = [_size(one, max_pixels) for one in found]
+        results[i] = probed
+    sizes = [_usable_size(result, max_pixels) for result in results]
     valid = [(image, size) for image, size in zip(images, sizes, strict=True) if isinstance(size, tuple)]
     problems = [f"{path}: {reason}" for path, reason in listing.problems.items()]
     problems += [f"{image.path}: {size}" for image, size in zip(images, sizes, strict=True) if isinstance(size, str)]
     index = DatasetIndex(root, classes, _table(valid))
     if new:
-        _save(index, cached)  # before the problems are told, so that the next start looks at the fixed files alone
+        _save(index, cached)  # before problems are raised, so that the next start checks only the fixed files
     return index, problems
 
 
@@ -274,7 +281,7 @@ def _save(index: DatasetIndex, file: Path) -> None:
     except OSError as error:
         raise DataError(
             f"the index of {index.root} cannot be saved in {file.parent}: {error.strerror or error}. "
-            f"Set run.output to a folder that can be written."
+            f"Set run.output to a writable folder."
         ) from error
 
 
@@ -291,11 +298,11 @@ def _table(images: Sequence[tuple[ImageFile, tuple[int, int]]]) -> pa.Table:
     )
 
 
-def _size(found: Header | tuple[int, int] | str | None, max_pixels: int) -> tuple[int, int] | str:
-    """Width and height of a file that is used, or what is wrong with it."""
-    if found is None or isinstance(found, str):
-        return found or "was not looked at"
-    width, height = (found.width, found.height) if isinstance(found, Header) else found
+def _usable_size(result: Header | tuple[int, int] | str | None, max_pixels: int) -> tuple[int, int] | str:
+    """Returns width and height of a valid file, or the problem."""
+    if result is None or isinstance(result, str):
+        return result or "was not checked"
+    width, height = (result.width, result.height) if isinstance(result, Header) else result
     try:
         check_size(width, height, max_pixels)
     except TooLarge as error:
@@ -304,7 +311,7 @@ def _size(found: Header | tuple[int, int] | str | None, max_pixels: int) -> tupl
 
 
 def _known_sizes(file: Path) -> dict[tuple[str, int, int], tuple[int, int]]:
-    """Sizes by (path, length, time) from an earlier index; a file that is not one counts for nothing."""
+    """Returns image sizes by (path, length, mtime) from a cached index; empty if the file is missing or invalid."""
     if not file.is_file():
         return {}
     try:
@@ -316,14 +323,14 @@ def _known_sizes(file: Path) -> dict[tuple[str, int, int], tuple[int, int]]:
 
 
 def probe_all(paths: Sequence[Path]) -> list[Header | str]:
-    """What `probe` says of each file, in order."""
-    slices = [paths[start : start + _TOGETHER] for start in range(0, len(paths), _TOGETHER)]
-    with quiet(), ThreadPoolExecutor() as pool:
-        return [found for part in pool.map(lambda s: [probe(path) for path in s], slices) for found in part]
+    """Runs `probe` on each file, in threads; returns the results in order."""
+    slices = [paths[start : start + _FILES_PER_TASK] for start in range(0, len(paths), _FILES_PER_TASK)]
+    with ignore_pil_warnings(), ThreadPoolExecutor() as pool:
+        return [result for part in pool.map(lambda s: [probe(path) for path in s], slices) for result in part]
 
 
 def probe(path: Path) -> Header | str:
-    """An image file's header, or what is wrong with it; only the head and the tail are read, nothing is decoded."""
+    """Reads an image file's header; returns it, or the problem. Reads only the start and the end; decodes nothing."""
     try:
         with path.open("rb") as file:
             start = file.read(HEAD)
@@ -333,10 +340,10 @@ def probe(path: Path) -> Header | str:
             try:
                 return header(start, end)
             except NotAnImage as error:
-                if size <= HEAD or "corrupt head" not in str(error):
+                if size <= HEAD or "corrupt header" not in str(error):
                     return str(error)
             file.seek(0)
-            return header(file.read(), end)  # its size lies beyond large embedded profiles or thumbnails
+            return header(file.read(), end)  # the size may come after large embedded profiles or thumbnails
     except NotAnImage as error:
         return str(error)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What kind of image a file is, told by its first bytes."""
+"""Image formats, detected by a file's first bytes (magic numbers)."""
 
-START = 16  # bytes that tell
-DECODED = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+SIGNATURE_BYTES = 16  # length of the start of a file that identifies its format
+SUPPORTED_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -17,21 +17,21 @@ _MAGIC = (
 )
 
 
-def format_of(start: bytes, length: int) -> str | None:
-    """The image format of a file of `length` bytes by its first `START` ones; None where they are no image's."""
+def detect_format(start: bytes, length: int) -> str | None:
+    """Returns the image format of a file of `length` bytes from its first `SIGNATURE_BYTES`; None: not an image."""
     for magic, name in _MAGIC:
         if start.startswith(magic):
             return name
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return "WEBP"
     if start[:2] == b"BM" and int.from_bytes(start[2:6], "little") in (0, length) and start[6:10] == bytes(4):
-        return "BMP"  # two letters alone would take a text for an image
+        return "BMP"  # the two letters alone could be text
     if start[4:8] == b"ftyp":
         return _BRANDS.get(start[8:12])
     return None
 
 
-def not_decoded(start: bytes) -> str | None:
-    """The name of an image format that is known and not decoded; None for all else."""
-    name = format_of(start, -1)
-    return None if name in DECODED else name
+def unsupported_format(start: bytes) -> str | None:
+    """Returns the name of a known image format that is not supported; None for all other files."""
+    name = detect_format(start, -1)
+    return None if name in SUPPORTED_FORMATS else name

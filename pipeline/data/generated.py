@@ -1,4 +1,4 @@
-"""Data sets that a data source makes here: `data.root=digits://`, and those of plugins."""
+"""Data sets that are generated locally: `data.root=digits://`, and data sources of plugins."""
 
 import hashlib
 from pathlib import Path
@@ -7,10 +7,10 @@ from pipeline.extension_points import DATA_SOURCES, is_generated
 
 
 def generate_data(root: str, output: Path) -> str:
-    """The folder of a data set that is made, in `output/data`; any other root as it is.
+    """Generates a data source's data set below `output/data` and returns its folder; returns other roots unchanged.
 
     Raises:
-        DataError: the source refuses what stands behind its name.
+        DataError: the source rejects the part after `://`.
     """
     if not is_generated(root):
         return root

@@ -1,7 +1,8 @@
-"""The index of a split: for each sample where its bytes lie, its label, its size and its checksum.
+"""The index of a split: each sample's file, byte offset and length, label, image size and checksum.
 
-The plan needs every image's width and height, reading needs its place. An index is a Parquet file beside the data
-(see `pipeline.data.dataset`), or is made from class folders at the start of a run (see `pipeline.data.folders`).
+The samplers need all widths and heights; the readers need file, offset and length. An index is a Parquet file next to
+the data (see `pipeline.data.dataset`), or is created from class folders at the start of a run (see
+`pipeline.data.folders`).
 """
 
 import hashlib
@@ -19,14 +20,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.files import File, Files
-from pipeline.data.images import TAIL, cut_short
+from pipeline.data.images import TAIL, format_problem
 from pipeline.errors import CorruptSample, DataError
 from pipeline.files import atomic_file
 
 SCHEMA = pa.schema(
     [
-        ("path", pa.dictionary(pa.int32(), pa.string())),  # below the root: an image, or the shard that holds it
-        ("name", pa.string()),  # of a sample in a shard: what it was called in the source
+        ("path", pa.dictionary(pa.int32(), pa.string())),  # below the root: an image, or the shard that contains it
+        ("name", pa.string()),  # of a sample in a shard: its name in the source
         ("offset", pa.int64()),  # bytes
         ("length", pa.int64()),  # bytes
         ("label", pa.int32()),
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
 
 _ADVICE = (
     "Replace or remove it and start again; `densenet data verify` finds all such images, and "
-    "data.on_corrupt=skip trains without them."
+    "data.on_corrupt=skip replaces them with other samples in training."
 )
 
 
@@ -55,8 +56,8 @@ class Shard:
 class DatasetIndex:
     """One split of a data set below `root`; `table` has the columns of `SCHEMA`.
 
-    `classes` are the training classes, whose rank the labels are. Samples of one shard lie together; `shards` tells of
-    each what it must be (nothing for class folders).
+    `classes` are the training classes; a label is an index into them. Samples of one shard are contiguous. `shards` has
+    each shard's size and hash by path (empty for class folders).
     """
 
     def __init__(
@@ -68,15 +69,15 @@ class DatasetIndex:
         return self.table.num_rows
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles what was given, without what follows from it."""
+        """Pickles the arguments, without cached values."""
         return DatasetIndex, (self.root, self.classes, self.table, self.shards)
 
-    def moved(self, root: Path) -> "DatasetIndex":
-        """The same data in another place."""
+    def with_root(self, root: Path) -> "DatasetIndex":
+        """Returns an index of the same data below another root."""
         return DatasetIndex(root, self.classes, self.table, self.shards)
 
     def subset(self, rows_N: NDArray[np.int64]) -> "DatasetIndex":
-        """Some of the samples, in the order given."""
+        """Returns an index of the samples `rows_N`, in that order."""
         return DatasetIndex(self.root, self.classes, self.table.take(rows_N), self.shards)
 
     @cached_property
@@ -96,12 +97,12 @@ class DatasetIndex:
 
     @cached_property
     def files_N(self) -> NDArray[np.int64]:
-        """For each sample the number of its file, in order of first appearance."""
+        """Each sample's file number, int64; files are numbered in order of first appearance."""
         return self._path.indices.to_numpy().astype(np.int64)
 
     @cached_property
     def in_shards(self) -> bool:
-        """Whether files hold many samples each."""
+        """Whether the samples are stored in shards."""
         return self.table["name"].null_count == 0
 
     @property
@@ -112,7 +113,7 @@ class DatasetIndex:
     @cached_property
     def _path(self) -> pa.DictionaryArray:
         path = self.table["path"].combine_chunks()
-        if isinstance(path, pa.ChunkedArray):  # as pyarrow returns it where there were no or several dictionaries
+        if isinstance(path, pa.ChunkedArray):  # pyarrow returns one for no or several dictionaries
             path = path.unify_dictionaries().chunk(0) if path.num_chunks else pa.array([], SCHEMA.field("path").type)
         return path
 
@@ -139,7 +140,7 @@ class DatasetIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over classes, paths, places and labels: equal for equal data wherever it lies."""
+        """SHA-256 over classes, paths, offsets, lengths and labels; independent of the root."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         path = self._path.dictionary.take(self._path.indices)
         digest.update(pc.binary_length(path).to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
@@ -149,27 +150,27 @@ class DatasetIndex:
         return digest.hexdigest()
 
     def path(self, sample: int) -> Path:
-        """The file that holds a sample."""
+        """Returns the path of a sample's file."""
         return self.root / self._files[self.files_N[sample]]
 
     def names(self) -> list[str]:
-        """All samples' file names, without folders and endings."""
+        """Returns all samples' file names, without folders and extensions."""
         paths = self.table["name" if self.in_shards else "path"].to_pylist()
         return [path.rpartition("/")[2].partition(".")[0] for path in paths]
 
     def describe(self, sample: int) -> str:
-        """Where a sample is, for messages: its file, and in a shard its name and place."""
+        """Describes a sample for messages: its file, and in a shard also its name and byte offset."""
         if not self.in_shards:
             return str(self.path(sample))
         name = self.table["name"][int(sample)].as_py()
         return f"{self.path(sample)}, sample {name} at byte {self._offsets_N[sample]}"
 
     def read(self, sample: int) -> NDArray[np.uint8]:
-        """A sample's encoded bytes.
+        """Reads a sample's encoded bytes.
 
         Raises:
-            CorruptSample: the bytes are not those that were indexed, or are a JPEG cut short.
-            DataError: the file cannot be read at all.
+            CorruptSample: the bytes differ from the indexed ones, are not an image, or are a truncated image.
+            DataError: the file cannot be read.
         """
         path, offset, length = self.path(sample), int(self._offsets_N[sample]), int(self._lengths_N[sample])
         try:
@@ -184,25 +185,25 @@ class DatasetIndex:
         elif self._crc32_N is not None and zlib.crc32(content) != self._crc32_N[sample]:
             problem = "does not have the checksum that it was indexed with"
         else:
-            problem = cut_short(content[:16], content[-TAIL:])
+            problem = format_problem(content[:16], content[-TAIL:])
         if problem:
             raise CorruptSample(f"{self.describe(sample)} {problem}. {_ADVICE}")
         return np.frombuffer(content, np.uint8)
 
-    def differs_here(self, count: int, sizes: bool = True) -> str | None:
-        """Looks for up to `count` of the files, evenly spread; says what is missing or of another size here, if any."""
+    def find_difference(self, count: int, compare_sizes: bool = True) -> str | None:
+        """Checks up to `count` evenly spaced files; returns a message on a missing file or a changed size, or None."""
         total = len(self._files)
         for number in np.unique(np.linspace(0, max(0, total - 1), min(count, total)).astype(np.int64)):
             name = self._files[number]
             try:
-                found = (self.root / name).stat().st_size
+                size = (self.root / name).stat().st_size
             except OSError as error:
                 return f"{self.root / name}: {error.strerror}"
             expected = self.shards[name].bytes if name in self.shards else None
             if expected is None and not self.in_shards:
                 expected = int(self._lengths_N[self._first_of_file[number]])
-            if sizes and expected is not None and found != expected:
-                return f"{self.root / name} has {found:,} bytes, {expected:,} were indexed"
+            if compare_sizes and expected is not None and size != expected:
+                return f"{self.root / name} has {size:,} bytes, {expected:,} were indexed"
         return None
 
     @cached_property
@@ -218,7 +219,7 @@ class DatasetIndex:
 
 
 def table_of(rows: dict[str, list[Any]]) -> pa.Table:
-    """A table in the schema from columns; those that are not given are null, offsets 0."""
+    """Builds a table with the schema from columns; missing columns are null, missing offsets 0."""
     count = len(rows["path"])
     columns = (
         {"offset": [0] * count} | {field.name: [None] * count for field in SCHEMA if field.name != "offset"} | rows
@@ -235,29 +236,31 @@ def table_of(rows: dict[str, list[Any]]) -> pa.Table:
 
 
 def rows_of(table: pa.Table, start: int, count: int) -> pa.Table:
-    """A copy of some rows, paths as plain strings: a slice would be sent to other processes with the whole table."""
+    """Copies some rows, with paths as plain strings: pickling a slice would pickle the whole table."""
     rows = table.take(np.arange(start, min(start + count, len(table))))
     return rows.set_column(0, "path", rows["path"].cast(pa.string())) if "path" in rows.column_names else rows
 
 
 def save_table(table: pa.Table, file: Path) -> None:
-    """Writes a table as a whole Parquet file."""
-    with atomic_file(file) as aside:
-        pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
+    """Writes a table as a Parquet file, atomically."""
+    with atomic_file(file) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def load_table(file: Path) -> pa.Table:
     """Reads a table in the index's schema.
 
     Raises:
-        DataError: the file is missing, corrupt, or is not an index of this version.
+        DataError: the file is missing, corrupt, or an index of another version.
     """
     try:
         table = pq.read_table(file, read_dictionary=["path"], page_checksum_verification=True)
     except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist: make the index with `densenet data index`.") from error
+        raise DataError(f"{file} does not exist: create the index with `densenet data index`.") from error
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as an index ({str(error).splitlines()[0]}): make it anew.") from error
+        raise DataError(
+            f"{file} cannot be read as an index ({str(error).splitlines()[0]}): create it again."
+        ) from error
     if table.schema.names != SCHEMA.names:
         raise DataError(f"{file} is not an index of this version: its columns are {', '.join(table.schema.names)}.")
     return table.cast(SCHEMA)

@@ -1,4 +1,4 @@
-"""What lies in folders: files, what is none, what file managers leave behind. Links are followed, nothing is opened."""
+"""Lists folders: files, special files, hidden files. Follows links; opens no file."""
 
 import errno
 import os
@@ -20,9 +20,9 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)  # there are a million of them
+@dataclass(frozen=True, slots=True)  # up to a million instances
 class Entry:
-    """A file or folder: its name, its path on disk and what the file system says of it, links followed."""
+    """A file or folder: name, path on disk and file system attributes; links are followed."""
 
     name: str
     path: str
@@ -35,36 +35,36 @@ class Entry:
 
 @dataclass
 class Tree:
-    """What lies below a folder: files by path below it in sorted order, and what is wrong with the rest, by path."""
+    """The files below a folder by relative path, sorted; problems of unusable entries by path; ignored files."""
 
     files: dict[str, Entry] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     ignored: IgnoredFiles = field(default_factory=IgnoredFiles)
 
 
-def system_reason(name: str) -> str | None:
-    """Why a name is never data: it is hidden, or file managers and tools leave such files; None where it may be."""
+def ignore_reason(name: str) -> str | None:
+    """Returns why a name is ignored: it is hidden, or of file managers and tools; None if it may be data."""
     if name.lower() in _SYSTEM_NAMES or name.startswith("._"):
         return SYSTEM
     return HIDDEN if name.startswith(".") else None
 
 
-def member_reason(path: str) -> str | None:
-    """As `system_reason`, for a path inside an archive."""
-    return next((reason for part in path.split("/") if part != "." and (reason := system_reason(part))), None)
+def member_ignore_reason(path: str) -> str | None:
+    """As `ignore_reason`, for a path inside an archive."""
+    return next((reason for part in path.split("/") if part != "." and (reason := ignore_reason(part))), None)
 
 
 def entries(folder: str | Path, prefix: str, ignored: IgnoredFiles) -> Iterator[Entry | tuple[str, str]]:
-    """A folder's entries by name; for what is neither file nor folder its printable name, and what is wrong.
+    """Yields a folder's entries sorted by name; for an unusable entry yields its printable name and the problem.
 
-    `prefix`, the folder's path below the root, is what comes before names that are counted in `ignored`.
+    `prefix`, the folder's path below the root, precedes the names in `ignored`.
 
     Raises:
         OSError: the folder cannot be listed.
     """
     with os.scandir(folder) as found:
         for entry in sorted(found, key=lambda entry: entry.name):
-            reason = system_reason(entry.name)
+            reason = ignore_reason(entry.name)
             if reason is not None:
                 ignored.add(reason, printable(joined(prefix, entry.name)))
                 continue
@@ -72,7 +72,7 @@ def entries(folder: str | Path, prefix: str, ignored: IgnoredFiles) -> Iterator[
             try:
                 status = entry.stat()
             except OSError as error:
-                yield printable(entry.name), _unusable(entry, error)
+                yield printable(entry.name), _stat_problem(entry, error)
                 continue
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
                 kind = next((kind for is_it, kind in _KINDS if is_it(status.st_mode)), "special file")
@@ -94,20 +94,20 @@ def entries(folder: str | Path, prefix: str, ignored: IgnoredFiles) -> Iterator[
 
 
 def tree(root: Path) -> Tree:
-    """All files below a folder, at any depth. Linked folders are followed, and each folder is listed once.
+    """Lists all files below a folder, at any depth. Follows links to folders; lists each folder once.
 
-    A folder that is met again through a link, and all that is neither file nor folder, cannot be listed, or has no
-    name in UTF-8, is among the problems.
+    Problems are links to folders that are already listed, special files, broken links, folders that cannot be read, and
+    names that are not UTF-8.
     """
     found = Tree()
     status = root.stat()
     seen = {(status.st_dev, status.st_ino): "."}
     links: list[tuple[str, Entry]] = []
     _list(str(root), "", found, seen, links)
-    while links:  # after the folders that lie there, which keep their own paths
+    while links:  # last, so that real folders keep their own paths
         prefix, entry = links.pop(0)
         if entry.identity in seen:
-            found.problems[prefix] = f"is a link to a folder that is listed already, as {seen[entry.identity]}"
+            found.problems[prefix] = f"is a link to a folder that is already listed as {seen[entry.identity]}"
             continue
         seen[entry.identity] = prefix
         _list(entry.path, prefix, found, seen, links)
@@ -119,7 +119,7 @@ def tree(root: Path) -> Tree:
 def _list(
     folder: str, prefix: str, found: Tree, seen: dict[tuple[int, int], str], links: list[tuple[str, Entry]]
 ) -> None:
-    """Lists a folder and those in it; linked ones are put aside."""
+    """Lists a folder and its subfolders; appends linked folders to `links`."""
     todo = [(folder, prefix)]
     while todo:
         folder, prefix = todo.pop()
@@ -140,21 +140,21 @@ def _list(
 
 
 def joined(prefix: str, name: str) -> str:
-    """A path below the root."""
+    """Joins a path below the root."""
     return f"{prefix}/{name}" if prefix else name
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name from the file system is text: Python carries other bytes in it as lone surrogates."""
+    """Whether a file name is valid UTF-8; Python represents other bytes as lone surrogates."""
     return name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def printable(name: str) -> str:
-    r"""A name from the file system as text: bytes that are not UTF-8 are shown as `\xNN`."""
+    r"""Returns a file name as text; bytes that are not UTF-8 become `\xNN`."""
     return name if is_utf8(name) else os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _unusable(entry: os.DirEntry[str], error: OSError) -> str:
+def _stat_problem(entry: os.DirEntry[str], error: OSError) -> str:
     if entry.is_symlink() and error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return f"is a link that leads nowhere, to {printable(os.readlink(entry.path))}"
+        return f"is a broken link to {printable(os.readlink(entry.path))}"
     return f"cannot be read ({error.strerror})"

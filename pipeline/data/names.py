@@ -1,4 +1,4 @@
-"""What names of files and folders tell: which split, a list of labels, an archive that must be unpacked."""
+"""Classifies names of files and folders: splits, CSV files, compressed archives."""
 
 import re
 
@@ -6,15 +6,15 @@ SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validati
 
 
 def words_of(name: str) -> set[str]:
-    """The words in a file's or folder's name, in lower case."""
+    """Returns the words in a file's or folder's name, in lower case."""
     return set(re.split(r"[^a-z]+", name.lower())) - {""}
 
 
-def is_list(name: str) -> bool:
-    """Whether a file may be a list of labels."""
+def is_csv(name: str) -> bool:
+    """Whether a name is that of a CSV or TSV file, which may be a list of labels."""
     return name.lower().endswith((".csv", ".tsv"))
 
 
-def is_packed(name: str) -> bool:
-    """Whether a file is a compressed archive, which cannot be read where it lies."""
+def is_compressed(name: str) -> bool:
+    """Whether a name is that of a compressed archive, which must be unpacked before reading."""
     return name.lower().endswith((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))

@@ -1,4 +1,4 @@
-"""A data set in anyone's training loop: the stateless plan and its pixels, without the rest of the pipeline."""
+"""The public data API: a data set's stateless samplers and data loader, for any training loop."""
 
 import os
 import warnings
@@ -12,71 +12,71 @@ from pipeline.data.dataset import check_sizes, open_split, open_splits, read_man
 from pipeline.data.folders import list_classes
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, eval_share, micro_batch
+from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, rank_eval_batches
 from pipeline.errors import DataError, UserError
 from pipeline.extension_points import is_generated
 
 if TYPE_CHECKING:
     from pipeline.data.dali import Batch, Loader
 
-_WHOLE = "all"  # the split of a folder that holds class folders itself
+_WHOLE = "all"  # the split name of a folder that directly contains class folders
 _SIDES = range(8, 1025)
 
 
 def open_dataset(
-    place: str | Path,
+    root: str | Path,
     *,
     train: str = "train",
     stage: str | Path | None = None,
     cache: str | Path = "outputs",
     max_pixels: int = MAX_PIXELS,
 ) -> "Dataset":
-    """Opens a data set; images are not read yet.
+    """Opens a data set, without reading images yet.
 
     Args:
-        place: A prepared data set's folder, a folder with class folders in each split, or with class folders alone; an
-            address (`s3://bucket/set`); or `digits://`, the demonstration's handwritten digits.
-        train: The training split: class folders of other splits are labeled by its classes.
-        stage: For an address: a folder on this machine's own disk, to which shards are copied.
-        cache: Folder for what is remembered of class folders and addresses: the `run.output` of trainings.
-        max_pixels: Images of more pixels are refused.
+        root: Folder of a prepared data set, folder with SPLIT/CLASS/*, or folder with CLASS/*; a URI
+            (`s3://bucket/set`); or `digits://`, the demo's handwritten digits.
+        train: Name of the training split; its classes define the labels of all splits.
+        stage: For a URI: folder on this machine's local disk, to which shards are copied.
+        cache: Folder for cached indexes of class folders and URIs; use the `run.output` of training runs.
+        max_pixels: Maximum number of pixels of an image; larger ones are errors.
 
     Raises:
-        DataError: there is no such data set, or it is not laid out as it must be.
+        DataError: the data set does not exist, or has the wrong layout.
     """
-    return Dataset(place, train, None if stage is None else Path(stage), Path(cache).absolute(), max_pixels)
+    return Dataset(root, train, None if stage is None else Path(stage), Path(cache).absolute(), max_pixels)
 
 
-def data_folder(place: str | Path, cache: Path) -> Path:
-    """The folder that a user means; the images of a data source (`digits://`) are made below `cache` first."""
-    return Path(generate_data(str(place), cache)).expanduser()
+def resolve_data_root(root: str | Path, cache: Path) -> Path:
+    """Returns the folder of a data root; generates the data set of a data source (`digits://`) below `cache`."""
+    return Path(generate_data(str(root), cache)).expanduser()
 
 
 class Dataset:
-    """Class names, splits and batches of a data set, from `open_dataset`.
+    """A data set's class names, splits and batches; returned by `open_dataset`.
 
-    `root` is its folder; `splits` are the splits' names.
+    `root` is its folder; `splits` are the names of the splits.
     """
 
-    def __init__(self, place: str | Path, train: str, stage: Path | None, cache: Path, max_pixels: int) -> None:
+    def __init__(self, root: str | Path, train: str, stage: Path | None, cache: Path, max_pixels: int) -> None:
         self._train, self._stage, self._cache, self._max_pixels = train, stage, cache, max_pixels
-        self._address: str | None = None
+        self._uri: str | None = None
         self._indexes: dict[str, DatasetIndex] = {}
-        if "://" in str(place) and not is_generated(str(place)):
-            self._address = str(place)
-            self.root = self._fetched(self._address)
+        if "://" in str(root) and not is_generated(str(root)):
+            self._uri = str(root)
+            self.root = self._fetch_indexes(self._uri)
         else:
-            self.root = data_folder(place, cache)
+            self.root = resolve_data_root(root, cache)
         manifest = read_manifest(self.root)
         if manifest is None and not self.root.is_dir():
-            raise DataError(f"{place} is not a folder: give a data set's folder, or one that holds SPLIT/CLASS/*.")
+            raise DataError(f"{root} is not a folder: use a data set's folder, or one that contains SPLIT/CLASS/*.")
         self._is_prepared = manifest is not None
         self.splits: tuple[str, ...] = tuple(manifest.splits) if manifest is not None else self._split_folders()
         self._classes = None if manifest is None else manifest.classes
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The class names in the order of the labels: those of the training split."""
+        """The class names of the training split, in order of the labels."""
         if self._classes is not None:
             return self._classes
         name = self._train if self._train in self.splits else self.splits[0]
@@ -84,21 +84,21 @@ class Dataset:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The images of each split; class folders without an index are looked at first, file by file."""
+        """The number of images of each split; indexes class folders first, file by file."""
         return {split: len(self.index(split)) for split in self.splits}
 
     def index(self, split: str) -> DatasetIndex:
-        """Where each image of a split lies, its label and its size.
+        """Returns a split's index: each image's location, label and size.
 
         Raises:
-            DataError: there is no such split, or something in it is corrupt.
+            DataError: there is no such split, or a file in it is corrupt.
         """
         if split not in self._indexes:
-            self._indexes[split] = self._opened(split)
+            self._indexes[split] = self._open_index(split)
         return self._indexes[split]
 
     def __repr__(self) -> str:
-        return f"Dataset({self._address or self.root}: {', '.join(self.splits)}; {len(self.classes)} classes)"
+        return f"Dataset({self._uri or self.root}: {', '.join(self.splits)}; {len(self.classes)} classes)"
 
     def batches(
         self,
@@ -116,78 +116,82 @@ class Dataset:
         training: bool | None = None,
         config: RunConfig | None = None,
     ) -> "Batches":
-        """This rank's batches of a split, ready for a model.
+        """Returns this rank's batches of a split, ready for a model.
 
-        In training the samples come in the run's one order: an epoch is a permutation that follows from the seed, and
-        crop, flip and augmentations of each sample follow from seed, epoch and sample. So the global batches are the
-        same at any `world_size`, and a loop goes on where another ended: with `start`, and no state. A batch may hold
-        the end of one epoch and the start of the next one, so that all are of one size. In evaluation each image
-        comes once over all ranks, and the last batch may be smaller.
+        Training uses a stateless sampler: each epoch is a permutation that depends on the seed, and crop, flip and
+        augmentations depend on (seed, epoch, sample). So the global batches are the same at any `world_size`, and
+        `start` resumes at any sample without other state. All batches have the same size; one may contain the end of an
+        epoch and the start of the next. In evaluation, each image occurs once over all ranks, and the last batch may be
+        smaller.
 
         Args:
             split: One of `splits`.
-            batch_size: Images of a step over all ranks; each rank gets `batch_size / world_size` of them.
-            seed: Of order, crops and augmentations; default: `config.run.seed`, which is 0.
-            start: Samples that all ranks have seen before: the place in the run's order.
-            stop: Ends with the first batch that reaches this place; default: the end of the epoch of `start`.
-            epochs: The same in passes from the run's beginning.
-            rank: Of this process, from 0.
+            batch_size: Global batch size: images per step over all ranks. Each rank gets `batch_size / world_size`.
+            seed: Seed of order, crops and augmentations; default: `config.run.seed`, which is 0.
+            start: Samples that all ranks have already seen: the position in the run's sample order.
+            stop: Position that the last batch reaches; default: the end of the epoch of `start`.
+            epochs: As `stop`, in epochs from the start of the run.
+            rank: Rank of this process, from 0.
             world_size: Number of processes.
-            image_size: Side of the images, pixels; default: the config's, 224. In evaluation it is the crop's, and
+            image_size: Side of the images, pixels; default: the config's, 224. In evaluation it is the crop size, and
                 the shorter side is resized in the config's ratio, 256 / 224.
-            device: Where images are decoded and where the batches lie; the current one of `cuda`.
-            training: Whether to shuffle and to augment; default: for the split that is trained on alone.
-            config: Everything else, as `load_config` gives it: `data.*` (crops, flip, mean and std, corrupt images),
-                `augment.*`, `eval.*`, `model.in_chans`. Without one, torchvision's usual values.
+            device: Device for decoding and for the batches; `cuda`: the current GPU.
+            training: Whether to shuffle and augment; default: only for the training split.
+            config: All other settings, from `load_config`: `data.*` (crops, flip, mean and std, corrupt images),
+                `augment.*`, `eval.*`, `model.in_chans`. Default: torchvision's usual values.
 
         Raises:
-            UserError: a value does not fit.
-            DataError: there is no such split; and, from the loop, an image is corrupt or has gone.
+            UserError: an argument is invalid.
+            DataError: there is no such split; or, while iterating, an image is corrupt or missing.
         """
         config = config or RunConfig()
         training = split == self._train if training is None else training
-        _check_share(batch_size, rank, world_size)
+        _check_batch_size(batch_size, rank, world_size)
         _check_device(device)
         if image_size is not None and image_size not in _SIDES:
             raise UserError(f"image_size={image_size} must be from {_SIDES.start} to {_SIDES.stop - 1} pixels.")
         index = self.index(split)
-        share = batch_size // world_size
+        rank_batch = batch_size // world_size
         if not training:
             for name, value in (("start", start or None), ("stop", stop), ("epochs", epochs)):
                 if value is not None:
-                    raise UserError(f"{name}={value} has no effect where each image comes once: leave it out.")
+                    raise UserError(
+                        f"{name}={value} has no effect in evaluation, where each image occurs once: omit it."
+                    )
             plan = eval_plan(config, index, image_size)
-            planned = (plan.batch(ids_B) for ids_B in eval_share(len(index), rank, world_size, share))
-            own = (rank + 1) * len(index) // world_size - rank * len(index) // world_size
-            return Batches(partial(_loader, config, index, share, device, None), planned, -(-own // share))
-        order = train_plan(config, index, seed)
-        steps = _steps(start, stop, epochs, len(index), batch_size)
-        if config.augment.mixes and (share % 2 or start % 2):
-            raise UserError(
-                f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images: batch_size={batch_size} gives {share} to "
-                f"each rank from start={start}, and both must be even."
+            planned = (plan.batch(ids_B) for ids_B in rank_eval_batches(len(index), rank, world_size, rank_batch))
+            count = (rank + 1) * len(index) // world_size - rank * len(index) // world_size
+            return Batches(
+                partial(_create_loader, config, index, rank_batch, device, None), planned, -(-count // rank_batch)
             )
-        places = (start + micro_batch(step, 0, rank, world_size, share, 1) for step in range(steps))
-        sides = (
+        sampler = train_plan(config, index, seed)
+        steps = _steps(start, stop, epochs, len(index), batch_size)
+        if config.augment.mixes and (rank_batch % 2 or start % 2):
+            raise UserError(
+                f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images: start={start} and the batch size "
+                f"per rank, {rank_batch} of batch_size={batch_size}, must be even."
+            )
+        positions = (start + micro_batch(step, 0, rank, world_size, rank_batch, 1) for step in range(steps))
+        sizes = (
             config.data
             if image_size is None
             else config.data.model_copy(update={"image_size": image_size, "progressive_resize": ()})
         )
-        planned = (order.batch(positions_B, sides.side_at(positions_B[0] / len(index))) for positions_B in places)
-        return Batches(partial(_loader, config, index, share, device, order), planned, steps)
+        planned = (sampler.batch(positions_B, sizes.side_at(positions_B[0] / len(index))) for positions_B in positions)
+        return Batches(partial(_create_loader, config, index, rank_batch, device, sampler), planned, steps)
 
     def _split_folders(self) -> tuple[str, ...]:
-        """The folders that hold class folders, the training split first."""
-        there = [p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")]
-        splits = sorted(p.name for p in there if any(entry.is_dir() for entry in p.iterdir()))
+        """Returns the folders that contain class folders, the training split first."""
+        folders = [p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        splits = sorted(p.name for p in folders if any(entry.is_dir() for entry in p.iterdir()))
         return tuple(sorted(splits, key=lambda name: name != self._train)) or (_WHOLE,)
 
-    def _opened(self, split: str) -> DatasetIndex:
+    def _open_index(self, split: str) -> DatasetIndex:
         if split not in self.splits:
             raise DataError(f"{self.root} has no split '{split}', it has {', '.join(self.splits)}: correct the name.")
         cache = self._cache / "index"
-        if self._address is not None:
-            return self._staged(self._address, split)
+        if self._uri is not None:
+            return self._stage_split(self._uri, split)
         if self._is_prepared or split == self._train or self._train not in self.splits:
             return open_split(self.root, split, cache, self._max_pixels)
         warn = partial(warnings.warn, stacklevel=4)
@@ -195,35 +199,35 @@ class Dataset:
         self._indexes[self._train] = train
         return other
 
-    def _fetched(self, address: str) -> Path:
-        from pipeline.data.staging import fetch_indexes, remote_folder
+    def _fetch_indexes(self, uri: str) -> Path:
+        from pipeline.data.staging import fetch_indexes, remote_cache_folder
 
         if self._stage is None:
-            raise DataError(f"{address} is an address: give stage=FOLDER on this machine's own disk.")
-        fetch_indexes(address, (), self._cache / "index")
-        return remote_folder(address, self._cache / "index")
+            raise DataError(f"{uri} is a URI: pass stage=FOLDER on this machine's local disk.")
+        fetch_indexes(uri, (), self._cache / "index")
+        return remote_cache_folder(uri, self._cache / "index")
 
-    def _staged(self, address: str, split: str) -> DatasetIndex:
+    def _stage_split(self, uri: str, split: str) -> DatasetIndex:
         from pipeline.data.staging import fetch_indexes, stage
 
-        (index,) = fetch_indexes(address, (split,), self._cache / "index")
+        (index,) = fetch_indexes(uri, (split,), self._cache / "index")
         check_sizes(index, self._max_pixels)
         assert self._stage is not None
-        return stage(index, address, self._stage)
+        return stage(index, uri, self._stage)
 
 
 class Batches:
-    """Batches in the order of the plan: `len` of them. Reading runs ahead in threads while the loop has one.
+    """An iterator of batches, with a length. Threads prefetch the next batches while the loop uses the current one.
 
-    They end with the loop; one that is left earlier is closed by `close`, by a `with` block around it, or when nothing
-    refers to it any longer. `skipped` tells of the corrupt images that were replaced so far (`data.on_corrupt=skip`),
-    by their row in the index.
+    Resources are freed at the end of the loop; after an early exit, by `close`, by a `with` block around the loop, or
+    when the last reference is gone. `skipped` has the corrupt images replaced so far (`data.on_corrupt=skip`), with
+    the reason, by row in the index.
     """
 
-    def __init__(self, loader: Callable[[], "Loader"], planned: Iterator[PlannedBatch], count: int) -> None:
+    def __init__(self, create_loader: Callable[[], "Loader"], planned: Iterator[PlannedBatch], count: int) -> None:
         self.skipped: dict[int, str] = {}
         self._count = count
-        self._batches = _run(loader, planned, self.skipped)
+        self._batches = _run(create_loader, planned, self.skipped)
 
     def __len__(self) -> int:
         return self._count
@@ -241,29 +245,29 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads and frees the memory; there are no further batches."""
+        """Stops the threads and frees memory; ends the iteration."""
         self._batches.close()
 
 
 def _run(
-    new_loader: Callable[[], "Loader"], planned: Iterator[PlannedBatch], skipped: dict[int, str]
+    create_loader: Callable[[], "Loader"], planned: Iterator[PlannedBatch], skipped: dict[int, str]
 ) -> Generator["Batch"]:
-    """A loader lives as long as this generator, which refers to nobody that refers to it."""
-    with new_loader() as loader:
+    """Runs a loader that lives as long as this generator; there is no reference cycle, so `del` closes it."""
+    with create_loader() as loader:
         for batch in loader.run(planned):
             skipped.update(loader.skipped)
             yield batch
 
 
 def train_plan(config: RunConfig, index: DatasetIndex, seed: int | None = None) -> TrainPlan:
-    """The order and the crops of a run's training samples; `seed` is the config's by default.
+    """Creates the training sampler of a config; `seed` defaults to the config's.
 
     Raises:
-        UserError: the windowed shuffle is asked for, and there are no shards.
+        UserError: the config requests the windowed shuffle, but there are no shards.
     """
     data = config.data
     if data.shuffle == "windowed" and not index.shards:
-        raise UserError("data.shuffle=windowed mixes within windows of shards, and there are none: use full.")
+        raise UserError("data.shuffle=windowed shuffles within windows of shards, and there are none: use full.")
     return TrainPlan(
         seed=config.run.seed if seed is None else seed,
         widths_N=index.widths_N,
@@ -278,15 +282,15 @@ def train_plan(config: RunConfig, index: DatasetIndex, seed: int | None = None) 
 
 
 def eval_plan(config: RunConfig, index: DatasetIndex, crop: int | None = None) -> EvalPlan:
-    """Resize and crop of a run's evaluation; another `crop` keeps its ratio to the resize."""
+    """Creates the evaluation sampler of a config; another `crop` keeps its ratio to the resize."""
     resize = config.eval.resize if crop is None else int(crop * config.eval.resize / config.eval.crop)
     return EvalPlan(index.widths_N, index.heights_N, resize, crop or config.eval.crop)
 
 
-def _loader(
-    config: RunConfig, index: DatasetIndex, batch_size: int, device: Device, order: TrainPlan | None
+def _create_loader(
+    config: RunConfig, index: DatasetIndex, batch_size: int, device: Device, sampler: TrainPlan | None
 ) -> "Loader":
-    """A loader of the training samples in `order`, or, without one, of the images as evaluation sees them."""
+    """Creates a loader for training with `sampler`; without it, for evaluation."""
     from pipeline.data.dali import Loader
 
     data, device_id = config.data, None
@@ -301,40 +305,40 @@ def _loader(
         threads=len(os.sched_getaffinity(0)) if data.threads == "auto" else data.threads,
         readers=data.readers,
         max_batch_size=batch_size,
-        interpolation=data.interpolation if order is not None else config.eval.interpolation,
+        interpolation=data.interpolation if sampler is not None else config.eval.interpolation,
         mean=data.mean,
         std=data.std,
-        augment=config.augment if order is not None else None,
-        skip_by=order if data.on_corrupt == "skip" else None,
+        augment=config.augment if sampler is not None else None,
+        replacement_plan=sampler if data.on_corrupt == "skip" else None,
         channels=config.model.in_chans,
         num_classes=config.model.num_classes,
     )
 
 
-def _check_share(batch_size: int, rank: int, world_size: int) -> None:
+def _check_batch_size(batch_size: int, rank: int, world_size: int) -> None:
     if world_size < 1 or not 0 <= rank < world_size:
         raise UserError(f"rank={rank} must be from 0 to world_size - 1, and world_size is {world_size}.")
     if batch_size < 1 or batch_size % world_size:
         raise UserError(
-            f"batch_size={batch_size} counts the images of a step over all ranks: it must be a multiple of "
+            f"batch_size={batch_size} is the global batch size over all ranks: it must be a positive multiple of "
             f"world_size={world_size}."
         )
 
 
 def _check_device(device: Device) -> None:
     if device not in ("cpu", "cuda"):
-        raise UserError(f"device={device} is not known: use cpu, or cuda for the current GPU (torch.cuda.set_device).")
+        raise UserError(f"device={device} is unknown: use cpu, or cuda for the current GPU (torch.cuda.set_device).")
     if device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError("device=cuda: torch finds no GPU here. Use cpu.")
+            raise UserError("device=cuda: torch finds no GPU. Use cpu.")
 
 
 def _steps(start: int, stop: int | None, epochs: float | None, num_samples: int, batch_size: int) -> int:
-    """How many batches there are from `start` to the end."""
+    """Returns the number of batches from `start` to the end."""
     if stop is not None and epochs is not None:
-        raise UserError(f"stop={stop} and epochs={epochs} both say where the batches end: give one of them.")
+        raise UserError(f"stop={stop} and epochs={epochs} both set the end of the batches: use only one.")
     if epochs is not None:
         stop = round(epochs * num_samples)
     if stop is None:

@@ -1,4 +1,4 @@
-"""Random numbers without state: a function of the seed and of what they are for."""
+"""Counter-based random numbers (Philox): a pure function of seed, epoch, sample and purpose."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,17 +10,17 @@ _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _ROUNDS = 10
 
-# What random words are for: the counters' last word.
-SHUFFLE, CROP, COLOR, AUTO, ERASE, MIX, SHUFFLE_SHARDS, REPLACE, PLUGIN = range(9)
+# Purposes of random words: the last word of the counter.
+SHUFFLE, CROP, COLOR, AUTO_AUGMENT, ERASE, MIX, SHUFFLE_SHARDS, REPLACE, PLUGIN = range(9)
 
 
 def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.uint64]:
     """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), vectorized.
 
-    Written out here so that a run's sample order does not depend on the version of a library.
+    Implemented here so that a run's sample order does not depend on a library's version.
 
     Args:
-        counters_4: four arrays that broadcast together, values below 2**32.
+        counters_4: four broadcastable arrays, values below 2**32.
         seed: the key, below 2**64.
 
     Returns:
@@ -32,7 +32,7 @@ def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.
     for _ in range(_ROUNDS):
         np.multiply(c0, _M0, out=p0)
         np.multiply(c2, _M1, out=p1)
-        # c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0), in the arrays that are there
+        # c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0), in place
         np.right_shift(p1, _SHIFT, out=c0)
         c0 ^= c1
         c0 ^= k0
@@ -46,25 +46,25 @@ def philox(counters_4: tuple[NDArray[np.uint64], ...], seed: int) -> NDArray[np.
 
 
 def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Words below 2**32 as numbers in [0, 1)."""
+    """Converts words below 2**32 to uniform floats in [0, 1)."""
     return words.astype(np.float64) * 2.0**-32
 
 
-def draw(seed: int, epochs_B: Ints, ids_B: Ints, tries: dict[int, int]) -> dict[int, NDArray[np.float64]]:
-    """Four numbers in [0, 1) for each sample as it is in an epoch, each purpose and each of its tries.
+def draw(seed: int, epochs_B: Ints, ids_B: Ints, counts: dict[int, int]) -> dict[int, NDArray[np.float64]]:
+    """Draws uniform numbers in [0, 1) for each (epoch, sample): four per purpose and draw.
 
     Args:
-        tries: how many there are for each purpose; all are computed together, which is what makes it fast.
+        counts: number of draws for each purpose; one call for all purposes is fastest.
 
     Returns:
-        For each purpose an array of shape [4, B, tries].
+        For each purpose an array of shape [4, B, counts[purpose]].
     """
     counters = (
         ids_B.astype(np.uint64)[:, None],
         epochs_B.astype(np.uint64)[:, None],
-        np.concatenate([np.arange(count, dtype=np.uint64) for count in tries.values()]),
-        np.repeat(np.fromiter(tries, np.uint64), list(tries.values())),
+        np.concatenate([np.arange(count, dtype=np.uint64) for count in counts.values()]),
+        np.repeat(np.fromiter(counts, np.uint64), list(counts.values())),
     )
     u_4BT = uniform(philox(counters, seed))
-    ends = np.cumsum(list(tries.values())).tolist()
-    return {purpose: u_4BT[..., end - tries[purpose] : end] for purpose, end in zip(tries, ends, strict=True)}
+    ends = np.cumsum(list(counts.values())).tolist()
+    return {purpose: u_4BT[..., end - counts[purpose] : end] for purpose, end in zip(counts, ends, strict=True)}

@@ -1,8 +1,8 @@
-"""Which sample comes when, and everything random about it: pure arithmetic on (seed, epoch, sample).
+"""Stateless samplers: the shuffled sample order, random-resized crops and flips, as functions of (seed, epoch, sample).
 
-There is no state: position `p` of the run's sample order gives `epoch, i = divmod(p, N)`, the epoch's permutation
-gives the sample, and a counter-based generator keyed by (seed, epoch, sample) gives its crop window and its flip.
-So the same global batches come whatever the number of workers, the split of the batch or the number of restarts.
+Position `p` of the run's sample order gives `epoch, i = divmod(p, N)`, the epoch's permutation gives the sample, and a
+counter-based generator keyed by (seed, epoch, sample) gives its crop window and flip. So the global batches do not
+depend on the number of workers, on gradient accumulation or on restarts, and training resumes at any sample.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,17 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Augment
-from pipeline.data.augment import Augmentations, augmentations, tries
+from pipeline.data.augment import Augmentations, draw_counts, plan_augmentations
 from pipeline.data.philox import CROP, REPLACE, SHUFFLE, SHUFFLE_SHARDS, Ints, draw, philox
 
 _TRIES = 10
-_CHUNK = 1 << 14  # samples whose random words fit the processor's cache
+_CHUNK = 1 << 14  # samples whose random words fit the CPU cache
 
 
 def permutation(seed: int, epoch: int, num_samples: int, windows_N: Ints | None = None, purpose: int = SHUFFLE) -> Ints:
-    """The order of the samples in an epoch: they are sorted by as many random bits as fit beside their numbers.
+    """Returns the permutation of the samples in an epoch: sorts them by random keys.
 
-    With `windows_N`, samples are sorted by the number of their window first, and mixed within each.
+    A 64-bit key holds the sample's id in its lowest bits and random bits above. With `windows_N`, samples are sorted by
+    window first, and shuffled within each window.
     """
     id_bits = max(1, (num_samples - 1).bit_length())
     window_bits = 0 if windows_N is None else int(windows_N.max()).bit_length()
@@ -35,29 +36,29 @@ def permutation(seed: int, epoch: int, num_samples: int, windows_N: Ints | None 
     if windows_N is not None and window_bits:
         keys_N |= windows_N.astype(np.uint64) << np.uint64(64 - window_bits)
     low = np.uint64((1 << id_bits) - 1)
-    # The number in the lowest bits makes all keys distinct, so that any sorting method gives the same order.
+    # The id in the lowest bits makes all keys distinct, so that any sorting algorithm gives the same order.
     ordered_N = np.sort((keys_N & ~low) | np.arange(num_samples, dtype=np.uint64))
     return (ordered_N & low).astype(np.int64)
 
 
 def windowed_permutation(seed: int, epoch: int, files_N: Ints, window: int) -> Ints:
-    """The order of an epoch for storage that is slow to jump about in: few shards are open at a time.
+    """Returns an epoch's permutation for storage with slow random access: few shards are open at a time.
 
-    The shards are put in random order and cut into windows of `window` shards; samples are mixed within each window.
+    Shuffles the shards, groups them into windows of `window` shards, and shuffles samples within each window.
     """
     num_files = int(files_N.max()) + 1
-    place_of_file = np.empty(num_files, np.int64)
-    place_of_file[permutation(seed, epoch, num_files, purpose=SHUFFLE_SHARDS)] = np.arange(num_files)
-    return permutation(seed, epoch, len(files_N), windows_N=place_of_file[files_N] // window)
+    position_of_file = np.empty(num_files, np.int64)
+    position_of_file[permutation(seed, epoch, num_files, purpose=SHUFFLE_SHARDS)] = np.arange(num_files)
+    return permutation(seed, epoch, len(files_N), windows_N=position_of_file[files_N] // window)
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """What to decode and how to cut it, for a batch of B samples.
+    """A sampler's output for a batch of B samples: what to decode, resize, crop, flip and augment.
 
     The window (top-left `window_starts_B2`, size `window_shapes_B2`) of the stored image is decoded and resized to
-    `sizes_B2`; a square of `side` pixels is cut from it at `origins_B2`, and mirrored where `flips_B` is 1. All pairs
-    are (vertical, horizontal), in pixels, int32. In evaluation positions are ids, and epochs 0.
+    `sizes_B2`; a square of `side` pixels is cropped from it at `origins_B2`, and mirrored if `flips_B` is 1. All pairs
+    are (vertical, horizontal), in pixels, int32. In evaluation, positions equal ids and epochs are 0.
     """
 
     positions_B: Ints
@@ -75,16 +76,16 @@ class PlannedBatch:
         return len(self.ids_B)
 
     def regions(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Where the squares begin and end in the windows: [B, 2] each, in pixels of the windows before the resize."""
+        """Returns the crops' starts and ends in the windows: [B, 2] each, in pixels before the resize."""
         scales_B2 = self.window_shapes_B2 / self.sizes_B2
         return self.origins_B2 * scales_B2, (self.origins_B2 + self.side) * scales_B2
 
 
 @dataclass(frozen=True, eq=False)
 class TrainPlan:
-    """Random-resized crops and flips in shuffled order; arguments as in `pipeline.config.Data`.
+    """The training sampler: shuffled order, random-resized crops and flips; arguments as in `pipeline.config.Data`.
 
-    `files_N` gives each sample's shard, for the windowed shuffle in windows of `window` shards; None: the full one.
+    `files_N` gives each sample's shard, for the windowed shuffle in windows of `window` shards; None: full shuffle.
     """
 
     seed: int
@@ -101,43 +102,43 @@ class TrainPlan:
         return len(self.widths_N)
 
     @cached_property
-    def _order(self) -> Callable[[int], Ints]:
-        return lru_cache(2)(self._new_order)
+    def _cached_order(self) -> Callable[[int], Ints]:
+        return lru_cache(2)(self._epoch_order)
 
-    def _new_order(self, epoch: int) -> Ints:
+    def _epoch_order(self, epoch: int) -> Ints:
         if self.files_N is None:
             return permutation(self.seed, epoch, len(self))
         return windowed_permutation(self.seed, epoch, self.files_N, self.window)
 
     def locate(self, positions_B: Ints) -> tuple[Ints, Ints]:
-        """The epochs and the samples at positions of the run's sample order."""
-        epochs_B, places_B = np.divmod(positions_B, len(self))
+        """Returns epochs and sample ids at positions of the run's sample order."""
+        epochs_B, offsets_B = np.divmod(positions_B, len(self))
         ids_B = np.empty_like(positions_B)
         for epoch in np.unique(epochs_B):
-            here = epochs_B == epoch
-            ids_B[here] = self._order(int(epoch))[places_B[here]]
+            mask_B = epochs_B == epoch
+            ids_B[mask_B] = self._cached_order(int(epoch))[offsets_B[mask_B]]
         return epochs_B, ids_B
 
     def batch(self, positions_B: Ints, side: int) -> PlannedBatch:
-        """Plans the samples at positions of the run's sample order, as images of `side` pixels."""
-        return self._planned(positions_B, *self.locate(positions_B), side)
+        """Plans the samples at positions of the run's sample order; images have `side` x `side` pixels."""
+        return self._plan(positions_B, *self.locate(positions_B), side)
 
     def replaced(self, planned: PlannedBatch, ids_B: Ints) -> PlannedBatch:
-        """The batch with other samples at its positions, as they are seen in that epoch."""
-        return self._planned(planned.positions_B, planned.epochs_B, ids_B, planned.side)
+        """Plans the same positions and epochs with other samples."""
+        return self._plan(planned.positions_B, planned.epochs_B, ids_B, planned.side)
 
     def replacements(self, epoch: int, sample: int) -> Iterator[int]:
-        """Samples to take the place of a corrupt one in an epoch, in this order: 32, drawn at random."""
+        """Yields 32 random candidates to replace a corrupt sample in an epoch, in order of preference."""
         u_41T = draw(self.seed, np.array([epoch]), np.array([sample]), {REPLACE: 8})[REPLACE]
         yield from (u_41T * len(self)).astype(np.int64).ravel().tolist()
 
-    def _planned(self, positions_B: Ints, epochs_B: Ints, ids_B: Ints, side: int) -> PlannedBatch:
-        """Windows by torchvision's `RandomResizedCrop`.
+    def _plan(self, positions_B: Ints, epochs_B: Ints, ids_B: Ints, side: int) -> PlannedBatch:
+        """Plans crop windows as torchvision's `RandomResizedCrop`.
 
-        That is up to ten tries of a share of the area, uniform in `scale`, and a ratio, log-uniform in
-        `ratio`; then the largest centered window of a legal ratio.
+        Up to ten attempts draw a fraction of the area, uniform in `scale`, and an aspect ratio, log-uniform in `ratio`.
+        If none fits, the window is the largest centered one with an allowed ratio.
         """
-        draws = draw(self.seed, epochs_B, ids_B, {CROP: _TRIES + 1} | tries(self.augment))
+        draws = draw(self.seed, epochs_B, ids_B, {CROP: _TRIES + 1} | draw_counts(self.augment))
         u_4BT = draws[CROP]
         starts_B2, shapes_B2 = self._windows(self.heights_N[ids_B], self.widths_N[ids_B], u_4BT[..., :_TRIES])
         return PlannedBatch(
@@ -150,13 +151,13 @@ class TrainPlan:
             origins_B2=np.zeros((len(ids_B), 2), np.int32),
             flips_B=(u_4BT[0, :, _TRIES] < self.hflip).astype(np.int32),
             side=side,
-            augmentations=augmentations(self.augment, self.seed, positions_B, draws, side),
+            augmentations=plan_augmentations(self.augment, self.seed, positions_B, draws, side),
         )
 
     def _windows(
         self, heights_B: Ints, widths_B: Ints, u_4BT: NDArray[np.float64]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Window starts and shapes from four uniform numbers for each sample and try."""
+        """Returns window starts and shapes from four uniform numbers per sample and attempt."""
         batch = np.arange(len(heights_B))
         low, high = self.scale
         areas_BT = (heights_B * widths_B)[:, None] * (low + (high - low) * u_4BT[0])
@@ -182,9 +183,9 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """Shorter-side resize and crop; sizes as in `pipeline.config.Eval`.
+    """The evaluation sampler: shorter-side resize and crop; sizes as in `pipeline.config.Eval`.
 
-    `anchor` is the crop's place from top to bottom and from left to right, each in [0, 1].
+    `anchor` is the crop's (vertical, horizontal) position, each in [0, 1]; (0.5, 0.5): center crop.
     """
 
     widths_N: Ints = field(repr=False)
@@ -196,7 +197,7 @@ class EvalPlan:
     def batch(self, ids_B: Ints) -> PlannedBatch:
         """Plans whole images by torchvision's rules.
 
-        `Resize(int)`: the shorter side becomes `resize`, the longer `int(resize * long / short)`; `CenterCrop`: the
+        `Resize(int)`: the shorter side becomes `resize`, the longer `int(resize * long / short)`. `CenterCrop`: the
         crop starts at `int(round((side - crop) / 2))`.
         """
         shapes_B2 = np.stack([self.heights_N[ids_B], self.widths_N[ids_B]], axis=1)
@@ -215,16 +216,18 @@ class EvalPlan:
         )
 
 
-def micro_batch(step: int, micro: int, rank: int, workers: int, device_batch: int, accumulation: int) -> Ints:
-    """Positions of one rank's micro-batch; over ranks and micro-batches they fill the step's global batch."""
-    first = ((step * accumulation + micro) * workers + rank) * device_batch
+def micro_batch(
+    step: int, micro: int, rank: int, workers: int, device_batch: int, gradient_accumulation_steps: int
+) -> Ints:
+    """Returns the positions of one rank's micro-batch; all ranks' micro-batches make up the step's global batch."""
+    first = ((step * gradient_accumulation_steps + micro) * workers + rank) * device_batch
     return np.arange(first, first + device_batch)
 
 
-def eval_share(num_samples: int, rank: int, workers: int, batch_size: int) -> Iterator[Ints]:
-    """One rank's batches of sample ids: over the ranks each id comes once, without padding or dropping.
+def rank_eval_batches(num_samples: int, rank: int, workers: int, batch_size: int) -> Iterator[Ints]:
+    """Yields one rank's evaluation batches of sample ids; over all ranks each id occurs once, without padding.
 
-    Ranks get equally many samples but for one, so some may have one batch more than others.
+    Ranks' numbers of samples differ by at most one, so their numbers of batches differ by at most one.
     """
     first, last = rank * num_samples // workers, (rank + 1) * num_samples // workers
     for start in range(first, last, batch_size):

@@ -1,4 +1,4 @@
-"""Resizing on the CPU, by torch's kernel: torchvision's pixels, and several times as fast as DALI's CPU operator."""
+"""Resizes images on the CPU with torch's kernel: torchvision's pixels, several times as fast as DALI's CPU operator."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,26 +12,26 @@ from PIL import Image
 from pipeline.config import Interpolation, Rgb
 from pipeline.data.plan import PlannedBatch
 
-_LONG = 8  # sides of the square: of a resized image that is longer only the square is computed
+_MAX_ASPECT = 8  # if a resized image is longer than this times the crop, only the crop is computed
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_REACH = 4  # pixels that the filters look at beside the region, at most, where an image is not made smaller
+_FILTER_RADIUS = 4  # maximum radius of the filters in pixels, without downscaling
 
 
-class Pending:
-    """Images that are being resized in threads; `windows` are kept until they are."""
+class PendingBatch:
+    """A batch being resized in threads; holds a reference to `windows` until then."""
 
     def __init__(self, images_NCHW: torch.Tensor, parts: list[Future[None]], windows: object) -> None:
         self._images_NCHW, self._parts, self._windows = images_NCHW, parts, windows
 
     def result(self) -> torch.Tensor:
-        """The whole batch, fp32, normalized."""
+        """Waits for the threads; returns the batch, fp32, normalized."""
         for part in self._parts:
             part.result()
         return self._images_NCHW
 
 
 class Resizer:
-    """Resizes decoded windows, cuts, mirrors and normalizes them: the part of the plan that comes after decoding."""
+    """Applies the plan after decoding: resizes, crops, mirrors and normalizes decoded windows."""
 
     def __init__(self, threads: int, interpolation: Interpolation, mean: Rgb, std: Rgb) -> None:
         self._threads, self._interpolation = threads, interpolation
@@ -40,39 +40,39 @@ class Resizer:
         self._pool = ThreadPoolExecutor(threads, "resize")
 
     def close(self) -> None:
-        """Ends the threads, after what has been submitted."""
+        """Stops the threads after all submitted batches."""
         self._pool.shutdown()
 
-    def submit(self, windows: Sequence[NDArray[np.uint8]], planned: PlannedBatch) -> Pending:
-        """Begins to resize a batch; each window is [height, width, 3]."""
+    def submit(self, windows: Sequence[NDArray[np.uint8]], planned: PlannedBatch) -> PendingBatch:
+        """Starts resizing a batch; each window is [height, width, 3]."""
         images_NCHW = torch.empty(len(planned), 3, planned.side, planned.side)
         out_NCHW = images_NCHW.numpy()
         parts = [
-            self._pool.submit(self._part, windows, planned, out_NCHW, range(first, len(planned), self._threads))
+            self._pool.submit(self._resize_rows, windows, planned, out_NCHW, range(first, len(planned), self._threads))
             for first in range(self._threads)
         ]
-        return Pending(images_NCHW, parts, windows)
+        return PendingBatch(images_NCHW, parts, windows)
 
-    def _part(
+    def _resize_rows(
         self, windows: Sequence[NDArray[np.uint8]], p: PlannedBatch, out_NCHW: NDArray[np.float32], rows: range
     ) -> None:
         regions = p.regions()
         for i in rows:
-            if p.sizes_B2[i].max() > _LONG * p.side:
+            if p.sizes_B2[i].max() > _MAX_ASPECT * p.side:
                 start_2, end_2 = (ends_B2[i] for ends_B2 in regions)
                 cut_CHW = resized_region(windows[i], start_2, end_2, p.side, self._interpolation).transpose(2, 0, 1)
             else:
-                cut_CHW = self._resized(windows[i], p.sizes_B2[i].tolist(), p.origins_B2[i].tolist(), p.side)
+                cut_CHW = self._resize_whole(windows[i], p.sizes_B2[i].tolist(), p.origins_B2[i].tolist(), p.side)
             if p.flips_B[i]:
                 cut_CHW = cut_CHW[..., ::-1]
-            # NumPy, because torch would start threads of its own from each of these.
+            # NumPy, because torch would start its own threads from each of these threads.
             np.multiply(cut_CHW, self._scale_C11, out=out_NCHW[i])
             out_NCHW[i] += self._shift_C11
 
-    def _resized(
+    def _resize_whole(
         self, window_HWC: NDArray[np.uint8], size: list[int], origin: list[int], side: int
     ) -> NDArray[np.uint8]:
-        """The square [3, side, side] of the whole window at its new size; the fast way, for all but very long ones."""
+        """Resizes the whole window and crops it to [3, side, side]; fast, except for very long images."""
         window_1CHW = torch.from_numpy(window_HWC).permute(2, 0, 1)[None]
         resized_1CHW = F.interpolate(window_1CHW, size, mode=self._interpolation, antialias=True)
         top, left = origin
@@ -86,16 +86,16 @@ def resized_region(
     side: int,
     interpolation: Interpolation,
 ) -> NDArray[np.uint8]:
-    """A region of a window, [side, side, 3], with the pixels of resizing all of it and cutting after, give or take 1.
+    """Resizes a region of a window to [side, side, 3]; equals resizing the whole window and cropping, within 1 of 255.
 
-    Of an image of 20,000 x 1 pixels resizing all would take gigabytes. PIL's `box` is in single precision, so what the
-    filter does not reach is cut off first.
+    Resizing a whole image of 20,000 x 1 pixels would take gigabytes. PIL's `box` is in single precision, so pixels
+    outside the filter's support are cropped first.
     """
-    reach_2 = _REACH * np.maximum(1, (end_2 - start_2) / side)
-    first_2 = np.floor(start_2 - reach_2).clip(0).astype(int)
-    last_2 = np.minimum(np.ceil(end_2 + reach_2).astype(int), window_HWC.shape[:2])
+    radius_2 = _FILTER_RADIUS * np.maximum(1, (end_2 - start_2) / side)
+    first_2 = np.floor(start_2 - radius_2).clip(0).astype(int)
+    last_2 = np.minimum(np.ceil(end_2 + radius_2).astype(int), window_HWC.shape[:2])
     near = Image.fromarray(np.ascontiguousarray(window_HWC[first_2[0] : last_2[0], first_2[1] : last_2[1]]))
     (top, left), (bottom, right) = (start_2 - first_2).tolist(), (end_2 - first_2).tolist()
-    # Rows first, then columns, as torch does; PIL by itself begins with the columns of some high images.
+    # Horizontal pass first, then vertical, as torch; PIL alone starts with the vertical pass for some tall images.
     rows = near.resize((side, near.height), _FILTERS[interpolation], box=(left, 0, right, near.height))
     return np.asarray(rows.resize((side, side), _FILTERS[interpolation], box=(0, top, side, bottom)))

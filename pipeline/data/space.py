@@ -1,4 +1,4 @@
-"""Room on the disk, asked for before it is needed."""
+"""Disk space: checks before writing, and sizes as text."""
 
 import shutil
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from pipeline.errors import DataError
 
 
-def gigabytes(count: float) -> str:
-    """A number of bytes for people: `138.2 GB`, `4.0 MB`."""
+def format_bytes(count: float) -> str:
+    """Formats a number of bytes: `138.2 GB`, `4.0 MB`."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -16,10 +16,10 @@ def gigabytes(count: float) -> str:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raises `DataError` when the file system of `folder` has less than `needed` bytes free."""
+    """Raises `DataError` if the file system of `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"{folder} has {gigabytes(free)} free, {what} need about {gigabytes(needed)}: make room or choose another "
-            f"place."
+            f"{folder} has {format_bytes(free)} free, {what} need about {format_bytes(needed)}: free disk space or "
+            f"choose another folder."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.class_names import normal
+from pipeline.data.class_names import to_nfc
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError, listed
 
@@ -20,8 +20,8 @@ def labels_of(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
     Raises:
         DataError: the model does not know a class.
     """
-    places = {normal(name): place for place, name in enumerate(classes)}
-    unknown = [name for name in index.classes if normal(name) not in places]
+    places = {to_nfc(name): place for place, name in enumerate(classes)}
+    unknown = [name for name in index.classes if to_nfc(name) not in places]
     if unknown and all(name.isdecimal() and int(name) < len(classes) for name in index.classes):
         return np.array([int(name) for name in index.classes])[index.labels_N]
     if unknown:
@@ -29,7 +29,7 @@ def labels_of(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
             f"the data in {index.root} have {len(unknown)} classes that the model does not know: {listed(unknown)}. It "
             f"knows {len(classes)}: {listed(list(classes))}."
         )
-    return np.array([places[normal(name)] for name in index.classes])[index.labels_N]
+    return np.array([places[to_nfc(name)] for name in index.classes])[index.labels_N]
 
 
 def read_label_sets(file: Path, index: DatasetIndex, num_classes: int) -> list[set[int]]:

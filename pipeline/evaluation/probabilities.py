@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.config import Device
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.data.plan import EvalPlan, rank_eval_batches
 from pipeline.model.card import ModelCard, Transform
 from pipeline.model.weights import load_model
 
@@ -107,7 +107,7 @@ def probabilities(
     ) as loader:
         for anchor in anchors:
             plan = EvalPlan(index.widths_N, index.heights_N, transform.resize, transform.crop, anchor)
-            for batch in loader.run(plan.batch(ids_B) for ids_B in eval_share(len(index), 0, 1, batch_size)):
+            for batch in loader.run(plan.batch(ids_B) for ids_B in rank_eval_batches(len(index), 0, 1, batch_size)):
                 given_NK = _softmax(model(batch.images_NCHW))
                 if plain is None:
                     plain = np.zeros((len(index), given_NK.shape[1]), np.float32)

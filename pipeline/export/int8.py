@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.data.plan import EvalPlan, rank_eval_batches
 from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.probabilities import probabilities
 from pipeline.evaluation.scores import best_class
@@ -89,7 +89,7 @@ def _calibration(index: DatasetIndex, card: ModelCard, images: int) -> Callable[
             channels=card.in_chans,
         ) as loader:
             plan = EvalPlan(subset.widths_N, subset.heights_N, transform.resize, transform.crop)
-            for batch in loader.run(plan.batch(ids_B) for ids_B in eval_share(len(subset), 0, 1, _BATCH)):
+            for batch in loader.run(plan.batch(ids_B) for ids_B in rank_eval_batches(len(subset), 0, 1, _BATCH)):
                 yield batch.images_NCHW.numpy()
 
     return batches

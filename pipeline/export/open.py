@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.config import Interpolation
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
-from pipeline.data.open import data_folder
+from pipeline.data.open import resolve_data_root
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import Evaluation, evaluate, transform_at
 from pipeline.export.predict import FolderPredictions, ImageInput, Prediction, Predictor, predict_folder
@@ -239,5 +239,5 @@ class TrainedModel:
         return Exported(str(file), formats.TOLERANCE, formats.OPSET if to == "onnx" else None)
 
     def _index(self, data: str | Path, split: str) -> DatasetIndex:
-        root = data_folder(data, self._cache)
+        root = resolve_data_root(data, self._cache)
         return open_split(root, split, self._cache / "index", self.card.max_pixels)

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.config import RunConfig
-from pipeline.data.space import gigabytes
+from pipeline.data.space import format_bytes
 from pipeline.errors import UserError
 from pipeline.extension_points import OPTIMIZERS
 from pipeline.model.timm_models import size
@@ -55,15 +55,19 @@ def check_disk_space(setup: RunSetup) -> None:
     file = sqlite_file(stores_of(config).tracking)
     artifacts = Path(config.run.output) if file is None else file.parent
     wanted = [
-        (Path(config.run.output), kept * each, f"{kept} checkpoints of {gigabytes(each)} (checkpoint.keep_last, ...)"),
+        (
+            Path(config.run.output),
+            kept * each,
+            f"{kept} checkpoints of {format_bytes(each)} (checkpoint.keep_last, ...)",
+        ),
         (
             Path(tempfile.gettempdir()),
             package,
-            f"the model's package of {gigabytes(package)} while it is made (TMPDIR)",
+            f"the model's package of {format_bytes(package)} while it is made (TMPDIR)",
         ),
     ]
     if file is not None:
-        wanted.append((artifacts, package, f"the registered model of {gigabytes(package)}"))
+        wanted.append((artifacts, package, f"the registered model of {format_bytes(package)}"))
     disks: dict[int, list[tuple[Path, int, str]]] = {}
     for place, needed, what in wanted:
         there = next(folder for folder in (place, *place.parents) if folder.exists())
@@ -73,7 +77,7 @@ def check_disk_space(setup: RunSetup) -> None:
         free = shutil.disk_usage(place).free
         if needed > free:
             raise UserError(
-                f"run.output={config.run.output}: the disk of {place} has {gigabytes(free)} free, this run needs about "
-                f"{gigabytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Make room, keep fewer "
+                f"run.output={config.run.output}: the disk of {place} has {format_bytes(free)} free, this run needs about "
+                f"{format_bytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Make room, keep fewer "
                 f"checkpoints, or choose another place."
             )

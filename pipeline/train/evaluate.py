@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.data.dali import Loader
-from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.data.plan import EvalPlan, rank_eval_batches
 from pipeline.evaluation.counts import EvalResult
 
 _MOST_CLASSES = 2000  # the matrix of more would be of gigabytes
@@ -74,7 +74,7 @@ def evaluate(
     """
     rank, workers = dist.get_rank(), dist.get_world_size()
     num_samples = len(loader.index)
-    shares = eval_share(num_samples, rank, workers, batch_size)
+    shares = rank_eval_batches(num_samples, rank, workers, batch_size)
     device = loader.device
     counter = Counter(num_classes, device)
     done = 0

@@ -36,7 +36,7 @@ class Inputs:
             derived.device_batch_size,
             data.interpolation,
             augment=config.augment,
-            skip_by=self.plan if data.on_corrupt == "skip" else None,
+            replacement_plan=self.plan if data.on_corrupt == "skip" else None,
         )
         self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.interpolation)
         self._told = 0  # of the skipped samples
@@ -78,7 +78,7 @@ class Inputs:
         batch_size: int,
         interpolation: Interpolation,
         augment: Augment | None = None,
-        skip_by: TrainPlan | None = None,
+        replacement_plan: TrainPlan | None = None,
     ) -> Loader:
         data, derived = self._config.data, self._derived
         return Loader(
@@ -92,7 +92,7 @@ class Inputs:
             mean=data.mean,
             std=data.std,
             augment=augment,
-            skip_by=skip_by,
+            replacement_plan=replacement_plan,
             channels=self._config.model.in_chans,
             num_classes=derived.num_classes,
         )

@@ -1,4 +1,4 @@
-"""Small real image sets."""
+"""Small data sets of synthetic JPEGs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_image(file: Path, number: int, width: int, height: int, mode: str = "RGB") -> None:
-    """A smooth image of its own for each number."""
+    """Writes a smooth image, unique for each number."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
     file.parent.mkdir(parents=True, exist_ok=True)

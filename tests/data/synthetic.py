@@ -1,4 +1,4 @@
-"""Made-up sources in every layout, with all the oddities of the real ones."""
+"""Synthetic data sources in every layout, with all the irregularities of real ones."""
 
 import csv
 import gzip
@@ -18,7 +18,7 @@ Images = dict[str, dict[str, dict[str, bytes]]]  # split, class, file name
 
 
 def image(number: int, size: tuple[int, int] = (60, 50), mode: str = "RGB") -> Image.Image:
-    """A smooth image of its own for each number."""
+    """Returns a smooth image, unique for each number."""
     coarse = Image.fromarray(np.random.default_rng(number).integers(0, 256, (6, 6, 3), np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
 
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def ycck(image: Image.Image) -> bytes:
-    """The image as Adobe's YCCK: a CMYK file whose first three planes are the YCbCr of what CMY stand for."""
+    """Encodes an image as Adobe's YCCK: a CMYK file whose first three planes are YCbCr."""
     cmyk = np.asarray(image.convert("CMYK"))
     stored = Image.fromarray(cmyk[..., :3]).convert("YCbCr")  # the inverse of what is stored in plain YCbCr
     planes = np.concatenate([255 - np.asarray(stored), cmyk[..., 3:]], axis=2)  # PIL inverts what it writes
@@ -41,7 +41,7 @@ def ycck(image: Image.Image) -> bytes:
 
 
 def images() -> Images:
-    """Three classes of eight training and three validation images, the odd ones among them."""
+    """Returns three classes of eight training and three validation images, and unusual training images."""
     tree: Images = {"train": {}, "val": {}}
     number = 0
     for wnid in CLASSES:
@@ -50,21 +50,21 @@ def images() -> Images:
             number += 1
             tree["train"][wnid][f"{wnid}_{i}.JPEG"] = encoded(image(number, (60 + number, 50)))
         tree["val"][wnid] = {}
-    order = (2, 0, 1, 1, 2, 0, 0, 1, 2)  # validation images do not come sorted by class
+    order = (2, 0, 1, 1, 2, 0, 0, 1, 2)  # validation images are not sorted by class
     for val_number, i in enumerate(order, start=1):
         name = f"ILSVRC2012_val_{val_number:08d}.JPEG"
         tree["val"][CLASSES[i]][name] = encoded(image(100 + val_number, (50, 70)))
-    odd = tree["train"]["n02105855"]
-    odd["n02105855_2933.JPEG"] = encoded(image(50), "PNG")
-    odd["n02105855_cmyk.JPEG"] = encoded(image(51, mode="CMYK"))
-    odd["n02105855_ycck.JPEG"] = ycck(image(52))
-    odd["n02105855_gray.JPEG"] = encoded(image(53, mode="L"))
+    unusual = tree["train"]["n02105855"]
+    unusual["n02105855_2933.JPEG"] = encoded(image(50), "PNG")
+    unusual["n02105855_cmyk.JPEG"] = encoded(image(51, mode="CMYK"))
+    unusual["n02105855_ycck.JPEG"] = ycck(image(52))
+    unusual["n02105855_gray.JPEG"] = encoded(image(53, mode="L"))
     exif = Image.Exif()
     exif[0x0112] = 6
-    odd["n02105855_turned.JPEG"] = encoded(image(54, (80, 40)), exif=exif)
-    odd["n02105855_exif.JPEG"] = encoded(image(55), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xee" * 40)
-    odd["it's a #1 \u00e9\u4f8b.jpg"] = encoded(image(56))
-    odd["UPPER.JPG"] = encoded(image(57))
+    unusual["n02105855_turned.JPEG"] = encoded(image(54, (80, 40)), exif=exif)
+    unusual["n02105855_exif.JPEG"] = encoded(image(55), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xee" * 40)
+    unusual["it's a #1 \u00e9\u4f8b.jpg"] = encoded(image(56))
+    unusual["UPPER.JPG"] = encoded(image(57))
     return tree
 
 
@@ -88,7 +88,7 @@ def tar(files: dict[str, bytes]) -> bytes:
 
 
 def write_devkit(root: Path, tree: Images) -> None:
-    """The development kit. Its own numbers run against the order of the ids: that is the trap."""
+    """Writes the development kit, whose class numbers are in reverse order of the WordNet ids."""
     ids = {wnid: len(CLASSES) - rank for rank, wnid in enumerate(CLASSES)}
     rows = [(ids[w], w, f"words of {w}") for w in sorted(CLASSES, key=ids.__getitem__)] + [(4, "n00001740", "entity")]
     synsets = np.array(rows, dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")])
@@ -148,7 +148,7 @@ def write_parquet(root: Path, tree: Images, names: tuple[str, ...] | None = None
 
 
 def write_webdataset(root: Path, tree: Images) -> None:
-    """Shards with endings and label members of all kinds mixed."""
+    """Writes shards with a mix of extensions and label files."""
     root.mkdir(parents=True)
     for split, word in (("train", "train"), ("val", "validation")):
         files: list[dict[str, bytes]] = [{}, {}]

@@ -1,4 +1,4 @@
-"""Augmentations: the plan's numbers, what is done to batches with them, and DALI's operators."""
+"""Augmentations: the planned random numbers, the batch operations, and DALI's RandAugment and TrivialAugment."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,17 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipeline.config import Augment, RunConfig
 from pipeline.data import batch_ops
-from pipeline.data.augment import MAGNITUDES, NUM_OPS, Augmentations, Auto, Color, Erase, Mix, augmentations, tries
+from pipeline.data.augment import (
+    MAGNITUDES,
+    NUM_OPS,
+    Augmentations,
+    AutoAugment,
+    Color,
+    Erase,
+    Mix,
+    draw_counts,
+    plan_augmentations,
+)
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.dataset import open_splits
@@ -37,30 +47,30 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def plan(config: Augment, n: int = N, epoch: int = 3, first: int = 0) -> Augmentations:
-    """For samples `first` to `first + n`, which are at positions of the same numbers."""
+    """Plans samples `first` to `first + n`, whose positions equal their ids."""
     ids = np.arange(first, first + n)
-    draws = draw(7, np.full(n, epoch), ids, {CROP: 1} | tries(config))
-    return augmentations(config, 7, ids, draws, SIDE)
+    draws = draw(7, np.full(n, epoch), ids, {CROP: 1} | draw_counts(config))
+    return plan_augmentations(config, 7, ids, draws, SIDE)
 
 
 def distance(values: np.ndarray, cdf: np.ndarray) -> float:
-    """Kolmogorov-Smirnov: the largest distance of the sorted values' distribution from what it should be there."""
+    """Kolmogorov-Smirnov statistic: the largest distance between the sorted values' empirical CDF and `cdf`."""
     return float(np.abs(np.arange(1, len(values) + 1) / len(values) - cdf).max())
 
 
 CRITICAL = 1.95 / np.sqrt(N)  # p = 0.001
 
 
-def test_what_is_off_is_not_planned():
+def test_disabled_augmentations_are_not_planned():
     assert plan(Augment()) == Augmentations()
     assert plan(Augment(lighting=0.1)).color is not None
 
 
-def test_numbers_depend_on_seed_epoch_and_sample_and_not_on_the_batch():
+def test_random_numbers_depend_on_seed_epoch_and_sample_and_not_on_the_batch():
     whole = plan(ALL_ON, 40)
     for start, stop in ((0, 6), (6, 40)):
         part = plan(ALL_ON, stop - start, first=start)
-        for name in ("color", "auto", "erase", "mix"):
+        for name in ("color", "auto_augment", "erase", "mix"):
             for field, values in vars(getattr(part, name)).items():
                 assert np.array_equal(values, getattr(getattr(whole, name), field)[start:stop]), (name, field)
     assert not np.array_equal(plan(ALL_ON, 40, epoch=4).color.brightness_B, whole.color.brightness_B)
@@ -76,35 +86,35 @@ def test_color_factors_are_uniform_and_lighting_has_the_papers_covariance():
     assert np.cov(color.lighting_B3.T) == pytest.approx(expected, rel=0.1, abs=2e-6)
 
 
-def test_shares_follow_the_beta_distribution_and_partners_share_them():
+def test_mixup_lambda_follows_the_beta_distribution_and_partners_have_the_same():
     from scipy.stats import beta
 
     mix = plan(Augment(mixup_alpha=0.2), 2 * N).mix
-    assert np.array_equal(mix.blend_B[::2], mix.blend_B[1::2])
-    assert np.array_equal(mix.blend_B, mix.weight_B)
-    ordered = np.sort(mix.blend_B[::2].astype(float))
+    assert np.array_equal(mix.image_lam_B[::2], mix.image_lam_B[1::2])
+    assert np.array_equal(mix.image_lam_B, mix.target_lam_B)
+    ordered = np.sort(mix.image_lam_B[::2].astype(float))
     assert distance(ordered, beta(0.2, 0.2).cdf(ordered)) < CRITICAL
 
 
-def test_a_cut_boxs_share_is_its_area_in_the_image():
+def test_cutmix_lambda_is_the_clipped_boxs_area():
     mix = plan(Augment(cutmix_alpha=1.0)).mix
     top, left, height, width = mix.boxes_B4.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= SIDE).all() and (left + width <= SIDE).all()
-    assert (mix.blend_B == 1).all()
-    assert mix.weight_B == pytest.approx(1 - height * width / SIDE**2)
-    assert 0.2 < (1 - mix.weight_B).mean() < 0.45  # below 1/2, since boxes are cut off at the border
+    assert (mix.image_lam_B == 1).all()
+    assert mix.target_lam_B == pytest.approx(1 - height * width / SIDE**2)
+    assert 0.2 < (1 - mix.target_lam_B).mean() < 0.45  # below 1/2, since boxes are cut off at the border
 
 
-def test_pairs_are_mixed_with_the_given_probabilities():
+def test_mixup_and_cutmix_have_the_configured_probabilities():
     mix = plan(Augment(mixup_alpha=0.8, cutmix_alpha=1.0, mix_prob=0.6, mix_switch_prob=0.25)).mix
     cut = mix.boxes_B4[:, 2] > 0
-    blended = mix.blend_B < 1
+    blended = mix.image_lam_B < 1
     assert not (cut & blended).any()
     assert (cut | blended).mean() == pytest.approx(0.6, abs=0.05)
     assert cut.mean() == pytest.approx(0.15, abs=0.04)
 
 
-def test_erased_boxes_keep_probability_area_and_ratio_and_lie_inside():
+def test_random_erasing_respects_probability_area_ratio_and_bounds():
     erase = plan(Augment(erase_prob=0.3, erase_scale=(0.1, 0.2), erase_ratio=(0.5, 2.0))).erase
     top, left, height, width = erase.boxes_B4[erase.boxes_B4[:, 2] > 0].T
     assert len(top) / N == pytest.approx(0.3, abs=0.03)
@@ -116,13 +126,13 @@ def test_erased_boxes_keep_probability_area_and_ratio_and_lie_inside():
 
 
 def test_operators_and_magnitudes_are_drawn_evenly():
-    auto = plan(Augment(auto_augment="trivialaugment")).auto
+    auto = plan(Augment(auto_augment="trivialaugment")).auto_augment
     assert auto.ops_BM.shape == (N, 1)
     for values, count in ((auto.ops_BM, NUM_OPS), (auto.bins_BM, MAGNITUDES), (auto.signs_BM, 2)):
         counts = np.bincount(values.ravel(), minlength=count)
         assert len(counts) == count
         assert counts == pytest.approx(N / count, rel=0.35)
-    fixed = plan(Augment(auto_augment="randaugment", randaugment_num_ops=3, randaugment_magnitude=12)).auto
+    fixed = plan(Augment(auto_augment="randaugment", randaugment_num_ops=3, randaugment_magnitude=12)).auto_augment
     assert fixed.ops_BM.shape == (N, 3)
     assert (fixed.bins_BM == 12).all()
 
@@ -142,7 +152,7 @@ def jittered(x_CHW: torch.Tensor, color: Color, i: int, order: tuple[str, ...]) 
     return x_CHW + torch.from_numpy(color.lighting_B3[i].astype(np.float64))[:, None, None]
 
 
-def test_color_equals_the_steps_in_any_order():
+def test_color_jitter_equals_its_steps_in_any_order():
     color = plan(Augment(brightness=0.4, contrast=0.4, saturation=0.4, lighting=0.1), 6).color
     x = torch.rand(6, 3, 9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
@@ -152,7 +162,7 @@ def test_color_equals_the_steps_in_any_order():
             assert torch.allclose(got[i], jittered(x[i], color, i, order), atol=1e-6), order
 
 
-def test_erasing_fills_the_box_alone_and_noise_repeats():
+def test_random_erasing_fills_only_the_box_and_noise_repeats():
     boxes = np.array([[2, 3, 4, 5], [0, 0, 0, 0]])
     erase = Erase(boxes, np.array([11, 12]))
     images = torch.full((2, 3, 16, 16), 7.0)
@@ -165,11 +175,11 @@ def test_erasing_fills_the_box_alone_and_noise_repeats():
     assert (noisy[0][1] == 7).all()
 
 
-def test_mixing_blends_and_pastes_neighbors():
+def test_mixup_blends_and_cutmix_pastes_neighbors():
     images = torch.stack([torch.full((3, 4, 4), float(i)) for i in range(4)])
     mix = Mix(
-        blend_B=np.array([0.75, 0.75, 1, 1], np.float32),
-        weight_B=np.array([0.75, 0.75, 0.875, 0.875], np.float32),
+        image_lam_B=np.array([0.75, 0.75, 1, 1], np.float32),
+        target_lam_B=np.array([0.75, 0.75, 0.875, 0.875], np.float32),
         boxes_B4=np.array([[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 1, 2], [1, 2, 1, 2]]),
     )
     got, targets = batch_ops.mix(images, torch.tensor([0, 1, 2, 0]), mix, 3)
@@ -200,19 +210,19 @@ def loader(index: DatasetIndex, batch: int, augment: Augment) -> Loader:
 
 
 def batches(index: DatasetIndex, workers: int, device_batch: int, augment: Augment) -> list[Batch]:
-    """Every rank's micro-batches of 12 positions each step, in the order of the positions."""
+    """Returns all ranks' micro-batches, 12 samples per step, in order of the positions."""
     plan = TrainPlan(3, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, augment=augment)
-    accumulation = 12 // (workers * device_batch)
+    grad_accum = 12 // (workers * device_batch)
     by_rank = []
     for rank in range(workers):
         with loader(index, device_batch, augment) as reader:
             positions = [
-                micro_batch(step, micro, rank, workers, device_batch, accumulation)
+                micro_batch(step, micro, rank, workers, device_batch, grad_accum)
                 for step in range(5)
-                for micro in range(accumulation)
+                for micro in range(grad_accum)
             ]
             by_rank.append(list(reader.run(plan.batch(p, 32) for p in positions)))
-    return [by_rank[rank][i] for i in range(5 * accumulation) for rank in range(workers)]
+    return [by_rank[rank][i] for i in range(5 * grad_accum) for rank in range(workers)]
 
 
 @pytest.mark.parametrize("auto", ["none", "randaugment", "trivialaugment"])
@@ -229,19 +239,19 @@ def test_augmented_batches_are_the_same_at_any_world_size(index, auto):
             assert torch.allclose(one, other, atol=1e-5), (name, workers)
 
 
-def test_targets_are_labels_where_nothing_is_mixed(index):
+def test_targets_are_labels_without_mixup_and_cutmix(index):
     (first, *_) = batches(index, 1, 12, Augment(brightness=0.4))
     assert torch.equal(first.targets, first.labels_N)
 
 
 def dali_ops(index: DatasetIndex, kind: str, planned: list[tuple[str, int, int]], side: int = 32) -> torch.Tensor:
-    """One image of 0..255 after each of the operators (name, magnitude's bin, sign)."""
+    """Returns an image of 0..255 after each operator (name, magnitude bin, sign)."""
     names = [op.name for op in suite(kind)]
     n = len(planned)
     columns = np.array([[names.index(name), magnitude, sign] for name, magnitude, sign in planned], np.int32)
-    auto = Auto(*(np.ascontiguousarray(columns[:, i : i + 1]) for i in range(3)))
+    auto = AutoAugment(*(np.ascontiguousarray(columns[:, i : i + 1]) for i in range(3)))
     batch = EvalPlan(index.widths_N, index.heights_N, side, side).batch(np.full(n, 7))
-    batch = dataclasses.replace(batch, augmentations=Augmentations(auto=auto))
+    batch = dataclasses.replace(batch, augmentations=Augmentations(auto_augment=auto))
     with Loader(
         index,
         device="cpu",
@@ -257,7 +267,7 @@ def dali_ops(index: DatasetIndex, kind: str, planned: list[tuple[str, int, int]]
 
 
 @pytest.mark.parametrize("kind", ["randaugment", "trivialaugment"])
-def test_the_plans_numbers_choose_dalis_operators(index, kind):
+def test_the_plan_chooses_dalis_operators(index, kind):
     names = [op.name for op in suite(kind)]
     assert len(names) == NUM_OPS
     plain, *changed = dali_ops(index, kind, [("identity", 0, 0), *((name, 25, 1) for name in names)])
@@ -265,7 +275,7 @@ def test_the_plans_numbers_choose_dalis_operators(index, kind):
         assert torch.equal(image, plain) == (name == "identity"), name
 
 
-def test_operators_equal_torchvisions_where_both_mean_the_same(index):
+def test_operators_equal_torchvisions_counterparts(index):
     cases = [
         ("brightness", 30, 0, lambda x: tv.adjust_brightness(x, 1.99)),
         ("brightness", 30, 1, lambda x: tv.adjust_brightness(x, 0.01)),
@@ -273,7 +283,7 @@ def test_operators_equal_torchvisions_where_both_mean_the_same(index):
         ("posterize", 30, 0, lambda x: tv.posterize(x, 2)),
         ("solarize", 15, 0, lambda x: tv.solarize(x, 128)),
         ("auto_contrast", 0, 0, tv.autocontrast),
-        # a shift of 32 of 224 pixels is 4.57 here, against whole pixels there
+        # a shift of 32 of 224 pixels is 4.57 in DALI, whole pixels in torchvision
         ("translate_x", 30, 0, lambda x: tv.affine(x, 0, [5, 0], 1, [0, 0], fill=128)),
     ]
     planned = [("identity", 0, 0), *((name, magnitude, sign) for name, magnitude, sign, _ in cases)]
@@ -283,14 +293,14 @@ def test_operators_equal_torchvisions_where_both_mean_the_same(index):
         assert (image - expected).abs().mean() < (8 if name == "translate_x" else 1.5), name
 
 
-def test_no_random_operator_of_dali_is_in_the_graph(index):
+def test_dalis_graph_has_no_random_operator(index):
     with loader(index, 8, Augment(auto_augment="randaugment")) as reader:
         graph = reader._pipeline.serialize().decode("latin-1").lower()
     assert "warpaffine" in graph
     assert "random__" not in graph and "coinflip" not in graph
 
 
-def test_mixing_needs_even_device_batches():
+def test_mixup_needs_even_micro_batches():
     config = RunConfig.model_validate(
         {"augment": {"mixup_alpha": 0.2}, "train": {"global_batch_size": 12, "epochs": 1}}
     )

@@ -1,4 +1,4 @@
-"""Sets of classes that cannot be meant: refused, or told before anything is trained."""
+"""Class checks before training: invalid sets of classes are errors, suspicious ones are warnings."""
 
 import shutil
 import unicodedata
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.class_names import doubts
+from pipeline.data.class_names import class_name_warnings
 from pipeline.data.dataset import open_split, open_splits
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.layouts import recognize
@@ -21,8 +21,8 @@ NFC = "\u00e9lan"
 NFD = unicodedata.normalize("NFD", NFC)
 
 
-def told(root: Path, train: str = "train", val: str = "val") -> list[str]:
-    """What the start of a training warns of."""
+def open_warnings(root: Path, train: str = "train", val: str = "val") -> list[str]:
+    """Returns the warnings that opening the splits for training gives."""
     lines: list[str] = []
     open_splits(str(root), train, val, root.parent / "cache", warn=lines.append)
     return lines
@@ -39,14 +39,14 @@ def write(root: Path, train: list[str], val: list[str]) -> Path:
     return root
 
 
-def test_one_class_is_refused_wherever_it_would_be_learned_from(tmp_path):
+def test_a_single_class_is_refused_for_training(tmp_path):
     root = write(tmp_path / "set", ["images"], ["images"])
     (root / "labels.txt").write_text("x")
-    with pytest.raises(DataError, match="has only one class, images: whatever a model answers would be right"):
-        told(root)
+    with pytest.raises(DataError, match="has only one class, images: any prediction would be correct"):
+        open_warnings(root)
     (root / "labels.csv").write_text("image,what\n")
-    with pytest.raises(DataError, match=r"CSV file \(labels.csv may hold them\), `densenet data prepare` makes"):
-        told(root)
+    with pytest.raises(DataError, match=r"CSV file \(labels.csv may hold them\), `densenet data prepare` creates"):
+        open_warnings(root)
     with Pool(1) as pool:
         assert [f.kind for f in verify(root, pool).corruption] == ["classes"]
         for make in (
@@ -58,46 +58,48 @@ def test_one_class_is_refused_wherever_it_would_be_learned_from(tmp_path):
     assert len(open_split(root, "val", tmp_path / "cache")) == 2  # a model that knows the class can be evaluated
 
 
-def test_a_set_of_one_class_that_was_indexed_before_is_refused(tmp_path):
+def test_an_indexed_data_set_with_a_single_class_is_refused(tmp_path):
     root = write(tmp_path / "set", ["a", "b"], ["a"])
     with Pool(1) as pool:
         index_in_place(root, pool)
     text = (root / "dataset.json").read_text()
     (root / "dataset.json").write_text(text.replace('"a",\n  "b"', '"a"'))
     with pytest.raises(DataError, match="has only one class, a"):
-        told(root)
+        open_warnings(root)
 
 
 def test_classes_without_validation_images_are_named(tmp_path):
     root = write(tmp_path / "set", ["a", "b", "c"], ["b"])
     line = "val has no image of 2 of the 3 classes: a, c"
-    assert told(root) == [line]
+    assert open_warnings(root) == [line]
     with Pool(1) as pool:
         report = verify(root, pool)
         assert [(f.kind, f.detail) for f in report.findings if f.kind == "absent"] == [("absent", line)]
         assert report.corruption == []
         assert prepare(root, tmp_path / "made", PrepareOptions(), pool).notes == [line]
         assert index_in_place(root, pool)[1] == [line]
-    assert told(root) == [line]
+    assert open_warnings(root) == [line]
 
 
-def test_a_list_of_labels_that_is_not_read_is_told(tmp_path):
+def test_an_unread_label_list_is_a_warning(tmp_path):
     root = write(tmp_path / "set", ["part1", "part2"], ["part1", "part2"])
     (root / "notes.csv").write_text("a,b\n")
-    assert told(root) == []
+    assert open_warnings(root) == []
     (root / "labels.csv").write_text("file,label\n0.jpg,cat\n")
-    line = f"{root}/labels.csv is not read, labels are the class folders' names: `densenet data prepare` reads it"
-    assert told(root) == [line]
+    line = f"{root}/labels.csv is ignored, labels follow from the class folders: `densenet data prepare` reads it"
+    assert open_warnings(root) == [line]
 
 
-def test_one_split_twice_is_told(tmp_path):
+def test_the_same_split_for_training_and_evaluation_is_a_warning(tmp_path):
     root = write(tmp_path / "set", ["a", "b"], ["a", "b"])
-    assert told(root, "train", "train") == [
+    assert open_warnings(root, "train", "train") == [
         "data.train and data.val are both 'train': the training images are evaluated"
     ]
     shutil.rmtree(root / "val")
     (root / "val").symlink_to("train")
-    assert told(root) == [f"{root}/train and {root}/val are the same folder: the training images are evaluated"]
+    assert open_warnings(root) == [
+        f"{root}/train and {root}/val are the same folder: the training images are evaluated"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -111,17 +113,17 @@ def test_one_split_twice_is_told(tmp_path):
         (("cat ", "dog"), "class names begin or end with spaces: 'cat '"),
         (
             ("0", "1", "10", "2"),
-            "class names are numbers, and labels are their places in the list: '10' has label 2, '2' has label 3",
+            "class names are numbers, but labels are positions in the sorted list: '10' has label 2, '2' has label 3",
         ),
     ],
 )
-def test_doubtful_names_are_told(classes, line, tmp_path):
-    assert doubts(classes) == [line]
-    assert told(write(tmp_path / "set", list(classes), list(classes))) == [line]
+def test_suspicious_class_names_are_warnings(classes, line, tmp_path):
+    assert class_name_warnings(classes) == [line]
+    assert open_warnings(write(tmp_path / "set", list(classes), list(classes))) == [line]
 
 
-def test_names_that_are_fine_are_not():
-    assert doubts(("0", "1", "2")) == doubts(("n01440764", "cat", NFC)) == []
+def test_plain_class_names_give_no_warning():
+    assert class_name_warnings(("0", "1", "2")) == class_name_warnings(("n01440764", "cat", NFC)) == []
 
 
 @pytest.mark.parametrize(("train", "val"), [(NFC, NFD), (NFD, NFC), (NFD, NFD)])
@@ -137,14 +139,14 @@ def test_a_class_is_the_same_in_every_unicode_normal_form(train, val, tmp_path):
     assert {path.name for path in (tmp_path / "made" / "val").iterdir()} == {"a", NFC}
 
 
-def test_two_folders_of_one_class_and_nearly_the_same_names_are_named(tmp_path):
+def test_duplicate_and_similar_class_folders_are_named(tmp_path):
     root = write(tmp_path / "set", ["a", NFC, NFD], ["a"])
     with pytest.raises(DataError) as error:
-        told(root)
+        open_warnings(root)
     assert "two folders that are both the class '\u00e9lan', 'e\\u0301lan' and '\\xe9lan'" in str(error.value)
     root = write(tmp_path / "other", ["Cat", "dog "], ["cat", "dog"])
-    with pytest.raises(DataError, match=r"lacks: 'cat' \(there is 'Cat'\), 'dog' \(there is 'dog '\)"):
-        told(root)
+    with pytest.raises(DataError, match=r"lacks: 'cat' \(similar: 'Cat'\), 'dog' \(similar: 'dog '\)"):
+        open_warnings(root)
 
 
 def renamed(**names: str) -> Callable[[Path], None]:
@@ -162,7 +164,7 @@ def as_classes(root: Path) -> None:
     (root / "train").rmdir()
 
 
-def packed(root: Path) -> None:
+def compressed(root: Path) -> None:
     shutil.rmtree(root)
     root.mkdir()
     (root / "train.zip").write_bytes(b"x")
@@ -181,16 +183,19 @@ def nested(root: Path) -> None:
         (renamed(val="validation"), "set data.val=validation"),
         (renamed(val="test"), "set data.val=test"),
         (renamed(train="Training"), "has no folder 'train' (in it: Training, val): set data.train=Training"),
-        (as_classes, "if these are the classes, move them into train and a share of each one's images into val"),
-        (packed, "(in it: train.zip): unpack train.zip first"),
-        (nested, "is a folder inside a class folder: only image files may be there. If it is the class, and a a group"),
+        (as_classes, "if these are the classes, move them into train and a part of each one's images into val"),
+        (compressed, "(in it: train.zip): unpack train.zip first"),
+        (
+            nested,
+            "is a folder inside a class folder, which may contain only image files. If it is the class, and a a group",
+        ),
     ],
 )
-def test_other_layouts_are_told_with_what_to_do(spoil, message, tmp_path):
+def test_errors_for_wrong_layouts_suggest_a_fix(spoil, message, tmp_path):
     root = write(tmp_path / "set", ["a", "b"], ["a", "b"])
     spoil(root)
     with pytest.raises(DataError) as error:
-        told(root)
+        open_warnings(root)
     assert message in str(error.value)
 
 
@@ -207,7 +212,7 @@ def test_other_names_of_the_validation_split_are_found_by_the_tools(tmp_path):
         assert verify(root, pool).corruption == []
         (root / "valid" / "a" / "new.jpg").write_bytes(b"x")
         assert [f.where for f in verify(root, pool).corruption] == ["valid/a/new.jpg"]
-    assert told(root) == []
+    assert open_warnings(root) == []
     (root / "dataset.json").unlink()
     (root / "dev").mkdir()
     with pytest.raises(DataError, match="has several folders for val, dev, valid"), Pool(1) as pool:

@@ -1,4 +1,4 @@
-"""Pixels: equal to torchvision's, the same at any world size, and corrupt files named."""
+"""The data loader: pixels equal torchvision's and are the same at any world size; corrupt files are named."""
 
 import dataclasses
 import gc
@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from pipeline.config import Augment
-from pipeline.data.augment import Augmentations, Auto
+from pipeline.data.augment import Augmentations, AutoAugment
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.dataset import open_split, open_splits
@@ -59,28 +59,28 @@ def together(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, np.ndarr
     )
 
 
-STEPS, GLOBAL = 5, 24  # 120 samples of 41: two epochs end inside batches
+STEPS, GLOBAL = 5, 24  # 120 positions, 41 samples: two epochs end inside batches
 
 
 def global_batches(
     index: DatasetIndex, workers: int, device_batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Every rank's micro-batches, put together in the order of the positions."""
-    plan, accumulation = train_plan(index), GLOBAL // (workers * device_batch)
+    """Concatenates all ranks' micro-batches in the order of the positions."""
+    plan, grad_accum = train_plan(index), GLOBAL // (workers * device_batch)
 
     def planned(rank: int) -> Iterator[PlannedBatch]:
         for step in range(STEPS):
-            for micro in range(accumulation):
-                yield plan.batch(micro_batch(step, micro, rank, workers, device_batch, accumulation), SIDE)
+            for micro in range(grad_accum):
+                yield plan.batch(micro_batch(step, micro, rank, workers, device_batch, grad_accum), SIDE)
 
     by_rank = []
     for rank in range(workers):
         with loader(index, device_batch) as reader:
             by_rank.append(list(reader.run(planned(rank))))
-    return together([by_rank[rank][i] for i in range(STEPS * accumulation) for rank in range(workers)])
+    return together([by_rank[rank][i] for i in range(STEPS * grad_accum) for rank in range(workers)])
 
 
-def test_global_batches_are_the_same_at_any_world_size_and_device_batch(train_index):
+def test_global_batches_are_the_same_at_any_world_size_and_micro_batch_size(train_index):
     images, labels, ids = global_batches(train_index, 1, 24)
     assert labels.dtype == torch.int64
     for epoch in range(2):
@@ -93,7 +93,7 @@ def test_global_batches_are_the_same_at_any_world_size_and_device_batch(train_in
         assert torch.equal(other_images, images), (workers, device_batch)
 
 
-def test_starting_in_the_middle_gives_what_would_have_come(train_index):
+def test_resuming_in_the_middle_gives_the_same_batches(train_index):
     plan = train_plan(train_index)
     with loader(train_index) as reader:
         whole = list(reader.run(plan.batch(micro_batch(s, 0, 0, 1, 8, 1), SIDE) for s in range(20)))
@@ -101,7 +101,7 @@ def test_starting_in_the_middle_gives_what_would_have_come(train_index):
     assert torch.equal(together(whole[13:])[0], together(rest)[0])
 
 
-def test_runs_repeat_also_after_one_was_left_in_the_middle(train_index):
+def test_runs_repeat_after_an_unfinished_run(train_index):
     plan = train_plan(train_index)
     batches = [plan.batch(micro_batch(s, 0, 0, 1, 8, 1), SIDE) for s in range(10)]
     with loader(train_index) as reader:
@@ -112,7 +112,7 @@ def test_runs_repeat_also_after_one_was_left_in_the_middle(train_index):
         assert torch.equal(together(list(reader.run(batches)))[0], first)
 
 
-def test_a_new_run_ends_one_that_was_left_open(train_index):
+def test_a_new_run_ends_an_unfinished_one(train_index):
     plan = train_plan(train_index)
     batches = [plan.batch(micro_batch(s, 0, 0, 1, 8, 1), SIDE) for s in range(10)]
     with loader(train_index) as reader:
@@ -135,7 +135,7 @@ def test_a_run_of_no_batches_is_empty_and_the_next_is_not(train_index):
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
-def test_an_error_of_the_plan_is_not_blamed_on_files(train_index, kind):
+def test_an_error_of_the_plan_is_not_reported_as_a_corrupt_file(train_index, kind):
     def planned() -> Iterator[PlannedBatch]:
         yield train_plan(train_index).batch(np.arange(8), SIDE)
         raise kind("of the plan")
@@ -154,7 +154,7 @@ def test_partial_and_single_batches_and_two_loaders_at_once(train_index):
 
 
 def native_threads() -> set[str]:
-    """Threads of this process, DALI's among them; its first pipeline starts some that stay."""
+    """Native threads of this process, including DALI's; its first pipeline starts some that never stop."""
     return set(os.listdir("/proc/self/task"))
 
 
@@ -181,10 +181,10 @@ def run_over(index: DatasetIndex) -> None:
             pass
 
 
-def test_a_file_cut_short_after_it_was_indexed_is_named(train_index):
+def test_a_file_truncated_after_indexing_is_named(train_index):
     file = train_index.path(20)
     file.write_bytes(file.read_bytes()[:-2].ljust(file.stat().st_size, b"\0"))
-    with pytest.raises(DataError, match="is a JPEG that is cut short") as error:
+    with pytest.raises(DataError, match="is a truncated JPEG") as error:
         run_over(train_index)
     assert str(file) in str(error.value)
 
@@ -192,7 +192,7 @@ def test_a_file_cut_short_after_it_was_indexed_is_named(train_index):
 def test_a_file_that_dali_cannot_decode_is_named(train_index):
     file = train_index.path(20)
     content = bytearray(file.read_bytes())
-    content[4:-2] = b"\x55" * (len(content) - 6)  # start and end marks are there, nothing between them is
+    content[4:-2] = b"\x55" * (len(content) - 6)  # valid start and end markers, no data between them
     file.write_bytes(content)
     with pytest.raises(DataError, match="corrupt image files") as error:
         run_over(train_index)
@@ -200,8 +200,8 @@ def test_a_file_that_dali_cannot_decode_is_named(train_index):
     assert str(train_index.path(19)) not in str(error.value)
 
 
-def test_a_corrupt_file_is_not_told_before_it_is_asked_for(train_index):
-    """A run that is left before it keeps its own outcome, and the loader goes on; the run that needs the file fails."""
+def test_a_corrupt_file_is_not_reported_before_it_is_needed(train_index):
+    """A run that ends before it succeeds, and the loader stays usable; the run that needs the file fails."""
     file = train_index.path(12)
     content = bytearray(file.read_bytes())
     content[4:-2] = b"\x55" * (len(content) - 6)
@@ -239,7 +239,7 @@ def samples_index(imagenet_samples: Path, tmp_path: Path) -> DatasetIndex:
 
 
 def assert_close(images_NCHW: torch.Tensor, expected: list[Image.Image], mean: float, most: float) -> None:
-    """Pixels of 0..255 differ by no more than `mean` on average, and nowhere by more than `most`."""
+    """Checks that pixels of 0..255 differ by at most `mean` on average, and by at most `most` anywhere."""
     expected_NCHW = torch.stack([tv.pil_to_tensor(image) for image in expected])
     difference = (images_NCHW - expected_NCHW).abs()
     print(f"mean difference {difference.mean():.4f}, largest {difference.max():.0f} of 255")
@@ -260,12 +260,12 @@ def test_evaluation_pixels_equal_torchvisions(samples_index, interpolation, resi
     ids = np.arange(len(samples_index))
     planned = EvalPlan(samples_index.widths_N, samples_index.heights_N, 256, 224).batch(ids)
     augment = Augment()
-    if resized_by == "DALI":  # it does all where it augments; here with the operator that leaves all as it is
+    if resized_by == "DALI":  # DALI resizes if it augments: use its identity operator
         augment = Augment(auto_augment="trivialaugment")
         identity = [op.name for op in suite("trivialaugment")].index("identity")
         nothing = np.zeros((len(ids), 1), np.int32)
-        auto = Auto(nothing + identity, nothing, nothing)
-        planned = dataclasses.replace(planned, augmentations=Augmentations(auto=auto))
+        auto = AutoAugment(nothing + identity, nothing, nothing)
+        planned = dataclasses.replace(planned, augmentations=Augmentations(auto_augment=auto))
     with loader(samples_index, len(ids), interpolation, augment=augment) as reader:
         (batch,) = reader.run([planned])
     expected = []
@@ -277,7 +277,7 @@ def test_evaluation_pixels_equal_torchvisions(samples_index, interpolation, resi
 
 
 def test_training_pixels_equal_torchvisions_for_the_same_window(samples_index):
-    """Decoding a window alone leaves the color of its outermost pixels without neighbors to be smoothed with."""
+    """Pixels at the border of a decoded window differ: chroma upsampling lacks their neighbors."""
     planned = train_plan(samples_index).batch(np.arange(len(samples_index)), 224)
     with loader(samples_index, len(planned)) as reader:
         (batch,) = reader.run([planned])

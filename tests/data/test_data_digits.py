@@ -1,4 +1,4 @@
-"""The demonstration's data set."""
+"""The demo data set."""
 
 import hashlib
 import multiprocessing
@@ -9,7 +9,7 @@ from pipeline.data.digits import write_digits
 from pipeline.errors import DataError
 
 
-def test_digits_are_whole_stratified_and_the_same_every_time(tmp_path):
+def test_digits_are_complete_stratified_and_deterministic(tmp_path):
     for name in ("one", "two"):
         write_digits(tmp_path / name)
     files = {s: sorted((tmp_path / "one" / s).glob("*/*.jpg")) for s in ("train", "val")}
@@ -36,7 +36,7 @@ def test_two_processes_at_once_write_one_set(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
 
 
-def test_a_folder_that_is_something_else_is_left_alone(tmp_path):
+def test_another_folder_is_not_overwritten(tmp_path):
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "mine.txt").write_text("keep")
     with pytest.raises(DataError, match="is not the digits data set"):

@@ -1,4 +1,4 @@
-"""What sources of each layout hold beside their images: counted and told, or refused."""
+"""Files next to the images in sources of each layout: counted and reported as ignored, or refused."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def made(source: Path) -> PreparedSet:
         return prepare(source, source.parent / "set", PrepareOptions(), pool)
 
 
-def test_hidden_members_of_imagenets_archives_and_labels_without_a_image_are_counted(tmp_path):
+def test_hidden_members_of_imagenets_archives_and_labels_without_an_image_are_counted(tmp_path):
     tree = synthetic.images()
     synthetic.write_ilsvrc(tmp_path / "source", tree)
     tree["train"]["n01440764"] |= CLUTTER
@@ -45,7 +45,7 @@ def test_hidden_members_of_imagenets_archives_and_labels_without_a_image_are_cou
     ]
 
 
-def test_members_that_are_no_images_are_corruption_by_name(tmp_path):
+def test_members_that_are_not_images_are_named_as_corrupt(tmp_path):
     tree = synthetic.images()
     tree["train"]["n01440764"]["readme.txt"] = b"about the images"
     synthetic.write_ilsvrc(tmp_path / "source", tree)
@@ -53,7 +53,7 @@ def test_members_that_are_no_images_are_corruption_by_name(tmp_path):
         made(tmp_path / "source")
 
 
-def test_what_kaggles_folder_holds_beside_is_counted(tmp_path):
+def test_other_files_in_kaggles_folder_are_counted(tmp_path):
     synthetic.write_kaggle(tmp_path / "source", synthetic.images())
     (tmp_path / "source" / "ILSVRC" / "Data" / "CLS-LOC" / "test").mkdir()
     (tmp_path / "source" / "LOC_train_solution.csv").write_text("x")
@@ -110,7 +110,7 @@ def test_parquet_columns_and_files_that_are_not_used_are_counted(tmp_path):
         (lambda r: (r / "data" / "rest.parquet").write_bytes(b"x"), "not told: data/rest.parquet. Rename them."),
     ],
 )
-def test_parquet_files_that_do_not_fit_are_told(spoil, message, tmp_path):
+def test_invalid_parquet_files_are_named(spoil, message, tmp_path):
     synthetic.write_parquet(tmp_path / "source", synthetic.images(), synthetic.CLASSES)
     spoil(tmp_path / "source")
     with pytest.raises(DataError) as error:

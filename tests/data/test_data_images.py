@@ -1,4 +1,4 @@
-"""Images of all kinds: what they are told to be, and what becomes of their colors."""
+"""Images of all formats: headers and color conversion."""
 
 import io
 
@@ -34,7 +34,7 @@ def alpha(mode: str) -> Image.Image:
         (RGB.convert("CMYK"), "JPEG"),
     ],
 )
-def test_colors_become_what_pil_makes_of_them(image, kind):
+def test_colors_are_converted_as_in_pil(image, kind):
     content = synthetic.encoded(image, kind)
     head = header(content, content)
     assert (head.format, head.width, head.height) == (kind, 60, 50)
@@ -44,7 +44,7 @@ def test_colors_become_what_pil_makes_of_them(image, kind):
     assert np.array_equal(np.asarray(to_rgb(decode(content)).convert("RGB")), expected)
 
 
-def test_sixteen_bits_are_scaled_and_not_cut_off():
+def test_sixteen_bits_are_scaled_and_not_clipped():
     values = np.asarray(RGB.convert("L")).astype(np.uint16)
     content = synthetic.encoded(Image.fromarray(values * 257), "PNG")
     assert np.array_equal(np.asarray(to_rgb(decode(content))), values)
@@ -58,28 +58,28 @@ def test_jpegs_decode_to_pils_pixels(mode):
         assert np.array_equal(np.asarray(decode(content)), np.asarray(theirs))
 
 
-def test_bytes_between_whole_parts_are_no_problem_and_holes_are():
+def test_bytes_between_complete_segments_are_accepted_and_missing_data_are_not():
     decode(WHOLE[:-2] + b"\0" * 7 + WHOLE[-2:])
     with pytest.raises(NotAnImage, match="cannot be decoded: .*premature end"):
         decode(WHOLE[: len(WHOLE) // 2] + WHOLE[-2:])
 
 
-def test_a_size_behind_large_profiles_is_found(tmp_path):
+def test_a_size_after_large_profiles_is_found(tmp_path):
     comments = b"".join(b"\xff\xfe\xff\xff" + bytes(0xFFFF - 2) for _ in range(3))
     assert len(comments) > HEAD
     (tmp_path / "a.jpg").write_bytes(WHOLE[:2] + comments + WHOLE[2:])
     assert probe(tmp_path / "a.jpg") == Header("JPEG", 60, 50, "RGB")
     (tmp_path / "b.jpg").write_bytes(WHOLE[:2] + comments + b"\xff\xd9")
-    assert "corrupt head" in str(probe(tmp_path / "b.jpg"))
+    assert "corrupt header" in str(probe(tmp_path / "b.jpg"))
 
 
-def test_shrinking_keeps_the_ratio_and_never_enlarges():
+def test_shrinking_keeps_the_aspect_ratio_and_never_upscales():
     assert shrink(RGB, 25).size == (30, 25)
     assert shrink(RGB, 50) is RGB
     assert shrink(Image.new("RGB", (4000, 20)), 10).size == (2000, 10)
 
 
-def test_encoding_leaves_metadata_out_and_repeats():
+def test_encoding_omits_metadata_and_is_deterministic():
     turned = RGB.copy()
     turned.info |= {"exif": b"Exif\0\0junk", "icc_profile": b"x" * 100}
     assert encode(turned, 90) == encode(RGB, 90)

@@ -1,4 +1,4 @@
-"""Folders and the index: what is accepted, what is refused and how it is told."""
+"""Class folders and the index: accepted files, refused files, and error messages."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ def open_set(root: Path, cache: Path | None = None):
     return open_splits(str(root), "train", "val", cache or root.parent / "cache")
 
 
-def test_rows_are_sorted_and_labeled_by_rank(folders):
+def test_rows_are_sorted_and_labeled_by_class_position(folders):
     train, val = open_set(folders())
     assert (len(train), len(val)) == (41, 12)
     assert train.classes == val.classes == ("a", "b", "c")
@@ -39,7 +39,7 @@ def test_a_val_split_without_some_class_keeps_the_training_labels(folders):
     assert set(open_set(root)[1].labels_N) == {1, 2}
 
 
-def test_sizes_are_those_of_the_stored_image_whatever_exif_says(folders):
+def test_sizes_ignore_exif_orientation(folders):
     root = folders()
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
@@ -55,14 +55,14 @@ def test_known_files_are_not_opened_again_and_changed_ones_are(folders, tmp_path
     stat = victim.stat()
     victim.write_bytes(b"x" * stat.st_size)
     os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    again, _ = open_set(root)  # same path, length and time: not looked at
+    again, _ = open_set(root)  # same path, length and time: not opened
     assert again.fingerprint == first.fingerprint
     os.utime(victim)
     with pytest.raises(DataError, match="1 of 41 files"):
         open_set(root)
 
 
-def test_a_broken_cache_is_made_anew(folders):
+def test_a_corrupt_cache_is_rebuilt(folders):
     root = folders()
     first, _ = open_set(root)
     for file in (root.parent / "cache").iterdir():
@@ -71,7 +71,7 @@ def test_a_broken_cache_is_made_anew(folders):
     assert not list((root.parent / "cache").glob(".partial-*"))
 
 
-def test_the_fingerprint_tells_data_apart_and_not_places(folders, tmp_path):
+def test_the_fingerprint_depends_on_data_and_not_on_the_root(folders, tmp_path):
     root = folders()
     first, _ = open_set(root)
     moved = root.rename(tmp_path / "elsewhere")
@@ -85,7 +85,7 @@ def test_an_index_can_be_sent_to_another_process(folders):
     sent = pickle.dumps(train)
     assert pickle.loads(sent).fingerprint == train.fingerprint
     assert train.labels_N.sum() + train.widths_N.sum() > 0
-    assert len(pickle.dumps(train)) == len(sent)  # what was computed since is not sent
+    assert len(pickle.dumps(train)) == len(sent)  # cached values are not pickled
 
 
 def test_indexing_is_silent_and_leaves_the_warning_filters_as_they_were(folders, recwarn):
@@ -104,7 +104,7 @@ def test_indexing_is_silent_and_leaves_the_warning_filters_as_they_were(folders,
     assert not recwarn.list
 
 
-def test_good_files_are_remembered_when_others_are_bad(folders):
+def test_valid_files_are_cached_when_others_are_corrupt(folders):
     root = folders()
     bad = root / "train" / "b" / "bad.jpg"
     bad.write_bytes(b"no")
@@ -118,14 +118,14 @@ def test_good_files_are_remembered_when_others_are_bad(folders):
     assert len(open_set(root)[0]) == 41  # `good` was not opened again
 
 
-def test_a_cache_folder_that_cannot_be_made_is_told(folders):
+def test_a_cache_folder_that_cannot_be_created_is_named(folders):
     root = folders()
     (root.parent / "cache").write_text("a file")
-    with pytest.raises(DataError, match="cache: File exists. Set run.output to a folder"):
+    with pytest.raises(DataError, match="cache: File exists. Set run.output to a writable folder"):
         open_set(root)
 
 
-def test_a_name_that_is_not_utf8_is_told(folders):
+def test_a_name_that_is_not_utf8_is_named(folders):
     root = folders()
     file = os.fsencode(root / "train" / "a") + b"/\xff.jpg"
     os.link(root / "train" / "a" / "it's 000.JPEG", file)
@@ -140,13 +140,13 @@ PROBLEMS = {
     "html": (b"<html>404</html>", "is not an image of a known format"),
     "gif": (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "is not an image of a known format"),
     "empty": (b"", "it is empty"),
-    "cut jpeg": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "is a JPEG that is cut short"),
-    "cut png": (b"\x89PNG\r\n\x1a\n\x00\x00", "is a PNG that is cut short"),
+    "truncated jpeg": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "is a truncated JPEG"),
+    "truncated png": (b"\x89PNG\r\n\x1a\n\x00\x00", "is a truncated PNG"),
 }
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_a_file_that_is_no_whole_image_is_named(folders, problem):
+def test_a_file_that_is_not_a_complete_image_is_named(folders, problem):
     root = folders()
     content, reason = PROBLEMS[problem]
     (root / "train" / "b" / "bad one.JPEG").write_bytes(content)
@@ -163,11 +163,11 @@ def test_a_jpeg_without_its_last_two_bytes_is_refused_and_one_with_padding_is_no
     file.write_bytes(whole + bytes(100))
     open_set(root)
     file.write_bytes(whole[:-2])
-    with pytest.raises(DataError, match="cut short"):
+    with pytest.raises(DataError, match="truncated"):
         open_set(root)
 
 
-def test_many_bad_files_still_make_a_short_message(folders):
+def test_the_message_about_many_corrupt_files_is_short(folders):
     root = folders()
     for i in range(20):
         (root / "train" / "c" / f"bad{i:02d}.jpg").write_bytes(b"no")
@@ -178,7 +178,7 @@ def test_many_bad_files_still_make_a_short_message(folders):
     assert len(str(error.value).splitlines()) == 8
 
 
-def test_png_in_a_jpeg_name_hidden_files_and_clutter_are_fine(folders):
+def test_png_named_jpeg_and_hidden_files_are_accepted(folders):
     root = folders()
     Image.new("RGBA", (40, 40)).save(root / "train" / "a" / "0.JPEG", "PNG")
     (root / "train" / "a" / ".DS_Store").write_bytes(b"x")
@@ -195,7 +195,7 @@ def test_png_in_a_jpeg_name_hidden_files_and_clutter_are_fine(folders):
         (lambda r: (r / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"x"), "validation images are flat"),
     ],
 )
-def test_a_wrong_layout_is_told_with_the_right_one(folders, spoil, message):
+def test_errors_for_a_wrong_layout_name_the_right_one(folders, spoil, message):
     root = folders()
     spoil(root)
     with pytest.raises(DataError, match=message):
@@ -209,21 +209,21 @@ def test_a_val_class_that_train_lacks_is_named(folders):
         open_set(root)
 
 
-def test_a_link_that_leads_nowhere_is_named(folders):
+def test_a_broken_link_is_named(folders):
     root = folders()
     (root / "train" / "a" / "lost.jpg").symlink_to("gone.jpg")
-    with pytest.raises(DataError, match=r"train/a/lost.jpg: is a link that leads nowhere, to gone.jpg"):
+    with pytest.raises(DataError, match=r"train/a/lost.jpg: is a broken link to gone.jpg"):
         open_set(root)
 
 
-def test_no_root_and_a_missing_root(tmp_path):
+def test_an_unset_root_and_a_missing_root(tmp_path):
     with pytest.raises(DataError, match="data.root is not set"):
         open_splits(None, "train", "val", tmp_path)
     with pytest.raises(DataError, match="is not a folder"):
         open_splits(str(tmp_path / "gone"), "train", "val", tmp_path)
 
 
-def test_reading_notices_a_file_that_changed_or_went(folders):
+def test_reading_detects_a_changed_or_missing_file(folders):
     root = folders()
     train, _ = open_set(root)
     train.path(0).unlink()
@@ -237,21 +237,21 @@ def test_reading_notices_a_file_that_changed_or_went(folders):
         train.read(2)
 
 
-def test_rows_are_sent_to_other_processes_without_their_table():
+def test_copied_rows_are_pickled_without_their_table():
     table = table_of({"path": [f"{i:050d}" for i in range(10_000)], "label": list(range(10_000))})
     rows = rows_of(table, 9_990, 20)
     assert rows["label"].to_pylist() == list(range(9_990, 10_000))
     assert len(pickle.dumps(rows)) < 10_000
 
 
-def test_data_that_another_node_sees_otherwise_are_told(folders, tmp_path):
-    """A missing file, another size, and that a look at some files is a look at evenly spread ones."""
+def test_different_data_on_another_node_are_detected(folders, tmp_path):
+    """A missing file, a changed size, and that a check of some files checks evenly spaced ones."""
     index, _ = open_set(folders())
-    assert index.differs_here(1000) is None
-    moved = index.moved(tmp_path / "elsewhere")
-    assert moved.differs_here(1000) == f"{moved.path(0)}: No such file or directory"
+    assert index.find_difference(1000) is None
+    moved = index.with_root(tmp_path / "elsewhere")
+    assert moved.find_difference(1000) == f"{moved.path(0)}: No such file or directory"
     last = index.path(len(index) - 1)
     last.write_bytes(last.read_bytes() + b"x")
-    assert "bytes were indexed" not in (index.differs_here(1) or "")
-    assert index.differs_here(2).startswith(f"{last} has ")
-    assert index.differs_here(2, sizes=False) is None
+    assert "bytes were indexed" not in (index.find_difference(1) or "")
+    assert index.find_difference(2).startswith(f"{last} has ")
+    assert index.find_difference(2, compare_sizes=False) is None

@@ -1,4 +1,4 @@
-"""Folders as they are: links, what is no file, hidden files, names; all are listed, named, or counted."""
+"""Listing folders: links, special files, hidden files, names; each entry is listed, named as a problem, or counted."""
 
 import os
 import socket
@@ -18,36 +18,36 @@ from pipeline.errors import DataError
 from tests.data.conftest import write_image
 
 
-def spoil(folder: Path) -> dict[str, str]:
-    """Puts what is no file into a folder, and returns what is wrong with each, by name."""
+def add_special_files(folder: Path) -> dict[str, str]:
+    """Puts special files and broken links into a folder, and returns their problems by name."""
     os.mkfifo(folder / "fifo.jpg")
     (folder / "broken.jpg").symlink_to("/dev/null/gone")
     (folder / "self.jpg").symlink_to("self.jpg")
     (folder / "null.jpg").symlink_to("/dev/null")
     (folder / "lost.jpg").symlink_to("lost/further.jpg")
-    here = os.getcwd()
+    previous = os.getcwd()
     os.chdir(folder)  # the path of a socket is 107 bytes long at most
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind("socket.jpg")
     finally:
-        os.chdir(here)
+        os.chdir(previous)
     with open(os.fsencode(folder) + b"/\xff.jpg", "wb") as file:
         file.write(b"x")
     return {
         "fifo.jpg": "is a FIFO, not a file",
-        "broken.jpg": "is a link that leads nowhere, to /dev/null/gone",
+        "broken.jpg": "is a broken link to /dev/null/gone",
         "self.jpg": "cannot be read (Too many levels of symbolic links)",
         "null.jpg": "is a device, not a file",
-        "lost.jpg": "is a link that leads nowhere, to lost/further.jpg",
+        "lost.jpg": "is a broken link to lost/further.jpg",
         "socket.jpg": "is a socket, not a file",
         "\\xff.jpg": "has a name that is not UTF-8: rename it",
     }
 
 
-def test_what_is_no_file_is_named_and_nothing_hangs(tmp_path):
+def test_special_files_are_named_and_nothing_hangs(tmp_path):
     write_image(tmp_path / "set" / "a.jpg", 0, 40, 40)
-    problems = spoil(tmp_path / "set")
+    problems = add_special_files(tmp_path / "set")
     index, found, _ = scan_images(tmp_path / "set")
     assert index.table["path"].to_pylist() == ["a.jpg"]
     assert found == problems
@@ -67,10 +67,10 @@ def test_linked_folders_are_followed_and_each_is_listed_once(tmp_path):
     found = tree(root)
     assert list(found.files) == ["m/1.jpg", "out/2.jpg", "out/deep/3.jpg", "out/onward/4.jpg", "same.jpg"]
     assert found.problems == {
-        "a-link-to-m": "is a link to a folder that is listed already, as m",
-        "m/up": "is a link to a folder that is listed already, as .",
-        "out-again": "is a link to a folder that is listed already, as out/deep",
-        "out/onward/back": "is a link to a folder that is listed already, as out",
+        "a-link-to-m": "is a link to a folder that is already listed as m",
+        "m/up": "is a link to a folder that is already listed as .",
+        "out-again": "is a link to a folder that is already listed as out/deep",
+        "out/onward/back": "is a link to a folder that is already listed as out",
     }
 
 
@@ -82,10 +82,10 @@ def test_hidden_files_are_counted(tmp_path):
     found = tree(tmp_path)
     assert list(found.files) == ["a.jpg"]
     assert found.ignored.counts() == {SYSTEM: 5, HIDDEN: 2}
-    assert found.ignored.lines(without=SYSTEM) == [f"2 {HIDDEN}: .git, .hidden.jpg"]
+    assert found.ignored.lines(exclude=SYSTEM) == [f"2 {HIDDEN}: .git, .hidden.jpg"]
 
 
-def test_counts_of_several_processes_are_one():
+def test_counts_of_several_processes_are_merged():
     first, second = IgnoredFiles(), IgnoredFiles()
     for i in range(5):
         first.add("files", str(i))
@@ -96,25 +96,25 @@ def test_counts_of_several_processes_are_one():
     assert not IgnoredFiles()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
     assert tree(tmp_path).problems == {"closed": "cannot be listed (Permission denied)"}
 
 
-def test_class_folders_with_what_is_no_file_are_refused_by_name_or_left_out(folders, tmp_path):
+def test_class_folders_with_special_files_are_refused_by_name_or_skipped(folders, tmp_path):
     root = folders()
-    problems = spoil(root / "train" / "b")
+    problems = add_special_files(root / "train" / "b")
     with pytest.raises(DataError) as error:
         open_splits(str(root), "train", "val", tmp_path / "cache")
     assert "7 of 48 files in" in str(error.value)
-    told: list[str] = []
-    train, _ = open_splits(str(root), "train", "val", tmp_path / "cache", True, told.append)
+    warnings: list[str] = []
+    train, _ = open_splits(str(root), "train", "val", tmp_path / "cache", True, warnings.append)
     assert len(train) == 41
-    assert told[0].startswith("7 of 48 training files are left out:")
+    assert warnings[0].startswith("7 of 48 training files are skipped:")
     for name in sorted(problems.keys() - {"\\xff.jpg"})[:5]:
         assert f"\n  train/b/{name}: {problems[name]}\n" in str(error.value)
-        assert f"\n  train/b/{name}: {problems[name]}\n" in told[0]
+        assert f"\n  train/b/{name}: {problems[name]}\n" in warnings[0]
     with Pool(1) as pool:
         report = verify(root, pool)
         assert {f.where: f.detail for f in report.corruption} == {
@@ -134,21 +134,21 @@ def test_a_class_folder_may_be_a_link_but_not_to_another_class(folders, tmp_path
     (root / "train" / "b").symlink_to(tmp_path / "elsewhere")
     assert len(open_splits(str(root), "train", "val", tmp_path / "cache")[0]) == 41
     (root / "train" / "d").symlink_to("a")
-    with pytest.raises(DataError, match=r"train/a and .*/train/d are the same folder, and would be two"):
+    with pytest.raises(DataError, match=r"train/a and .*/train/d are the same folder, but would be two"):
         open_splits(str(root), "train", "val", tmp_path / "cache")
     (root / "train" / "d").unlink()
     (root / "train" / "d").symlink_to("/dev/null/gone")
-    with pytest.raises(DataError, match="train/d is a link that leads nowhere, to /dev/null/gone. Mend or remove it"):
+    with pytest.raises(DataError, match="train/d is a broken link to /dev/null/gone. Fix or remove it"):
         open_splits(str(root), "train", "val", tmp_path / "cache")
 
 
-def test_hidden_images_are_told_where_training_starts_and_system_files_are_not(folders, tmp_path):
+def test_hidden_images_are_warnings_before_training_and_system_files_are_not(folders, tmp_path):
     root = folders()
     (root / "train" / "a" / ".DS_Store").write_bytes(b"x")
     (root / "val" / ".ipynb_checkpoints").mkdir()
-    told: list[str] = []
-    open_splits(str(root), "train", "val", tmp_path / "cache", warn=told.append)
-    assert told == []
+    warnings: list[str] = []
+    open_splits(str(root), "train", "val", tmp_path / "cache", warn=warnings.append)
+    assert warnings == []
     (root / "train" / "a" / "it's 000.JPEG").rename(root / "train" / "a" / ".0.jpg")
-    open_splits(str(root), "train", "val", tmp_path / "cache", warn=told.append)
-    assert told == [f"left out: 1 {HIDDEN}: train/a/.0.jpg"]
+    open_splits(str(root), "train", "val", tmp_path / "cache", warn=warnings.append)
+    assert warnings == [f"ignored: 1 {HIDDEN}: train/a/.0.jpg"]

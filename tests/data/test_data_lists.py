@@ -97,7 +97,7 @@ def test_labels_that_are_numbers_keep_their_order(images):
         file.write("val4.jpg,4\nval5.jpg,10\n")
     done = made(images)
     assert done.manifest.classes == ("0", "1", "2", "3", "4", "10")
-    assert done.notes == ["class names are numbers, and labels are their places in the list: '10' has label 5"]
+    assert done.notes == ["class names are numbers, but labels are positions in the sorted list: '10' has label 5"]
 
 
 def test_it_is_indexed_where_it_lies_and_prepared_from_there_as_class_folders(images):
@@ -156,8 +156,11 @@ def same_names(root: Path) -> None:
             appended("train1.jpg,cat"),
             "train/images/train1.jpg: labels.csv, line 12 says cat, labels.csv, line 3 says dog",
         ),
-        (appended("train1.jpg"), "labels.csv, line 12: a value is missing or one too many is there"),
-        (appended("train1.jpg,dog,1"), "labels.csv, line 12: a value is missing or one too many is there"),
+        (appended("train1.jpg"), "labels.csv, line 12: a value is missing, or there are more values than columns"),
+        (
+            appended("train1.jpg,dog,1"),
+            "labels.csv, line 12: a value is missing, or there are more values than columns",
+        ),
         (appended("val0.jpg,eel"), "labels.csv, line 12 says eel, labels.csv, line 8 says cat"),
         (two_columns, "has several columns of labels that differ, label, class: remove all but one"),
         (only_train, "labels.csv names no image of val that is there"),

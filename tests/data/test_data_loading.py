@@ -1,4 +1,4 @@
-"""Loading: shards like folders, corruption that is replaced, sizes that change, nothing left behind."""
+"""The data loader: shards equal folders, corrupt samples are replaced, sizes may change, nothing leaks."""
 
 import gc
 import threading
@@ -45,7 +45,7 @@ def run(reader: Loader, plan: TrainPlan, steps: int = 12, batch: int = 6) -> tup
     return torch.cat([b.images_NCHW for b in batches]), [int(i) for b in batches for i in b.ids_N]
 
 
-def make(tmp_path: Path, to: str) -> DatasetIndex:
+def prepare_index(tmp_path: Path, to: str) -> DatasetIndex:
     synthetic.write_folders(tmp_path / "source", synthetic.images())
     with Pool(1) as pool:
         prepare(tmp_path / "source", tmp_path / to, PrepareOptions(to=to, shard_bytes=20_000), pool)
@@ -53,7 +53,7 @@ def make(tmp_path: Path, to: str) -> DatasetIndex:
 
 
 def test_shards_and_folders_give_the_same_pixels(tmp_path):
-    shards, folders = make(tmp_path, "shards"), make(tmp_path, "folders")
+    shards, folders = prepare_index(tmp_path, "shards"), prepare_index(tmp_path, "folders")
     assert (shards.in_shards, folders.in_shards) == (True, False)
     names = [path.partition("/")[2] for path in folders.table["path"].to_pylist()]
     twins = np.array([names.index(name) for name in shards.table["name"].to_pylist()])
@@ -66,7 +66,7 @@ def test_shards_and_folders_give_the_same_pixels(tmp_path):
 
 @pytest.mark.parametrize("readers", [0, 1, 7])
 def test_any_number_of_reading_threads_gives_the_same(readers, tmp_path):
-    index = make(tmp_path, "shards")
+    index = prepare_index(tmp_path, "shards")
     with loader(index) as usual, loader(index, readers=readers) as other:
         expected, ids = run(usual, train_plan(index))
         images, other_ids = run(other, train_plan(index))
@@ -74,8 +74,8 @@ def test_any_number_of_reading_threads_gives_the_same(readers, tmp_path):
     assert torch.equal(images, expected)
 
 
-def test_images_may_change_their_size_from_batch_to_batch(tmp_path):
-    index = make(tmp_path, "shards")
+def test_the_image_size_may_change_between_batches(tmp_path):
+    index = prepare_index(tmp_path, "shards")
     plan = train_plan(index)
     with loader(index) as reader:
         batches = list(reader.run(plan.batch(np.arange(6 * i, 6 * i + 6), side) for i, side in enumerate((16, 24, 40))))
@@ -85,7 +85,7 @@ def test_images_may_change_their_size_from_batch_to_batch(tmp_path):
 
 
 def overwrite(index: DatasetIndex, sample: int, content: bytes) -> None:
-    """Damages a sample, in an index without checksums that has seen it so."""
+    """Overwrites a sample's file, keeping its size."""
     file = index.path(sample)
     stat = file.stat()
     file.write_bytes(content[: stat.st_size].ljust(stat.st_size, b"\0"))
@@ -93,11 +93,11 @@ def overwrite(index: DatasetIndex, sample: int, content: bytes) -> None:
 
 @pytest.fixture
 def corrupt(folders, tmp_path) -> tuple[DatasetIndex, set[int]]:
-    """Class folders with images that fail in different ways: in reading, and only in DALI."""
+    """Class folders with corrupt images: one fails when read, two only in DALI."""
     root = folders()
     index, _ = open_splits(str(root), "train", "val", tmp_path / "cache")
     overwrite(index, 5, b"<html>")
-    for sample in (11, 23):  # whole to look at, but the tables that decoding needs are gone
+    for sample in (11, 23):  # start and end are valid, but the quantization tables are missing
         content = bytearray(index.path(sample).read_bytes())
         at = content.index(b"\xff\xdb")
         content[at : at + 2] = b"\xff\xfe"
@@ -105,7 +105,7 @@ def corrupt(folders, tmp_path) -> tuple[DatasetIndex, set[int]]:
     return index, {5, 11, 23}
 
 
-def test_corrupt_images_end_a_run_unless_they_may_be_skipped(corrupt):
+def test_corrupt_images_are_errors_unless_they_may_be_skipped(corrupt):
     index, bad = corrupt
     with loader(index) as reader, pytest.raises(DataError) as error:
         run(reader, train_plan(index))
@@ -115,11 +115,11 @@ def test_corrupt_images_end_a_run_unless_they_may_be_skipped(corrupt):
 def test_corrupt_images_are_replaced_alike_at_any_world_size(corrupt):
     index, bad = corrupt
     plan = train_plan(index)
-    with loader(index, skip_by=plan) as reader:
+    with loader(index, replacement_plan=plan) as reader:
         images, ids = run(reader, plan)
         assert set(reader.skipped) == bad
         assert all(str(index.path(sample)) in reason for sample, reason in reader.skipped.items())
-        again, _ = run(reader, plan)  # now that they are known
+        again, _ = run(reader, plan)  # with the corrupt samples known
     assert torch.equal(again, images)
     planned = [int(i) for i in plan.locate(np.arange(72))[1]]
     assert all(i not in bad for i in ids)
@@ -127,15 +127,15 @@ def test_corrupt_images_are_replaced_alike_at_any_world_size(corrupt):
     assert (images.flatten(1).amax(dim=1) > 0).all()  # never a black image
     by_rank = []
     for rank in range(2):
-        with loader(index, 3, skip_by=plan) as reader:
+        with loader(index, 3, replacement_plan=plan) as reader:
             steps = (plan.batch(micro_batch(s, 0, rank, 2, 3, 1), SIDE) for s in range(12))
             by_rank.append([batch.images_NCHW for batch in reader.run(steps)])
     together = torch.cat([by_rank[rank][step] for step in range(12) for rank in range(2)])
     assert torch.equal(together, images)
 
 
-def test_bytes_that_rot_in_a_shard_are_told_and_can_be_skipped(tmp_path):
-    index = make(tmp_path, "shards")
+def test_corrupt_bytes_in_a_shard_are_detected_and_can_be_skipped(tmp_path):
+    index = prepare_index(tmp_path, "shards")
     offset, length = (index.table[name][3].as_py() for name in ("offset", "length"))
     with index.path(3).open("r+b") as file:
         file.seek(offset + length // 2)
@@ -143,38 +143,38 @@ def test_bytes_that_rot_in_a_shard_are_told_and_can_be_skipped(tmp_path):
     plan = train_plan(index)
     with loader(index) as reader, pytest.raises(DataError, match=r"does not have the checksum .* data.on_corrupt=skip"):
         run(reader, plan)
-    with loader(index, skip_by=plan) as reader:
+    with loader(index, replacement_plan=plan) as reader:
         _, ids = run(reader, plan)
         assert list(reader.skipped) == [3]
         assert 3 not in ids
 
 
-def test_storage_that_is_gone_is_not_passed_over(tmp_path):
-    index = make(tmp_path, "shards")
+def test_missing_files_are_errors_and_never_skipped(tmp_path):
+    index = prepare_index(tmp_path, "shards")
     plan = train_plan(index)
     index.path(0).unlink()
-    with loader(index, skip_by=plan) as reader, pytest.raises(DataError, match="cannot be read: No such file"):
+    with loader(index, replacement_plan=plan) as reader, pytest.raises(DataError, match="cannot be read: No such file"):
         run(reader, plan)
 
 
-def test_a_data_set_that_is_corrupt_all_over_ends_the_run(corrupt):
+def test_a_completely_corrupt_data_set_is_an_error(corrupt):
     index, _ = corrupt
     for sample in range(len(index)):
         overwrite(index, sample, b"x")
     with (
-        loader(index, skip_by=train_plan(index)) as reader,
-        pytest.raises(DataError, match="All that were to take its"),
+        loader(index, replacement_plan=train_plan(index)) as reader,
+        pytest.raises(DataError, match="All its replacements are corrupt"),
     ):
         run(reader, train_plan(index))
 
 
 def shared_memory(process: psutil.Process) -> set[str]:
-    """The files in shared memory that a process has mapped; other processes have their own."""
+    """Returns the shared memory files that a process has mapped."""
     return {area.path for area in process.memory_maps() if area.path.startswith("/dev/shm")}
 
 
-def test_fifty_epochs_leave_memory_threads_and_files_as_they_were(tmp_path):
-    index = make(tmp_path, "shards")
+def test_fifty_epochs_leak_no_memory_threads_or_files(tmp_path):
+    index = prepare_index(tmp_path, "shards")
     plan, process = train_plan(index), psutil.Process()
     shared = shared_memory(process)
     threads = threading.active_count()
@@ -197,7 +197,7 @@ def test_fifty_epochs_leave_memory_threads_and_files_as_they_were(tmp_path):
     assert shared_memory(process) == shared
 
 
-def test_windowed_order_has_every_sample_once_and_few_shards_at_a_time():
+def test_windowed_shuffle_has_every_sample_once_and_few_shards_at_a_time():
     files_N = np.repeat(np.arange(40), 25)
     orders = [windowed_permutation(3, epoch, files_N, 5) for epoch in range(3)]
     for order in orders:
@@ -206,14 +206,14 @@ def test_windowed_order_has_every_sample_once_and_few_shards_at_a_time():
             assert len(set(files_N[order[start : start + 125]])) == 5
     assert not np.array_equal(orders[0], orders[1])
     groups = [{frozenset(files_N[order[s : s + 125]]) for s in range(0, 1000, 125)} for order in orders]
-    assert groups[0] != groups[1]  # other shards come together in each epoch
+    assert groups[0] != groups[1]  # windows contain other shards in each epoch
     assert np.array_equal(orders[0], windowed_permutation(3, 0, files_N, 5))
     within = orders[0][:125]
     assert (np.diff(files_N[within]) != 0).mean() > 0.6  # mixed, not one shard after the other
 
 
-def test_a_window_of_all_shards_is_a_full_shuffle_and_positions_are_the_plans(tmp_path):
-    index = make(tmp_path, "shards")
+def test_windowed_shuffle_with_windows_of_one_shard_and_of_all_shards(tmp_path):
+    index = prepare_index(tmp_path, "shards")
     assert index.files_N.max() > 1
     plan = TrainPlan(
         3, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, files_N=index.files_N, window=1

@@ -1,4 +1,4 @@
-"""`open_dataset`: the same order at any world size, a start at any sample, each evaluation image once, a clean end."""
+"""`open_dataset`: same order at any world size, resume at any sample, each evaluation image once, clean shutdown."""
 
 import gc
 import threading
@@ -35,7 +35,7 @@ def together(batches: list[Batch]) -> tuple[torch.Tensor, list[int]]:
 
 
 def all_ranks(data: Dataset, world_size: int, **options: Any) -> tuple[torch.Tensor, list[int]]:
-    """Every rank's batches, each step's put together in the ranks' order."""
+    """Concatenates all ranks' batches of each step, in order of the ranks."""
     by_rank = [
         list(data.batches("train", 12, rank=rank, world_size=world_size, image_size=SIDE, **options))
         for rank in range(world_size)
@@ -44,7 +44,7 @@ def all_ranks(data: Dataset, world_size: int, **options: Any) -> tuple[torch.Ten
     return together([batch for step in zip(*by_rank, strict=True) for batch in step])
 
 
-def test_the_ranks_together_give_one_ranks_order_at_any_world_size(data):
+def test_global_batches_are_the_same_at_any_world_size(data):
     images, ids = all_ranks(data, 1, seed=5, epochs=2)
     assert len(ids) == 84  # 82 samples in batches of 12
     for epoch in range(2):
@@ -58,7 +58,7 @@ def test_the_ranks_together_give_one_ranks_order_at_any_world_size(data):
 
 
 @pytest.mark.parametrize("start", [12, 36, 17, 41, 50])
-def test_a_start_at_any_sample_gives_what_would_have_come(data, start):
+def test_resuming_at_any_sample_gives_the_same_batches(data, start):
     images, ids = together(list(data.batches("train", 12, image_size=SIDE, epochs=3)))
     later_images, later_ids = all_ranks(data, 2, start=start, epochs=3)
     count = min(len(ids) - start, len(later_ids))
@@ -67,7 +67,7 @@ def test_a_start_at_any_sample_gives_what_would_have_come(data, start):
     assert torch.equal(later_images[:count], images[start : start + count])
 
 
-def test_batches_end_where_they_are_told(data):
+def test_stop_and_epochs_end_the_batches(data):
     def steps(**options: Any) -> int:
         batches = data.batches("train", 10, image_size=SIDE, **options)
         found = list(batches)
@@ -114,7 +114,7 @@ def loader_threads() -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["close", "with", "break", "error"])
-def test_what_is_left_in_the_middle_is_closed(data, how):
+def test_an_unfinished_loop_is_closed(data, how):
     def few(batches: Batches) -> None:
         for _, _ in zip(range(2), batches, strict=False):
             assert loader_threads()
@@ -141,14 +141,14 @@ def test_what_is_left_in_the_middle_is_closed(data, how):
     assert loader_threads() == []
 
 
-def test_what_was_never_begun_has_no_threads(data):
+def test_batches_start_no_threads_before_iteration(data):
     batches = data.batches("train", 4, image_size=SIDE)
     assert len(batches) == 11
     assert loader_threads() == []
     batches.close()
 
 
-def test_a_prepared_set_and_class_folders_are_the_same_set(data, folders, tmp_path):
+def test_a_prepared_data_set_equals_its_class_folders(data, folders, tmp_path):
     prepared(data, tmp_path / "shards")
     shards = pipeline.open_dataset(tmp_path / "shards")
     assert shards.splits == data.splits == ("train", "val")
@@ -169,7 +169,7 @@ def test_class_folders_alone_are_one_split(data, tmp_path):
     assert together(list(alone.batches("all", 4, image_size=SIDE)))[1] == list(range(VAL))
 
 
-def test_labels_are_ranks_in_the_training_classes(tmp_path):
+def test_labels_are_positions_in_the_training_classes(tmp_path):
     for split, classes in (("train", "abc"), ("val", "bc")):
         for name in classes:
             write_image(tmp_path / "set" / split / name / "1.JPEG", 1, 40, 40)
@@ -178,7 +178,7 @@ def test_labels_are_ranks_in_the_training_classes(tmp_path):
         assert data.index("val").labels_N.tolist() == [1, 2]
 
 
-def test_the_demonstrations_images_have_a_name(tmp_path):
+def test_the_demo_data_set_is_digits(tmp_path):
     data = pipeline.open_dataset("digits://", cache=tmp_path)
     assert data.sizes == {"train": 1437, "val": 360}
     assert data.classes == tuple("0123456789")
@@ -187,7 +187,7 @@ def test_the_demonstrations_images_have_a_name(tmp_path):
 def test_corrupt_images_are_errors_or_replaced(data):
     file = data.index("train").path(3)
     whole = file.read_bytes()
-    file.write_bytes(whole[:-40] + bytes(40))  # of the same size, without its end
+    file.write_bytes(whole[:-40] + bytes(40))  # same size, without its end
     with pytest.raises(DataError, match=file.name):
         list(data.batches("train", 4, image_size=SIDE))
     batches = data.batches("train", 4, image_size=SIDE, config=pipeline.load_config({"data": {"on_corrupt": "skip"}}))
@@ -204,34 +204,34 @@ def test_corrupt_images_are_errors_or_replaced(data):
         ({"batch_size": 0}, "batch_size=0"),
         ({"rank": 2, "world_size": 2}, "rank=2 must be from 0 to world_size - 1, and world_size is 2"),
         ({"image_size": 4}, "image_size=4 must be from 8 to 1024"),
-        ({"device": "tpu"}, "device=tpu is not known: use cpu, or cuda"),
+        ({"device": "tpu"}, "device=tpu is unknown: use cpu, or cuda"),
         ({"start": -1}, "start=-1 must be from 0 to"),
         ({"start": 90, "stop": 80}, "start=90 must be from 0 to the end of the batches, which is at 80 samples"),
-        ({"stop": 80, "epochs": 2}, "stop=80 and epochs=2 both say"),
-        ({"training": False, "start": 7}, "start=7 has no effect where each image comes once"),
+        ({"stop": 80, "epochs": 2}, "stop=80 and epochs=2 both set"),
+        ({"training": False, "start": 7}, "start=7 has no effect in evaluation"),
         ({"split": "test"}, "has no split 'test', it has train, val"),
         ({"config": {"data": {"shuffle": "windowed"}}}, "data.shuffle=windowed .* there are none"),
         ({"config": {"augment": {"mixup_alpha": 0.2}}, "batch_size": 6, "world_size": 2}, "mix pairs of images"),
     ],
 )
-def test_values_that_do_not_fit_are_named(data, options, message):
-    given: dict[str, Any] = {"split": "train", "batch_size": 8} | options
-    if "config" in given:
-        given["config"] = pipeline.load_config(given["config"])
+def test_invalid_arguments_are_named(data, options, message):
+    arguments: dict[str, Any] = {"split": "train", "batch_size": 8} | options
+    if "config" in arguments:
+        arguments["config"] = pipeline.load_config(arguments["config"])
     with pytest.raises(UserError, match=message):
-        data.batches(**given)
+        data.batches(**arguments)
 
 
-def test_places_that_are_no_data_set_are_named(tmp_path):
+def test_roots_that_are_no_data_set_are_named(tmp_path):
     with pytest.raises(DataError, match=r"gone is not a folder"):
         pipeline.open_dataset(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"s3://bucket/set is an address: give stage=FOLDER"):
+    with pytest.raises(DataError, match=r"s3://bucket/set is a URI: pass stage=FOLDER"):
         pipeline.open_dataset("s3://bucket/set")
     with pytest.raises(ConfigError, match=r"the config is not a valid config:\n  data.hflip: .* got 7"):
         pipeline.load_config({"data": {"hflip": 7}})
 
 
-def test_an_address_is_staged(data, tmp_path):
+def test_a_uri_is_staged(data, tmp_path):
     prepared(data, tmp_path / "shards")
     remote = pipeline.open_dataset(f"file://{tmp_path / 'shards'}", stage=tmp_path / "disk", cache=tmp_path / "cache")
     assert remote.splits == ("train", "val")

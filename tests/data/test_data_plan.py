@@ -1,11 +1,11 @@
-"""The sample plan: random numbers, order, crops, shares."""
+"""The samplers: random numbers, order, crops, evaluation batches of ranks."""
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from pipeline.data.plan import EvalPlan, TrainPlan, eval_share, micro_batch, philox
+from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch, philox, rank_eval_batches
 
 
 def words(text: str) -> tuple[np.ndarray, ...]:
@@ -24,7 +24,7 @@ def words(text: str) -> tuple[np.ndarray, ...]:
         ),
     ],
 )
-def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
+def test_philox_passes_the_known_answer_tests_of_random123(counter, key, expected):
     assert [f"{int(w):08x}" for w in philox(words(counter), key)[:, 0]] == expected.split()
 
 
@@ -41,7 +41,7 @@ def plan(n: int = 103, **changes: object) -> TrainPlan:
     return TrainPlan(**(arguments | changes))
 
 
-def test_every_sample_comes_once_per_epoch_in_another_order():
+def test_each_epoch_is_another_permutation():
     p, n = plan(), 103
     epochs_B, ids_B = p.locate(np.arange(3 * n))
     assert epochs_B.tolist() == [0] * n + [1] * n + [2] * n
@@ -55,7 +55,7 @@ def test_the_order_depends_on_the_seed():
     assert plan().locate(np.arange(50))[1].tolist() != plan(seed=8).locate(np.arange(50))[1].tolist()
 
 
-def test_a_sample_is_cropped_alike_however_it_is_reached():
+def test_a_samples_crop_does_not_depend_on_its_batch():
     p = plan()
     whole = p.batch(np.arange(95, 115), 32)  # the end of one epoch and the start of the next
     for i in range(20):
@@ -64,7 +64,7 @@ def test_a_sample_is_cropped_alike_however_it_is_reached():
             assert np.array_equal(getattr(single, name)[0], getattr(whole, name)[i]), name
 
 
-def test_a_sample_is_cropped_and_flipped_anew_in_each_epoch():
+def test_a_samples_crop_and_flip_differ_between_epochs():
     p, n = plan(), 103
     first, second = (p.batch(np.arange(epoch * n, (epoch + 1) * n), 32) for epoch in range(2))
     a, b = np.argsort(first.ids_B), np.argsort(second.ids_B)
@@ -73,7 +73,7 @@ def test_a_sample_is_cropped_and_flipped_anew_in_each_epoch():
     assert 0.3 < (first.flips_B[a] == second.flips_B[b]).mean() < 0.7
 
 
-def test_windows_reach_every_place_that_they_fit():
+def test_windows_reach_every_possible_position():
     n = 2000
     b = plan(n, widths_N=np.full(n, 8), heights_N=np.full(n, 8)).batch(np.arange(n), 32)
     small = (b.window_shapes_B2 == 5).all(axis=1)
@@ -81,7 +81,7 @@ def test_windows_reach_every_place_that_they_fit():
         assert set(b.window_starts_B2[small, axis].tolist()) == {0, 1, 2, 3}
 
 
-def test_windows_lie_inside_and_keep_area_and_ratio():
+def test_windows_are_inside_and_respect_area_and_ratio():
     sides = np.random.default_rng(2).integers(250, 500, (2, 1000))
     p = plan(1000, widths_N=sides[0], heights_N=sides[1])
     b = p.batch(np.arange(5000), 32)
@@ -112,9 +112,9 @@ def test_crops_are_distributed_as_torchvisions():
         "height": (b.window_shapes_B2[:, 0], [t["height"] for t in theirs]),
         "width": (b.window_shapes_B2[:, 1], [t["width"] for t in theirs]),
     }
-    for name, (mine, other) in pairs.items():
+    for name, (ours, other) in pairs.items():
         grid = np.arange(501)
-        distance = np.abs(cdf(mine, grid) - cdf(other, grid)).max()  # Kolmogorov-Smirnov
+        distance = np.abs(cdf(ours, grid) - cdf(other, grid)).max()  # Kolmogorov-Smirnov
         assert distance < 1.95 * np.sqrt(2 / n), name  # p = 0.001
 
 
@@ -123,7 +123,7 @@ def cdf(values: object, grid: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("width", "height", "window"), [(1000, 10, (10, 13)), (10, 1000, (13, 10))])
-def test_images_that_no_try_fits_get_the_largest_centered_window(width, height, window):
+def test_images_without_a_fitting_attempt_get_the_largest_centered_window(width, height, window):
     b = plan(1, widths_N=np.array([width]), heights_N=np.array([height]), scale=(0.9, 1.0)).batch(np.arange(1), 32)
     assert tuple(b.window_shapes_B2[0]) == window
     assert tuple(b.window_starts_B2[0]) == ((height - window[0]) // 2, (width - window[1]) // 2)
@@ -141,22 +141,22 @@ def test_eval_sizes_and_origins_follow_torchvisions_rule():
         assert tuple(b.origins_B2[i]) == (round((h - 51) / 2.0), round((w - 51) / 2.0))
 
 
-@pytest.mark.parametrize(("workers", "device_batch", "accumulation"), [(1, 24, 1), (2, 4, 3), (3, 8, 1), (4, 2, 3)])
-def test_micro_batches_fill_the_global_batch(workers, device_batch, accumulation):
+@pytest.mark.parametrize(("workers", "device_batch", "grad_accum"), [(1, 24, 1), (2, 4, 3), (3, 8, 1), (4, 2, 3)])
+def test_micro_batches_fill_the_global_batch(workers, device_batch, grad_accum):
     positions = [
-        micro_batch(5, micro, rank, workers, device_batch, accumulation)
-        for micro in range(accumulation)
+        micro_batch(5, micro, rank, workers, device_batch, grad_accum)
+        for micro in range(grad_accum)
         for rank in range(workers)
     ]
     assert np.concatenate(positions).tolist() == list(range(5 * 24, 6 * 24))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_eval_shares_hold_every_id_once(workers):
-    shares = [np.concatenate(list(eval_share(103, rank, workers, 8))) for rank in range(workers)]
-    assert sorted(np.concatenate(shares)) == list(range(103))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_evaluation_batches_of_all_ranks_have_every_id_once(workers):
+    by_rank = [np.concatenate(list(rank_eval_batches(103, rank, workers, 8))) for rank in range(workers)]
+    assert sorted(np.concatenate(by_rank)) == list(range(103))
+    assert max(map(len, by_rank)) - min(map(len, by_rank)) <= 1
 
 
-def test_more_ranks_than_samples_leave_some_without():
-    assert [len(list(eval_share(2, rank, 4, 8))) for rank in range(4)] == [0, 1, 0, 1]
+def test_with_more_ranks_than_samples_some_ranks_have_none():
+    assert [len(list(rank_eval_batches(2, rank, 4, 8))) for rank in range(4)] == [0, 1, 0, 1]

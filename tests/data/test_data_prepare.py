@@ -278,7 +278,7 @@ def test_corrupt_images_are_all_named_or_left_out(tmp_path):
     synthetic.write_ilsvrc(tmp_path / "source", tree)
     with pytest.raises(DataError) as error:
         run(tmp_path / "source", tmp_path / "set")
-    for words in ("3 corrupt", "cut.JPEG", "is a JPEG that is cut short", "begins with '<html>404", "it is empty"):
+    for words in ("3 corrupt", "cut.JPEG", "is a truncated JPEG", "begins with '<html>404", "it is empty"):
         assert words in str(error.value)
     assert read_manifest(tmp_path / "set") is None
     done = run(tmp_path / "source", tmp_path / "set", skip_corrupt=True)

@@ -1,4 +1,4 @@
-"""Staging: shards from a folder or an address come to a node's own disk once, whole, and verified."""
+"""Staging: shards from a folder or a URI are copied to a node's local disk once, completely, and verified."""
 
 import multiprocessing
 import shutil
@@ -53,16 +53,16 @@ def memory_copy(root: Path) -> str:
 
 
 def test_a_set_in_memory_is_fetched_and_staged(shards, tmp_path):
-    address = memory_copy(shards)
-    train, val = fetch_indexes(address, ("train", "val"), tmp_path / "cache")
-    assert same_samples(opened(shards), stage(train, address, tmp_path / "fast"))
-    assert len(stage(val, address, tmp_path / "fast")) == 9
+    uri = memory_copy(shards)
+    train, val = fetch_indexes(uri, ("train", "val"), tmp_path / "cache")
+    assert same_samples(opened(shards), stage(train, uri, tmp_path / "fast"))
+    assert len(stage(val, uri, tmp_path / "fast")) == 9
 
 
-def test_a_file_address_is_fetched_and_staged(shards, tmp_path):
-    address = f"file://{shards}"
-    train, _ = fetch_indexes(address, ("train", "val"), tmp_path / "cache")
-    assert same_samples(opened(shards), stage(train, address, tmp_path / "fast"))
+def test_a_file_uri_is_fetched_and_staged(shards, tmp_path):
+    uri = f"file://{shards}"
+    train, _ = fetch_indexes(uri, ("train", "val"), tmp_path / "cache")
+    assert same_samples(opened(shards), stage(train, uri, tmp_path / "fast"))
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_a_bucket_is_fetched_and_staged(shards, tmp_path, monkeypatch):
         fsspec.filesystem("s3").put(f"{shards}/", "bucket/set/", recursive=True)
         train, _ = fetch_indexes("s3://bucket/set", ("train", "val"), tmp_path / "cache")
         assert same_samples(opened(shards), stage(train, "s3://bucket/set", tmp_path / "fast"))
-        with pytest.raises(DataError, match=r"s3://bucket/gone: .* is not there"):
+        with pytest.raises(DataError, match=r"s3://bucket/gone: .* does not exist"):
             fetch_indexes("s3://bucket/gone", ("train", "val"), tmp_path / "cache")
 
 
@@ -81,7 +81,7 @@ def test_a_second_start_copies_only_what_is_missing(shards, tmp_path):
     staged = stage(index, str(shards), tmp_path / "fast")
     first, second = (staged.root / name for name in list(index.shards)[:2])
     times = first.stat().st_mtime_ns
-    second.write_bytes(second.read_bytes()[:100])  # as a kill would leave no shard, but a full disk might
+    second.write_bytes(second.read_bytes()[:100])  # a kill leaves no such shard, but a full disk may
     second.with_name(f".partial-{second.name}").write_bytes(b"half")
     stage(index, str(shards), tmp_path / "fast")
     assert first.stat().st_mtime_ns == times
@@ -105,26 +105,26 @@ def test_several_processes_of_a_node_copy_once(shards, tmp_path):
     assert same_samples(index, stage(index, str(shards), tmp_path / "fast"))
 
 
-def test_a_shard_that_comes_corrupt_is_named_and_not_kept(shards, tmp_path):
+def test_a_corrupt_copy_of_a_shard_is_named_and_removed(shards, tmp_path):
     index = opened(shards)
     name = list(index.shards)[1]
     content = bytearray((shards / name).read_bytes())
     content[700] ^= 1
     (shards / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"shard {name} does not have the hash it was prepared with"):
+    with pytest.raises(DataError, match=f"shard {name} does not match its SHA-256"):
         stage(index, str(shards), tmp_path / "fast")
     assert not list((tmp_path / "fast").rglob(Path(name).name + "*"))
 
 
-def test_what_cannot_be_staged_is_told(shards, tmp_path, monkeypatch):
+def test_staging_errors_are_named(shards, tmp_path, monkeypatch):
     index = opened(shards)
     (shards / "val" / "val-000000.tar").unlink()
-    with pytest.raises(DataError, match=r"val-000000.tar is not there|No such file"):
+    with pytest.raises(DataError, match=r"val-000000.tar does not exist|No such file"):
         stage(open_index_val(shards), str(shards), tmp_path / "fast")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
     with pytest.raises(DataError, match="has 10 bytes free, the staged shards need about"):
         stage(index, str(shards), tmp_path / "other")
-    with pytest.raises(DataError, match="memory://bucket/none: .* is not there"):
+    with pytest.raises(DataError, match="memory://bucket/none: .* does not exist"):
         fetch_indexes("memory://bucket/none", ("train",), tmp_path / "cache")
     with pytest.raises(DataError, match="sharepoint://x cannot be read: ValueError: Protocol not known: sharepoint"):
         fetch_indexes("sharepoint://x", ("train",), tmp_path / "cache")
@@ -143,11 +143,11 @@ def open_index_val(root: Path) -> DatasetIndex:
 
 def test_class_folders_are_not_staged(tmp_path):
     synthetic.write_folders(tmp_path / "set", synthetic.images())
-    with pytest.raises(DataError, match="holds class folders: prepare shards or unset data.stage"):
+    with pytest.raises(DataError, match="has class folders: prepare shards or unset data.stage"):
         stage(opened(tmp_path / "set"), str(tmp_path / "set"), tmp_path / "fast")
 
 
-def test_an_address_needs_a_staging_folder():
+def test_a_uri_needs_a_staging_folder():
     with pytest.raises(ValueError, match="root=s3://bucket/set is an address: set stage"):
         RunConfig.model_validate({"data": {"root": "s3://bucket/set"}})
     RunConfig.model_validate({"data": {"root": "s3://bucket/set", "stage": "/fast"}})

@@ -134,7 +134,7 @@ WHOLE = synthetic.encoded(synthetic.image(999, (300, 200)))
 @pytest.mark.parametrize(
     ("corruption", "kind", "detail"),
     [
-        (replaced("cut.JPEG", WHOLE[:-9]), "unreadable", "is a JPEG that is cut short"),
+        (replaced("cut.JPEG", WHOLE[:-9]), "unreadable", "is a truncated JPEG"),
         (replaced("hole.JPEG", WHOLE[:2000] + WHOLE[-20:]), "unreadable", "cannot be decoded"),
         (replaced("empty.JPEG", b""), "unreadable", "it is empty"),
         (replaced("page.JPEG", b"<html>no</html>"), "unreadable", "begins with '<html>no</html>'"),

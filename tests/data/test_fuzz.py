@@ -1,4 +1,4 @@
-"""Ten thousand corrupt images: each is decoded or told by name, and none ends the process or hangs it."""
+"""Ten thousand corrupt images: each is decoded or reported by name; none crashes or hangs the process."""
 
 import random
 import subprocess
@@ -20,16 +20,16 @@ COUNT, FILES_IN_A_FOLDER = 10_000, 1000
 
 
 def valid() -> list[bytes]:
-    """JPEGs of all kinds that training sets hold."""
+    """Returns JPEGs of all kinds in training sets."""
     kinds: list[tuple[str, dict[str, object]]] = [
         ("RGB", {}),
-        ("RGB", {"progressive_resize": True}),
+        ("RGB", {"progressive": True}),
         ("RGB", {"subsampling": 0}),
         ("RGB", {"subsampling": 1, "quality": 40}),
         ("RGB", {"optimize": True, "restart_marker_blocks": 2}),
         ("RGB", {"exif": b"Exif\0\0II*\0" + b"\x08\0\0\0\0\0"}),
         ("L", {}),
-        ("L", {"progressive_resize": True}),
+        ("L", {"progressive": True}),
     ]
     return [
         synthetic.encoded(synthetic.image(number, (40 + 3 * number, 60), mode), **options)
@@ -38,7 +38,7 @@ def valid() -> list[bytes]:
 
 
 def mutated(rng: random.Random, content: bytes) -> bytes:
-    """An image with one kind of corruption somewhere, its head as often as its data."""
+    """Corrupts an image at a random position, in the header as often as in the data."""
     data = bytearray(content)
     reach = len(data) if rng.random() < 0.5 else min(700, len(data))
     at = rng.randrange(reach)
@@ -71,14 +71,14 @@ def write(root: Path, seed: int, count: int) -> None:
 
 
 def read_all(root: Path) -> Iterator[str]:
-    """Every file's outcome, a line each: `NAME decoded`, or `NAME` and what is wrong with it."""
+    """Yields a line for each file: `NAME decoded`, or `NAME PROBLEM`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         index, problems, _ = scan_images(root)
     for name, problem in problems.items():
         yield f"{Path(name).name} {problem}"
     plan, batch = train_plan(index), 16
-    with loader(index, batch, skip_by=plan) as reader:
+    with loader(index, batch, replacement_plan=plan) as reader:
         _, seen = run(reader, plan, steps=-(-len(index) // batch), batch=batch)
         skipped = reader.skipped
     for sample in set(range(len(index))) & set(seen):
@@ -87,7 +87,7 @@ def read_all(root: Path) -> Iterator[str]:
         yield f"{index.path(sample).name} {reason}"
 
 
-def test_a_head_that_tells_of_gigabytes_is_refused():
+def test_a_header_with_a_huge_size_is_refused():
     content = bytearray(valid()[0])
     at = content.index(b"\xff\xc0") + 5
     content[at : at + 4] = b"\xff\xdc\xff\xdc"
@@ -101,7 +101,7 @@ def test_a_head_that_tells_of_gigabytes_is_refused():
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_thousand_corrupt_jpegs_are_decoded_or_told_by_name(tmp_path):
+def test_ten_thousand_corrupt_jpegs_are_decoded_or_reported_by_name(tmp_path):
     write(tmp_path / "set", seed=20261126, count=COUNT)
     program = "import sys; from pathlib import Path; from tests.data.test_fuzz import read_all\n"
     program += "for line in read_all(Path(sys.argv[1])): print(line)"

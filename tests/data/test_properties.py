@@ -1,4 +1,4 @@
-"""What holds for any size, seed and world: the sample plan, the index, and corruption to the files of a data set."""
+"""Property tests: samplers, index, and corrupt files of a data set, for any size, seed and world size."""
 
 import random
 import shutil
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.dataset import index_file, open_splits
 from pipeline.data.index import DatasetIndex, load_table, save_table, table_of
-from pipeline.data.plan import EvalPlan, TrainPlan, eval_share, micro_batch, permutation, windowed_permutation
+from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch, permutation, rank_eval_batches, windowed_permutation
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.tars import Member, members
@@ -40,8 +40,8 @@ def test_a_windowed_epoch_has_every_sample_once_and_few_shards_open(seed, sizes,
     assert np.array_equal(np.sort(order), np.arange(len(files_N)))
     first = {int(file): int(np.flatnonzero(files_N[order] == file)[0]) for file in range(len(sizes))}
     last = {int(file): int(np.flatnonzero(files_N[order] == file)[-1]) for file in range(len(sizes))}
-    for place in range(0, len(order), max(1, len(order) // 10)):
-        assert sum(first[file] <= place <= last[file] for file in first) <= window
+    for position in range(0, len(order), max(1, len(order) // 10)):
+        assert sum(first[file] <= position <= last[file] for file in first) <= window
 
 
 @QUICK
@@ -49,17 +49,19 @@ def test_a_windowed_epoch_has_every_sample_once_and_few_shards_open(seed, sizes,
     seed=seeds,
     samples=st.integers(1, 400),
     workers=st.integers(1, 9),
-    accumulation=st.integers(1, 4),
+    grad_accum=st.integers(1, 4),
     device_batch=st.integers(1, 8),
     steps=st.integers(1, 5),
 )
-def test_global_batches_are_the_same_for_any_split_of_them(seed, samples, workers, accumulation, device_batch, steps):
+def test_global_batches_do_not_depend_on_workers_and_gradient_accumulation(
+    seed, samples, workers, grad_accum, device_batch, steps
+):
     plan = TrainPlan(seed, *np.full((2, samples), 64), (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
-    size = workers * accumulation * device_batch
+    size = workers * grad_accum * device_batch
     for step in range(steps):
         parts = [
-            micro_batch(step, micro, rank, workers, device_batch, accumulation)
-            for micro in range(accumulation)
+            micro_batch(step, micro, rank, workers, device_batch, grad_accum)
+            for micro in range(grad_accum)
             for rank in range(workers)
         ]
         together = np.sort(np.concatenate(parts))
@@ -71,10 +73,10 @@ def test_global_batches_are_the_same_for_any_split_of_them(seed, samples, worker
 
 @QUICK
 @given(samples=st.integers(0, 500), workers=st.integers(1, 40), batch=st.integers(1, 64))
-def test_evaluation_has_every_sample_once_whatever_the_world(samples, workers, batch):
-    shares = [np.concatenate([[], *eval_share(samples, rank, workers, batch)]) for rank in range(workers)]
-    assert np.array_equal(np.concatenate(shares), np.arange(samples))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_evaluation_has_every_sample_once_at_any_world_size(samples, workers, batch):
+    by_rank = [np.concatenate([[], *rank_eval_batches(samples, rank, workers, batch)]) for rank in range(workers)]
+    assert np.array_equal(np.concatenate(by_rank), np.arange(samples))
+    assert max(map(len, by_rank)) - min(map(len, by_rank)) <= 1
 
 
 @QUICK
@@ -84,7 +86,7 @@ def test_evaluation_has_every_sample_once_whatever_the_world(samples, workers, b
     area=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)).map(sorted),
     ratio=st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)).map(sorted),
 )
-def test_windows_lie_in_their_images(seed, shapes, area, ratio):
+def test_windows_are_inside_their_images(seed, shapes, area, ratio):
     heights_N, widths_N = np.array(shapes).T
     plan = TrainPlan(seed, widths_N, heights_N, tuple(area), tuple(ratio), 0.5)
     batch = plan.batch(np.arange(len(shapes)), 32)
@@ -100,7 +102,7 @@ def test_windows_lie_in_their_images(seed, shapes, area, ratio):
     more=st.integers(0, 200),
     anchor=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
-def test_crops_lie_in_the_resized_images(shapes, crop, more, anchor):
+def test_crops_are_inside_the_resized_images(shapes, crop, more, anchor):
     heights_N, widths_N = np.array(shapes).T
     batch = EvalPlan(widths_N, heights_N, crop + more, crop, anchor).batch(np.arange(len(shapes)))
     assert (batch.sizes_B2.min(axis=1) == crop + more).all()
@@ -120,15 +122,15 @@ def test_an_index_is_read_as_it_was_written(rows, tmp_path_factory):
     names = ("path", "offset", "length", "label", "width", "height")
     columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
     save_table(table_of(columns), file)
-    there = load_table(file)
-    assert {name: there[name].to_pylist() for name in names} == columns
-    again = DatasetIndex(Path("/x"), ("a",), there)
+    loaded = load_table(file)
+    assert {name: loaded[name].to_pylist() for name in names} == columns
+    again = DatasetIndex(Path("/x"), ("a",), loaded)
     assert again.fingerprint == DatasetIndex(Path("/elsewhere"), ("a",), table_of(columns)).fingerprint
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """A small set in shards."""
+    """A small prepared data set in shards."""
     root = tmp_path_factory.mktemp("prepared")
     synthetic.write_folders(root / "source", synthetic.images())
     with Pool(1) as pool:
@@ -138,7 +140,7 @@ def shards(tmp_path_factory) -> Path:
 
 @settings(max_examples=150)
 @given(seed=seeds, kind=st.sampled_from(["flip", "cut", "zero"]))
-def test_an_index_with_any_corruption_is_refused_or_means_the_same(shards, seed, kind, tmp_path_factory):
+def test_a_corrupt_index_is_refused_or_unchanged(shards, seed, kind, tmp_path_factory):
     rng = random.Random(seed)
     file = index_file(shards, "train")
     content = bytearray(file.read_bytes())
@@ -156,12 +158,12 @@ def test_an_index_with_any_corruption_is_refused_or_means_the_same(shards, seed,
     except DataError as error:
         assert str(corrupt) in str(error)
     else:
-        assert table.equals(load_table(file)), f"byte {at} of {len(content)} changes what the index says"
+        assert table.equals(load_table(file)), f"byte {at} of {len(content)} changes the index"
 
 
 @settings(max_examples=100)
 @given(seed=seeds)
-def test_a_byte_that_rots_anywhere_in_a_shard_is_told_with_the_sample(shards, seed, tmp_path_factory):
+def test_a_corrupt_byte_anywhere_in_a_shard_is_detected_with_its_sample(shards, seed, tmp_path_factory):
     rng = random.Random(seed)
     root = tmp_path_factory.mktemp("rotten") / "set"
     shutil.copytree(shards, root)
@@ -181,11 +183,11 @@ def test_a_byte_that_rots_anywhere_in_a_shard_is_told_with_the_sample(shards, se
             assert start <= at < start + index._lengths_N[sample], "a valid sample is called corrupt"
     with Pool(1) as pool:
         report = verify(root, pool)
-    assert any(file.name in str(finding) for finding in report.findings), "verify passes over it"
+    assert any(file.name in str(finding) for finding in report.findings), "verify does not find it"
 
 
 def _listed(file: Path, content: bytes) -> list[Member] | None:
-    """The members of an archive with this content, or None where it is refused by name."""
+    """Returns the members of an archive with this content; None if it is refused by name."""
     file.write_bytes(content)
     try:
         return list(members(file))
@@ -195,18 +197,18 @@ def _listed(file: Path, content: bytes) -> list[Member] | None:
 
 
 @pytest.mark.parametrize("name", ["n01440764/a.JPEG", f"{'long/' * 40}a.JPEG"])
-def test_an_archive_that_is_corrupt_at_any_byte_is_refused_or_lists_the_same(name, tmp_path):
-    """Each byte is changed, and each is where it ends: heads, images, padding, end marks; long names have more."""
+def test_an_archive_with_a_corrupt_byte_is_refused_or_lists_the_same(name, tmp_path):
+    """Changes each byte, and truncates at each byte: headers, images, padding, end markers, blocks of long names."""
     file = tmp_path / "x.tar"
     valid = synthetic.tar({name: b"x" * 700, "b.JPEG": b"y" * 10, "c.JPEG": b"z" * 512})
-    end = len(valid.rstrip(b"\0")) + 512  # a first block of the end mark is enough
-    there = _listed(file, valid)
-    assert there is not None and [member.length for member in there] == [700, 10, 512]
+    end = len(valid.rstrip(b"\0")) + 512  # the first block of the end marker is enough
+    original = _listed(file, valid)
+    assert original is not None and [member.length for member in original] == [700, 10, 512]
     for at in range(end):
         corrupt = bytearray(valid)
         corrupt[at] ^= 0x10
-        if at >= there[0].offset - 512:  # before it are a long name's own blocks, which have no checksum
-            assert _listed(file, corrupt) in (None, there), f"byte {at} changes what is listed"
+        if at >= original[0].offset - 512:  # a long name's blocks before it have no checksum
+            assert _listed(file, corrupt) in (None, original), f"byte {at} changes what is listed"
         else:
             _listed(file, corrupt)
-        assert _listed(file, valid[:at]) is None, f"an archive of {at} bytes passes for a whole one"
+        assert _listed(file, valid[:at]) is None, f"an archive truncated to {at} bytes is accepted"

@@ -69,7 +69,7 @@ def test_corrupt_files_are_rows_with_what_is_wrong(densenet, images, tmp_path):
     rows = pq.read_table(out).to_pylist()
     problems = {row["image"]: row["error"] for row in rows if row["error"]}
     assert set(problems) == {"notes.txt", "cat/cut.jpg", "dog/1.png"}
-    assert "is a JPEG that is cut short" in problems["cat/cut.jpg"]
+    assert "is a truncated JPEG" in problems["cat/cut.jpg"]
     assert len(rows) == 12
 
 
@@ -101,9 +101,9 @@ def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, imag
     assert "10 images in" in printed
     assert "left out: 1 hidden files and folders: .hidden.jpg" in printed
     assert {row["image"]: row["error"] for row in pq.read_table(out).to_pylist() if row["error"]} == {
-        "dog/broken.jpg": "is a link that leads nowhere, to gone.jpg",
+        "dog/broken.jpg": "is a broken link to gone.jpg",
         "dog/fifo.jpg": "is a FIFO, not a file",
-        "dog/up": "is a link to a folder that is listed already, as .",
+        "dog/up": "is a link to a folder that is already listed as .",
     }
 
 
@@ -113,7 +113,7 @@ def test_bad_input_is_told(densenet, images, tmp_path):
     for arguments, message in (
         ((model,), "give image files, or a folder with --batch DIR --out FILE.parquet"),
         ((model, "--batch", images), "give image files, or a folder with --batch DIR --out FILE.parquet"),
-        ((model, "--batch", tmp_path / "gone", "--out", "x.parquet"), "is not a folder: give one with images"),
+        ((model, "--batch", tmp_path / "gone", "--out", "x.parquet"), "is not a folder: use one with images"),
         ((model, "--batch", tmp_path / "empty", "--out", "x.parquet"), "holds no files: give a folder with images"),
         ((model, "--batch", images, "--out", "/proc/x.parquet"), "--out=/proc/x.parquet cannot be written"),
     ):

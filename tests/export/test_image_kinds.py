@@ -16,12 +16,12 @@ from PIL import Image
 
 from pipeline.config import Augment
 from pipeline.data import reading
-from pipeline.data.augment import Augmentations, Auto
+from pipeline.data.augment import Augmentations, AutoAugment
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_split
 from pipeline.data.folders import scan_images
-from pipeline.data.images import NotAnImage, encode, quiet
+from pipeline.data.images import NotAnImage, encode, ignore_pil_warnings
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan
 from pipeline.data.tools.in_place import index_in_place
@@ -74,7 +74,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float
     nothing = np.zeros((len(ids), 1), np.int32)
     identity = [op.name for op in suite("trivialaugment")].index("identity")
     by_dali = PlannedBatch(
-        **vars(evaluated) | {"augmentations": Augmentations(auto=Auto(nothing + identity, nothing, nothing))}
+        **vars(evaluated)
+        | {"augmentations": Augmentations(auto_augment=AutoAugment(nothing + identity, nothing, nothing))}
     )
     whole = TrainPlan(0, index.widths_N, index.heights_N, (1, 1), (WIDTH / HEIGHT,) * 2, 0)
     packaged = [
@@ -107,7 +108,7 @@ def test_preparing_and_looking_use_the_same_pixels(name, tmp_path):
     image = Image.fromarray(pixels_HWC)
     if (pixels_HWC == pixels_HWC[..., :1]).all():
         image = image.convert("L")
-    with quiet():
+    with ignore_pil_warnings():
         copied, *size = convert(content, PrepareOptions())
         small, *_ = convert(content, PrepareOptions(shorter_side=HEIGHT, quality=90))
     assert size == [WIDTH, HEIGHT]
@@ -218,7 +219,7 @@ def test_an_index_from_before_does_not_let_a_refused_kind_pass(tmp_path):
     with pytest.raises(DataError, match="a/3.img: has pixels of PIL's mode F"):
         loaded(index, planned)
     plan = TrainPlan(0, index.widths_N, index.heights_N, (1, 1), (1, 1), 0)
-    assert len(loaded(index, plan.batch(np.arange(8), CROP), skip_by=plan)) == 8
+    assert len(loaded(index, plan.batch(np.arange(8), CROP), replacement_plan=plan)) == 8
 
 
 def test_what_dali_refuses_is_decoded_by_pil(tmp_path, monkeypatch):
@@ -228,7 +229,7 @@ def test_what_dali_refuses_is_decoded_by_pil(tmp_path, monkeypatch):
     index, _, _ = scan_images(tmp_path)
     planned = EvalPlan(index.widths_N, index.heights_N, HEIGHT, CROP).batch(np.arange(3))
     expected = loaded(index, planned)
-    monkeypatch.setattr(reading, "in_common", lambda content: True)
+    monkeypatch.setattr(reading, "dali_matches_pil", lambda content: True)
     assert np.array_equal(loaded(index, planned), expected)
 
 

@@ -124,7 +124,7 @@ def test_training_refuses_larger_images_or_leaves_them_out(classes, tmp_path):
     told: list[str] = []
     train, _ = open_splits(str(classes), "train", "val", cache, True, told.append, max_pixels=2000)
     assert len(train) == 2
-    assert "1 of 3 training files are left out" in told[0]
+    assert "1 of 3 training files are skipped" in told[0]
     assert len(open_splits(str(classes), "train", "val", cache)[0]) == 3
 
 

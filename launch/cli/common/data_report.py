@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from launch.cli.common.tables import print_table
 from pipeline.data.dataset import Manifest
-from pipeline.data.space import gigabytes
+from pipeline.data.space import format_bytes
 from pipeline.data.tools.inspect import KINDS
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PreparedSet
@@ -45,7 +45,7 @@ def print_prepared(console: Console, target: Path, share: tuple[int, int], done:
         )
     for name, split in done.manifest.splits.items():
         shards = f" in {len(split.shards)} shards" if split.shards else ""
-        console.print(f"{name:6}{split.samples:,} images, {gigabytes(split.bytes)}{shards}")
+        console.print(f"{name:6}{split.samples:,} images, {format_bytes(split.bytes)}{shards}")
     console.print(f"{len(done.manifest.classes):,} classes; {made['converted']:,} images encoded anew")
     if done.ignored:
         console.print(
@@ -57,7 +57,7 @@ def print_indexed(console: Console, root: Path, manifest: Manifest, notes: list[
     """Says what data that lie where they are hold."""
     print_notes(console, notes)
     for name, split in manifest.splits.items():
-        console.print(f"{name:6}{split.samples:,} images, {gigabytes(split.bytes)}")
+        console.print(f"{name:6}{split.samples:,} images, {format_bytes(split.bytes)}")
     console.print(f"{root} can be trained on: data.root={root}", soft_wrap=True)
 
 
@@ -113,7 +113,7 @@ def print_verified(console: Console, report: Report) -> None:
         "images": [f"{split.samples:,}" for split in report.splits.values()],
         "classes": [f"{split.classes:,}" for split in report.splits.values()],
         "per class": [_range(split.per_class) for split in report.splits.values()],
-        "bytes": [gigabytes(split.bytes) for split in report.splits.values()],
+        "bytes": [format_bytes(split.bytes) for split in report.splits.values()],
         "formats": [_counted(split.formats) for split in report.splits.values()],
         "colors": [_counted(split.modes) for split in report.splits.values()],
         "shorter side": [_range(split.shorter_side) for split in report.splits.values()],
@@ -148,7 +148,7 @@ def print_stats(console: Console, result: Stats) -> None:
     for name, split in result.splits.items():
         unreadable = f", {split.unreadable} unreadable" if split.unreadable else ""
         least, most = min(split.per_class), max(split.per_class)
-        console.print(f"{name}: {split.samples:,} images, {gigabytes(split.bytes)}, {least:,} to {most:,} per class")
+        console.print(f"{name}: {split.samples:,} images, {format_bytes(split.bytes)}, {least:,} to {most:,} per class")
         console.print(f"  of {split.decoded:,} decoded{unreadable}:")
         for key, unit in (("widths", "pixels"), ("heights", "pixels"), ("lengths", "bytes")):
             quantiles = tree["splits"][name][key]

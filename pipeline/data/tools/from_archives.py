@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.data.files import File
 from pipeline.data.ignored import IgnoredFiles
-from pipeline.data.listing import member_reason
+from pipeline.data.listing import member_ignore_reason
 from pipeline.data.tools.labels import DEVKIT, devkit_labels
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.samples import samples
@@ -66,7 +66,7 @@ def _in_class(place: tuple[Path, Member]) -> tuple[list[Found], IgnoredFiles]:
 def _kept(inside: Iterable[Member], where: str, ignored: IgnoredFiles) -> Iterator[Member]:
     """The members that are not hidden."""
     for member in inside:
-        reason = member_reason(member.name)
+        reason = member_ignore_reason(member.name)
         if reason is None:
             yield member
         else:

@@ -14,7 +14,7 @@ from pipeline.data.folders import (
 )
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.index import SCHEMA
-from pipeline.data.label_lists import Row, list_files_of, names_images_and_labels, read_list
+from pipeline.data.label_lists import Row, find_label_lists, is_label_list, read_list
 from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Found, Scan, beside, by_file_name, is_flat, labeled, split_folders
@@ -118,7 +118,7 @@ def _val_labels(root: Path, val: str) -> dict[str, str]:
         return kaggle_labels(root / KAGGLE_VAL)
     if (root / DEVKIT).is_file():
         return devkit_labels(root / DEVKIT)
-    lists = [file for file in list_files_of([root, root / val]) if names_images_and_labels(file)]
+    lists = [file for file in find_label_lists([root, root / val]) if is_label_list(file)]
     if lists:
         return _by_stem([row for file in lists for row in read_list(file)])
     raise DataError(
@@ -135,5 +135,5 @@ def _by_stem(rows: list[Row]) -> dict[str, str]:
             base = row.file.rpartition("/")[2]
             other = found.setdefault(base.rpartition(".")[0] or base, row)
             if other.label != row.label:
-                raise DataError(f"{row.file}: {row.where} says {row.label}, {other.where} says {other.label}.")
+                raise DataError(f"{row.file}: {row.location} says {row.label}, {other.location} says {other.label}.")
     return {stem: row.label for stem, row in found.items()}

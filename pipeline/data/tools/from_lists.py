@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.data.files import File
-from pipeline.data.formats import START, format_of
+from pipeline.data.formats import SIGNATURE_BYTES, detect_format
 from pipeline.data.ignored import IgnoredFiles
-from pipeline.data.label_lists import FILE, LABEL, Row, list_files_of, names_images_and_labels, read_list
+from pipeline.data.label_lists import IMAGE_COLUMNS, LABEL_COLUMNS, Row, find_label_lists, is_label_list, read_list
 from pipeline.data.listing import Entry, Tree, joined, tree
-from pipeline.data.names import SPLIT_WORDS, is_list, words_of
+from pipeline.data.names import SPLIT_WORDS, is_csv, words_of
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.samples import IMAGE_ENDINGS
 from pipeline.data.tools.scan import Found, Scan, has_class_folders, is_flat, labeled, split_folders
@@ -42,7 +42,7 @@ class _Images:
         path = self._by_name.get(row.file, "")
         if path is None:
             raise DataError(
-                f"{row.where}: several images are called {row.file}: give their paths below the data's folder."
+                f"{row.location}: several images are called {row.file}: give their paths below the data's folder."
             )
         return path or None
 
@@ -52,22 +52,22 @@ def is_list_source(root: Path) -> bool:
     train, val = split_folders(root)
     if has_class_folders(train) and is_flat(val):
         return False  # the list is of the validation images alone
-    return any(names_images_and_labels(file) for file in list_files_of([f for f in (root, train, val) if f]))
+    return any(is_label_list(file) for file in find_label_lists([f for f in (root, train, val) if f]))
 
 
 def scan_lists(root: Path, work: Path | None, pool: Pool) -> Scan:
     """Images of train and val in folders of these names, or told by a column `split`, and lists of their labels."""
     train, val = split_folders(root)
     ignored = IgnoredFiles()
-    lists = list_files_of([folder for folder in (root, train, val) if folder])
-    used = [file for file in lists if names_images_and_labels(file)]
+    lists = find_label_lists([folder for folder in (root, train, val) if folder])
+    used = [file for file in lists if is_label_list(file)]
     for file in lists:
         if file not in used:
             ignored.add("lists without a column of images and one of labels", str(file.relative_to(root)))
     if not used:
         raise DataError(
-            f"{root} has no list of labels: a CSV file with a column of image files ({', '.join(FILE)}) and one of "
-            f"labels ({', '.join(LABEL)}); there is {listed([f.name for f in lists]) or 'none'}."
+            f"{root} has no list of labels: a CSV file with a column of image files ({', '.join(IMAGE_COLUMNS)}) and "
+            f"one of labels ({', '.join(LABEL_COLUMNS)}); there is {listed([f.name for f in lists]) or 'none'}."
         )
     rows = {file: read_list(file) for file in used}
     of_splits = [row.split is not None for of_file in rows.values() for row in of_file]
@@ -112,7 +112,7 @@ def _below(folder: Path, prefix: str, ignored: IgnoredFiles) -> Tree:
     found = tree(folder)
     ignored.merge(found.ignored)
     return Tree(
-        {joined(prefix, path): entry for path, entry in found.files.items() if not is_list(path)},
+        {joined(prefix, path): entry for path, entry in found.files.items() if not is_csv(path)},
         {joined(prefix, path): problem for path, problem in found.problems.items()},
     )
 
@@ -128,20 +128,22 @@ def _labels(
         splits = [split for split in pools if words & SPLIT_WORDS[split]] or list(pools)
         for row in of_file:
             if row.split == "test":
-                ignored.add("lines of a test split", row.where)
+                ignored.add("lines of a test split", row.location)
                 continue
             places = [(s, path) for s in splits if row.split in (None, s) and (path := pools[s].find(row)) is not None]
             if not places:
-                ignored.add("labels of images that are not there", f"{row.file} ({row.where})")
+                ignored.add("labels of images that are not there", f"{row.file} ({row.location})")
             for split, path in places:
                 other = told.setdefault(path, row)
                 if (other.label, other.split) != (row.label, row.split):
-                    raise DataError(f"{root / path}: {row.where} says {_says(row)}, {other.where} says {_says(other)}.")
+                    raise DataError(
+                        f"{root / path}: {row.location} says {_says(row)}, {other.location} says {_says(other)}."
+                    )
                 labels[split][path] = row.label
             if len(places) > 1:
                 paths = " and ".join(path for _, path in places)
                 raise DataError(
-                    f"{root}: {row.where} can mean {paths}: name the split in the path or in a column `split`."
+                    f"{root}: {row.location} can mean {paths}: name the split in the path or in a column `split`."
                 )
     empty = [split for split, of_split in labels.items() if not of_split]
     if empty:
@@ -175,7 +177,7 @@ def _is_image(path: str, entry: Entry) -> bool:
     if path.rpartition(".")[2].lower() in IMAGE_ENDINGS:
         return True
     try:
-        return format_of(File(Path(entry.path)).read(0, START), entry.length) is not None
+        return detect_format(File(Path(entry.path)).read(0, SIGNATURE_BYTES), entry.length) is not None
     except OSError:
         return True  # it cannot be told: better named than left out
 

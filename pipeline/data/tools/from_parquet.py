@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.class_names import normal
+from pipeline.data.class_names import to_nfc
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.space import check_space
 from pipeline.data.tools.pool import Pool
@@ -82,7 +82,7 @@ def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | 
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):
         return None
-    return tuple(normal(name) for name in names) if names else None
+    return tuple(to_nfc(name) for name in names) if names else None
 
 
 def _spooled(spool: Path, root: Path, file: Path) -> Path:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import MAX_PIXELS
-from pipeline.data.class_names import refuse_one_class
+from pipeline.data.class_names import require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table
 from pipeline.data.tools.inspect import chunks, look
@@ -32,7 +32,7 @@ def index_in_place(
     if found.name == "prepared":
         raise DataError(f"{root} has an index already: remove {MANIFEST} to make it anew.")
     scan = found.scan(root, None, pool)
-    refuse_one_class(scan.classes, root)
+    require_two_classes(scan.classes, root)
     splits, in_shards = {}, found.name in ("ilsvrc", "webdataset")
     for split, table in scan.splits.items():
         if in_shards:

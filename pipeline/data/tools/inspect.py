@@ -20,8 +20,8 @@ from pipeline.data.images import (
     check_size,
     decode,
     header,
+    ignore_pil_warnings,
     orientation,
-    quiet,
 )
 from pipeline.data.index import rows_of
 
@@ -117,7 +117,7 @@ def look(chunk: Chunk) -> Looked:
     files = Files()
     unopened: set[str] = set()
     names = ("path", "name", "offset", "length", "width", "height", "crc32")
-    with quiet():
+    with ignore_pil_warnings():
         for i, row in enumerate(zip(*(chunk.table[name].to_pylist() for name in names), strict=True)):
             path, name, offset, length, width, height, crc32 = row
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.dataset import MANIFEST
-from pipeline.data.label_lists import list_files_of
-from pipeline.data.names import is_packed
+from pipeline.data.label_lists import find_label_lists
+from pipeline.data.names import is_compressed
 from pipeline.data.tools.from_archives import scan_ilsvrc, scan_webdataset
 from pipeline.data.tools.from_folders import KAGGLE, scan_folders, scan_kaggle, scan_prepared
 from pipeline.data.tools.from_lists import is_list_source, scan_lists
@@ -61,13 +61,13 @@ def recognize(root: Path, override: str | None = None) -> Layout:
 
 def _hints(root: Path) -> Iterator[str]:
     """What may be meant by a folder that is in no layout."""
-    packed = [name for name in sorted(os.listdir(root)) if is_packed(name)]
+    packed = [name for name in sorted(os.listdir(root)) if is_compressed(name)]
     if packed:
         yield f"Unpack {listed(packed)} first."
     train, val = split_folders(root)
     if train is not None and val is None:
         yield "There is no validation split: move a share of each class's images from train to val."
-    lists = [file.name for file in list_files_of([root])]
+    lists = [file.name for file in find_label_lists([root])]
     if lists:
         yield f"{listed(lists)}: a list needs a column of images, called `file`, and one of labels, called `label`."
 

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.config import MAX_PIXELS
-from pipeline.data.class_names import refuse_one_class
+from pipeline.data.class_names import require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
 from pipeline.data.files import Files
-from pipeline.data.images import NotAnImage, check_size, decode, encode, header, quiet, shrink, to_rgb
+from pipeline.data.images import NotAnImage, check_size, decode, encode, header, ignore_pil_warnings, shrink, to_rgb
 from pipeline.data.index import Shard, load_table, rows_of, save_table, table_of
 from pipeline.data.plan import permutation
 from pipeline.data.space import check_space
@@ -138,7 +138,7 @@ def prepare(
     with _working(target, share) as work:
         with FileLock(work / "scan"):  # of one share at a time: it may spool images to the working folder
             scan = recognize(source, layout).scan(source.absolute(), work, pool)
-        refuse_one_class(scan.classes, source)
+        require_two_classes(scan.classes, source)
         notes = scan.notes()
         job = _job(scan, options)
         finished = read_manifest(target)
@@ -296,7 +296,7 @@ def _shrinkage(todo: list[_Part], options: PrepareOptions) -> float:
     """Which share of the bytes re-encoding leaves, from a few images of the first part."""
     table = todo[0].table.slice(0, _SAMPLED)
     before = after = 0
-    with quiet():
+    with ignore_pil_warnings():
         for path, offset, length in zip(
             *(table[name].to_pylist() for name in ("path", "offset", "length")), strict=True
         ):
@@ -332,7 +332,7 @@ def convert(content: bytes, options: PrepareOptions, max_pixels: int = MAX_PIXEL
 def _write(part: _Part) -> _Written:
     """Writes one part; it is finished when its record is there, which comes last."""
     try:
-        with quiet():
+        with ignore_pil_warnings():
             return _write_shard(part) if part.options.to == "shards" else _write_folder_part(part)
     except OSError as error:
         raise DataError(

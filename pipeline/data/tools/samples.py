@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pipeline.data.formats import START, format_of
+from pipeline.data.formats import SIGNATURE_BYTES, detect_format
 from pipeline.data.ignored import IgnoredFiles
-from pipeline.data.listing import member_reason
+from pipeline.data.listing import member_ignore_reason
 from pipeline.data.tools.tars import Member
 from pipeline.errors import DataError, listed
 
@@ -39,7 +39,7 @@ def samples(members: Iterable[Member], read: Read, where: str, ignored: IgnoredF
     labels: dict[str, tuple[int, str]] = {}
     names: set[str] = set()
     for member in members:
-        reason = member_reason(member.name)
+        reason = member_ignore_reason(member.name)
         if reason is not None:
             ignored.add(reason, f"{where}, {member.name}")
             continue
@@ -50,7 +50,9 @@ def samples(members: Iterable[Member], read: Read, where: str, ignored: IgnoredF
         label = None
         if ending in _LABELS:
             label = label_in(ending, read(member.offset, member.length), f"{where}, {member.name}")
-        elif ending in IMAGE_ENDINGS or format_of(read(member.offset, min(START, member.length)), member.length):
+        elif ending in IMAGE_ENDINGS or detect_format(
+            read(member.offset, min(SIGNATURE_BYTES, member.length)), member.length
+        ):
             images.append(member)
             continue
         if label is None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.data.class_names import absent, doubts, unknown_classes
+from pipeline.data.class_names import check_known_classes, class_name_warnings, missing_class_warning
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.index import table_of
 from pipeline.data.listing import Entry, entries, joined, tree
-from pipeline.data.names import SPLIT_WORDS, is_packed, words_of
+from pipeline.data.names import SPLIT_WORDS, is_compressed, words_of
 from pipeline.errors import DataError, listed
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -46,8 +46,15 @@ class Scan:
 
     def notes(self) -> list[str]:
         """Lines on what is not taken, and on what is allowed and probably not meant."""
-        lines = [absent(self.classes, table["label"].to_numpy(), split) for split, table in self.splits.items()]
-        return [f"left out: {line}" for line in self.ignored.lines()] + doubts(self.classes) + list(filter(None, lines))
+        lines = [
+            missing_class_warning(self.classes, table["label"].to_numpy(), split)
+            for split, table in self.splits.items()
+        ]
+        return (
+            [f"left out: {line}" for line in self.ignored.lines()]
+            + class_name_warnings(self.classes)
+            + list(filter(None, lines))
+        )
 
 
 def labeled(images: Iterable[tuple[int, Found]], classes: tuple[str, ...]) -> pa.Table:
@@ -79,7 +86,7 @@ def by_file_name(
     unlabeled = sorted(found.name for stem, found in stems if stem not in wnids)
     if unlabeled:
         raise DataError(f"{len(unlabeled)} validation images have no label: {listed(unlabeled)}.")
-    unknown_classes("the validation split", sorted({wnids[stem] for stem, _ in stems}), classes)
+    check_known_classes("the validation split", sorted({wnids[stem] for stem, _ in stems}), classes)
     for stem in sorted(wnids.keys() - {stem for stem, _ in stems}):
         ignored.add("labels of validation images that are not there", stem)
     return labeled([(ranks[wnids[stem]], found) for stem, found in stems], classes)
@@ -198,7 +205,7 @@ def split_files(root: Path, ending: str, ignored: IgnoredFiles) -> dict[str, lis
     if unclear or not all(splits.values()):
         counts = ", ".join(f"{len(files)} of {split}" for split, files in splits.items())
         odd = f"; not told: {listed(unclear)}" if unclear else ""
-        packed = [path for path in found.files if is_packed(path)]
+        packed = [path for path in found.files if is_compressed(path)]
         first = f" Unpack {listed(packed)} first." if packed else ""
         raise DataError(
             f"{root}: the splits of .{ending} files are told by the words train, val or validation in their paths: "

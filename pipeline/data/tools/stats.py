@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import MAX_PIXELS
 from pipeline.data.files import Files
-from pipeline.data.images import NotAnImage, decode, quiet, to_rgb
+from pipeline.data.images import NotAnImage, decode, ignore_pil_warnings, to_rgb
 from pipeline.data.plan import permutation
 from pipeline.data.tools.inspect import Chunk, chunks
 from pipeline.data.tools.layouts import recognize
@@ -97,7 +97,7 @@ def _measure(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     files = Files()
     sizes, moments = [], []
     columns = (chunk.table[name].to_pylist() for name in ("path", "offset", "length"))
-    with quiet():
+    with ignore_pil_warnings():
         for path, offset, length in zip(*columns, strict=True):
             try:
                 image = to_rgb(decode(files.open(chunk.root / path).read(offset, length), chunk.max_pixels))

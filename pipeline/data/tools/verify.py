@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import MAX_PIXELS
-from pipeline.data.class_names import absent, doubts, refuse_one_class
+from pipeline.data.class_names import class_name_warnings, missing_class_warning, require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, read_manifest
 from pipeline.data.index import Shard, rows_of
 from pipeline.data.listing import Tree, tree
@@ -222,13 +222,13 @@ def _where(table: pa.Table, row: int) -> str:
 
 def _classes(scan: Scan) -> Iterator[Finding]:
     try:
-        refuse_one_class(scan.classes, scan.root)
+        require_two_classes(scan.classes, scan.root)
     except DataError as error:
         yield Finding("classes", "", "train", str(error))
-    for line in doubts(scan.classes):
+    for line in class_name_warnings(scan.classes):
         yield Finding("doubtful", "", "classes", line)
     for split, table in scan.splits.items():
-        lacking = absent(scan.classes, table["label"].to_numpy(), split)
+        lacking = missing_class_warning(scan.classes, table["label"].to_numpy(), split)
         if lacking is not None:
             yield Finding("absent", split, split, lacking)
 

@@ -51,7 +51,7 @@ def train(images: Path, *overrides: str) -> list[str]:
 
 
 def test_a_missing_folder(refused, images):
-    assert "is not a folder: give one that holds" in refused(*train(images / "gone"))
+    assert "is not a folder: set it to one that contains" in refused(*train(images / "gone"))
     assert "data.root is not set" in refused("plan", str(CONFIGS / "densenet121.yaml"))
 
 
@@ -75,7 +75,7 @@ def test_a_fifo_and_a_link_that_leads_nowhere_in_a_class_folder(refused, images)
     (images / "train" / "cat" / "lost.jpg").symlink_to("gone.jpg")
     message = refused(*train(images))
     assert "train/cat/fifo.jpg: is a FIFO, not a file" in message
-    assert "train/cat/lost.jpg: is a link that leads nowhere, to gone.jpg" in message
+    assert "train/cat/lost.jpg: is a broken link to gone.jpg" in message
 
 
 def test_a_val_class_that_train_lacks(refused, images):
@@ -89,7 +89,7 @@ def test_a_file_that_is_no_image_and_one_cut_short(refused, images):
     assert "cat/notes.txt: is not an image" in refused(*train(images))
     (images / "train" / "cat" / "notes.txt").unlink()
     (images / "val" / "cat" / "0.jpg").write_bytes(whole[: len(whole) // 2])
-    assert "cat/0.jpg: is a JPEG that is cut short" in refused(*train(images))
+    assert "cat/0.jpg: is a truncated JPEG" in refused(*train(images))
 
 
 def test_a_typo_and_a_value_of_the_wrong_type(refused, images):
