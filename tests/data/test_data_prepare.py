@@ -18,7 +18,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.data.dataset import open_splits, read_manifest
-from pipeline.data.images import quiet
+from pipeline.data.images import ignore_pil_warnings
 from pipeline.data.tools.layouts import recognize
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
@@ -103,7 +103,7 @@ def test_odd_images_come_out_as_plain_jpegs_of_the_same_colors(ilsvrc, tmp_path)
     train, _ = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)
     names = train.table["name"].to_pylist()
     for i in range(len(train)):
-        with quiet(), Image.open(io.BytesIO(train.read(i))) as image:
+        with ignore_pil_warnings(), Image.open(io.BytesIO(train.read(i))) as image:
             assert (image.format, image.mode in ("L", "RGB")) == ("JPEG", True), names[i]
             assert image.size == (train.widths_N[i], train.heights_N[i])
     for number, name in ((50, "2933"), (51, "cmyk"), (52, "ycck")):
@@ -121,7 +121,7 @@ def test_shards_are_read_by_the_webdataset_package(ilsvrc, tmp_path):
     files = sorted(str(file) for file in (tmp_path / "set" / "train").iterdir())
     assert len(files) > 1
     dataset = webdataset.WebDataset(files, shardshuffle=False).decode("rgb8").to_tuple("jpg", "cls")
-    with quiet():
+    with ignore_pil_warnings():
         theirs = list(dataset)
     assert [label for _, label in theirs] == train.labels_N.tolist()
     for i, (image, _) in enumerate(theirs):
@@ -190,7 +190,7 @@ def test_a_prepared_set_is_a_source_too(ilsvrc, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from pipeline.data.images import quiet
+from pipeline.data.images import ignore_pil_warnings
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.dataset import open_splits
-from pipeline.data.images import quiet
+from pipeline.data.images import ignore_pil_warnings
 from pipeline.data.tools.in_place import index_in_place
 from pipeline.data.tools.inspect import KINDS
 from pipeline.data.tools.pool import Pool
@@ -120,7 +120,7 @@ def test_an_index_of_other_shards_is_refused(shards, tmp_path):
     (shards / "dataset.json").write_text(
         (shards / "dataset.json").read_text().replace('"samples": 32', '"samples": 31')
     )
-    with pytest.raises(DataError, match=r"train.parquet has 32 samples, .*dataset.json says 31"):
+    with pytest.raises(DataError, match=r"train.parquet has 32 samples, .*dataset.json has 31"):
         check(shards)
 
 
@@ -203,7 +203,7 @@ def test_data_is_indexed_where_it_lies(write, tmp_path):
 def test_an_index_in_place_names_what_is_damaged(class_folders):
     replaced("cut.JPEG", WHOLE[:-9])(class_folders)
     with (
-        pytest.raises(DataError, match=r"1 corrupt images in train:\n  train/n01440764/cut.JPEG: is a JPEG"),
+        pytest.raises(DataError, match=r"1 corrupt images in train:\n  train/n01440764/cut.JPEG: is a truncated JPEG"),
         Pool(1) as p,
     ):
         index_in_place(class_folders, p)
@@ -224,7 +224,7 @@ def test_statistics_are_those_of_the_images(shards, tmp_path):
     index, _ = open_splits(str(shards), "train", "val", tmp_path)
     means, squares = [], []
     for i in range(len(index)):
-        with quiet(), Image.open(io.BytesIO(index.read(i))) as image:
+        with ignore_pil_warnings(), Image.open(io.BytesIO(index.read(i))) as image:
             x = np.asarray(image.convert("RGB"), np.float64) / 255
         means.append(x.mean(axis=(0, 1)))
         squares.append((x**2).mean(axis=(0, 1)))
