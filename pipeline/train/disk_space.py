@@ -77,7 +77,7 @@ def check_disk_space(setup: RunSetup) -> None:
         free = shutil.disk_usage(place).free
         if needed > free:
             raise UserError(
-                f"run.output={config.run.output}: the disk of {place} has {format_bytes(free)} free, this run needs about "
-                f"{format_bytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Make room, keep fewer "
-                f"checkpoints, or choose another place."
+                f"run.output={config.run.output}: the disk of {place} has {format_bytes(free)} free, this run needs "
+                f"about {format_bytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Make room, keep "
+                f"fewer checkpoints, or choose another place."
             )
