@@ -1,4 +1,4 @@
-"""Images of every kind that PIL and DALI know, with the pixels that each must become, and those that are refused."""
+"""Image files of every format that PIL and DALI decode, with the expected pixels, and unsupported ones."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ TURNED[0x0112] = 6
 
 @dataclass(frozen=True)
 class Kind:
-    """A file, and its pixels [H, W, 3]: PIL's own conversion unless something else is right."""
+    """An image file and its expected pixels [H, W, 3]: PIL's conversion, with some exceptions."""
 
     content: bytes
     pixels_HWC: NDArray[np.uint8]
@@ -34,7 +34,7 @@ class Kind:
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.copy().save(buffer, kind, **options)  # saving leaves settings in the image
+    image.copy().save(buffer, kind, **options)  # a copy: saving stores settings in the image
     return buffer.getvalue()
 
 
@@ -76,13 +76,13 @@ def tiff(values: NDArray[np.generic], meaning: int, sample_format: int = 1, orde
         279: [len(data)],
         339: [sample_format] * samples,
     }
-    place = 8 + len(data) + 2 + 12 * len(tags) + 4
+    offset = 8 + len(data) + 2 + 12 * len(tags) + 4
     entries, beyond = b"", b""
     for tag, numbers in tags.items():
         kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
         value = struct.pack(order + letter * len(numbers), *numbers)
         if len(value) > 4:
-            value, beyond = struct.pack(order + "I", place + len(beyond)), beyond + value
+            value, beyond = struct.pack(order + "I", offset + len(beyond)), beyond + value
         entries += struct.pack(order + "HHI", tag, kind, len(numbers)) + value.ljust(4, b"\0")
     directory = struct.pack(order + "H", len(tags)) + entries + bytes(4) + beyond
     magic = b"II*\0" if order == "<" else b"MM\0*"
@@ -175,7 +175,7 @@ def _twelve_bits() -> bytes:
 KINDS = {name: _kind(name, content) for name, content in _files().items()}
 _LAB = ImageCms.profileToProfile(RGB, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
 assert _LAB is not None
-REFUSED = {  # and what they are told to be
+REFUSED = {  # with the expected error message
     "TIFF 32 bits": (tiff(GRAY_16.astype(np.uint32), 1), "PIL's mode I"),
     "TIFF 16 bits with a sign": (tiff(GRAY_16, 1, sample_format=2), "PIL's mode I"),
     "TIFF floats": (tiff((GRAY_16 / 65535).astype(np.float32), 1, sample_format=3), "PIL's mode F"),

@@ -77,8 +77,8 @@ class Augmentations:
 def tries(config: Augment) -> dict[int, int]:
     """How many random numbers of each purpose `augmentations` wants of `draw` for each sample."""
     wanted = {
-        COLOR: 2 * config.colors,
-        AUTO: config.auto_augment_stages,
+        COLOR: 2 * config.color_jitter,
+        AUTO: config.auto_augment_num_ops,
         ERASE: (_TRIES + 1) * bool(config.erase_prob),
         PLUGIN: len(config.custom),
     }
@@ -93,7 +93,7 @@ def augmentations(
         color=_color(config, draws[COLOR]) if COLOR in draws else None,
         auto=_auto(config, draws[AUTO]) if AUTO in draws else None,
         erase=_erase(config, draws[ERASE], side) if ERASE in draws else None,
-        mix=_mix(config, seed, positions_B, side) if config.mixes else None,
+        mix=_mix(config, seed, positions_B, side) if config.mixes_images else None,
         custom={name: draws[PLUGIN][..., i].T.astype(np.float32, order="C") for i, name in enumerate(config.custom)},
     )
 

@@ -162,7 +162,7 @@ class Dataset:
             return Batches(partial(_loader, config, index, share, device, None), planned, -(-own // share))
         order = train_plan(config, index, seed)
         steps = _steps(start, stop, epochs, len(index), batch_size)
-        if config.augment.mixes and (share % 2 or start % 2):
+        if config.augment.mixes_images and (share % 2 or start % 2):
             raise UserError(
                 f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images: batch_size={batch_size} gives {share} to "
                 f"each rank from start={start}, and both must be even."
@@ -173,7 +173,7 @@ class Dataset:
             if image_size is None
             else config.data.model_copy(update={"image_size": image_size, "progressive_resize": ()})
         )
-        planned = (order.batch(positions_B, sides.side_at(positions_B[0] / len(index))) for positions_B in places)
+        planned = (order.batch(positions_B, sides.image_size_at(positions_B[0] / len(index))) for positions_B in places)
         return Batches(partial(_loader, config, index, share, device, order), planned, steps)
 
     def _split_folders(self) -> tuple[str, ...]:

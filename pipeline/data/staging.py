@@ -15,8 +15,8 @@ from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
 from pipeline.extension_points import is_generated
-from pipeline.extras import advice
-from pipeline.files import PARTIAL, atomic_file
+from pipeline.extras import install_hint
+from pipeline.files import PARTIAL_PREFIX, atomic_file
 
 _COPIES = 8  # shards at once: object stores give a single stream only a part of what they can
 _BLOCK = 8 << 20
@@ -89,7 +89,7 @@ def _copy(files: Any, root: str, folder: Path, name: str, shard: Shard) -> None:
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     # Under the lock, so what a killed process has left under this name is written over.
-    with atomic_file(target, target.with_name(f"{PARTIAL}{target.name}")) as aside:
+    with atomic_file(target, target.with_name(f"{PARTIAL_PREFIX}{target.name}")) as aside:
         for _ in range(_TRIES):
             digest = hashlib.sha256()
             with files.open(f"{root}/{name}", "rb") as source, aside.open("wb") as out:
@@ -109,7 +109,9 @@ def _naming_address(address: str) -> Iterator[None]:
     except DataError:
         raise
     except ImportError as error:
-        raise DataError(f"{address} needs a package that is not installed ({error}); for S3: {advice('s3')}") from error
+        raise DataError(
+            f"{address} needs a package that is not installed ({error}); for S3: {install_hint('s3')}"
+        ) from error
     except FileNotFoundError as error:
         raise DataError(f"{address}: {error} is not there. Give a data set made by `densenet data prepare`.") from error
     except Exception as error:  # each kind of storage raises errors of its own
