@@ -490,17 +490,17 @@ class Ema(Section):
     decay: float | None = Field(
         None, ge=0, lt=1, description="EMA (exponential moving average) of the weights: decay per step; null: no EMA"
     )
-    warmup: bool = Field(True, description="EMA warm-up, smaller decays at first: at most 1 - (1 + step) ** (-2 / 3)")
+    warmup: bool = Field(True, description="EMA warmup, smaller decays at first: at most 1 - (1 + step) ** (-2 / 3)")
 
 
 class Schedule(Section):
-    """`schedule.*`: the learning rate schedule and warm-up."""
+    """`schedule.*`: the learning rate schedule and warmup."""
 
     name: Annotated[str, _registered(SCHEDULES)] = Field(
         "cosine",
-        description="learning rate schedule after warm-up: `cosine`, `step`, `linear`, `one-cycle`, or a plugin's",
+        description="learning rate schedule after warmup: `cosine`, `step`, `linear`, `one-cycle`, or a plugin's",
     )
-    warmup_epochs: float = Field(0, ge=0, description="learning rate warm-up: epochs of linear increase to the peak")
+    warmup_epochs: float = Field(0, ge=0, description="learning rate warmup: epochs of linear increase to the peak")
     milestones: tuple[float, ...] = Field(
         (30, 60), description="`step`: epochs at which the learning rate is multiplied by `gamma`"
     )
@@ -722,7 +722,7 @@ class RunConfig(Section):
                 f"schedule.warmup_epochs={schedule.warmup_epochs:g} must be shorter than train.epochs={epochs:g}"
             )
         if schedule.name == "one-cycle" and schedule.warmup_epochs:
-            raise ValueError("schedule.name=one-cycle has its own warm-up: set schedule.warmup_epochs=0")
+            raise ValueError("schedule.name=one-cycle has its own warmup: set schedule.warmup_epochs=0")
         if schedule.name == "step" and any(m >= epochs for m in schedule.milestones):
             raise ValueError(
                 f"schedule.milestones={list(schedule.milestones)} must be less than train.epochs={epochs:g}: "

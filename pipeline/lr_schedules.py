@@ -1,4 +1,4 @@
-"""Learning rate schedules after warm-up: the learning rate as a fraction of the peak, from the samples seen."""
+"""Learning rate schedules after warmup: the learning rate as a fraction of the peak, from the samples seen."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ _ONE_CYCLE_START = 1 / 25  # of the peak learning rate, as in torch.optim.lr_sch
 
 @dataclass(frozen=True)
 class RunPosition:
-    """A position in the run, in samples: samples seen, end of warm-up, length of the run, length of an epoch."""
+    """A position in the run, in samples: samples seen, end of warmup, length of the run, length of an epoch."""
 
     samples_seen: int
     warmup_samples: float
@@ -19,7 +19,7 @@ class RunPosition:
 
     @property
     def progress(self) -> float:
-        """The completed fraction of the run after warm-up, in [0, 1)."""
+        """The completed fraction of the run after warmup, in [0, 1)."""
         return (self.samples_seen - self.warmup_samples) / (self.total_samples - self.warmup_samples)
 
 

@@ -166,7 +166,7 @@ def test_the_data_uri_must_not_contain_a_password():
 
 
 def test_one_cycle_takes_no_warmup():
-    with pytest.raises(ValidationError, match="one-cycle has its own warm-up: set schedule.warmup_epochs=0"):
+    with pytest.raises(ValidationError, match="one-cycle has its own warmup: set schedule.warmup_epochs=0"):
         RunConfig.model_validate({"schedule": {"name": "one-cycle", "warmup_epochs": 1}})
 
 
