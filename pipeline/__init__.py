@@ -1,6 +1,6 @@
-"""DenseNets on ImageNet, as a library: what is named here is its public interface, see docs/api.md.
+"""DenseNet training on ImageNet, as a library: this module is the public API, see docs/api.md.
 
-`import pipeline` takes no time: what it names is imported when it is first used.
+`import pipeline` is fast: each name is imported on first use.
 """
 
 from importlib import import_module
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from pipeline.export.open import Exported, TrainedModel, open_model
     from pipeline.export.predict import FolderPredictions, Prediction
     from pipeline.model.card import ModelCard, Transform
-    from pipeline.one_process import FittedRun, fit
+    from pipeline.single_process import FittedRun, fit
 
-__all__ = [  # noqa: RUF022, by what they are for
+__all__ = [  # noqa: RUF022, ordered by purpose
     "load_config",
     "fit",
     "open_dataset",
@@ -43,10 +43,10 @@ __all__ = [  # noqa: RUF022, by what they are for
     "UserError",
 ]
 
-_HOMES = {
+_MODULES = {
     "load_config": "config_file",
-    "fit": "one_process",
-    "FittedRun": "one_process",
+    "fit": "single_process",
+    "FittedRun": "single_process",
     "open_dataset": "data.open",
     "open_model": "export.open",
     "RunConfig": "config",
@@ -69,10 +69,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for."""
-    if name not in _HOMES:
+    """Imports a public name on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     return value
 
 

@@ -1,7 +1,4 @@
-"""The run's configuration: its schema and its checks.
-
-`pipeline/config_file.py` reads one from YAML.
-"""
+"""The configuration schema of a run, and its validation. `pipeline/config_file.py` loads it from YAML."""
 
 import difflib
 import re
@@ -13,17 +10,17 @@ import fsspec
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.choices import Choices
 from pipeline.extension_points import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS, is_generated
-from pipeline.names import alias_error, experiment_error, model_name_error
+from pipeline.mlflow_names import alias_error, experiment_name_error, model_name_error
 from pipeline.plugins import import_plugins, is_file
+from pipeline.registry import Registry
 
-MAX_PIXELS = 178_956_970  # of an image where nothing else is said: PIL's own limit
+MAX_PIXELS = 178_956_970  # default limit per image, the same as PIL's against decompression bombs
 
 Auto = Literal["auto"]
 Device = Literal["cpu", "cuda"]
 Interpolation = Literal["bilinear", "bicubic"]
-Memory = Literal["none", "activation-checkpointing", "shared-stats"]
+MemoryMode = Literal["none", "activation-checkpointing", "shared-stats"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -38,56 +35,56 @@ def _plain_name(name: str) -> str:
 
 def _no_password(uri: str) -> str:
     if re.search(r"://[^/@:]*:[^/@]+@", uri):
-        raise ValueError("must not hold a password, since configs are saved and shown: use environment variables")
+        raise ValueError("must not contain a password, since configs are saved and logged: use environment variables")
     return uri
 
 
 def _check_scheme(root: str) -> None:
-    """Raises `ValueError` with the nearest where no data source or file system answers to an address."""
+    """Raises `ValueError`, with the closest name, if no data source or file system has the URI's scheme."""
     scheme, known = root.partition("://")[0].rpartition("::")[2], [*DATA_SOURCES, *fsspec.available_protocols()]
     if scheme not in known:
         near = difflib.get_close_matches(scheme, known, n=1)
         hint = f"did you mean '{near[0]}://'?" if near else f"plugins add more to {', '.join(DATA_SOURCES)}"
-        raise ValueError(f"root={root}: there is no data source and no file system of that name; {hint}")
+        raise ValueError(f"root={root}: no data source or file system is called {scheme}; {hint}")
 
 
-def _without(problem: Callable[[str], str | None]) -> AfterValidator:
-    """A check that refuses a name of which `problem` says what is wrong with it."""
+def _valid_by(error_of: Callable[[str], str | None]) -> AfterValidator:
+    """Returns a validator that rejects a name for which `error_of` returns an error."""
 
     def check(name: str) -> str:
-        wrong = problem(name)
-        if wrong is not None:
-            raise ValueError(wrong)
+        error = error_of(name)
+        if error is not None:
+            raise ValueError(error)
         return name
 
     return AfterValidator(check)
 
 
-def _one_of(choices: Choices[Any]) -> AfterValidator:
-    return AfterValidator(choices.check)
+def _registered(registry: Registry[Any]) -> AfterValidator:
+    return AfterValidator(registry.check)
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]
-Address = Annotated[str, AfterValidator(_no_password)]
+Uri = Annotated[str, AfterValidator(_no_password)]
 
 
 @dataclass(frozen=True)
 class Location:
-    """Marks a key whose value is a path or an address, by what it is to a run; see `pipeline.locations`.
+    """Marks a key whose value is a path or URI; `pipeline.locations` finds them.
 
-    `input` and `output` must be the same for all nodes, `local` is on each node's own disk, `store` is one of MLflow's.
-    Values for which `holds` is false are no places.
+    All nodes must see the same `input` and `output`; `local` is on each node's own disk, `store` is an MLflow store.
+    Values for which `matches` is false are not locations.
     """
 
     kind: Literal["input", "output", "local", "store"]
-    holds: Callable[[str], bool] = lambda value: True
+    matches: Callable[[str], bool] = lambda value: True
 
 
-_FastDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where PyYAML was built with it: ten times as fast
+_FastDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C if PyYAML was built with libyaml: ten times as fast
 
 
 class _Dumper(_FastDumper):  # type: ignore[misc, valid-type]
-    """Quotes text that OmegaConf would read as a number and PyYAML would not: `1e5`."""
+    """Quotes strings that OmegaConf, unlike PyYAML, parses as numbers: `1e5`."""
 
 
 _Dumper.add_implicit_resolver(
@@ -95,98 +92,139 @@ _Dumper.add_implicit_resolver(
 )
 
 
-def _imported(plugins: tuple[str, ...]) -> tuple[str, ...]:
-    """Imports them before anything else is looked at: `run` is the first section."""
+def _import_plugins(plugins: tuple[str, ...]) -> tuple[str, ...]:
+    """Imports the plugins before other keys are validated: `run` is the first section."""
     import_plugins(plugins)
     return plugins
 
 
 class Section(BaseModel):
-    """A part of the config: immutable, and unknown keys are refused."""
+    """A section of the config: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Run(Section):
-    """`run.*`: name, place and seed of a run."""
+    """`run.*`: name, output folder, seed and plugins of a run."""
 
-    name: Name | None = Field(None, description="run folder under `output`; default: CONFIG-YYYYmmdd-HHMMSS-XXXXXX")
-    output: Annotated[str, Location("output")] = Field(
-        "outputs", description="folder for runs, the data index and the default tracking store"
+    name: Name | None = Field(
+        None,
+        description="run folder in `run.output`; the same name again resumes; default: CONFIG-YYYYmmdd-HHMMSS-XXXXXX",
     )
-    seed: int = Field(0, ge=0, lt=2**64, description="fixes the weights, the sample order and every augmentation")
-    plugins: Annotated[tuple[str, ...], AfterValidator(_imported), Location("input", is_file)] = Field(
-        (), description="modules, or .py files, that register optimizers, models, ... of your own (docs/extending.md)"
+    output: Annotated[str, Location("output")] = Field(
+        "outputs", description="folder for runs, checkpoints, the data index and the default tracking store"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**64, description="random seed of the initial weights, the sample order and every augmentation"
+    )
+    plugins: Annotated[tuple[str, ...], AfterValidator(_import_plugins), Location("input", is_file)] = Field(
+        (), description="modules or .py files that register your own optimizers, models, ... (docs/extending.md)"
     )
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        """In another process, too, what a config names must be there."""
+        """Imports the plugins when a config is unpickled in another process."""
         super().__setstate__(state)
         import_plugins(self.plugins)
 
 
 class Model(Section):
-    """`model.*`: the model, and what it starts from."""
+    """`model.*`: the architecture, its memory mode and its pretrained weights."""
 
-    name: str = Field("densenet121", description="a DenseNet, or any other image classifier in timm's registry")
-    num_classes: Count | None = Field(None, description="logits; default: the classes of the data")
-    in_chans: Literal[1, 3] = Field(3, description="3: RGB, 1: gray (ITU-R BT.601 luma)")
-    global_pool: Literal["avg", "max", "avgmax", "catavgmax"] = Field(
-        "avg", description="pooling before the classifier; avg: the model's own"
+    name: str = Field(
+        "densenet121", description="architecture: a DenseNet, or any other image classifier in timm's registry"
     )
-    drop_rate: float = Field(0, ge=0, lt=1, description="dropout before the classifier")
-    layer_drop_rate: float = Field(0, ge=0, lt=1, description="dropout after each dense layer, of DenseNets")
-    memory: Memory = Field(
-        "none", description="what the backward pass of DenseNets computes anew instead of keeping it"
+    num_classes: Count | None = Field(None, description="number of logits; default: the number of classes in the data")
+    in_chans: Literal[1, 3] = Field(3, description="input channels; 3: RGB, 1: grayscale (ITU-R BT.601 luma)")
+    global_pool: Literal["avg", "max", "avgmax", "catavgmax"] = Field(
+        "avg", description="global pooling before the classifier; avg: the architecture's own"
+    )
+    drop_rate: float = Field(0, ge=0, lt=1, description="dropout rate before the classifier")
+    layer_drop_rate: float = Field(0, ge=0, lt=1, description="dropout rate after each dense layer (DenseNets)")
+    memory: MemoryMode = Field(
+        "none",
+        description="save GPU memory in DenseNets, if out of memory: recompute activations in the backward pass "
+        "instead of storing them",
     )
     weights: Annotated[str | None, Location("input")] = Field(
-        None, description="start from a .safetensors or .pth file, a checkpoint or run folder, or models:/NAME@ALIAS"
+        None,
+        description="pretrained weights: a .safetensors or .pth file, a checkpoint or run folder, or "
+        "models:/NAME@ALIAS",
     )
 
 
 class Finetune(Section):
-    """`finetune.*`: which layers learn, and how fast."""
+    """`finetune.*`: frozen layers and learning rates per layer."""
 
     freeze_blocks: int = Field(
-        0, ge=0, le=4, description="1: the stem and the first dense block stay as they are; ... (DenseNets)"
+        0,
+        ge=0,
+        le=4,
+        description="number of dense blocks to freeze, together with the stem (DenseNets); 0: train all layers",
     )
-    freeze_batch_norm: bool = Field(False, description="all norms use their running statistics and stay as they are")
+    freeze_batch_norm: bool = Field(
+        False, description="freeze batch norm: all norms use their running statistics and are not trained"
+    )
     layer_decay: float = Field(
-        1, gt=0, le=1, description="rate's factor for each dense block, or stage, further from the head"
+        1,
+        gt=0,
+        le=1,
+        description="layer-wise learning rate decay: factor per dense block, or stage, away from the classifier",
     )
-    head_lr_mult: float = Field(1, gt=0, description="rate's factor for the classifier")
+    head_lr_mult: float = Field(1, gt=0, description="learning rate multiplier of the classifier")
 
 
 class Data(Section):
-    """`data.*`: the data set, and how its images are read and cut."""
+    """`data.*`: the data set, reading, shuffling, cropping, resizing and normalization."""
 
-    root: Annotated[Address | None, Location("input")] = Field(
+    root: Annotated[Uri | None, Location("input")] = Field(
         None,
-        description="a prepared data set's folder or address (s3://...), or a folder with class folders in each split",
+        description="path or URI (s3://...) of a prepared data set, or a folder with class folders in each split",
     )
     train: Name = Field("train", description="name of the training split")
     val: Name = Field("val", description="name of the evaluation split")
-    license: str | None = Field(None, description="license of the data, told with the registered model")
+    license: str | None = Field(None, description="license of the data, recorded with the registered model")
     stage: Annotated[str | None, Location("local")] = Field(
-        None, description="folder on each node's own disk, to which shards are copied first"
+        None, description="local folder on each node's own disk, to which shards are copied before training"
     )
-    on_corrupt: Literal["error", "skip"] = Field("error", description="corrupt training images: end, or replace them")
-    max_pixels: Count = Field(MAX_PIXELS, description="images of more pixels are refused; the model's card keeps it")
-    shuffle: Literal["full", "windowed"] = Field("full", description="`windowed`: within windows of shards")
-    window: Count = Field(16, description="shards in a window of the windowed shuffle")
-    image_size: int = Field(224, ge=8, le=1024, description="training image side, pixels")
+    on_corrupt: Literal["error", "skip"] = Field(
+        "error", description="corrupt training images: `error` ends the run, `skip` replaces them by other images"
+    )
+    max_pixels: Count = Field(
+        MAX_PIXELS, description="images with more pixels are errors; the model card records the limit"
+    )
+    shuffle: Literal["full", "windowed"] = Field(
+        "full", description="shuffle over the whole split (`full`), or within windows of shards (`windowed`)"
+    )
+    window: Count = Field(16, description="shuffle window of `windowed`, in shards")
+    image_size: int = Field(
+        224, ge=8, le=1024, description="training image size after the random crop, pixels per side"
+    )
     progressive_resize: tuple[tuple[float, int], ...] = Field(
-        (), description="[epoch, side] pairs: images of that side until that epoch, `image_size` afterwards"
+        (),
+        description="progressive resizing: [epoch, size] pairs, each size until its epoch; then `image_size`",
     )
-    scale: tuple[float, float] = Field((0.08, 1.0), description="random crop's share of the image's area")
-    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="random crop's width / height")
-    hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    mean: Rgb = Field((0.485, 0.456, 0.406), description="per channel, of pixel values in [0, 1]")
-    std: Rgb = Field((0.229, 0.224, 0.225), description="per channel, of pixel values in [0, 1]")
-    interpolation: Interpolation = Field("bilinear", description="filter of the resize, always antialiased")
-    threads: Count | Auto = Field("auto", description="DALI threads per worker; auto: the worker's CPU cores")
+    scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="random resized crop: range of the crop's fraction of the image area"
+    )
+    ratio: tuple[float, float] = Field(
+        (3 / 4, 4 / 3), description="random resized crop: range of the crop's aspect ratio, width / height"
+    )
+    hflip: Fraction = Field(0.5, description="probability of a random horizontal flip")
+    mean: Rgb = Field((0.485, 0.456, 0.406), description="normalization mean per channel, of pixel values in [0, 1]")
+    std: Rgb = Field(
+        (0.229, 0.224, 0.225), description="normalization standard deviation per channel, of pixel values in [0, 1]"
+    )
+    interpolation: Interpolation = Field(
+        "bilinear", description="interpolation of the training resize, always antialiased"
+    )
+    threads: Count | Auto = Field(
+        "auto", description="data loader: DALI decoding threads per worker; auto: the worker's CPU cores"
+    )
     readers: int = Field(
-        4, ge=0, le=256, description="threads per worker that read files ahead; 0: the planning one does"
+        4,
+        ge=0,
+        le=256,
+        description="data loader: threads per worker that read files ahead; 0: the planning thread reads them",
     )
 
     @model_validator(mode="after")
@@ -202,51 +240,61 @@ class Data(Section):
         if self.root is not None and "://" in self.root and not is_generated(self.root):
             _check_scheme(self.root)
             if self.stage is None:
-                raise ValueError(f"root={self.root} is an address: set stage to a folder on each node's own disk")
+                raise ValueError(f"root={self.root} is a URI: set stage to a folder on each node's own disk")
         epochs = [epoch for epoch, _ in self.progressive_resize]
         if (
             epochs != sorted(set(epochs))
             or any(e <= 0 for e in epochs)
-            or any(s < 8 for _, s in self.progressive_resize)
+            or any(size < 8 for _, size in self.progressive_resize)
         ):
             pairs = [list(pair) for pair in self.progressive_resize]
             raise ValueError(
-                f"progressive_resize={pairs} must be [epoch, side] pairs with rising epochs and sides from 8"
+                f"progressive_resize={pairs} must be [epoch, size] pairs with increasing epochs and sizes >= 8"
             )
         return self
 
     @property
-    def largest_side(self) -> int:
-        """The largest training image's side, pixels."""
-        return max(self.image_size, *(side for _, side in self.progressive_resize), 0)
+    def max_image_size(self) -> int:
+        """The largest training image size, pixels per side."""
+        return max(self.image_size, *(size for _, size in self.progressive_resize), 0)
 
-    def side_at(self, epoch: float) -> int:
-        """The training image's side, pixels, at a point of the run."""
-        return next((side for until, side in self.progressive_resize if epoch < until), self.image_size)
+    def image_size_at(self, epoch: float) -> int:
+        """Returns the training image size at an epoch, pixels per side."""
+        return next((size for until, size in self.progressive_resize if epoch < until), self.image_size)
 
 
 class Augment(Section):
-    """`augment.*`: what is done to a training image besides crop and flip."""
+    """`augment.*`: augmentations of training images in addition to crop and flip."""
 
-    brightness: Fraction = Field(0, description="factor uniform in 1 +- this, on top of crop and flip")
-    contrast: Fraction = Field(0, description="factor uniform in 1 +- this")
-    saturation: Fraction = Field(0, description="factor uniform in 1 +- this")
-    lighting: float = Field(0, ge=0, description="standard deviation of AlexNet's PCA lighting; the paper's is 0.1")
+    brightness: Fraction = Field(0, description="color jitter: brightness factor uniform in [1 - b, 1 + b]")
+    contrast: Fraction = Field(0, description="color jitter: contrast factor uniform in [1 - c, 1 + c]")
+    saturation: Fraction = Field(0, description="color jitter: saturation factor uniform in [1 - s, 1 + s]")
+    lighting: float = Field(0, ge=0, description="AlexNet's PCA lighting noise: standard deviation; the paper's is 0.1")
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field(
-        "none", description="DALI's suites of operators"
+        "none", description="automatic augmentation policy: DALI's RandAugment or TrivialAugment"
     )
-    randaugment_num_ops: int = Field(2, ge=1, le=8, description="operators one after another in `randaugment`")
-    randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength of each in `randaugment`, 0 to 30")
-    erase_prob: Fraction = Field(0, description="probability of erasing a box")
-    erase_scale: tuple[float, float] = Field((0.02, 1 / 3), description="box's share of the image's area")
-    erase_ratio: tuple[float, float] = Field((0.3, 3.3), description="box's height / width")
-    erase_fill: Literal["mean", "noise"] = Field("mean", description="what the box is filled with")
-    mixup_alpha: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no mixup")
-    cutmix_alpha: float = Field(0, ge=0, description="alpha of the Beta distribution of the shares; 0: no CutMix")
-    mix_prob: Fraction = Field(1, description="share of the pairs of images that are mixed")
-    mix_switch_prob: Fraction = Field(0.5, description="share of CutMix where mixup is on too")
-    custom: tuple[Annotated[str, _one_of(AUGMENTATIONS)], ...] = Field(
-        (), description="augmentations of plugins, by name, one after another before images are mixed"
+    randaugment_num_ops: int = Field(2, ge=1, le=8, description="RandAugment: operators per image")
+    randaugment_magnitude: int = Field(9, ge=0, le=30, description="RandAugment: magnitude, 0 to 30")
+    erase_prob: Fraction = Field(0, description="random erasing: probability")
+    erase_scale: tuple[float, float] = Field(
+        (0.02, 1 / 3), description="random erasing: range of the box's fraction of the image area"
+    )
+    erase_ratio: tuple[float, float] = Field(
+        (0.3, 3.3), description="random erasing: range of the box's aspect ratio, height / width"
+    )
+    erase_fill: Literal["mean", "noise"] = Field(
+        "mean", description="random erasing: fill with the mean color or with noise"
+    )
+    mixup_alpha: float = Field(
+        0, ge=0, description="mixup: alpha of the Beta distribution of the mixing weight; 0: no mixup"
+    )
+    cutmix_alpha: float = Field(
+        0, ge=0, description="CutMix: alpha of the Beta distribution of the mixing weight; 0: no CutMix"
+    )
+    mix_prob: Fraction = Field(1, description="mixup and CutMix: probability per pair of images")
+    mix_switch_prob: Fraction = Field(0.5, description="probability of CutMix instead of mixup if both are on")
+    custom: tuple[Annotated[str, _registered(AUGMENTATIONS)], ...] = Field(
+        (), description="augmentations of plugins by name, applied in order before mixup and CutMix"
     )
 
     @model_validator(mode="after")
@@ -260,59 +308,63 @@ class Augment(Section):
         return self
 
     @property
-    def colors(self) -> bool:
-        """Whether images' colors are changed."""
+    def color_jitter(self) -> bool:
+        """Whether color jitter or PCA lighting is on."""
         return bool(self.brightness or self.contrast or self.saturation or self.lighting)
 
     @property
-    def auto_augment_stages(self) -> int:
-        """Operators of `auto` that come one after another; 0 where it is off."""
+    def auto_augment_num_ops(self) -> int:
+        """Operators per image of `auto_augment`; 0 if it is off."""
         return {"none": 0, "randaugment": self.randaugment_num_ops, "trivialaugment": 1}[self.auto_augment]
 
     @property
-    def mixes(self) -> bool:
-        """Whether images are mixed with each other, in pairs."""
+    def mixes_images(self) -> bool:
+        """Whether mixup or CutMix mix pairs of images."""
         return bool(self.mixup_alpha or self.cutmix_alpha)
 
 
-_EVAL_PRESETS: dict[str, tuple[float, Interpolation]] = {  # crop / resize, filter
+_EVAL_PRESETS: dict[str, tuple[float, Interpolation]] = {  # crop / resize, interpolation
     "torchvision": (224 / 256, "bilinear"),  # torchvision.transforms._presets.ImageClassification's defaults
-    "timm": (0.875, "bicubic"),  # timm.data.constants: DEFAULT_CROP_PCT and its models' usual filter
+    "timm": (0.875, "bicubic"),  # timm.data.constants: DEFAULT_CROP_PCT and its models' usual interpolation
 }
 
 
 def describe_transform(resize: int, interpolation: Interpolation, crop: int) -> str:
-    """An evaluation transform in one line, to stand beside every accuracy."""
+    """Describes an evaluation transform in one line, which is printed with every accuracy."""
     return f"resize {resize} {interpolation} antialias, center crop {crop}, no EXIF rotation"
 
 
 class Eval(Section):
-    """`eval.*`: when and with which transform accuracy is counted."""
+    """`eval.*`: interval, batch size and image transform of evaluation."""
 
     transform: Literal["torchvision", "timm"] = Field(
-        "torchvision", description="whose sizes and filter are the defaults of the next keys"
+        "torchvision", description="evaluation preset: sets the defaults of `resize` and `interpolation`"
     )
-    crop: int = Field(224, ge=8, le=1024, description="center crop's side, pixels")
-    resize: int = Field(256, ge=8, le=2048, description="shorter side after the resize, pixels; default: crop / 0.875")
+    crop: int = Field(224, ge=8, le=1024, description="center crop, pixels per side")
+    resize: int = Field(
+        256, ge=8, le=2048, description="size of the shorter side after the resize, pixels; default: crop / 0.875"
+    )
     interpolation: Interpolation = Field(
-        "bilinear", description="filter of the resize, always antialiased; default: bilinear, bicubic for `timm`"
+        "bilinear", description="interpolation of the resize, always antialiased; default: bilinear, bicubic for `timm`"
     )
-    batch_size: Count | Auto = Field("auto", description="images per worker and batch; auto: as in training")
-    every_epochs: Count = Field(1, description="epochs between evaluations; the end of the run is always evaluated")
+    batch_size: Count | Auto = Field(
+        "auto", description="evaluation batch size per worker; auto: the training micro-batch per device"
+    )
+    every_epochs: Count = Field(1, description="evaluation interval, epochs; the end of the run is always evaluated")
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, given: Any) -> Any:
-        """Fills in what the transform's preset says, so that a saved config holds the numbers."""
-        presets = list(_EVAL_PRESETS)  # what is given may be of any type, and have no hash
-        if not isinstance(given, dict) or given.get("transform", "torchvision") not in presets:
-            return given
-        share, interpolation = _EVAL_PRESETS[given.get("transform", "torchvision")]
-        crop = given.get("crop", 224)
-        filled: dict[str, Any] = {"interpolation": interpolation}
+    def _preset(cls, values: Any) -> Any:
+        """Fills in the preset's sizes and interpolation, so that a saved config contains them."""
+        presets = list(_EVAL_PRESETS)  # a list: the value is not validated yet and may be unhashable
+        if not isinstance(values, dict) or values.get("transform", "torchvision") not in presets:
+            return values
+        crop_ratio, interpolation = _EVAL_PRESETS[values.get("transform", "torchvision")]
+        crop = values.get("crop", 224)
+        defaults: dict[str, Any] = {"interpolation": interpolation}
         if isinstance(crop, int):
-            filled["resize"] = int(crop / share)
-        return filled | given
+            defaults["resize"] = int(crop / crop_ratio)
+        return defaults | values
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "Eval":
@@ -322,30 +374,42 @@ class Eval(Section):
 
     @property
     def description(self) -> str:
-        """The transform in one line, to stand beside every accuracy."""
+        """The transform in one line, which is printed with every accuracy."""
         return describe_transform(self.resize, self.interpolation, self.crop)
 
 
 class Train(Section):
-    """`train.*`: length, batch, precision, and what happens where it goes wrong."""
+    """`train.*`: epochs, batch size, mixed precision, and recovery from NaN and out of memory."""
 
-    epochs: float = Field(90, gt=0, description="passes over the training split; fractions are allowed")
-    global_batch_size: Count = Field(256, description="images per optimizer step over all workers")
-    max_device_batch_size: Count = Field(64, description="most images that one device holds at once")
-    precision: Auto | Precision = Field(
-        "auto", description="auto: bf16 on CUDA, fp32 on the CPU; fp16 (with loss scaling) needs ZeRO stage 0"
+    epochs: float = Field(
+        90, gt=0, description="number of epochs (passes over the training split); fractions are allowed"
     )
-    log_every_steps: Count = Field(10, description="optimizer steps between log lines")
+    global_batch_size: Count = Field(
+        256, description="images per optimizer step over all workers; gradient accumulation where devices hold fewer"
+    )
+    max_device_batch_size: Count = Field(
+        64,
+        description="largest micro-batch per device; lower it if out of memory: gradient accumulation fills up "
+        "the batch",
+    )
+    precision: Auto | Precision = Field(
+        "auto",
+        description="mixed precision (autocast): bf16 or fp16 (loss scaling; needs ZeRO stage 0); auto: bf16 on "
+        "CUDA, fp32 on the CPU",
+    )
+    log_every_steps: Count = Field(10, description="logging interval, optimizer steps")
     on_nan: Literal["stop", "skip", "rewind"] = Field(
         "stop",
-        description="a loss that is NaN or infinite: end, leave the step out, or go back to the newest checkpoint",
+        description="if the loss is NaN or infinite: `stop` the run, `skip` the step, or `rewind` to the latest "
+        "checkpoint",
     )
-    nan_limit: Count = Field(10, description="steps left out, or returns, after which the run ends all the same")
+    nan_limit: Count = Field(10, description="maximum number of skipped steps or rewinds, after which the run ends")
     on_out_of_memory: Literal["stop", "halve"] = Field(
-        "stop", description="`halve`: try device batches before training, each half of the one before, until one fits"
+        "stop",
+        description="if out of memory: `stop`, or `halve` the micro-batch per device, before training, until it fits",
     )
     profile_steps: tuple[Count, Count] | None = Field(
-        None, description="[first, last] step to profile on rank 0, into the run's folder and artifacts"
+        None, description="profile steps [first, last] on rank 0; the trace goes to the run's folder and artifacts"
     )
 
     @model_validator(mode="after")
@@ -356,22 +420,31 @@ class Train(Section):
 
 
 class Optim(Section):
-    """`optim.*`: the optimizer and its peak rate."""
+    """`optim.*`: the optimizer, learning rate, weight decay and gradient clipping."""
 
-    name: Annotated[str, _one_of(OPTIMIZERS)] = Field(
-        "sgd", description="or `adamw`, `lamb`, `lars`, `muon` (these three need ZeRO stage 0), or a plugin's"
+    name: Annotated[str, _registered(OPTIMIZERS)] = Field(
+        "sgd",
+        description="optimizer: `sgd`, `adamw`, `lamb`, `lars`, `muon` (the last three need ZeRO stage 0), or a "
+        "plugin's",
     )
     lr: float = Field(0.1, gt=0, description="peak learning rate, before `lr_scaling`")
     lr_scaling: Literal["none", "linear", "sqrt"] = Field(
-        "none", description="factor: the global batch over `lr_base_batch`, or its square root"
+        "none",
+        description="scale the learning rate by global batch size / `lr_base_batch` (linear), or by its square root",
     )
-    lr_base_batch: Count = Field(256, description="the global batch that `lr` is meant for, where it is scaled")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of `sgd`, `lars` and `muon`")
-    nesterov: bool = Field(True, description="Nesterov's look-ahead in these; without effect at momentum 0")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of `adamw`, `lamb` and `muon`, each below 1")
-    eps: float = Field(1e-8, gt=0, description="of `adamw`, `lamb` and `muon`")
-    weight_decay: float = Field(1e-4, ge=0, description="on convolution and linear weights only")
-    clip_grad_norm: float | None = Field(None, gt=0, description="largest global gradient norm; null: no clipping")
+    lr_base_batch: Count = Field(256, description="global batch size for which `lr` is meant, if it is scaled")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of `sgd`, `lars` and `muon`")
+    nesterov: bool = Field(True, description="Nesterov momentum of `sgd`, `lars` and `muon`; no effect at momentum 0")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="Adam betas of `adamw`, `lamb` and `muon`, each below 1"
+    )
+    eps: float = Field(1e-8, gt=0, description="Adam epsilon of `adamw`, `lamb` and `muon`")
+    weight_decay: float = Field(
+        1e-4, ge=0, description="weight decay of convolution and linear weights; none for biases and norms"
+    )
+    clip_grad_norm: float | None = Field(
+        None, gt=0, description="gradient clipping: maximum global gradient norm; null: no clipping"
+    )
 
     @model_validator(mode="after")
     def _below_one(self) -> "Optim":
@@ -380,91 +453,113 @@ class Optim(Section):
         return self
 
     @property
-    def whole_weights(self) -> bool:
-        """Whether the optimizer looks at whole weights, which ZeRO 1-3 cut up."""
-        return OPTIMIZERS[self.name].whole_weights
+    def needs_full_weights(self) -> bool:
+        """Whether the optimizer computes on whole weight tensors, which ZeRO 1-3 shard."""
+        return OPTIMIZERS[self.name].needs_full_weights
 
     def peak_lr(self, global_batch_size: int) -> float:
-        """The rate after scaling: linear (Goyal et al. 2017, arXiv 1706.02677) or by the square root."""
+        """Returns the scaled learning rate: linear (Goyal et al. 2017, arXiv 1706.02677) or by the square root."""
         power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.lr_scaling]
         return self.lr * (global_batch_size / self.lr_base_batch) ** power
 
 
 class Loss(Section):
-    """`loss.*`: the loss, and a teacher's share in it."""
+    """`loss.*`: the loss function, label smoothing and knowledge distillation."""
 
-    name: Literal["cross-entropy", "bce"] = Field("cross-entropy", description="`bce`: binary, mean over the classes")
-    label_smoothing: float = Field(0, ge=0, lt=1, description="share of the target that goes to all classes alike")
-    teacher: Annotated[str | None, Location("input")] = Field(
-        None, description="model to learn from: models:/NAME@ALIAS, or a checkpoint or run folder of this project"
+    name: Literal["cross-entropy", "bce"] = Field(
+        "cross-entropy", description="loss function; `bce`: binary cross-entropy, mean over the classes"
     )
-    distillation_alpha: Fraction = Field(0.5, description="weight of the teacher's answers; the labels' is 1 - alpha")
+    label_smoothing: float = Field(
+        0, ge=0, lt=1, description="label smoothing: fraction of the target that is spread over all classes"
+    )
+    teacher: Annotated[str | None, Location("input")] = Field(
+        None,
+        description="knowledge distillation: teacher model, models:/NAME@ALIAS or a checkpoint or run folder",
+    )
+    distillation_alpha: Fraction = Field(
+        0.5, description="knowledge distillation: weight of the teacher's loss; the labels' loss has 1 - alpha"
+    )
     distillation_temperature: float = Field(
-        1, gt=0, description="by which both logits are divided for the teacher's part"
+        1, gt=0, description="knowledge distillation: temperature that divides the logits of teacher and student"
     )
 
 
 class Ema(Section):
-    """`ema.*`: the moving average of the weights."""
+    """`ema.*`: exponential moving average (EMA) of the weights."""
 
-    decay: float | None = Field(None, ge=0, lt=1, description="of the average of the weights per step; null: none")
-    warmup: bool = Field(True, description="smaller decays at first: 1 - (1 + step) ** (-2 / 3)")
+    decay: float | None = Field(
+        None, ge=0, lt=1, description="EMA (exponential moving average) of the weights: decay per step; null: no EMA"
+    )
+    warmup: bool = Field(True, description="EMA warmup, smaller decays at first: at most 1 - (1 + step) ** (-2 / 3)")
 
 
 class Schedule(Section):
-    """`schedule.*`: the learning rate over the run."""
+    """`schedule.*`: the learning rate schedule and warmup."""
 
-    name: Annotated[str, _one_of(SCHEDULES)] = Field(
-        "cosine", description="what follows the warm-up; or `step`, `linear`, `one-cycle`, or a plugin's"
+    name: Annotated[str, _registered(SCHEDULES)] = Field(
+        "cosine",
+        description="learning rate schedule after warmup: `cosine`, `step`, `linear`, `one-cycle`, or a plugin's",
     )
-    warmup_epochs: float = Field(0, ge=0, description="linear rise to the peak rate")
-    milestones: tuple[float, ...] = Field((30, 60), description="epochs at which `step` multiplies the rate by gamma")
-    gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
-    pct_start: float = Field(0.3, gt=0, lt=1, description="share of the run in which `one-cycle` rises from peak / 25")
+    warmup_epochs: float = Field(0, ge=0, description="learning rate warmup: epochs of linear increase to the peak")
+    milestones: tuple[float, ...] = Field(
+        (30, 60), description="`step`: epochs at which the learning rate is multiplied by `gamma`"
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="`step`: learning rate factor at each milestone")
+    pct_start: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="`one-cycle`: fraction of the run in which the learning rate increases from peak / 25",
+    )
     min_lr_ratio: Fraction = Field(
-        0, description="rate at the end as a share of the peak: `cosine`, `linear`, `one-cycle`"
+        0, description="learning rate at the end of the run as a fraction of the peak: `cosine`, `linear`, `one-cycle`"
     )
 
     @model_validator(mode="after")
     def _ordered(self) -> "Schedule":
         if list(self.milestones) != sorted(set(self.milestones)) or any(m <= 0 for m in self.milestones):
-            raise ValueError(f"milestones={list(self.milestones)} must be positive and rising")
+            raise ValueError(f"milestones={list(self.milestones)} must be positive and increasing")
         return self
 
 
 class Engine(Section):
-    """`engine.*`: DeepSpeed's ZeRO, and compilation."""
+    """`engine.*`: DeepSpeed ZeRO, memory format, determinism, synchronized batch norm and torch.compile."""
 
     zero_stage: Literal[0, 1, 2, 3] | Auto = Field(
         "auto",
-        description="DeepSpeed ZeRO, what is sharded over workers; auto: 0, or 1 with offload_optimizer",
+        description="DeepSpeed ZeRO stage, what is sharded over workers; auto: 0, or 1 with offload_optimizer",
     )
     channels_last: bool | Auto = Field(
-        "auto", description="images and features in NHWC memory order; auto: on GPUs, where it is 1.7 times as fast"
+        "auto",
+        description="channels_last (NHWC) memory format; auto: on GPUs, where it is 1.7 times as fast",
     )
     deterministic: bool = Field(
         True,
-        description="on GPUs: only kernels that repeat their results bit for bit, so that resume is exact there too",
+        description="on GPUs: deterministic kernels only, for bitwise reproducible results and an exact resume",
     )
-    tf32: bool = Field(True, description="on GPUs: fp32 convolutions and matrix products may round inputs to TF32")
-    offload_optimizer: bool = Field(False, description="ZeRO 1-3 keep the optimizer's state in the CPU's memory")
-    sync_batch_norm: bool = Field(False, description="batch statistics over all workers; on GPUs alone")
+    tf32: bool = Field(True, description="on GPUs: TF32 for fp32 convolutions and matrix products")
+    offload_optimizer: bool = Field(False, description="CPU offload: ZeRO 1-3 keep the optimizer state in CPU memory")
+    sync_batch_norm: bool = Field(
+        False, description="synchronized batch norm: batch statistics over all workers; GPUs only"
+    )
     communication_data_type: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="number format of gradients between workers; auto: DeepSpeed's choice"
+        "auto", description="dtype in which workers exchange gradients; auto: DeepSpeed's choice"
     )
-    reduce_bucket_size: Count = Field(500_000_000, description="most gradients, by count, in one message of ZeRO 1-3")
+    reduce_bucket_size: Count = Field(
+        500_000_000, description="bucket size of gradient communication in ZeRO 1-3, in elements"
+    )
     deepspeed: dict[str, Any] = Field(
         {},
-        description="further keys of DeepSpeed's own config; those that follow from other keys, have no effect or are "
-        "unknown to it are refused",
+        description="further keys of DeepSpeed's config; unknown keys, keys without effect or set by other keys "
+        "are errors",
     )
     compile: Literal["off", "on", "try"] = Field(
-        "off", description="torch.compile; `try` goes on without it where it fails, with a warning"
+        "off", description="torch.compile; `try` continues without it if it fails, with a warning"
     )
 
 
-# What must be the same for a checkpoint to be continued, unless it is named in `checkpoint.allow_changed`.
-Identity = Literal[
+# A run resumes from a checkpoint only if these are unchanged, except those in `checkpoint.allow_changed`.
+CheckpointIdentity = Literal[
     "model.name",
     "run.seed",
     "optim.name",
@@ -477,23 +572,25 @@ Identity = Literal[
 
 
 class Checkpoint(Section):
-    """`checkpoint.*`: when checkpoints are written, where, and which are kept."""
+    """`checkpoint.*`: checkpoint interval, storage and retention, and checks on resume."""
 
-    every_epochs: Count = Field(1, description="epochs between checkpoints; the end of the run always has one")
-    every_samples: Count | None = Field(None, description="samples between further checkpoints")
-    every_minutes: float | None = Field(None, gt=0, description="minutes between further ones, looked at when logging")
-    storage: Annotated[Address | None, Location("output")] = Field(
-        None, description="folder or address (s3://...) that keeps copies, for nodes whose own disks are not shared"
+    every_epochs: Count = Field(1, description="checkpoint interval, epochs; the end of the run always writes one")
+    every_samples: Count | None = Field(None, description="additional checkpoint interval, samples")
+    every_minutes: float | None = Field(
+        None, gt=0, description="additional checkpoint interval, minutes; checked at each log line"
     )
-    keep_last: Count = Field(2, description="newest checkpoints kept; the best one is kept besides")
-    keep_every_epochs: Count | None = Field(None, description="the first one in every so many epochs is kept too")
-    allow_changed: tuple[Identity, ...] = Field(
-        (), description="differences from the run's checkpoint that are accepted"
+    storage: Annotated[Uri | None, Location("output")] = Field(
+        None, description="path or URI (s3://...) for copies of checkpoints, for nodes whose disks are not shared"
+    )
+    keep_last: Count = Field(2, description="number of latest checkpoints kept, in addition to the best")
+    keep_every_epochs: Count | None = Field(None, description="also keep the first checkpoint of every so many epochs")
+    allow_changed: tuple[CheckpointIdentity, ...] = Field(
+        (), description="resume although these differ from the checkpoint"
     )
 
 
 class Elastic(Section):
-    """As many workers as there is room for, within bounds; they come `step` at a time, as the GPUs of a node do."""
+    """Elastic training: as many workers as resources allow, `min` to `max`, in multiples of `step` (GPUs per node)."""
 
     min: Count
     max: Count
@@ -515,73 +612,93 @@ def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
     wrong = [name for name in variables if _SECRET.search(name)]
     if wrong:
         raise ValueError(
-            f"must not hold {wrong[0]}, since configs are saved and shown: set it in the environment of the nodes"
+            f"must not contain {wrong[0]}, since configs are saved and logged: set it in the environment of the nodes"
         )
     return variables
 
 
 class Cluster(Section):
-    """`cluster.*`: workers, their resources, and how many failures are borne."""
+    """`cluster.*`: Ray workers, their resources, fault tolerance and elastic training."""
 
     workers: Count | Auto | Elastic = Field(
-        "auto", description="auto: one per GPU, or one on the CPU; {min: M, max: N}: as many as there is room for"
+        "auto",
+        description="auto: one worker per GPU, or one on the CPU; {min: M, max: N}: elastic, as many as "
+        "resources allow",
     )
-    cpus_per_worker: Count | Auto = Field("auto", description="auto: the machine's cores shared out")
-    placement: Literal["pack", "spread"] = Field("pack", description="workers on few nodes, or on many")
+    cpus_per_worker: Count | Auto = Field(
+        "auto", description="CPU cores per worker; auto: the machine's cores divided by its workers"
+    )
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="placement group strategy: workers on few nodes (`pack`) or many (`spread`)"
+    )
     accelerator_type: str | None = Field(None, description="GPU model by Ray's name, for example H100")
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="further Ray resources per worker")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="custom Ray resources per worker")
     env: Annotated[dict[str, str], AfterValidator(_no_secrets)] = Field(
         {}, description="environment variables of the workers, for example {NCCL_SOCKET_IFNAME: eth0}"
     )
-    max_failures: int = Field(3, ge=0, description="restarts after a lost worker, from the newest checkpoint")
+    max_failures: int = Field(
+        3,
+        ge=0,
+        description="fault tolerance: restarts after worker failures (lost or preempted nodes), from the latest "
+        "checkpoint",
+    )
     replacement_timeout_s: float = Field(
-        1800, ge=10, description="how long a run that lost workers waits for room to start again"
+        1800, ge=10, description="seconds to wait for replacement resources after a worker failure"
     )
     resize_interval_s: float = Field(
         300,
         gt=0,
-        description="how often elastic workers look for more room; they start again from the newest checkpoint",
+        description="elastic: seconds between checks for more resources; to grow, workers restart from the "
+        "latest checkpoint",
     )
     hang_timeout_s: float = Field(
-        1800, ge=60, description="a worker without a batch for so long is ended, all stacks in its log, and restarted"
+        1800,
+        ge=60,
+        description="hang detection: seconds without a batch until a worker's stacks are logged and it restarts",
     )
-    dashboard_port: int | Auto = Field("auto", description="of an embedded Ray, on loopback; auto: any free port")
+    dashboard_port: int | Auto = Field(
+        "auto", description="port of the Ray dashboard on loopback, for an embedded Ray; auto: any free port"
+    )
 
 
 class Tracking(Section):
-    """`tracking.*`: MLflow's store, the registry, and what happens without them."""
+    """`tracking.*`: MLflow tracking store, model registry, and behavior while they are unreachable."""
 
-    uri: Annotated[Address | None, Location("store")] = Field(
-        None, description="default: MLFLOW_TRACKING_URI, else SQLite in `run.output`"
+    uri: Annotated[Uri | None, Location("store")] = Field(
+        None, description="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in `run.output`"
     )
-    registry_uri: Annotated[Address | None, Location("store")] = Field(
-        None, description="where models are registered; default: MLFLOW_REGISTRY_URI, else the tracking store"
+    registry_uri: Annotated[Uri | None, Location("store")] = Field(
+        None, description="MLflow model registry URI; default: MLFLOW_REGISTRY_URI, else the tracking store"
     )
-    experiment: Annotated[str, _without(experiment_error)] = Field(
-        "densenet", description="MLflow experiment, made if missing"
+    experiment: Annotated[str, _valid_by(experiment_name_error)] = Field(
+        "densenet", description="MLflow experiment, created if missing"
     )
-    registered_model_name: Annotated[str, _without(model_name_error)] | None = Field(
-        None, description="registered model name; default: the model's name"
+    registered_model_name: Annotated[str, _valid_by(model_name_error)] | None = Field(
+        None, description="name of the registered model; default: `model.name`"
     )
     wait_timeout_s: float = Field(
-        600, ge=0, description="how long the end of a run waits for a store that is away, to send records and the model"
+        600,
+        ge=0,
+        description="seconds that the end of a run waits for an unreachable store, to send records and the model",
     )
     on_unreachable: Literal["fail", "spool"] = Field(
-        "fail", description="a store that is away at the start: end, or keep the records on disk until it is there"
+        "fail",
+        description="if the store is unreachable at the start: `fail`, or `spool` the records to disk until it "
+        "is reachable",
     )
-    alias: Annotated[str, _without(alias_error)] = Field(
-        "candidate", description="moved to the new version; `latest` and `v` with a number are MLflow's own"
+    alias: Annotated[str, _valid_by(alias_error)] = Field(
+        "candidate", description="alias of the new model version; MLflow reserves `latest` and `v` with a number"
     )
-    custom: tuple[Annotated[str, _one_of(TRACKERS)], ...] = Field(
-        (), description="trackers of plugins, by name, that get the records that MLflow gets"
+    custom: tuple[Annotated[str, _registered(TRACKERS)], ...] = Field(
+        (), description="additional trackers of plugins by name; they receive the same records as MLflow"
     )
 
 
 class RunConfig(Section):
-    """Everything that a user chooses about one training run."""
+    """The complete configuration of a training run."""
 
     run: Run = Run()
-    device: Auto | Device = Field("auto", description="auto: CUDA where the workers have GPUs")
+    device: Auto | Device = Field("auto", description="device: cpu or cuda; auto: CUDA if the workers have GPUs")
     model: Model = Model()
     finetune: Finetune = Finetune()
     data: Data = Data()
@@ -598,38 +715,39 @@ class RunConfig(Section):
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "RunConfig":
+    def _consistent(self) -> "RunConfig":
         epochs, schedule, stage = self.train.epochs, self.schedule, self.engine.zero_stage
         if schedule.warmup_epochs >= epochs:
             raise ValueError(
                 f"schedule.warmup_epochs={schedule.warmup_epochs:g} must be shorter than train.epochs={epochs:g}"
             )
         if schedule.name == "one-cycle" and schedule.warmup_epochs:
-            raise ValueError("schedule.name=one-cycle rises by itself: set schedule.warmup_epochs=0")
+            raise ValueError("schedule.name=one-cycle has its own warmup: set schedule.warmup_epochs=0")
         if schedule.name == "step" and any(m >= epochs for m in schedule.milestones):
             raise ValueError(
-                f"schedule.milestones={list(schedule.milestones)} must lie before train.epochs={epochs:g}, where the "
-                f"run ends: set others, or schedule.milestones=[]"
+                f"schedule.milestones={list(schedule.milestones)} must be less than train.epochs={epochs:g}: "
+                f"set others, or schedule.milestones=[]"
             )
         if any(epoch >= epochs for epoch, _ in self.data.progressive_resize):
             raise ValueError(
-                f"data.progressive_resize={[list(p) for p in self.data.progressive_resize]} must lie before train.epochs={epochs:g}"
+                f"data.progressive_resize={[list(p) for p in self.data.progressive_resize]} must have epochs "
+                f"less than train.epochs={epochs:g}"
             )
-        if self.optim.whole_weights and stage not in (0, "auto"):
+        if self.optim.needs_full_weights and stage not in (0, "auto"):
             raise ValueError(
-                f"optim.name={self.optim.name} works on whole weights, which ZeRO stage {stage} cuts up: set "
+                f"optim.name={self.optim.name} computes on whole weight tensors, which ZeRO stage {stage} shards: set "
                 f"engine.zero_stage=0"
             )
         if self.train.precision == "fp16" and stage not in (0, "auto"):
             raise ValueError(
-                f"train.precision=fp16 needs engine.zero_stage=0: at stage {stage} DeepSpeed skips all steps after one "
-                f"that overflowed; or use bf16"
+                f"train.precision=fp16 needs engine.zero_stage=0: at stage {stage} DeepSpeed skips all steps after an "
+                f"overflow; or use bf16"
             )
-        whole = self.optim.whole_weights or self.train.precision == "fp16"
-        if self.engine.offload_optimizer and (stage == 0 or whole):
+        needs_stage_0 = self.optim.needs_full_weights or self.train.precision == "fp16"
+        if self.engine.offload_optimizer and (stage == 0 or needs_stage_0):
             raise ValueError(
-                "engine.offload_optimizer needs engine.zero_stage=1, 2 or 3, and so an optimizer and a precision that "
-                "can do with them"
+                "engine.offload_optimizer needs engine.zero_stage=1, 2 or 3, and an optim.name and train.precision "
+                "that support it"
             )
         if self.engine.sync_batch_norm and self.model.memory == "shared-stats":
             raise ValueError(
@@ -643,5 +761,5 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        """The whole config as YAML that `load_config` reads back to an equal object."""
+        """Returns the config as YAML, from which `load_config` reads an equal config."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

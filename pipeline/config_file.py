@@ -1,8 +1,8 @@
-"""Reading a config: YAML with includes and overrides, told in words where it is wrong; and the table of all keys.
+"""Loads a config from YAML with includes and overrides, explains what is invalid, and documents all keys.
 
-`include: FILE` (or a list of files, relative to the including file) is merged below the file's own keys, `key=value`
-overrides are merged on top, and the result is validated into one frozen `RunConfig`. An override's value is YAML,
-unless its key holds text, which is taken as it is: `run.name=007`, `data.root=a #1`.
+The file's own keys override those of `include: FILE` (or a list of files, relative to the including file), `key=value`
+overrides both, and the result is validated into one frozen `RunConfig`. An override's value is parsed as YAML, except
+for keys of type string, which take it literally: `run.name=007`, `data.root=a #1`.
 """
 
 import difflib
@@ -22,22 +22,22 @@ from pipeline.errors import ConfigError
 BUILT_IN = Path(__file__).parent / "configs"
 
 
-def built_in() -> dict[str, Path]:
-    """The configs that come with the package, by name: the experiments, then the recipes that they include."""
+def built_in_configs() -> dict[str, Path]:
+    """Returns the configs in the package by name: the experiments, then the recipes that they include."""
     files = [*sorted(BUILT_IN.glob("*.yaml")), *sorted(BUILT_IN.glob("recipes/*.yaml"))]
     return {file.relative_to(BUILT_IN).with_suffix("").as_posix(): file for file in files}
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that a user means: a path, or the name of a built-in config such as `densenet121`.
+    """Returns the config file for a path or the name of a built-in config, such as `densenet121`.
 
     Raises:
-        ConfigError: it is no file, and there is no built-in config of that name.
+        ConfigError: it is neither a file nor the name of a built-in config.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
-    known = built_in()
+    known = built_in_configs()
     if path.as_posix() not in known:
         near = difflib.get_close_matches(path.as_posix(), known, n=1, cutoff=0.5)
         hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -45,14 +45,14 @@ def find_config(name: str | Path) -> Path:
     return known[path.as_posix()]
 
 
-def included(path: Path) -> list[Path]:
-    """A config file and all that it includes, each once, resolved.
+def included_files(path: Path) -> list[Path]:
+    """Returns the absolute paths of a config file and all files that it includes, each once.
 
     Raises:
         ConfigError: one of them is missing or is not YAML.
     """
     files: list[Path] = []
-    _read(path, seen=(), files=files)
+    _load_file(path, seen=(), files=files)
     return list(dict.fromkeys(files))
 
 
@@ -60,16 +60,16 @@ def load_config(source: str | Path | dict[str, Any], *overrides: str) -> RunConf
     """Reads a config with its includes, applies `key=value` overrides and validates the result.
 
     Args:
-        source: A YAML file; the name of a built-in config, such as `demo` or `densenet121`; or the content as nested
-            dictionaries, whose `include` names built-in configs or files.
-        overrides: Such as `train.epochs=3`, as on the command line.
+        source: A YAML file; the name of a built-in config, such as `demo` or `densenet121`; or nested dictionaries,
+            whose `include` names built-in configs or files.
+        overrides: `key=value`, as on the command line, for example `train.epochs=3`.
 
     Raises:
-        ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of range or left to the
-            user (`???`); all the problems found are in the message.
+        ConfigError: a file is missing or is not YAML, a key is unknown, or a value is out of range or required and
+            missing (`???`); the message lists all problems.
     """
     path = "the config" if isinstance(source, dict) else source
-    merged = _of_dict(source) if isinstance(source, dict) else _read(find_config(source), seen=(), files=[])
+    merged = _load_dict(source) if isinstance(source, dict) else _load_file(find_config(source), seen=(), files=[])
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
@@ -81,73 +81,75 @@ def load_config(source: str | Path | dict[str, Any], *overrides: str) -> RunConf
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"{path} leaves {' and '.join(missing)} to you: add {missing[0]}=VALUE to the command.")
+            raise ConfigError(f"{path} requires {' and '.join(missing)}: add {missing[0]}=VALUE to the command.")
         return RunConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}.") from error
     except ValidationError as error:
-        raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_problems(error))) from error
+        raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_problem_lines(error))) from error
 
 
 def _as_yaml(override: str) -> str:
-    """Quotes the text of an override whose key holds text: as YAML, `007` is 7, and ` #1` is a comment."""
+    """Quotes the value of an override whose key has type string: as YAML, `007` is 7, and ` #1` is a comment."""
     key, _, text = override.partition("=")
     text = text.strip()
-    if text in ("", "null", "~") or text[0] in "'\"" or not _holds_text(key.strip()):
+    if text in ("", "null", "~") or text[0] in "'\"" or not _is_string(key.strip()):
         return override
     return f"{key}={json.dumps(text, ensure_ascii=False)}"
 
 
-def _holds_text(key: str) -> bool:
-    kinds: list[Any] = [RunConfig]
+def _is_string(key: str) -> bool:
+    types: list[Any] = [RunConfig]
     for part in key.split("."):
-        kinds = [inner for kind in kinds for inner in _below(kind, part)]
-    return str in kinds and set(kinds) <= {str, NoneType}
+        types = [inner for outer in types for inner in _field_types(outer, part)]
+    return str in types and set(types) <= {str, NoneType}
 
 
-def _below(kind: Any, part: str) -> list[Any]:
-    """The types that a key of a section, or of a dictionary, may have."""
+def _field_types(kind: Any, part: str) -> list[Any]:
+    """Returns the allowed types of a key in a section or a dictionary."""
     if get_origin(kind) is dict:
-        return _members(get_args(kind)[1])
+        return _union_members(get_args(kind)[1])
     if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
-        return _members(kind.model_fields[part].annotation)
+        return _union_members(kind.model_fields[part].annotation)
     return []
 
 
-def _members(kind: Any) -> list[Any]:
-    """A union's types, without what is annotated to them."""
+def _union_members(kind: Any) -> list[Any]:
+    """Returns the types of a union, without annotations."""
     if get_origin(kind) is Annotated:
-        return _members(get_args(kind)[0])
+        return _union_members(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
-        return [member for part in get_args(kind) for member in _members(part)]
+        return [member for part in get_args(kind) for member in _union_members(part)]
     return [kind]
 
 
-def _read(path: Path, seen: tuple[Path, ...], files: list[Path]) -> DictConfig:
-    """A file's content over that of its includes; the files are added to `files`."""
+def _load_file(path: Path, seen: tuple[Path, ...], files: list[Path]) -> DictConfig:
+    """Merges a file over its includes and appends all paths to `files`; `seen` detects cycles."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"config files include each other: {' -> '.join(p.name for p in (*seen, path))}.")
     if not path.is_file():
-        here = f" (included by {seen[-1]})" if seen else ""
+        origin = f" (included by {seen[-1]})" if seen else ""
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
-        raise ConfigError(f"config file {path}{here} does not exist." + (f" Near: {', '.join(near)}." if near else ""))
+        raise ConfigError(
+            f"config file {path}{origin} does not exist." + (f" Similar: {', '.join(near)}." if near else "")
+        )
     try:
         content = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path} must hold `key: value` lines at its top level.")
+        raise ConfigError(f"{path} must contain `key: value` lines at its top level.")
     files.append(path)
     includes = content.pop("include", [])
     if isinstance(includes, str):
         includes = [includes]
-    parts = [_read(path.parent / include, (*seen, path), files) for include in includes]
+    parts = [_load_file(path.parent / include, (*seen, path), files) for include in includes]
     return cast(DictConfig, OmegaConf.merge(*parts, content))
 
 
-def _of_dict(source: dict[str, Any]) -> DictConfig:
-    """A dictionary's content over that of its includes."""
+def _load_dict(source: dict[str, Any]) -> DictConfig:
+    """Merges a dictionary over its includes."""
     content = dict(source)
     includes = content.pop("include", [])
     names = [includes] if isinstance(includes, str | Path) else includes
@@ -155,13 +157,13 @@ def _of_dict(source: dict[str, Any]) -> DictConfig:
         own = cast(DictConfig, OmegaConf.create(content))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"the config cannot be read: {_first_line(error)}.") from error
-    return cast(DictConfig, OmegaConf.merge(*[_read(find_config(name), seen=(), files=[]) for name in names], own))
+    return cast(DictConfig, OmegaConf.merge(*[_load_file(find_config(name), seen=(), files=[]) for name in names], own))
 
 
-def _problems(error: ValidationError) -> list[str]:
-    """One line per problem: the key, what is allowed, its value; for an unknown key the nearest known one."""
+def _problem_lines(error: ValidationError) -> list[str]:
+    """Returns one line per problem: the key, what is allowed, its value; for an unknown key, the closest known one."""
     allowed: dict[str, list[str]] = {}
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for problem in error.errors():
         where = [str(part) for part in problem["loc"] if not _is_union_branch(str(part))]
         key = ".".join(where) or "config"
@@ -172,19 +174,19 @@ def _problems(error: ValidationError) -> list[str]:
             allowed[key] = [f"unknown key; {hint}"]
         else:
             message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            if problem["type"] == "model_type":  # a section that stands for a value
+            if problem["type"] == "model_type":  # a section that is one branch of a union
                 message = f"must be {{{', '.join(f'{name}: ...' for name in _known_keys(where))}}}"
             allowed.setdefault(key, []).append(message[0].lower() + message[1:])
             if not isinstance(problem["input"], dict | BaseModel) and "password" not in message:
-                given[key] = problem["input"]
+                values[key] = problem["input"]
     return [
-        f"  {key}: {', or '.join(messages)}" + (f"; got {given[key]!r}" if key in given else "")
+        f"  {key}: {', or '.join(messages)}" + (f"; got {values[key]!r}" if key in values else "")
         for key, messages in allowed.items()
     ]
 
 
 def _is_union_branch(part: str) -> bool:
-    """Pydantic adds the tried type of a union (`constrained-int`, `literal['auto']`) to a problem's location."""
+    """Returns whether Pydantic added this part of a key for a union branch (`constrained-int`, `literal['auto']`)."""
     return part.startswith(("constrained-", "literal[", "function-", "lax-")) or part in (
         "int",
         "str",
@@ -206,8 +208,8 @@ def _first_line(error: Exception) -> str:
 
 
 def describe() -> str:
-    """All keys with their defaults and meanings, as a Markdown table: the content of `docs/config.md`."""
-    lines = ["# Config keys", "", "Written by `python -m pipeline.config_file`.", ""]
+    """Returns the Markdown table of all keys with defaults and meanings: the content of `docs/config.md`."""
+    lines = ["# Config keys", "", "Generated by `python -m pipeline.config_file`.", ""]
     lines += ["| key | default | meaning |", "|---|---|---|"]
     for name, section in RunConfig.model_fields.items():
         if isinstance(section.default, Section):

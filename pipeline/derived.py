@@ -1,4 +1,4 @@
-"""What follows from a config, the data and the workers: batches, steps, the scaled learning rate."""
+"""Values derived from config, data and workers: batch sizes, gradient accumulation, steps, the scaled learning rate."""
 
 import math
 from typing import Literal
@@ -8,9 +8,9 @@ from pipeline.errors import ConfigError
 
 
 class Derived(Section):
-    """What follows from a config, the data and the workers; shown, saved, never chosen.
+    """Values computed from config, data and workers; logged with the run, never set by the user.
 
-    `global_batch_size = device_batch_size * accumulation * workers` always holds.
+    `global_batch_size = device_batch_size * gradient_accumulation_steps * workers` always holds.
     """
 
     workers: Count
@@ -23,7 +23,7 @@ class Derived(Section):
     val_samples: Count
     num_classes: Count
     device_batch_size: Count
-    accumulation: Count
+    gradient_accumulation_steps: Count
     eval_batch_size: Count
     total_steps: Count
     total_samples: Count
@@ -31,12 +31,12 @@ class Derived(Section):
 
     @property
     def global_batch_size(self) -> int:
-        """Samples in one optimizer step over all workers."""
-        return self.device_batch_size * self.accumulation * self.workers
+        """Images per optimizer step over all workers."""
+        return self.device_batch_size * self.gradient_accumulation_steps * self.workers
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps in which as many samples are seen as the split has; seldom a whole number."""
+        """Optimizer steps per pass over the training split; seldom a whole number."""
         return self.train_samples / self.global_batch_size
 
 
@@ -52,11 +52,11 @@ def derive(
 ) -> Derived:
     """Splits the global batch over the workers, counts the steps and scales the learning rate.
 
-    The run's sample order has no gaps, so a batch may hold the end of one epoch and the start of the next;
+    The sample order has no gaps between epochs, so a batch may span the end of one epoch and the start of the next;
     the last step is the first one that completes `train.epochs` passes.
 
     Raises:
-        ConfigError: the global batch cannot be split evenly, the data set is smaller than one batch or has more
+        ConfigError: the global batch cannot be split evenly, or the data set is smaller than one batch or has more
             classes than the model.
     """
     batch = config.train.global_batch_size
@@ -64,14 +64,14 @@ def derive(
     if logits < num_classes:
         raise ConfigError(
             f"model.num_classes={logits} is less than the {num_classes} classes in data.root: set it to {num_classes} "
-            f"or more, or leave it out."
+            f"or more, or omit it."
         )
     if batch > train_samples:
         raise ConfigError(
             f"train.global_batch_size={batch} is more than the {train_samples} training images in data.root: "
             f"set train.global_batch_size to {train_samples} or less."
         )
-    device_batch, accumulation = split_batch(config, workers)
+    device_batch, accumulation_steps = split_batch(config, workers)
     eval_batch = device_batch if config.eval.batch_size == "auto" else config.eval.batch_size
     total_steps = max(1, math.ceil(round(config.train.epochs * train_samples, 6) / batch))
     precision = config.train.precision
@@ -88,7 +88,7 @@ def derive(
         val_samples=val_samples,
         num_classes=logits,
         device_batch_size=device_batch,
-        accumulation=accumulation,
+        gradient_accumulation_steps=accumulation_steps,
         eval_batch_size=eval_batch,
         total_steps=total_steps,
         total_samples=total_steps * batch,
@@ -97,23 +97,23 @@ def derive(
 
 
 def _zero_stage(config: RunConfig) -> Literal[0, 1, 2, 3]:
-    """A DenseNet's optimizer has little to shard (33 million numbers at most), and stage 1 keeps the host busy.
+    """Chooses stage 0: a DenseNet has little optimizer state to shard (33 million numbers at most).
 
-    On an H200 it gave 0.73 of stage 0's rate (DenseNet-121, 256 images, bf16), since the device waited for the host.
+    On an H200, stage 1 had 0.73 of stage 0's throughput (DenseNet-121, 256 images, bf16): the GPU waited for the host.
     """
     if config.engine.zero_stage != "auto":
         return config.engine.zero_stage
     return 1 if config.engine.offload_optimizer else 0
 
 
-def for_workers(derived: Derived, config: RunConfig, workers: int) -> Derived:
-    """What follows for another number of workers."""
+def derive_for_workers(derived: Derived, config: RunConfig, workers: int) -> Derived:
+    """Derives the values again for another number of workers."""
     same = ("cpus_per_worker", "device", "train_samples", "val_samples", "num_classes")
     return derive(config, workers=workers, **{name: getattr(derived, name) for name in same})
 
 
 def split_batch(config: RunConfig, workers: int) -> tuple[int, int]:
-    """Device batch and accumulation: the largest batch that a device may hold, the same for all.
+    """Returns the largest allowed micro-batch per device, equal on all devices, and the gradient accumulation steps.
 
     Raises:
         ConfigError: the global batch cannot be split evenly.
@@ -127,31 +127,35 @@ def split_batch(config: RunConfig, workers: int) -> tuple[int, int]:
             f"or change cluster.workers."
         )
     per_worker = batch // workers
-    unit = _unit(config)
+    divisor = _batch_divisor(config)
     most = config.train.max_device_batch_size
-    accumulations = [a for a in range(1, per_worker + 1) if per_worker % (a * unit) == 0 and per_worker // a <= most]
-    if not accumulations:
+    steps = [n for n in range(1, per_worker + 1) if per_worker % (n * divisor) == 0 and per_worker // n <= most]
+    if not steps:
         raise ConfigError(
-            f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images, so each of the {workers} workers needs an even "
-            f"number of them at once: train.global_batch_size={batch} gives {per_worker} per worker and step, at most "
-            f"train.max_device_batch_size={most} at once. Set train.global_batch_size to a multiple of {2 * workers}, "
-            f"and train.max_device_batch_size to 2 or more."
+            f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images, so each of the {workers} workers "
+            f"needs an even micro-batch: train.global_batch_size={batch} gives {per_worker} images per worker and "
+            f"step, at most train.max_device_batch_size={most} at once. Set train.global_batch_size to a multiple of "
+            f"{2 * workers}, and train.max_device_batch_size to 2 or more."
         )
-    return per_worker // accumulations[0], accumulations[0]
+    return per_worker // steps[0], steps[0]
 
 
-def halved(derived: Derived, config: RunConfig) -> Derived | None:
-    """The same global batch in device batches of half the size or the next smaller one; None where there is none."""
-    batch, total = derived.device_batch_size, derived.device_batch_size * derived.accumulation
-    unit = _unit(config)
-    smaller = next((b for b in range(batch // 2, 0, -1) if b % unit == 0 and total % b == 0), None)
+def halve_device_batch(derived: Derived, config: RunConfig) -> Derived | None:
+    """Halves the micro-batch, or takes the next smaller that divides the same global batch; None if there is none."""
+    batch, per_worker = derived.device_batch_size, derived.device_batch_size * derived.gradient_accumulation_steps
+    divisor = _batch_divisor(config)
+    smaller = next((b for b in range(batch // 2, 0, -1) if b % divisor == 0 and per_worker % b == 0), None)
     if smaller is None:
         return None
-    evaluated = smaller if config.eval.batch_size == "auto" else derived.eval_batch_size
-    sizes = {"device_batch_size": smaller, "accumulation": total // smaller, "eval_batch_size": evaluated}
+    eval_batch = smaller if config.eval.batch_size == "auto" else derived.eval_batch_size
+    sizes = {
+        "device_batch_size": smaller,
+        "gradient_accumulation_steps": per_worker // smaller,
+        "eval_batch_size": eval_batch,
+    }
     return derived.model_copy(update=sizes)
 
 
-def _unit(config: RunConfig) -> int:
-    """Images that must not be parted: they are mixed in pairs."""
-    return 2 if config.augment.mixes else 1
+def _batch_divisor(config: RunConfig) -> int:
+    """Returns 2 if mixup or CutMix mix pairs of images, which a micro-batch must not split, else 1."""
+    return 2 if config.augment.mixes_images else 1

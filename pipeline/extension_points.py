@@ -1,6 +1,7 @@
-"""What can be added from outside, one table each: a plugin (`run.plugins`) registers its own under new names.
+"""Extension points: one registry each for optimizers, schedules, augmentations, data sources and trackers.
 
-`docs/extending.md` shows each. Models are the sixth: timm's registry is their table.
+A plugin (`run.plugins`) registers its own under new names; `docs/extending.md` has an example of each. Models are
+registered in timm.
 """
 
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.choices import Choices
-from pipeline.schedules import BUILT_IN, Point, Shape
+from pipeline.lr_schedules import BUILT_IN, LrSchedule, RunPosition
+from pipeline.registry import Registry
 
 __all__ = [
     "AUGMENTATIONS",
@@ -17,65 +18,69 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "TRACKERS",
+    "LrSchedule",
     "Optimizer",
-    "Point",
-    "Shape",
+    "RunPosition",
     "Sink",
 ]
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer of timm's factory, under the name `timm`; or what `build(groups, optim)` returns.
+    """An optimizer: timm's of the name `timm`, or what `build(param_groups, optim)` returns.
 
-    `optim` is the section of the config, and `reads` are its keys that the optimizer takes besides `lr` and
-    `weight_decay`. `moments` are the numbers that it keeps for each weight; with `whole_weights` it looks at weights as
-    they are, not as the parts that ZeRO 1-3 cut them into.
+    Args:
+        reads: The keys of `optim.*` that it uses in addition to `lr` and `weight_decay`.
+        moments: Optimizer state per weight, in numbers.
+        needs_full_weights: It computes on whole weight tensors, so ZeRO 1-3, which shard them, are refused.
+        timm: The optimizer's name in timm.
+        build: Takes torch's parameter groups and the config's `optim` section.
     """
 
     reads: tuple[str, ...] = ()
     moments: int = 1
-    whole_weights: bool = False
+    needs_full_weights: bool = False
     timm: str | None = None
     build: Callable[[list[dict[str, Any]], Any], Any] | None = None
 
 
 _MOMENTUM, _ADAM = ("momentum", "nesterov"), ("betas", "eps")
-OPTIMIZERS: Choices[Optimizer] = Choices(
+OPTIMIZERS: Registry[Optimizer] = Registry(
     "optim.name",
     {
         "sgd": Optimizer(_MOMENTUM, timm="momentum"),
         "adamw": Optimizer(_ADAM, moments=2, timm="adamw"),
-        "lamb": Optimizer(_ADAM, moments=2, whole_weights=True, timm="lamb"),
-        "lars": Optimizer(_MOMENTUM, whole_weights=True, timm="lars"),
-        "muon": Optimizer((*_MOMENTUM, *_ADAM), whole_weights=True, timm="muon"),
+        "lamb": Optimizer(_ADAM, moments=2, needs_full_weights=True, timm="lamb"),
+        "lars": Optimizer(_MOMENTUM, needs_full_weights=True, timm="lars"),
+        "muon": Optimizer((*_MOMENTUM, *_ADAM), needs_full_weights=True, timm="muon"),
     },
 )
 
-SCHEDULES: Choices[Shape] = Choices("schedule.name", BUILT_IN)
+SCHEDULES: Registry[LrSchedule] = Registry("schedule.name", BUILT_IN)
 
-# `augment(images_BCHW, random_B4)` returns the images of a batch, normalized fp32 on their device, changed. Random
-# numbers, four in [0, 1] for each image, are functions of seed, epoch and sample: so a resumed run repeats them.
-AUGMENTATIONS: Choices[Callable[[Any, Any], Any]] = Choices("augment.custom", {})
+# `augment(images_BCHW, random_B4)` takes a batch of normalized fp32 images and returns the augmented batch on the same
+# device. The four random numbers in [0, 1] per image are functions of seed, epoch and sample, so a resumed run repeats
+# them.
+AUGMENTATIONS: Registry[Callable[[Any, Any], Any]] = Registry("augment.custom", {})
 
-# `write(rest, folder)` makes the data set of `data.root=NAME://rest`, unless it is there: class folders in
-# `folder/train` and `folder/val`, or what `densenet data prepare` makes.
+# `write(rest, folder)` writes the data set of `data.root=NAME://rest` unless it exists: class folders in `folder/train`
+# and `folder/val`, or the output format of `densenet data prepare`.
 _WRITERS: dict[str, Callable[[str, Path], None] | str] = {"digits": "pipeline.data.digits:write_source"}
-DATA_SOURCES: Choices[Callable[[str, Path], None]] = Choices("data.root", _WRITERS)
+DATA_SOURCES: Registry[Callable[[str, Path], None]] = Registry("data.root", _WRITERS)
 
 
 class Sink(Protocol):
-    """A tracker: takes a run's records in order. See `pipeline.tracking.journal` for their kinds."""
+    """A tracker's destination: receives a run's records in order. `pipeline.tracking.journal` lists their kinds."""
 
     def deliver(self, records: list[dict[str, Any]]) -> None:
-        """Stores records, all of one kind. After an error it gets the same ones again, a while later."""
+        """Stores records, all of one kind. After an error, the same records are delivered again later."""
 
 
-# `open(config, run_dir)` makes the sink of a run.
-TRACKERS: Choices[Callable[[Any, Path], Sink]] = Choices("tracking.custom", {})
+# `open(config, run_dir)` returns the sink of a run.
+TRACKERS: Registry[Callable[[Any, Path], Sink]] = Registry("tracking.custom", {})
 
 
 def is_generated(root: str | None) -> bool:
-    """Whether a data root stands for a data set that is made here (`digits://`)."""
+    """Returns whether a data root is a generated data set, such as `digits://`, not stored data."""
     scheme, sign, _ = (root or "").partition("://")
     return bool(sign) and scheme in DATA_SOURCES

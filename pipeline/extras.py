@@ -1,4 +1,4 @@
-"""Packages that only some uses need, and that are installed as extras of this project."""
+"""Optional dependencies: packages that only some commands need, installed as extras of this project."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ PROJECT = "densenet-pipeline"
 
 
 @contextmanager
-def extra(name: str) -> Iterator[None]:
-    """Turns a failed import inside into an error that names the extra which brings the package.
+def requires_extra(name: str) -> Iterator[None]:
+    """Replaces an import error in the block by an error that names the extra to install.
 
     Raises:
         UserError: a package is not installed.
@@ -18,9 +18,9 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UserError(f"this needs the package {error.name}, which is not installed: {advice(name)}") from error
+        raise UserError(f"this needs the package {error.name}, which is not installed: {install_hint(name)}") from error
 
 
-def advice(name: str) -> str:
-    """How to install an extra, for messages."""
+def install_hint(name: str) -> str:
+    """Returns the command that installs an extra, for messages."""
     return f"pip install '{PROJECT}[{name}]'."

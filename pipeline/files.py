@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written aside, then renamed."""
+"""Atomic writes of files and folders: each is written under a temporary name, then renamed."""
 
 import os
 import shutil
@@ -6,51 +6,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTIAL = ".partial-"  # what such names begin with, which no listing of data takes
+PARTIAL_PREFIX = ".partial-"  # of temporary names; listings of data ignore them
 
 
-def _aside(target: Path) -> Path:
-    """A name beside it, of this process alone; the ending is kept, which some writers go by."""
-    return target.with_name(f"{PARTIAL}{os.getpid()}-{target.name}")
+def _temporary_path(target: Path) -> Path:
+    """Returns a name in the same folder, unique to this process; it keeps the suffix, which some writers depend on."""
+    return target.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{target.name}")
 
 
 @contextmanager
-def atomic_file(file: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Yields a name to write to, which becomes `file`; where something fails, nothing is left of it.
+def atomic_file(file: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yields a temporary path and renames it to `file` at the end; after an error, removes it.
 
     Args:
-        file: The name in the end; what is there is replaced.
-        aside: The name at first, on the same file system; by default one beside it.
+        file: The final path; an existing file is replaced.
+        temporary: The temporary path, on the same file system; by default one in the same folder.
     """
-    aside = aside or _aside(file)
+    temporary = temporary or _temporary_path(file)
     try:
-        yield aside
-        aside.replace(file)
+        yield temporary
+        temporary.replace(file)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a whole file in UTF-8."""
-    with atomic_file(file) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Writes a file atomically, in UTF-8."""
+    with atomic_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder, which becomes `folder`; where something fails, nothing is left of it.
+    """Yields an empty temporary folder and renames it to `folder` at the end; after an error, removes it.
 
-    Where `folder` is there by then, another process was first with the same, and it stays.
+    If `folder` exists by then, another process has written the same content first, and its folder stays.
     """
-    aside = _aside(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = _temporary_path(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        yield aside
+        yield temporary
         try:
-            aside.rename(folder)
+            temporary.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Figures in words, the same wherever they are shown."""
+"""Formats durations, speeds, metrics and lists of names the same way everywhere."""
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `42s`, `3m07s` or `5h03m`."""
+    """Formats seconds as `42s`, `3m07s` or `5h03m`."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 1:
         return f"{rest}s"
@@ -11,10 +11,15 @@ def duration(seconds: float) -> str:
 
 
 def speed(img_per_s: float) -> str:
-    """Images per second: whole ones from 100 on, else with one decimal."""
+    """Formats images per second: no decimals from 100 on, else one."""
     return f"{img_per_s:,.0f} img/s" if img_per_s >= 100 else f"{img_per_s:.1f} img/s"
 
 
 def number(value: float | None) -> str:
-    """Four decimals; `-` where there is none."""
+    """Formats a number with four decimals; None as `-`."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def join_names(names: list[str], word: str = "or") -> str:
+    """Joins names as `a, b or c`."""
+    return f" {word} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,31 +1,31 @@
-"""Which config keys hold places, as the schema marks them, and what a command makes of all of them."""
+"""Finds and rewrites the paths and URIs of a config; the schema marks their keys with `Location`."""
 
 import re
 from collections.abc import Callable, Iterator
 
 from pipeline.config import Location, RunConfig, Section
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.:-]*:/")  # s3://..., models:/..., sqlite:///...
+_URI = re.compile(r"[a-z][a-z0-9+.:-]*:/")  # s3://..., models:/..., sqlite:///...
 
 
-def is_uri(place: str) -> bool:
-    """Whether a place is an address, and not a path of this machine."""
-    return _ADDRESS.match(place) is not None
+def is_uri(location: str) -> bool:
+    """Returns whether a location is a URI, not a local path."""
+    return _URI.match(location) is not None
 
 
 def locations(config: RunConfig) -> Iterator[tuple[str, Location, str]]:
-    """Each place that is set: its key, what the schema says of it, and the value."""
+    """Yields the key, the mark and the value of each path or URI that is set."""
     for key, mark, value in _marked(config):
-        for place in value if isinstance(value, tuple) else (value,):
-            if place is not None and mark.holds(place):
-                yield key, mark, place
+        for location in value if isinstance(value, tuple) else (value,):
+            if location is not None and mark.matches(location):
+                yield key, mark, location
 
 
-def with_locations(config: RunConfig, changed: Callable[[Location, str], str]) -> RunConfig:
-    """The config with each place that is set replaced by `changed(mark, place)`."""
+def with_locations(config: RunConfig, replace: Callable[[Location, str], str]) -> RunConfig:
+    """Returns the config with each path or URI that is set replaced by `replace(mark, location)`."""
 
-    def new(mark: Location, place: str) -> str:
-        return changed(mark, place) if mark.holds(place) else place
+    def new(mark: Location, location: str) -> str:
+        return replace(mark, location) if mark.matches(location) else location
 
     sections: dict[str, dict[str, object]] = {}
     for key, mark, value in _marked(config):

@@ -1,4 +1,4 @@
-"""A real browser for pages: Debian's Chromium, without a screen and without a network."""
+"""Renders HTML pages in a real browser: Debian's Chromium, headless and offline."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ _OPTIONS = (
 
 
 def rendered(page: Path, folder: Path, script: str = "") -> str:
-    """A page's document as Chromium has made it, after a script of the test's own has run when all was loaded."""
+    """Returns the DOM of a page after Chromium has loaded it and run the test's script."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("there is no Chromium on this machine (Debian's package chromium)")

@@ -1,4 +1,4 @@
-"""What tests share: the command line, a small image set, one-rank process groups, and worlds of several ranks."""
+"""Shared fixtures: the command line, a small image set, and process groups of one or several ranks."""
 
 import multiprocessing
 import os
@@ -20,12 +20,12 @@ from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.train.group import VARIABLES, process_group
 
-# Ranks are forked from a server that has imported the heavy packages once and has started no threads.
+# Ranks are forked from a server that has imported the heavy packages once and started no threads.
 multiprocessing.set_forkserver_preload(["torch", "timm", "deepspeed", "pipeline.train.trainer"])
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 BIN = Path(sys.executable).parent
-# The same examples each time, and none kept: a failure is there for everyone.
+# The same examples each time and no database: failures are reproducible.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
 
@@ -35,7 +35,7 @@ SHARED = PROJECT / ".." / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests use neither the user's cluster nor the user's tracking server, nor what another test has set."""
+    """Isolates tests from the user's cluster and tracking server, and from variables that other tests set."""
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -59,7 +59,7 @@ def cifar10() -> Path:
 
 @pytest.fixture
 def indexes(tmp_path: Path) -> Callable[..., tuple[DatasetIndex, DatasetIndex]]:
-    """`indexes(train=N, val=M, classes=K)`: images of 32 pixels whose brightness tells the class."""
+    """`indexes(train=N, val=M, classes=K)`: images of 32 pixels whose brightness depends on the class."""
 
     def make(train: int = 40, val: int = 13, classes: int = 3) -> tuple[DatasetIndex, DatasetIndex]:
         rng = np.random.default_rng(0)
@@ -78,14 +78,14 @@ def indexes(tmp_path: Path) -> Callable[..., tuple[DatasetIndex, DatasetIndex]]:
 
 @pytest.fixture(scope="session")
 def _group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """One group for all tests, since DeepSpeed remembers its groups; gives the variables that announce it."""
+    """One process group for all tests, since DeepSpeed caches groups; returns its environment variables."""
     with process_group(tmp_path_factory.mktemp("group") / "store"):
         yield {name: os.environ.pop(name) for name in VARIABLES}
 
 
 @pytest.fixture
 def one_rank(_group_of_one: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process group of this process alone. Processes that later tests start do not inherit its variables."""
+    """A process group of one rank; subprocesses of later tests do not inherit its environment variables."""
     for name, value in _group_of_one.items():
         monkeypatch.setenv(name, value)
 
@@ -95,14 +95,14 @@ def _rank_main(rank: int, function: Callable[..., Any], workers: int, folder: Pa
     with process_group(folder / "store", rank, workers):
         try:
             torch.save(function(*args), folder / f"result{rank}.pt")
-        except BaseException:  # whatever ends a rank is to be seen
+        except BaseException:  # any failure of a rank must be visible
             (folder / f"error{rank}.txt").write_text(traceback.format_exc())
             raise
 
 
 @pytest.fixture
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """`run_ranks(workers, function, *args)` runs a module-level function in each rank; returns all ranks' results."""
+    """`run_ranks(workers, function, *args)` runs a module-level function in each rank; returns all results."""
 
     def run(workers: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")

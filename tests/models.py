@@ -1,4 +1,4 @@
-"""Small models for tests: a folder with a card and weights, and a store to register them in."""
+"""Small models for tests: a folder with model card and weights, and a store to register them in."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,20 +25,20 @@ TRANSFORM: dict[str, Any] = {
 }
 
 
-def network(num_classes: int = len(CLASSES), seed: int = 0) -> DenseNet:
-    """A small model in evaluation mode, with statistics that are not those of a new one."""
+def small_model(num_classes: int = len(CLASSES), seed: int = 0) -> DenseNet:
+    """Returns a small model in evaluation mode, with running statistics that are not the initial ones."""
     torch.manual_seed(seed)
-    made = create("densenet_tiny", num_classes)
+    model = create("densenet_tiny", num_classes)
     with torch.no_grad():
         for _ in range(5):
-            made(torch.randn(8, 3, 32, 32))
-    return made.eval()
+            model(torch.randn(8, 3, 32, 32))
+    return model.eval()
 
 
 def write_model(folder: Path, classes: Sequence[str] = CLASSES, seed: int = 0, **changes: Any) -> Path:
-    """Writes `network(len(classes), seed)` as a checkpoint's folder, as far as it is a model."""
+    """Writes `small_model(len(classes), seed)` in the layout of a checkpoint folder, without training state."""
     folder.mkdir(parents=True)
-    save_file(network(len(classes), seed).state_dict(), folder / "model.safetensors")
+    save_file(small_model(len(classes), seed).state_dict(), folder / "model.safetensors")
     card = ModelCard(
         name="densenet_tiny",
         architecture=ARCHITECTURES["densenet_tiny"],
@@ -55,8 +55,8 @@ def write_model(folder: Path, classes: Sequence[str] = CLASSES, seed: int = 0, *
     return folder
 
 
-def spoil(folder: Path) -> Path:
-    """Makes one weight of such a model NaN, so that all its outputs are NaN."""
+def make_outputs_nan(folder: Path) -> Path:
+    """Sets one weight of a model from `write_model` to NaN, so that all outputs are NaN."""
     weights = load_file(folder / "model.safetensors")
     weights["features.norm5.bias"][0] = float("nan")
     save_file(weights, folder / "model.safetensors")
@@ -64,10 +64,10 @@ def spoil(folder: Path) -> Path:
 
 
 def start_run(folder: Path, name: str = "one") -> Tracker:
-    """A run in a store of the folder's own.
+    """Starts a run in a SQLite store in the folder.
 
-    Its address is explicit: registering sets MLFLOW_TRACKING_URI, and a fixture of a module comes before each test's
-    clean slate.
+    The URI is explicit: registering sets MLFLOW_TRACKING_URI, and module fixtures run before the fixture that unsets it
+    for each test.
     """
     store = {"uri": f"sqlite:///{folder}/mlflow.db"}
     config = RunConfig.model_validate({"run": {"output": str(folder), "name": name}, "tracking": store})

@@ -1,4 +1,4 @@
-"""Runs a notebook's code cells in this process, as Jupyter would, and keeps what they print, return and draw.
+"""Runs a notebook's code cells in this process, as Jupyter does, and stores their text, values and figures.
 
 python -m tests.notebooks examples/NAME.ipynb    # writes the outputs into the notebook
 """
@@ -22,7 +22,7 @@ _DPI = 60
 
 
 def run(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Runs the cells in the current folder and gives them their outputs; returns the names they have defined."""
+    """Runs the cells in the current folder and stores their outputs in them; returns the variables they define."""
     names: dict[str, Any] = {"__name__": "__main__"}
     code_cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(code_cells, start=1):
@@ -44,7 +44,7 @@ def run(notebook: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_cell(source: str, names: dict[str, Any], where: str) -> Any:
-    """Runs a cell; its value is that of an expression at its end, without a semicolon."""
+    """Runs a cell; returns the value of its last expression, unless it ends with a semicolon."""
     tree = ast.parse(source)
     shown = bool(tree.body) and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";")
     last: Any = tree.body.pop() if shown else None
@@ -60,7 +60,7 @@ def _image(figure: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs a notebook in an empty folder and writes it with its outputs."""
+    """Runs a notebook in an empty folder and writes the outputs into it."""
     file = Path(sys.argv[1]).absolute()
     notebook = json.loads(file.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

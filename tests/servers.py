@@ -23,7 +23,7 @@ PATIENCE_S = 120
 
 
 class MlflowServer:
-    """A real `mlflow server` on loopback that can be stopped and started again; on SQLite unless `backend` is given."""
+    """A real `mlflow server` on loopback that can be stopped and restarted; on SQLite unless `backend` is passed."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class MlflowServer:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         store = ("--backend-store-uri", backend or f"sqlite:///{folder}/server.db", "--workers", "1")
-        where = ("--host", "127.0.0.1", "--port", str(self.port))
-        self._command = [sys.executable, "-m", "mlflow", "server", *where, *store, *options]
+        bind = ("--host", "127.0.0.1", "--port", str(self.port))
+        self._command = [sys.executable, "-m", "mlflow", "server", *bind, *store, *options]
         self.env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | dict(env)
         self.start()
 
@@ -69,7 +69,7 @@ class MlflowServer:
 
 @contextmanager
 def s3_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An S3 store with an empty bucket `bucket`, which fsspec finds by the environment."""
+    """An S3 store with an empty bucket `bucket`, which fsspec finds through environment variables."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -79,9 +79,11 @@ def s3_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)  # its buckets outlive a server in a process
+        requests.post(
+            f"http://{host}:{port}/moto-api/reset", timeout=10
+        )  # buckets persist in the process after a server stops
         files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.clear_instance_cache()  # of an earlier store
+        files.clear_instance_cache()  # cached for an earlier store
         files.mkdir("bucket")
         yield
     finally:
@@ -90,7 +92,7 @@ def s3_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """A PostgreSQL server of Debian's on loopback with an empty database; yields its address."""
+    """A PostgreSQL server of Debian's on loopback with an empty database; yields its URI."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not programs:
         pytest.skip("there is no PostgreSQL server on this machine (Debian's package postgresql)")
@@ -101,14 +103,14 @@ def postgres(folder: Path) -> Iterator[str]:
     if root:
         shutil.chown(data, "postgres", "postgres")
     try:
-        made = [program / "initdb", "-D", data / "db", "-U", "postgres", "-A", "trust", "--no-sync"]
-        subprocess.run([*user, *made], check=True, capture_output=True, cwd=data)
+        initdb = [program / "initdb", "-D", data / "db", "-U", "postgres", "-A", "trust", "--no-sync"]
+        subprocess.run([*user, *initdb], check=True, capture_output=True, cwd=data)
         options = f"-c port={port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data} -c fsync=off"
         control = [*user, program / "pg_ctl", "-D", data / "db", "-l", data / "log", "-w"]
         subprocess.run([*control, "-o", options, "start"], check=True, stdout=subprocess.DEVNULL, cwd=data)
         try:
-            address = ["-h", "127.0.0.1", "-p", str(port), "-U", "postgres"]
-            subprocess.run([program / "createdb", *address, "mlflow"], check=True)
+            connection = ["-h", "127.0.0.1", "-p", str(port), "-U", "postgres"]
+            subprocess.run([program / "createdb", *connection, "mlflow"], check=True)
             yield f"postgresql://postgres@127.0.0.1:{port}/mlflow"
         finally:
             subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd=data)

@@ -1,4 +1,4 @@
-"""The library's front door."""
+"""The public API of the library."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import pipeline
 HEAVY = ("torch", "nvidia", "deepspeed", "ray", "mlflow")
 
 
-def test_importing_it_imports_none_of_the_heavy_packages():
+def test_import_pipeline_imports_no_heavy_packages():
     code = f"""
 import sys, pipeline
 config = pipeline.load_config("demo", "train.epochs=3")
@@ -21,7 +21,7 @@ print(sorted({set(HEAVY)} & set(sys.modules)))
     assert done.stdout == "[]\n"
 
 
-def test_every_name_is_there():
+def test_every_public_name_is_importable():
     for name in pipeline.__all__:
         assert getattr(pipeline, name).__module__.startswith("pipeline."), name
         assert name in dir(pipeline)
@@ -30,10 +30,10 @@ def test_every_name_is_there():
 
 
 def test_a_config_may_be_a_dictionary():
-    given = {"include": ["demo"], "train": {"epochs": 2}, "optim": {"lr": 0.5}}
-    config = pipeline.load_config(given, "optim.lr=0.2")
+    tree = {"include": ["demo"], "train": {"epochs": 2}, "optim": {"lr": 0.5}}
+    config = pipeline.load_config(tree, "optim.lr=0.2")
     assert (config.train.epochs, config.optim.lr, config.model.name) == (2, 0.2, "densenet_tiny")
-    assert given["include"] == ["demo"]
+    assert tree["include"] == ["demo"]
     with pytest.raises(pipeline.ConfigError, match=r"the config is not a valid config:\n  train.epoch: unknown key"):
         pipeline.load_config({"train": {"epoch": 3}})
     with pytest.raises(

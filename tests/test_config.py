@@ -1,4 +1,4 @@
-"""Configs: includes, overrides, problems and derived values."""
+"""Configs: includes, overrides, error messages and derived values."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(file, tmp_path):
     assert load_config(tmp_path / "resolved.yaml") == config
 
 
-def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
+def test_own_keys_override_included_keys_and_overrides_override_both(tmp_path):
     (tmp_path / "base.yaml").write_text("train: {epochs: 1, global_batch_size: 8}\noptim: {lr: 0.5}\n")
     (tmp_path / "run.yaml").write_text("include: base.yaml\ntrain: {epochs: 2}\n")
     config = load_config(tmp_path / "run.yaml", "optim.lr=1e-3")
@@ -50,11 +50,11 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
         ),
         ("cluster.workers={mn: 1, max: 3}", "cluster.workers.mn: unknown key; did you mean 'cluster.workers.min'"),
         ("cluster.workers={min: 4, max: 3}", "min=4 must not exceed max=3"),
-        ("cluster.env={HF_TOKEN: x}", "cluster.env: must not hold HF_TOKEN, since configs are saved and shown"),
+        ("cluster.env={HF_TOKEN: x}", "cluster.env: must not contain HF_TOKEN, since configs are saved and logged"),
         ("device=gpu", "device: must be 'auto', or must be 'cpu' or 'cuda'; got 'gpu'"),
         ("run.name=../up", "run.name: must be a plain folder name"),
         ("schedule.warmup_epochs=90", "schedule.warmup_epochs=90 must be shorter than train.epochs=90"),
-        ("train.epochs=60", r"schedule.milestones=\[30.0, 60.0\] must lie before train.epochs=60"),
+        ("train.epochs=60", r"schedule.milestones=\[30.0, 60.0\] must be less than train.epochs=60"),
         (
             "checkpoint.allow_changed=[optim.lr]",
             "checkpoint.allow_changed.0: must be 'model.name', 'run.seed', .*'data'",
@@ -64,7 +64,7 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
         ("optim.betas=[0.9, 1.0]", r"optim: betas=\[0.9, 1.0\] must each be below 1"),
         (
             "optim.name=lamb engine.zero_stage=1",
-            "optim.name=lamb works on whole weights, which ZeRO stage 1 cuts up: set engine.zero_stage=0",
+            "optim.name=lamb computes on whole weight tensors, which ZeRO stage 1 shards: set engine.zero_stage=0",
         ),
         ("train.profile_steps=[9, 3]", r"profile_steps=\[9, 3\] must be \[first, last\] with first <= last"),
         (
@@ -73,22 +73,22 @@ def test_own_keys_win_over_included_ones_and_overrides_win_over_both(tmp_path):
         ),
         (
             "data.progressive_resize=[[90, 160]]",
-            r"data.progressive_resize=\[\[90.0, 160\]\] must lie before train.epochs=90",
+            r"data.progressive_resize=\[\[90.0, 160\]\] must have epochs less than train.epochs=90",
         ),
         ("finetune.freeze_blocks=5", "finetune.freeze_blocks: must be less than or equal to 4"),
         ("eval.crop=300", "crop=300 must not exceed resize=256"),
         ("train.epochs", "override 'train.epochs' is not of the form key=value"),
-        ("tracking.uri=http://me:hunter2@host", "tracking.uri: must not hold a password"),
+        ("tracking.uri=http://me:hunter2@host", "tracking.uri: must not contain a password"),
         ("data.mean=[1", "override 'data.mean=\\[1' cannot be applied"),
     ],
 )
-def test_a_wrong_override_is_named_with_what_is_allowed(override, message):
+def test_an_invalid_override_gives_an_error_with_the_allowed_values(override, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(CONFIGS / "densenet121.yaml", *re.split(r" (?=\w+\.\w+=)", override))
     assert "hunter2" not in str(error.value)
 
 
-def test_all_faults_are_told_at_once():
+def test_the_message_lists_all_problems():
     with pytest.raises(ConfigError) as error:
         load_config(CONFIGS / "densenet121.yaml", "train.epochs=-1", "optim.momentum=2")
     assert "train.epochs" in str(error.value)
@@ -96,10 +96,10 @@ def test_all_faults_are_told_at_once():
 
 
 def test_missing_broken_and_circular_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"densenet12.yaml does not exist. Near: densenet121.yaml"):
+    with pytest.raises(ConfigError, match=r"densenet12.yaml does not exist. Similar: densenet121.yaml"):
         load_config(CONFIGS / "densenet12.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ConfigError, match="must hold `key: value` lines"):
+    with pytest.raises(ConfigError, match="must contain `key: value` lines"):
         load_config(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
@@ -114,23 +114,25 @@ def test_missing_broken_and_circular_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "most", "device_batch", "accumulation"),
+    ("workers", "most", "device_batch", "accumulation_steps"),
     [(1, 64, 64, 4), (2, 64, 64, 2), (4, 64, 64, 1), (2, 50, 32, 4)],
 )
-def test_the_global_batch_is_kept_whatever_the_workers(workers, most, device_batch, accumulation):
+def test_gradient_accumulation_keeps_the_global_batch_at_any_number_of_workers(
+    workers, most, device_batch, accumulation_steps
+):
     config = RunConfig.model_validate({"train": {"global_batch_size": 256, "max_device_batch_size": most}})
     d = derived(config, workers)
-    assert (d.device_batch_size, d.accumulation) == (device_batch, accumulation)
+    assert (d.device_batch_size, d.gradient_accumulation_steps) == (device_batch, accumulation_steps)
     assert d.global_batch_size == 256
 
 
-def test_steps_cover_all_epochs_and_not_a_batch_more():
+def test_steps_cover_all_epochs_without_an_extra_batch():
     config = RunConfig.model_validate({"train": {"global_batch_size": 64, "epochs": 3}})
     d = derived(config)  # 3,000 samples are 46.9 batches
     assert (d.total_steps, d.total_samples) == (47, 47 * 64)
 
 
-def test_batches_that_cannot_be_split_or_filled_are_refused():
+def test_batches_that_cannot_be_split_or_filled_are_errors():
     config = RunConfig.model_validate({"train": {"global_batch_size": 64}})
     with pytest.raises(ConfigError, match="64 cannot be divided among 3 workers: set it to 63 or 66"):
         derived(config, workers=3)
@@ -138,37 +140,37 @@ def test_batches_that_cannot_be_split_or_filled_are_refused():
         derived(config, samples=40)
 
 
-def test_the_evaluations_transform_sets_the_defaults_of_its_sizes_and_filter(tmp_path):
+def test_the_evaluation_preset_sets_the_default_sizes_and_interpolation(tmp_path):
     timm = RunConfig.model_validate({"eval": {"transform": "timm"}}).eval
     assert (timm.resize, timm.crop, timm.interpolation) == (256, 224, "bicubic")
     other = RunConfig.model_validate({"eval": {"transform": "timm", "crop": 288, "interpolation": "bilinear"}}).eval
     assert (other.resize, other.interpolation) == (329, "bilinear")
     plain = RunConfig.model_validate({"eval": {"crop": 192}}).eval
     assert (plain.resize, plain.interpolation) == (219, "bilinear")
-    assert "resize: 219" in RunConfig(eval=plain).to_yaml()  # what is saved does not depend on defaults
+    assert "resize: 219" in RunConfig(eval=plain).to_yaml()  # a saved config does not depend on defaults
     with pytest.raises(ValueError, match="transform"):
         RunConfig.model_validate({"eval": {"transform": "keras"}})
 
 
-def test_progressive_sizes_hold_until_their_epoch():
+def test_progressive_resize_sets_the_image_size_per_epoch():
     data = RunConfig.model_validate({"data": {"progressive_resize": [[2, 128], [5.5, 160]]}}).data
-    assert [data.side_at(epoch) for epoch in (0, 1.99, 2, 5.4, 5.5, 80)] == [128, 128, 160, 160, 224, 224]
+    assert [data.image_size_at(epoch) for epoch in (0, 1.99, 2, 5.4, 5.5, 80)] == [128, 128, 160, 160, 224, 224]
     for wrong in ([[2, 128], [1, 160]], [[0, 128]], [[1, 4]]):
-        with pytest.raises(ValueError, match="pairs with rising epochs"):
+        with pytest.raises(ValueError, match="pairs with increasing epochs"):
             RunConfig.model_validate({"data": {"progressive_resize": wrong}})
 
 
-def test_passwords_stay_out_of_the_datas_address():
-    with pytest.raises(ValueError, match="must not hold a password"):
+def test_the_data_uri_must_not_contain_a_password():
+    with pytest.raises(ValueError, match="must not contain a password"):
         RunConfig.model_validate({"data": {"root": "s3://me:secret@bucket/set", "stage": "/fast"}})
 
 
-def test_a_cycle_that_rises_by_itself_takes_no_warmup():
-    with pytest.raises(ValidationError, match="one-cycle rises by itself: set schedule.warmup_epochs=0"):
+def test_one_cycle_takes_no_warmup():
+    with pytest.raises(ValidationError, match="one-cycle has its own warmup: set schedule.warmup_epochs=0"):
         RunConfig.model_validate({"schedule": {"name": "one-cycle", "warmup_epochs": 1}})
 
 
-def test_a_memory_mode_that_a_zero_stage_cannot_serve_is_refused():
+def test_shared_stats_with_zero_stage_3_is_an_error():
     with pytest.raises(ValidationError, match=r"engine.zero_stage=3 .* model.memory=shared-stats"):
         RunConfig.model_validate({"model": {"memory": "shared-stats"}, "engine": {"zero_stage": 3}})
 
@@ -182,7 +184,7 @@ def test_a_memory_mode_that_a_zero_stage_cannot_serve_is_refused():
         (1, {"engine": {"offload_optimizer": True}}, 1),
     ],
 )
-def test_the_zero_stage_follows_from_what_is_offloaded(workers, sections, stage):
+def test_offload_optimizer_sets_the_default_zero_stage(workers, sections, stage):
     config = RunConfig.model_validate({"train": {"epochs": 99}} | sections)
     sizes = {"train_samples": 1000, "val_samples": 10, "num_classes": 10}
     assert derive(config, workers=workers, cpus_per_worker=1, device="cpu", **sizes).zero_stage == stage
@@ -201,7 +203,7 @@ values = plain | st.lists(plain, max_size=3) | st.dictionaries(st.text(max_size=
 
 @settings(max_examples=300)
 @given(chosen=st.dictionaries(st.sampled_from(KEYS), values, max_size=3))
-def test_any_values_make_a_config_that_survives_a_round_trip_or_an_error_that_names_the_key(chosen, tmp_path_factory):
+def test_any_values_give_a_config_that_survives_a_round_trip_or_an_error_that_names_the_file(chosen, tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
     tree: dict = {}
     for key, value in chosen.items():
@@ -252,25 +254,25 @@ def test_any_file_is_a_config_or_an_error(content, tmp_path_factory):
         "\u00e9 \U0001f600",
     ],
 )
-def test_a_key_that_holds_text_takes_it_as_it_is_and_keeps_it(text, tmp_path):
-    """As YAML, `007` is 7, and what follows ` #` is a comment: another folder than was named."""
+def test_keys_of_type_string_take_overrides_literally(text, tmp_path):
+    """As YAML, `007` is 7, and ` #` starts a comment, so the run would use another folder than requested."""
     config = load_config(CONFIGS / "demo.yaml", f"data.root={text}", f"cluster.env.ANY={text}")
     assert (config.data.root, config.cluster.env["ANY"]) == (text, text)
     (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(tmp_path / "again.yaml") == config
 
 
-def test_text_may_be_left_out_quoted_or_point_to_another_key():
+def test_string_overrides_may_be_null_quoted_or_interpolated():
     overrides = ["run.name=null", "model.weights=", "tracking.experiment='null'"]
-    overrides += ["run.output=there", "data.root=${run.output}/x"]
+    overrides += ["run.output=out", "data.root=${run.output}/x"]
     config = load_config(CONFIGS / "demo.yaml", *overrides)
     assert (config.run.name, config.model.weights) == (None, None)
-    assert (config.tracking.experiment, config.data.root) == ("null", "there/x")
+    assert (config.tracking.experiment, config.data.root) == ("null", "out/x")
 
 
 @settings(max_examples=200)
 @given(override=st.text(max_size=40))
-def test_any_override_is_taken_or_an_error(override):
+def test_any_override_is_applied_or_an_error(override):
     try:
         load_config(CONFIGS / "demo.yaml", override)
     except ConfigError as error:
@@ -285,7 +287,7 @@ def test_any_override_is_taken_or_an_error(override):
     samples=st.integers(1, 10**6),
     epochs=st.floats(0.1, 100),
 )
-def test_derived_values_fill_the_global_batch_or_say_what_would(batch, most, workers, samples, epochs):
+def test_derived_values_fill_the_global_batch_or_the_error_names_the_key(batch, most, workers, samples, epochs):
     tree = {"train": {"global_batch_size": batch, "max_device_batch_size": most, "epochs": epochs}}
     tree["schedule"] = {"name": "cosine", "warmup_epochs": 0}
     config = RunConfig.model_validate(tree)
@@ -294,6 +296,6 @@ def test_derived_values_fill_the_global_batch_or_say_what_would(batch, most, wor
     except ConfigError as error:
         assert re.search(r"train\.(global_batch_size|epochs)=", str(error)), error
         return
-    assert d.device_batch_size * d.accumulation * d.workers == batch
+    assert d.device_batch_size * d.gradient_accumulation_steps * d.workers == batch
     assert d.device_batch_size <= most
     assert d.total_samples == d.total_steps * batch

@@ -1,4 +1,4 @@
-"""The documents: commands that run, links that lead somewhere, the table of config keys."""
+"""The documentation: commands run, links resolve, the table of config keys is up to date."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ DOCUMENTS = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 
 
 def commands() -> list[list[str]]:
-    """Every command of README's shell blocks, split into words, without the comments."""
+    """Returns every command of README's shell blocks, split into words, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
 
@@ -32,7 +32,7 @@ def test_the_key_table_is_up_to_date():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
-def test_links_lead_to_files(document):
+def test_links_point_to_existing_files(document):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target
 
@@ -44,20 +44,20 @@ def test_make_targets_exist():
         subprocess.run(["make", "-n", target], cwd=PROJECT, check=True, capture_output=True)
 
 
-def test_training_commands_plan(shell, tmp_path):
-    """What README trains can be planned as written, with a small set in the place of ImageNet."""
+def test_training_commands_can_be_planned(shell, tmp_path):
+    """README's training commands, with a small data set instead of ImageNet."""
     for split in ("train", "val"):
         for name in ("n01", "n02"):
             (tmp_path / "set" / split / name).mkdir(parents=True)
             Image.new("RGB", (300, 260)).save(tmp_path / "set" / split / name / "1.JPEG")
     small = ["train.global_batch_size=2", f"run.output={tmp_path}"]
-    places = {"data.root=/data/imagenet": f"data.root={tmp_path / 'set'}", "run.output=/shared/runs": small[1]}
+    replacements = {"data.root=/data/imagenet": f"data.root={tmp_path / 'set'}", "run.output=/shared/runs": small[1]}
     planned = 0
     for words in commands():
         if "densenet" in words and words[words.index("densenet") + 1] in ("plan", "train"):
-            arguments = [places.get(word, word) for word in words[words.index("densenet") + 2 :]]
-            here = "configs/demo.yaml" not in arguments and "--cluster" not in arguments
-            done = shell("densenet", "plan", *arguments, *(small if here else []))
+            arguments = [replacements.get(word, word) for word in words[words.index("densenet") + 2 :]]
+            with_small = "configs/demo.yaml" not in arguments and "--cluster" not in arguments
+            done = shell("densenet", "plan", *arguments, *(small if with_small else []))
             assert done.returncode == 0, done.stdout
             assert ("estimate, not a measurement" if "--cluster" in words else "global batch") in done.stdout
             planned += 1
@@ -65,7 +65,7 @@ def test_training_commands_plan(shell, tmp_path):
 
 
 def test_kubernetes_commands_render(shell):
-    """README's manifests are complete, and those of the guide's first page, too."""
+    """README's and the Kubernetes guide's `k8s render` commands write complete manifests."""
     found = [words for words in commands() if words[:2] == ["densenet", "k8s"]]
     guide = (PROJECT / "docs" / "kubernetes.md").read_text().replace("\\\n", " ")
     lines = [line for line in guide.splitlines() if line.startswith("densenet k8s render")]
@@ -78,8 +78,8 @@ def test_kubernetes_commands_render(shell):
 
 
 @pytest.mark.slow
-def test_the_api_page_runs(tmp_path):
-    """Its blocks, one after the other, in a process and a folder of their own."""
+def test_the_code_in_api_md_runs(tmp_path):
+    """All code blocks in order, in a subprocess and an empty folder."""
     blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "api.md").read_text(), re.DOTALL)
     assert len(blocks) == 6
     (tmp_path / "page.py").write_text("\n".join(blocks))
@@ -90,27 +90,27 @@ def test_the_api_page_runs(tmp_path):
 
 
 def test_data_commands_run(shell, tmp_path):
-    """README's data commands, in their order, with made-up archives in the place of the downloads."""
+    """README's data commands in order, with synthetic archives instead of the downloads."""
     synthetic.write_ilsvrc(tmp_path / "downloads", synthetic.images())
-    places = {"/downloads": str(tmp_path / "downloads"), "/data/imagenet": str(tmp_path / "imagenet")}
+    replacements = {"/downloads": str(tmp_path / "downloads"), "/data/imagenet": str(tmp_path / "imagenet")}
     ran = []
     for words in commands():
         if words[:2] == ["densenet", "data"]:
-            done = shell("densenet", *(places.get(word, word) for word in words[1:]))
+            done = shell("densenet", *(replacements.get(word, word) for word in words[1:]))
             assert done.returncode == 0, done.stdout
             ran.append(words[2])
     assert ran == ["prepare", "verify"]
 
 
-def test_the_benchmarks_page_shows_the_newest_results():
+def test_the_benchmarks_page_shows_the_latest_results():
     assert page.PAGE.read_text() == page.text(page.newest()), "run `python -m benchmarks.page`"
 
 
-def test_messages_in_troubleshooting_are_those_of_the_program():
+def test_messages_in_troubleshooting_exist_in_the_code():
     sources = "".join(
         file.read_text() for folder in ("pipeline", "launch") for file in (PROJECT / folder).rglob("*.py")
     )
-    code = re.sub(r'"\s+f?"', "", sources)  # strings that go on in the next line
+    code = re.sub(r'"\s+f?"', "", sources)  # strings that continue on the next line
     table = (PROJECT / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     assert len(messages) > 20
@@ -126,13 +126,13 @@ def test_the_models_are_listed_with_their_sizes(shell):
     assert re.search(r"densenet_bc_l100_k12 +10 +769,162 +0\.288 +32 +CIFAR-10 95\.49", done.stdout)
 
 
-def test_what_verification_finds_is_explained():
+def test_all_problems_that_verify_reports_are_documented():
     explained = re.findall(r"^\| `(\w+)` \| (yes|no) \|", (PROJECT / "docs" / "data.md").read_text(), re.MULTILINE)
     assert explained == [(kind, "yes" if is_corruption else "no") for kind, (is_corruption, _) in KINDS.items()]
 
 
 @pytest.mark.slow
-def test_doctor_finds_everything_well(shell):
+def test_doctor_reports_no_problem(shell):
     assert ["densenet", "doctor"] in commands()
     done = shell("densenet", "doctor")
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""The notebooks run from an empty folder, and what they keep is what they give."""
+"""The notebooks run in an empty folder, and their stored outputs match."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ def outputs(notebook: dict[str, Any], kind: str) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
-def test_a_notebook_runs_and_keeps_its_outputs(file, tmp_path, monkeypatch, one_rank):
-    kept, ran = json.loads(file.read_text(encoding="utf-8")), json.loads(file.read_text(encoding="utf-8"))
+def test_a_notebook_runs_and_its_stored_outputs_match(file, tmp_path, monkeypatch, one_rank):
+    stored, ran = json.loads(file.read_text(encoding="utf-8")), json.loads(file.read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
     notebooks.run(ran)
     assert file.stat().st_size < 1_000_000
-    images = [len(found) for found in outputs(kept, "display_data")]
+    images = [len(found) for found in outputs(stored, "display_data")]
     assert images == [len(found) for found in outputs(ran, "display_data")]
     assert sum(images) > 0
-    assert all(bool(a) == bool(b) for a, b in zip(outputs(kept, "stream"), outputs(ran, "stream"), strict=True))
+    assert all(bool(a) == bool(b) for a, b in zip(outputs(stored, "stream"), outputs(ran, "stream"), strict=True))

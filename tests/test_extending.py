@@ -1,4 +1,4 @@
-"""`docs/extending.md`: a plugin put together of the page's blocks, outside the package, adds one of each."""
+"""`docs/extending.md`: its code blocks, as a plugin outside the package, register one of each."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from pipeline.extension_points import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, S
 from pipeline.locations import locations
 from tests.conftest import PROJECT
 
-NAME, MODEL = "plugin_of_the_page", "net_of_the_page"
+NAME, MODEL = "docs_plugin", "docs_model"
 CHOICES = {
     "model.name": "plain",
     "optim.name": "signum",
@@ -32,10 +32,10 @@ OPTIONS += ["optim.lr=0.001", "schedule.warmup_epochs=0", "train.global_batch_si
 
 
 @pytest.fixture(autouse=True)
-def other_tests_have_no_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A plugin stays in the process that has imported it: here it goes with each test."""
+def unregister_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plugins stay registered in a process; this removes them after each test."""
     for table in (OPTIMIZERS, SCHEDULES, AUGMENTATIONS, DATA_SOURCES, TRACKERS):
-        monkeypatch.setattr(table, "_known", dict(table._known))
+        monkeypatch.setattr(table, "_entries", dict(table._entries))
     yield
     for name in (NAME, MODEL):
         sys.modules.pop(name, None)
@@ -43,7 +43,7 @@ def other_tests_have_no_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's blocks as one file; beside it the last one, a model, which goes where this project is not."""
+    """The code blocks as one file, and the last one, a model that needs no other module of this project, as another."""
     file = tmp_path_factory.mktemp("plugin") / f"{NAME}.py"
     *blocks, model = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "extending.md").read_text(), re.DOTALL)
     file.write_text("\n\n".join(blocks))
@@ -55,30 +55,30 @@ def plugins(plugin: Path) -> str:
     return f"run.plugins=[{plugin},{plugin.with_name(f'{MODEL}.py')}]"
 
 
-def test_without_the_plugin_its_names_are_refused(shell):
-    """In a process of its own: a plugin stays where it was imported."""
+def test_without_the_plugin_its_names_are_errors(shell):
+    """Runs in another process, since plugins stay registered in this one."""
     for option in OPTIONS[:6]:
         done = shell("densenet", "plan", "demo", option)
         assert done.returncode == 2, option
         assert option.partition("=")[0].split(".")[1] in done.stdout, done.stdout
 
 
-def test_a_plan_knows_what_the_plugin_adds_and_what_reads_which_key(plugin, densenet):
-    code, told = densenet("plan", "demo", plugins(plugin), *OPTIONS, "optim.eps=1e-4", "schedule.min_lr_ratio=0.1")
-    assert code == 0, told
-    assert "0.001, signum, schedule square-root" in told
-    assert "optim.eps=0.0001 has no effect: it is of adamw, lamb and muon, optim.name is signum" in told
-    assert "schedule.min_lr_ratio" not in told.partition("warning")[2]
-    code, told = densenet("plan", "demo", f"run.plugins=[{plugin}]", "optim.name=signumm")
-    assert (code, "did you mean 'signum'?" in told) == (2, True), told
+def test_plan_accepts_plugin_names_and_warns_about_unused_keys(plugin, densenet):
+    code, output = densenet("plan", "demo", plugins(plugin), *OPTIONS, "optim.eps=1e-4", "schedule.min_lr_ratio=0.1")
+    assert code == 0, output
+    assert "0.001, signum, schedule square-root" in output
+    assert "optim.eps=0.0001 has no effect: it applies to adamw, lamb and muon, optim.name is signum" in output
+    assert "schedule.min_lr_ratio" not in output.partition("warning")[2]
+    code, output = densenet("plan", "demo", f"run.plugins=[{plugin}]", "optim.name=signumm")
+    assert (code, "did you mean 'signum'?" in output) == (2, True), output
 
 
-def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
+def test_a_plugin_that_cannot_be_imported_is_an_error(tmp_path):
     (tmp_path / "wrong_plugin.py").write_text("1 / 0\n")
     (tmp_path / "pytest.py").touch()
     for name, reason in (
         (tmp_path / "wrong_plugin.py", "ZeroDivisionError: division by zero"),
-        (tmp_path / "gone_plugin.py", "there is no such file"),
+        (tmp_path / "gone_plugin.py", "the file does not exist"),
         (tmp_path / "pytest.py", "another module is called pytest: rename the file"),
         ("gone_module", "No module named 'gone_module'"),
     ):
@@ -86,9 +86,9 @@ def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
             load_config("demo", f"run.plugins=[{name}]")
 
 
-def test_a_job_carries_the_plugin_as_a_module(plugin, tmp_path):
+def test_a_submitted_job_contains_the_plugin_as_a_module(plugin, tmp_path):
     config = load_config("demo", f"run.plugins=[{plugin}]", "optim.name=signum")
-    assert ("run.plugins", str(plugin)) in [(key, place) for key, _, place in locations(config)]
+    assert ("run.plugins", str(plugin)) in [(key, location) for key, _, location in locations(config)]
     package(tmp_path, config)
     assert (tmp_path / plugin.name).read_text() == plugin.read_text()
     assert load_config(tmp_path / "job.yaml").run.plugins == (NAME,)
@@ -97,9 +97,9 @@ def test_a_job_carries_the_plugin_as_a_module(plugin, tmp_path):
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_the_plugin_trains_and_its_model_goes_its_own_way(plugin, shell, tmp_path):
-    given = [plugins(plugin), f"run.output={tmp_path}", *OPTIONS, "run.name=run", "train.log_every_steps=1"]
-    done = shell("densenet", "train", "demo", *given, "train.epochs=1")
+def test_the_plugin_trains_and_its_model_loads_without_it(plugin, shell, tmp_path):
+    overrides = [plugins(plugin), f"run.output={tmp_path}", *OPTIONS, "run.name=run", "train.log_every_steps=1"]
+    done = shell("densenet", "train", "demo", *overrides, "train.epochs=1")
     assert done.returncode == 0, done.stdout
     assert "model        plain version 1, alias candidate" in done.stdout
 
@@ -108,7 +108,7 @@ def test_the_plugin_trains_and_its_model_goes_its_own_way(plugin, shell, tmp_pat
     journal = tmp_path / "run" / "tracking.jsonl"
     assert json.loads((tmp_path / "run" / "tracker-lines.json").read_text())["sent"] == journal.stat().st_size
 
-    # Its code is with the model: this process has neither the plugin nor this project.
+    # The registered model includes its code: this process has neither the plugin nor this project.
     (tmp_path / "empty").mkdir()
     image = next(tmp_path.glob("data/noise-*/val/class1/*.png"))
     shutil.copy(image, tmp_path / "empty" / "image.png")

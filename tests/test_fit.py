@@ -1,4 +1,4 @@
-"""`pipeline.fit`: a training in one process, without Ray and MLflow, and with MLflow where it is asked for."""
+"""`pipeline.fit`: training in one process, without Ray and MLflow, and with MLflow if it is requested."""
 
 import json
 import os
@@ -73,13 +73,13 @@ def test_without_ray_and_mlflow(tree, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    (top1, top5, loss, checkpoint, run_dir, uri, told), resumed, refused, left = json.loads(lines[-1])
+    (top1, top5, loss, checkpoint, run_dir, uri, num_events), resumed, refused, left = json.loads(lines[-1])
     assert 0 <= top1 <= top5 == 100
     assert loss > 0
-    assert (run_dir, uri, told) == (str(tmp_path / "out" / "one"), None, 4), "three log lines and an evaluation"
+    assert (run_dir, uri, num_events) == (str(tmp_path / "out" / "one"), None, 4), "three log lines and an evaluation"
     assert verify(Path(checkpoint)) is None
     assert resumed == [12]
-    assert refused.startswith("tracking.uri, tracking.registry_uri or their variables name a store")
+    assert refused.startswith("tracking.uri, tracking.registry_uri or their environment variables name a store")
     assert "package mlflow" in refused
     assert left == []
     assert lines[0] == f"training one in {run_dir}"
@@ -89,7 +89,7 @@ def test_without_ray_and_mlflow(tree, tmp_path):
     assert not (tmp_path / "out" / "mlflow.db").exists()
 
 
-def test_a_run_that_is_tracked_is_recorded_and_registered(tree, tmp_path, one_rank):
+def test_a_tracked_run_is_recorded_and_registered(tree, tmp_path, one_rank):
     tree["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "fits"}
     events: list[Event] = []
     run = pipeline.fit(pipeline.load_config(tree), report=events.append)
@@ -106,7 +106,7 @@ def test_a_run_that_is_tracked_is_recorded_and_registered(tree, tmp_path, one_ra
     assert found.data.metrics["train/loss"] == pytest.approx(run.history[-2].loss)
 
 
-def test_a_new_run_goes_on_from_another_ones_checkpoint_and_bad_input_is_named(tree, one_rank, monkeypatch):
+def test_a_new_run_resumes_from_another_run_and_bad_input_is_an_error(tree, one_rank, monkeypatch):
     events: list[Event] = []
     first = pipeline.fit(pipeline.load_config(tree), report=events.append)
     tree["run"]["name"], tree["train"]["epochs"] = None, 2
@@ -114,7 +114,7 @@ def test_a_new_run_goes_on_from_another_ones_checkpoint_and_bad_input_is_named(t
     assert second.run_dir.name.startswith("densenet_tiny-")
     assert Resumed(12, first.checkpoint) in events
     assert [event.step for event in second.history if isinstance(event, Step)] == [4, 5, 6]
-    assert sum(isinstance(event, Warned) for event in events) == 2, "of the workers, in each"
+    assert sum(isinstance(event, Warned) for event in events) == 2, "one about cluster.workers in each run"
     with pytest.raises(UserError, match="there is no valid checkpoint in /nowhere"):
         pipeline.fit(pipeline.load_config(tree), resume="/nowhere")
     with pytest.raises(ConfigError, match="device=cuda needs GPUs, and this machine has none"):

@@ -26,7 +26,7 @@ SMALL = [
     "cluster.workers=1",
     "device=cpu",
 ]
-LEFT_OPEN = {"finetune.yaml": "model.weights", "distill.yaml": "loss.teacher"}
+REQUIRED = {"finetune.yaml": "model.weights", "distill.yaml": "loss.teacher"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(file: Path, images: Path, output: Path, *overrides: str) -> tuple[list[Event], Path, str]:
-    """Two steps by a config; its events, its run's folder and the printed plan."""
+    """Trains two steps; returns the events, the run's folder and the printed plan."""
     config = read_config(file, [*SMALL, f"data.root={images}", f"run.output={output}", "run.name=run", *overrides])
     if config.data.progressive_resize:
         sides = tuple((epoch, 24) for epoch, _ in config.data.progressive_resize)
@@ -62,9 +62,9 @@ def run(file: Path, images: Path, output: Path, *overrides: str) -> tuple[list[E
 def test_a_shipped_config_plans_and_trains(file, images, tmp_path, one_rank):
     digits = ["data.root=digits://"] if file.name == "demo.yaml" else []
     start = []
-    if file.name in LEFT_OPEN:
+    if file.name in REQUIRED:
         _, teacher, _ = run(CONFIGS / "demo.yaml", images, tmp_path, "run.name=teacher")
-        start = [f"{LEFT_OPEN[file.name]}={teacher}", "model.name=densenet_tiny"]
+        start = [f"{REQUIRED[file.name]}={teacher}", "model.name=densenet_tiny"]
     elif file.parent.name == "recipes":
         start = ["model.name=densenet_tiny"]
     events, run_dir, plan = run(file, images, tmp_path, *start, *digits)
@@ -73,17 +73,17 @@ def test_a_shipped_config_plans_and_trains(file, images, tmp_path, one_rank):
     config = read_config(best_checkpoint(run_dir) / "config.yaml", [])
     assert evaluated == (["raw"] if config.ema.decay is None else ["raw", "ema"])
     assert f"{config.optim.name}, schedule {config.schedule.name}" in plan
-    if "model.weights" in LEFT_OPEN.get(file.name, ""):
+    if "model.weights" in REQUIRED.get(file.name, ""):
         assert f"{best_checkpoint(tmp_path / 'teacher')}" in plan
 
 
-@pytest.mark.parametrize("name", LEFT_OPEN)
-def test_what_a_recipe_leaves_to_the_user_is_asked_for(name):
-    with pytest.raises(ConfigError, match=f"leaves {LEFT_OPEN[name]} to you: add {LEFT_OPEN[name]}=VALUE"):
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_missing_required_value_is_an_error(name):
+    with pytest.raises(ConfigError, match=f"requires {REQUIRED[name]}: add {REQUIRED[name]}=VALUE"):
         load_config(CONFIGS / "recipes" / name)
 
 
-def test_recipes_say_where_they_are_from_and_whether_they_have_been_run():
+def test_recipes_state_the_expected_accuracy_and_whether_they_have_been_run():
     for file in (CONFIGS / "recipes").glob("*.yaml"):
         words = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
         assert "run" in words and ("Expected" in words or "To beat" in words or "fast.yaml" in words), file

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config_file import BUILT_IN, built_in, find_config, included
+from pipeline.config_file import BUILT_IN, built_in_configs, find_config, included_files
 from pipeline.errors import UserError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ def list_configs() -> None:
 
     Example: densenet configs list
     """
-    found = built_in()
+    found = built_in_configs()
     width = max(map(len, found)) + 2
     for name, file in found.items():
         print(f"{name:{width}}{_about(file)}")
@@ -52,7 +52,7 @@ def copy(name: Name, folder: Annotated[Path, typer.Argument(help="made if missin
     Example: densenet configs copy densenet121 my-configs
     """
     root = BUILT_IN.resolve()
-    copies = {file: folder / file.relative_to(root) for file in included(find_config(name))}
+    copies = {file: folder / file.relative_to(root) for file in included_files(find_config(name))}
     there = [str(file) for file in copies.values() if file.exists()]
     if there:
         raise UserError(f"{', '.join(there)} exists: remove it, or copy to another folder.")

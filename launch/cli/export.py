@@ -7,7 +7,7 @@ import typer
 
 from launch.cli.common.options import Model, RegistryUri, Uri
 from launch.cli.common.output import console
-from pipeline.extras import extra
+from pipeline.extras import requires_extra
 from pipeline.tracking.stores import given_stores
 
 app = typer.Typer()
@@ -34,7 +34,7 @@ def export(
     """
     from launch.cli.common.export_report import export_command
 
-    with extra("export"):  # before anything is downloaded
+    with requires_extra("export"):  # before anything is downloaded
         import pipeline.export.formats  # noqa: F401
 
     stores = given_stores(uri, registry_uri)

@@ -8,7 +8,7 @@ import typer
 
 from launch.cli.common.options import Config, Overrides
 from pipeline.errors import UserError
-from pipeline.extras import extra
+from pipeline.extras import requires_extra
 
 app = typer.Typer(
     name="k8s", help="Render, check and compare Kubernetes manifests.", no_args_is_help=True, rich_markup_mode=None
@@ -59,7 +59,7 @@ def validate(
 
     Example: densenet k8s validate first.yaml --crds CRDS
     """
-    with extra("kubernetes"):
+    with requires_extra("kubernetes"):
         from launch.kubernetes.schemas import read_documents, schema_errors
 
     documents = read_documents(files)

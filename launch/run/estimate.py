@@ -99,7 +99,7 @@ def estimate(config: RunConfig, cluster: str, data: tuple[int, int, int, float] 
     layers, parameters = layers_of(config, d.num_classes)
     width = _FULL_BYTES if d.precision == "fp32" else _HALF_BYTES
     forward_s, bound = micro_batch_s(layers, d.device_batch_size, peak, gpu.bandwidth, width)
-    compute_s = 3 * forward_s * d.accumulation
+    compute_s = 3 * forward_s * d.gradient_accumulation_steps
     ring_s = all_reduce_s(_FULL_BYTES * parameters, workers, gpu.link if nodes == 1 else gpu.network)
     step_s = compute_s + ring_s
     img_per_s = d.global_batch_size / step_s

@@ -60,7 +60,7 @@ def print_plan(console: Console, prepared: PreparedRun) -> None:
         ("workers", f"{d.workers} on {d.device}, {d.cpus_per_worker} CPU cores each"),
         (
             "global batch",
-            f"{d.global_batch_size} = {d.device_batch_size} per device x {d.accumulation} accumulated "
+            f"{d.global_batch_size} = {d.device_batch_size} per device x {d.gradient_accumulation_steps} accumulated "
             f"x {d.workers} workers",
         ),
         (

@@ -14,8 +14,8 @@ from pipeline.evaluation.labels import labels_of
 from pipeline.evaluation.paired import Paired, compare
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
+from pipeline.mlflow_names import alias_error
 from pipeline.model.card import ModelCard
-from pipeline.names import alias_error
 from pipeline.tracking.registry import (
     REGISTRY,
     alias_version,

@@ -81,8 +81,8 @@ class Augmentations:
 def draw_counts(config: Augment) -> dict[int, int]:
     """Returns the `counts` argument of `draw` that `plan_augmentations` needs: draws per sample for each purpose."""
     counts = {
-        COLOR: 2 * config.colors,
-        AUTO_AUGMENT: config.auto_augment_stages,
+        COLOR: 2 * config.color_jitter,
+        AUTO_AUGMENT: config.auto_augment_num_ops,
         ERASE: (_TRIES + 1) * bool(config.erase_prob),
         PLUGIN: len(config.custom),
     }
@@ -97,7 +97,7 @@ def plan_augmentations(
         color=_color(config, draws[COLOR]) if COLOR in draws else None,
         auto_augment=_auto_augment(config, draws[AUTO_AUGMENT]) if AUTO_AUGMENT in draws else None,
         erase=_erase(config, draws[ERASE], side) if ERASE in draws else None,
-        mix=_mix(config, seed, positions_B, side) if config.mixes else None,
+        mix=_mix(config, seed, positions_B, side) if config.mixes_images else None,
         custom={name: draws[PLUGIN][..., i].T.astype(np.float32, order="C") for i, name in enumerate(config.custom)},
     )
 

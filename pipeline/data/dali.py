@@ -85,7 +85,7 @@ class Loader:
             std=std,
             erase_fill=augment.erase_fill,
         )
-        dali_resizes = device == "cuda" or augment.auto_augment_stages > 0
+        dali_resizes = device == "cuda" or augment.auto_augment_num_ops > 0
         self._resizer = None if dali_resizes else Resizer(threads, interpolation, mean, std)
         self._current: _Run | None = None
         self._closed = False
@@ -104,7 +104,7 @@ class Loader:
                 _full_pipeline,
                 decoder=self._decoder,
                 auto_augment=augment.auto_augment,
-                num_ops=augment.auto_augment_stages,
+                num_ops=augment.auto_augment_num_ops,
                 interpolation=_FILTERS[interpolation],
                 mean=[255 * m for m in mean],
                 std=[255 * s for s in std],

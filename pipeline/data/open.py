@@ -166,7 +166,7 @@ class Dataset:
             )
         sampler = train_plan(config, index, seed)
         steps = _steps(start, stop, epochs, len(index), batch_size)
-        if config.augment.mixes and (rank_batch % 2 or start % 2):
+        if config.augment.mixes_images and (rank_batch % 2 or start % 2):
             raise UserError(
                 f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images: start={start} and the batch size "
                 f"per rank, {rank_batch} of batch_size={batch_size}, must be even."
@@ -177,7 +177,9 @@ class Dataset:
             if image_size is None
             else config.data.model_copy(update={"image_size": image_size, "progressive_resize": ()})
         )
-        planned = (sampler.batch(positions_B, sizes.side_at(positions_B[0] / len(index))) for positions_B in positions)
+        planned = (
+            sampler.batch(positions_B, sizes.image_size_at(positions_B[0] / len(index))) for positions_B in positions
+        )
         return Batches(partial(_create_loader, config, index, rank_batch, device, sampler), planned, steps)
 
     def _split_folders(self) -> tuple[str, ...]:

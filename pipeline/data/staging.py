@@ -15,8 +15,8 @@ from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
 from pipeline.extension_points import is_generated
-from pipeline.extras import advice
-from pipeline.files import PARTIAL, atomic_file
+from pipeline.extras import install_hint
+from pipeline.files import PARTIAL_PREFIX, atomic_file
 
 _PARALLEL_COPIES = 8  # shards at once: object stores limit the bandwidth of a single stream
 _BLOCK = 8 << 20
@@ -89,7 +89,7 @@ def _copy(files: Any, root: str, folder: Path, name: str, shard: Shard) -> None:
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     # Under the lock, so the fixed name overwrites what a killed process left.
-    with atomic_file(target, target.with_name(f"{PARTIAL}{target.name}")) as temporary:
+    with atomic_file(target, target.with_name(f"{PARTIAL_PREFIX}{target.name}")) as temporary:
         for _ in range(_ATTEMPTS):
             digest = hashlib.sha256()
             with files.open(f"{root}/{name}", "rb") as source, temporary.open("wb") as out:
@@ -109,7 +109,9 @@ def _errors_name_uri(uri: str) -> Iterator[None]:
     except DataError:
         raise
     except ImportError as error:
-        raise DataError(f"{uri} needs a package that is not installed ({error}); for S3: {advice('s3')}") from error
+        raise DataError(
+            f"{uri} needs a package that is not installed ({error}); for S3: {install_hint('s3')}"
+        ) from error
     except FileNotFoundError as error:
         raise DataError(f"{uri}: {error} does not exist. Use a data set from `densenet data prepare`.") from error
     except Exception as error:  # each fsspec file system raises its own errors

@@ -15,7 +15,7 @@ from pipeline.data.open import resolve_data_root
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import Evaluation, evaluate, transform_at
 from pipeline.export.predict import FolderPredictions, ImageInput, Prediction, Predictor, predict_folder
-from pipeline.extras import extra
+from pipeline.extras import requires_extra
 from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
 from pipeline.model.timm_files import card_of_file
@@ -223,7 +223,7 @@ class TrainedModel:
             raise UserError(f"--to={to} is not known: use {', '.join(FORMATS)}.")
         if to == "int8" and data is None:
             raise UserError("--to int8 needs --data, a data set to calibrate and measure with.")
-        with extra("export"):
+        with requires_extra("export"):
             from pipeline.export import formats, int8
         model, card, folder = self.module.cpu(), self.card, Path(out)
         try:

@@ -14,10 +14,10 @@ from timm.models.densenet import DenseBlock, DenseLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config import Memory
+from pipeline.config import MemoryMode
 
 
-def save_memory(model: DenseNet, memory: Memory) -> None:
+def save_memory(model: DenseNet, memory: MemoryMode) -> None:
     """Replaces the dense blocks of a model by those of a memory mode, in place; parameters are kept."""
     if memory == "none":
         return

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import RunConfig
-from pipeline.derived import Derived, halved
+from pipeline.derived import Derived, halve_device_batch
 from pipeline.errors import UserError
 from pipeline.model.densenet import create
 from pipeline.train.engine import autocast
@@ -28,27 +28,27 @@ def find_batch_size(config: RunConfig, derived: Derived, device: torch.device, w
         return derived
     tried = derived
     while not _fits_all(config, tried, device):
-        smaller = halved(tried, config)
+        smaller = halve_device_batch(tried, config)
         if smaller is None:
             raise UserError(f"{too_large(tried, config)} No smaller batch is left to try.")
         tried = smaller
     if tried is not derived:
         warn(
             f"the memory does not hold {derived.device_batch_size} images at once: {tried.device_batch_size} are "
-            f"taken, with {tried.accumulation} accumulated; the global batch stays {tried.global_batch_size}, batch "
-            f"norm's statistics are of {tried.device_batch_size}"
+            f"taken, with {tried.gradient_accumulation_steps} accumulated; the global batch stays "
+            f"{tried.global_batch_size}, batch norm's statistics are of {tried.device_batch_size}"
         )
     return tried
 
 
 def too_large(derived: Derived, config: RunConfig) -> str:
     """What to do where the memory does not hold a batch, at the same global batch."""
-    smaller = halved(derived, config)
+    smaller = halve_device_batch(derived, config)
     advice = "set model.memory=activation-checkpointing"
     if smaller is not None:
         advice = (
             f"set train.max_device_batch_size={smaller.device_batch_size} (accumulation becomes "
-            f"{smaller.accumulation}, the global batch stays {derived.global_batch_size}), or "
+            f"{smaller.gradient_accumulation_steps}, the global batch stays {derived.global_batch_size}), or "
             f"train.on_out_of_memory=halve, or model.memory=activation-checkpointing"
         )
     return f"the GPU's memory does not hold {derived.device_batch_size} images at once: {advice}."
@@ -67,7 +67,7 @@ def _fits_all(config: RunConfig, derived: Derived, device: torch.device) -> bool
 
 def _try(config: RunConfig, derived: Derived, device: torch.device) -> None:
     model = create(config.model, derived.num_classes).to(device)
-    side = config.data.largest_side
+    side = config.data.max_image_size
     shape_NCHW = (derived.device_batch_size, config.model.in_chans, side, side)
     rest = torch.empty(_COPIES * sum(p.numel() for p in model.parameters()), device=device)
     with autocast(derived, device):

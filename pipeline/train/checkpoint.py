@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import OtherFormatError
+from pipeline.errors import CheckpointFormatError
 from pipeline.files import write_text
 
 MANIFEST = "manifest.json"
@@ -73,12 +73,12 @@ def entries(folder: Path) -> dict[str, Any]:
 
     Raises:
         OSError, ValueError: the manifest is missing or corrupt.
-        OtherFormatError: another version of this project wrote the checkpoint.
+        CheckpointFormatError: another version of this project wrote the checkpoint.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     try:
         if manifest["format"] != FORMAT:
-            raise OtherFormatError(
+            raise CheckpointFormatError(
                 f"checkpoint {folder} has format {manifest['format']}, and this version reads format {FORMAT}: resume it "
                 f"with the version that wrote it, or start a new run under another run.name. `densenet evaluate`, `export` "
                 f"and model.weights still read its weights."
@@ -99,7 +99,7 @@ def verify(folder: Path) -> str | None:
     """Returns what is wrong with a checkpoint, or None if every file has its recorded size and hash.
 
     Raises:
-        OtherFormatError: another version of this project wrote it.
+        CheckpointFormatError: another version of this project wrote it.
     """
     try:
         written = entries(folder)
@@ -127,13 +127,13 @@ def first_valid(
     """Returns the first folder in which `check` finds nothing wrong, or None.
 
     Raises:
-        OtherFormatError: none is valid, and another version of this project wrote some of them.
+        CheckpointFormatError: none is valid, and another version of this project wrote some of them.
     """
-    other: OtherFormatError | None = None
+    other: CheckpointFormatError | None = None
     for folder in folders:
         try:
             reason = check(folder)
-        except OtherFormatError as error:
+        except CheckpointFormatError as error:
             reason, other = str(error), error
         if reason is None:
             return folder

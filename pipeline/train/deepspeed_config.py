@@ -32,7 +32,7 @@ def deepspeed_config(config: RunConfig, derived: Derived) -> dict[str, Any]:
     told = {
         "train_batch_size": derived.global_batch_size,
         "train_micro_batch_size_per_gpu": derived.device_batch_size,
-        "gradient_accumulation_steps": derived.accumulation,
+        "gradient_accumulation_steps": derived.gradient_accumulation_steps,
         "gradient_clipping": config.optim.clip_grad_norm or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

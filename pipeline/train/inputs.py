@@ -52,7 +52,9 @@ class Inputs:
 
     def images(self, step: int) -> list[str]:
         """The images of this rank in a step, in words."""
-        positions = np.concatenate([self._positions(step, micro) for micro in range(self._derived.accumulation)])
+        positions = np.concatenate(
+            [self._positions(step, micro) for micro in range(self._derived.gradient_accumulation_steps)]
+        )
         return [self.train_index.describe(sample) for sample in self.plan.locate(positions)[1]]
 
     def newly_skipped(self) -> Iterator[tuple[int, str]]:
@@ -63,13 +65,13 @@ class Inputs:
 
     def _positions(self, step: int, micro: int) -> NDArray[np.int64]:
         d = self._derived
-        return micro_batch(step, micro, dist.get_rank(), d.workers, d.device_batch_size, d.accumulation)
+        return micro_batch(step, micro, dist.get_rank(), d.workers, d.device_batch_size, d.gradient_accumulation_steps)
 
     def _planned(self, first_step: int) -> Iterator[PlannedBatch]:
         d = self._derived
         for step in range(first_step, d.total_steps):
-            side = self._config.data.side_at(step * d.global_batch_size / d.train_samples)
-            for micro in range(d.accumulation):
+            side = self._config.data.image_size_at(step * d.global_batch_size / d.train_samples)
+            for micro in range(d.gradient_accumulation_steps):
                 yield self.plan.batch(self._positions(step, micro), side)
 
     def _loader(

@@ -124,7 +124,7 @@ class Meter:
         largest = torch.tensor([self._waited_s / elapsed_s, *map(float, wishes)], device=self._loss.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         wait, *agreed = largest.tolist()
-        steps = self._micro_batches // self._derived.accumulation
+        steps = self._micro_batches // self._derived.gradient_accumulation_steps
         images = steps * self._derived.global_batch_size
         self._images += images
         self._seconds += elapsed_s

@@ -52,7 +52,7 @@ class Recovery:
     ) -> None:
         self._config, self._derived, self._state, self._inputs = config, derived, state, inputs
         self._run_dir, self._device, self._report, self._written = run_dir, device, report, written
-        self._losses: deque[torch.Tensor] = deque(maxlen=max(_LOSSES_KEPT, derived.accumulation))
+        self._losses: deque[torch.Tensor] = deque(maxlen=max(_LOSSES_KEPT, derived.gradient_accumulation_steps))
 
     def note(self, loss: torch.Tensor) -> None:
         """Keeps a micro-batch's loss, on the device, for the diagnosis."""
@@ -119,7 +119,7 @@ class Recovery:
     def _diagnosed(self, engine: Engine, bad: BadStep) -> tuple[Path, list[str]]:
         """Writes what is known of such a step, and names the weights that are not finite (a collective)."""
         file = self._run_dir / "diagnosis" / f"step-{bad.step + 1:07d}.json"
-        seed_dropout(self._config, bad.step, self._derived.accumulation - 1)
+        seed_dropout(self._config, bad.step, self._derived.gradient_accumulation_steps - 1)
         non_finite_weights = engine.non_finite_weights()
         diagnose(
             file,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Device, Location, RunConfig
-from pipeline.config_effects import without_effect
 from pipeline.data.dataset import check_classes, check_sizes, open_splits
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
@@ -21,6 +20,7 @@ from pipeline.model.pretrained import NO_PRETRAINED, Pretrained
 from pipeline.train.deepspeed_schema import check_deepspeed
 from pipeline.train.start import find_checkpoint, find_sources
 from pipeline.train.storage import StorageError, storage_of
+from pipeline.unused_keys import unused_key_warnings
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def set_up(
         start = f"those of {found}, and all else of its run"
         if config.model.weights is not None:
             told.append(f"model.weights={config.model.weights} has no effect: --resume={resume} has the weights")
-    told += without_effect(config, derived, embedded)
+    told += unused_key_warnings(config, derived, embedded)
     told += _other_normalization(config, sources)
     return RunSetup(config, derived, train_index, val_index, sources, start, found, tuple(told))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.config import Identity, RunConfig
+from pipeline.config import CheckpointIdentity, RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived
 from pipeline.errors import UserError
@@ -191,7 +191,7 @@ def _load_into(engine: Engine, folder: Path) -> None:
         engine.loss_scaler.load_state_dict(scaler)
 
 
-def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) -> dict[Identity, Any]:
+def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) -> dict[CheckpointIdentity, Any]:
     """What must be the same for a checkpoint to be continued."""
     return {
         "model.name": config.model.name,

@@ -10,8 +10,8 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import RunConfig
-from pipeline.errors import OtherFormatError, TrainingError, UserError
-from pipeline.extras import advice
+from pipeline.errors import CheckpointFormatError, TrainingError, UserError
+from pipeline.extras import install_hint
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import MANIFEST
 
@@ -71,7 +71,7 @@ class Storage:
             try:
                 with self._naming_address():
                     self._files.get_file(f"{self._base}/{name}/{MANIFEST}", str(partial / MANIFEST))
-                    with contextlib.suppress(ValueError, OtherFormatError):  # `verify` finds it below
+                    with contextlib.suppress(ValueError, CheckpointFormatError):  # `verify` finds it below
                         for entry in checkpoint.entries(partial):
                             with contextlib.suppress(FileNotFoundError):
                                 self._files.get_file(f"{self._base}/{name}/{entry}", str(partial / entry))
@@ -99,7 +99,7 @@ class Storage:
         except ImportError as error:
             raise StorageError(
                 f"checkpoint.storage={self._address} needs a package that is not installed ({error}); for S3: "
-                f"{advice('s3')}"
+                f"{install_hint('s3')}"
             ) from error
         except Exception as error:  # each kind of storage raises errors of its own
             reason = (str(error).splitlines() or [""])[0]

@@ -146,7 +146,7 @@ class Trainer:
         if self.config.train.on_nan == "skip":
             self.engine.keep_statistics()
         self._meter.begin()
-        for micro in range(self.derived.accumulation):
+        for micro in range(self.derived.gradient_accumulation_steps):
             self.alive()
             with self._meter.waiting():
                 batch = next(batches)
@@ -154,7 +154,7 @@ class Trainer:
             logits_NK = self.engine.forward(batch.images_NCHW)
             loss = self.criterion(logits_NK, batch.targets, batch.images_NCHW)
             self._finite.add(loss)
-            if micro + 1 == self.derived.accumulation:
+            if micro + 1 == self.derived.gradient_accumulation_steps:
                 self._finite.ask()
                 self._meter.forwarded()
             self.engine.backward(loss)
@@ -221,7 +221,7 @@ class Trainer:
             memory_gb = torch.cuda.max_memory_allocated(self.device) / 1e9
             peak = peak_flops(torch.cuda.get_device_name(self.device), self.derived.precision)
             if peak is not None:
-                side, classes = self.config.data.side_at(self._epoch), self.derived.num_classes
+                side, classes = self.config.data.image_size_at(self._epoch), self.derived.num_classes
                 mfu = utilization(reading.img_per_s_worker, self.config.model, classes, side, peak)
         self.report(
             Step(

@@ -148,6 +148,6 @@ def test_class_folders_are_not_staged(tmp_path):
 
 
 def test_a_uri_needs_a_staging_folder():
-    with pytest.raises(ValueError, match="root=s3://bucket/set is an address: set stage"):
+    with pytest.raises(ValueError, match="root=s3://bucket/set is a URI: set stage"):
         RunConfig.model_validate({"data": {"root": "s3://bucket/set"}})
     RunConfig.model_validate({"data": {"root": "s3://bucket/set", "stage": "/fast"}})

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.data.dataset import open_split
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.model.weights import load_model
-from tests.models import TRANSFORM, spoil, write_model
+from tests.models import TRANSFORM, make_outputs_nan, write_model
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_what_is_no_model_is_named(densenet, model, data, tmp_path):
 
 def test_a_model_that_gives_nan_has_misses_and_no_class(densenet, model, data, tmp_path):
     out = tmp_path / "out"
-    code, printed = densenet("eval", spoil(model), "--data", data, "--tta", "flip", "--out", out)
+    code, printed = densenet("eval", make_outputs_nan(model), "--data", data, "--tta", "flip", "--out", out)
     assert code == 0, printed
     for name in ("plain", "flip"):
         assert re.search(

@@ -19,7 +19,7 @@ from pipeline.data.folders import scan_images
 from pipeline.errors import DataError
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.open import open_model
-from tests.models import CLASSES, spoil, write_model
+from tests.models import CLASSES, make_outputs_nan, write_model
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_what_was_begun_is_not_left_behind(densenet, images, tmp_path, monkeypat
 
 
 def test_what_a_model_gives_nan_for_has_no_class(densenet, images, tmp_path):
-    model, out = spoil(write_model(tmp_path / "model")), tmp_path / "answers.parquet"
+    model, out = make_outputs_nan(write_model(tmp_path / "model")), tmp_path / "answers.parquet"
     code, printed = densenet("predict", model, "--batch", images, "--out", out)
     assert code == 0, printed
     assert "0 images in" in printed

@@ -25,7 +25,7 @@ from pipeline.model.architectures import ARCHITECTURES
 from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
 from tests.kinds import KINDS
-from tests.models import CLASSES, TRANSFORM, network, start_run, write_model
+from tests.models import CLASSES, TRANSFORM, small_model, start_run, write_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's of its own type hints
@@ -37,7 +37,7 @@ IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(9))
 
 def expected() -> torch.Tensor:
     with torch.no_grad():
-        return network()(IMAGES)
+        return small_model()(IMAGES)
 
 
 def test_onnx_gives_torchs_logits_for_any_batch_and_knows_its_classes(densenet, tmp_path):
@@ -154,8 +154,8 @@ def test_it_is_attached_to_the_version(densenet, tmp_path):
 def test_logits_that_differ_are_refused(tmp_path):
     card = ModelCard.read(write_model(tmp_path / "model"))
     with pytest.raises(TrainingError, match=r"the ONNX export of densenet_tiny gives logits that differ by"):
-        _compare(card, network(), network(seed=1), "ONNX")
-    assert to_onnx(network(), card, tmp_path / "out").is_file()
+        _compare(card, small_model(), small_model(seed=1), "ONNX")
+    assert to_onnx(small_model(), card, tmp_path / "out").is_file()
 
 
 def test_bad_input_is_told(densenet, tmp_path):

@@ -33,7 +33,7 @@ from pipeline.train.locate import locate
 from tests.conftest import BIN
 from tests.export.test_image_sizes import large
 from tests.kinds import KINDS, REFUSED
-from tests.models import TRANSFORM, network, start_run, write_model
+from tests.models import TRANSFORM, small_model, start_run, write_model
 from tests.servers import PATIENCE_S
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
@@ -56,7 +56,7 @@ def expected(image: Path) -> torch.Tensor:
     with Image.open(image) as image:
         cut = tv.center_crop(tv.resize(image.convert("RGB"), TRANSFORM["resize"]), TRANSFORM["crop"])
     with torch.no_grad():
-        return network(len(CLASSES))(
+        return small_model(len(CLASSES))(
             tv.normalize(tv.to_tensor(cut), TRANSFORM["mean"], TRANSFORM["std"])[None]
         ).softmax(1)[0]
 

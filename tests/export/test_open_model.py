@@ -16,7 +16,7 @@ import pipeline
 from pipeline.errors import UserError
 from pipeline.export.package import register
 from pipeline.model.densenet import create
-from tests.models import CLASSES, network, start_run, write_model
+from tests.models import CLASSES, small_model, start_run, write_model
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_prediction_and_evaluation_take_turns(data, tmp_path):
     done = model.predict_folder(data, tmp_path / "answers.parquet", topk=1)
     assert (done.classified, done.corrupt, done.out) == (9, 0, str(tmp_path / "answers.parquet"))
     with torch.no_grad():
-        assert torch.equal(model.module(torch.ones(1, 3, 32, 32)), network()(torch.ones(1, 3, 32, 32)))
+        assert torch.equal(model.module(torch.ones(1, 3, 32, 32)), small_model()(torch.ones(1, 3, 32, 32)))
 
 
 def test_registered_models_and_runs_are_opened_by_name(data, tmp_path, monkeypatch):

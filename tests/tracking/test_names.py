@@ -7,7 +7,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils import validation
 
 from pipeline.config import Tracking
-from pipeline.names import alias_error, experiment_error, model_name_error
+from pipeline.mlflow_names import alias_error, experiment_name_error, model_name_error
 
 TEXT = st.text(st.sampled_from("abvV019-_./:@ '\"\\\0é"), max_size=6)
 ALIASES = ["latest", "LATEST", "v1", "V12", "v", "va1", "candidate", "a-b_c", "1", "", "a b", "a" * 255, "a" * 256]
@@ -33,7 +33,7 @@ def test_what_we_take_mlflow_takes(name):
         assert takes_alias(name)
     if model_name_error(name) is None:
         assert takes(validation._validate_model_name, name)
-    if experiment_error(name) is None:
+    if experiment_name_error(name) is None:
         assert takes(validation._validate_experiment_name, name)
 
 
@@ -53,11 +53,11 @@ def test_what_mlflow_reserves_is_refused_and_usual_names_are_not():
         ("alias", "latest", "is reserved by MLflow"),
         ("alias", "v1", "is reserved by MLflow"),
         ("alias", "a b", "must be letters"),
-        ("registered_model_name", "a:b", "must not be blank, begin with a dot, or hold slashes, colons"),
+        ("registered_model_name", "a:b", "must not be blank, begin with a dot, or contain slashes, colons"),
         ("registered_model_name", " ", "must not be blank"),
         ("experiment", "", "must not be blank"),
         ("experiment", "e" * 501, "at most 500 characters"),
-        ("registry_uri", "http://me:secret@host", "must not hold a password"),
+        ("registry_uri", "http://me:secret@host", "must not contain a password"),
     ],
 )
 def test_the_config_says_what_is_wrong(key, value, message):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import OtherFormatError
+from pipeline.errors import CheckpointFormatError
 from pipeline.train import checkpoint
 
 
@@ -65,7 +65,7 @@ def test_a_run_whose_checkpoints_another_version_wrote_is_refused_and_keeps_them
     folder = committed(tmp_path, 100)
     (folder / "manifest.json").write_text('{"format": 4, "files": {}}')
     with pytest.raises(
-        OtherFormatError, match="has format 4, and this version reads format 5: resume it with the version"
+        CheckpointFormatError, match="has format 4, and this version reads format 5: resume it with the version"
     ):
         checkpoint.newest_valid(tmp_path, lambda _: None)
     assert folder.is_dir()
@@ -112,7 +112,7 @@ def test_any_corruption_anywhere_is_told_or_leaves_every_file_as_it_was(tmp_path
     file.write_bytes(content)
     try:
         reason = checkpoint.verify(folder)
-    except OtherFormatError as error:
+    except CheckpointFormatError as error:
         reason = str(error)
     if reason is None:
         kept = {f: f.read_bytes() for f in before if f.name != "manifest.json"}

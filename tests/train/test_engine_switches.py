@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._inductor import config as inductor
 
-from pipeline.derived import for_workers
+from pipeline.derived import derive_for_workers
 from pipeline.errors import UserError
 from pipeline.model.densenet import create
 from pipeline.train.engine import Engine
@@ -20,7 +20,7 @@ def make(stage: int, sections: dict, warn=print, accumulation: int = 1) -> Engin
     config, d = settings(stage)
     updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     config = config.model_copy(update=updates)
-    d = for_workers(d, config, d.workers).model_copy(
+    d = derive_for_workers(d, config, d.workers).model_copy(
         update={"device_batch_size": d.device_batch_size // accumulation, "accumulation": accumulation}
     )
     torch.manual_seed(0)

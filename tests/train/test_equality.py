@@ -45,12 +45,12 @@ def losses(
     for step, (images_NCHW, labels_N) in enumerate(batches()):
         trained.set_learning_rate(learning_rate(config.schedule, derived, step * BATCH))
         total = torch.zeros(())
-        for micro in range(derived.accumulation):
+        for micro in range(derived.gradient_accumulation_steps):
             first = (micro * workers + rank) * device_batch
             part = slice(first, first + device_batch)
             loss = F.cross_entropy(trained.forward(images_NCHW[part]), labels_N[part])
             trained.backward(loss)
-            total += loss.detach() / derived.accumulation / workers
+            total += loss.detach() / derived.gradient_accumulation_steps / workers
         trained.step()
         torch.distributed.all_reduce(total)
         found.append(total.item())

@@ -38,11 +38,11 @@ def run(
     merged = {name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections}
     config, derived = settings(*indexes, torch.distributed.get_world_size(), **merged)
     trainer = new_trainer(config, derived, indexes, run_dir, events.append, resume=resume)
-    forward, first = trainer.criterion, trainer.state.samples_seen // 8 * derived.accumulation
+    forward, first = trainer.criterion, trainer.state.samples_seen // 8 * derived.gradient_accumulation_steps
     count = iter(range(first, 10**9))
 
     def spoil(*inputs: torch.Tensor) -> torch.Tensor:
-        step, micro = divmod(next(count), derived.accumulation)
+        step, micro = divmod(next(count), derived.gradient_accumulation_steps)
         here = step + 1 in non_finite_weights and micro == 0 and torch.distributed.get_rank() == rank
         return forward(*inputs) * float("nan" if here else 1)
 

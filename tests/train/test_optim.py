@@ -64,7 +64,7 @@ def test_a_step_is_that_of_the_published_optimizer(optim, reference):
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars", "muon"])
-def test_optimizers_of_whole_weights_train_in_the_engine_and_are_refused_where_weights_are_cut(name, one_rank):
+def test_optimizers_that_need_full_weights_train_at_stage_0_and_are_errors_with_sharding(name, one_rank):
     config, d = settings(0, name=name, lr={"lamb": 0.01, "lars": 5.0, "muon": 0.002}[name])
     torch.manual_seed(0)
     engine = Engine(config, d, create("densenet_tiny", d.num_classes), CPU)
@@ -76,7 +76,7 @@ def test_optimizers_of_whole_weights_train_in_the_engine_and_are_refused_where_w
         engine.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    with pytest.raises(ValueError, match=f"optim.name={name} works on whole weights"):
+    with pytest.raises(ValueError, match=f"optim.name={name} computes on whole weight tensors"):
         settings(1, name=name)
 
 

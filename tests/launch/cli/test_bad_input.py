@@ -110,7 +110,7 @@ def test_weights_and_teachers_that_do_not_fit(refused, images, tmp_path):
 
 def test_more_epochs_of_schedule_than_of_training(refused, images):
     message = refused("plan", str(CONFIGS / "densenet121.yaml"), f"data.root={images}", "train.epochs=20")
-    assert "schedule.milestones=[30.0, 60.0] must lie before train.epochs=20" in message
+    assert "schedule.milestones=[30.0, 60.0] must be less than train.epochs=20" in message
     message = refused(*train(images, "model.num_classes=1"))
     assert "model.num_classes=1 is less than the 2 classes in data.root" in message
 

@@ -48,7 +48,7 @@ def test_layers_are_those_of_the_paper():
 
 def test_an_estimate_hangs_together():
     e = estimate(config(global_batch_size=1024), "2x8xA100")
-    assert (e.derived.workers, e.derived.device_batch_size, e.derived.accumulation) == (16, 64, 1)
+    assert (e.derived.workers, e.derived.device_batch_size, e.derived.gradient_accumulation_steps) == (16, 64, 1)
     assert e.img_per_s == pytest.approx(1024 / e.step_s)
     assert e.epoch_s == pytest.approx(1_281_167 / e.img_per_s)
     assert e.total_s > 90 * e.epoch_s

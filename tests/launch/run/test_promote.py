@@ -13,7 +13,7 @@ from pipeline.data.dataset import open_split
 from pipeline.evaluation.paired import compare
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.package import register
-from tests.models import CLASSES, spoil, start_run, write_model
+from tests.models import CLASSES, make_outputs_nan, start_run, write_model
 
 IMAGES = 24
 
@@ -137,7 +137,7 @@ def test_a_model_that_gives_nan_is_not_promoted(registry, densenet, tmp_path):
     _, data = registry
     with start_run(tmp_path) as tracker:
         names = {"run_id": tracker.run_id, "name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
-        register(spoil(write_model(tmp_path / "checkpoint", metrics=None)), stores=tracker.stores, **names)
+        register(make_outputs_nan(write_model(tmp_path / "checkpoint", metrics=None)), stores=tracker.stores, **names)
     code, printed = densenet("models", "promote", "tiny@candidate", "--data", data, "--uri", tracker.uri)
     assert code == 2
     assert f"tiny version 1 gives NaN or infinities for {IMAGES} of {IMAGES} images" in " ".join(printed.split())

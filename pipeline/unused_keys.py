@@ -1,95 +1,97 @@
-"""Keys that are set and that nothing reads in this combination: one line for each.
+"""Warnings about config keys that are set but have no effect in combination with the other keys.
 
-A key counts as set where its value differs from the default, so that a saved config, which has all keys, is told the
-same as the file that it came from. An empty list sets nothing.
+A key counts as set if its value differs from the default, so a saved config, which has all keys, gives the same
+warnings as the original file. An empty list counts as not set.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.choices import either
 from pipeline.config import Elastic, RunConfig
 from pipeline.derived import Derived
 from pipeline.extension_points import OPTIMIZERS, SCHEDULES
+from pipeline.formatting import join_names
 
 _DEFAULT = RunConfig()
-_Reads = Callable[[RunConfig, Derived], bool]
+_Predicate = Callable[[RunConfig, Derived], bool]
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """The keys are read where `reads` is true; else `why` says why not.
+    """The keys have an effect where `has_effect` is true; otherwise `reason` says why not.
 
-    There `c` is the config, `d` what is derived, and `of` has the optimizers or schedules that read a key.
+    `has_effect` and `reason` take the config `c` and the derived values `d`; `readers` in `reason` maps a key to the
+    optimizers or schedules that read it.
     """
 
     keys: tuple[str, ...]
-    reads: _Reads
-    why: str
+    has_effect: _Predicate
+    reason: str
 
 
 _RULES = (
     _Rule(
         ("optim.momentum",),
         lambda c, d: "momentum" in OPTIMIZERS[c.optim.name].reads,
-        "it is of {of[momentum]}, optim.name is {c.optim.name}",
+        "it applies to {readers[momentum]}, optim.name is {c.optim.name}",
     ),
     _Rule(
         ("optim.nesterov",),
         lambda c, d: "nesterov" in OPTIMIZERS[c.optim.name].reads and c.optim.momentum > 0,
-        "it is of {of[nesterov]} with momentum; optim.name is {c.optim.name}, optim.momentum {c.optim.momentum:g}",
+        "it applies to {readers[nesterov]} with momentum; optim.name is {c.optim.name}, "
+        "optim.momentum {c.optim.momentum:g}",
     ),
     _Rule(
         ("optim.betas",),
         lambda c, d: "betas" in OPTIMIZERS[c.optim.name].reads,
-        "it is of {of[betas]}, optim.name is {c.optim.name}",
+        "it applies to {readers[betas]}, optim.name is {c.optim.name}",
     ),
     _Rule(
         ("optim.eps",),
         lambda c, d: "eps" in OPTIMIZERS[c.optim.name].reads,
-        "it is of {of[eps]}, optim.name is {c.optim.name}",
+        "it applies to {readers[eps]}, optim.name is {c.optim.name}",
     ),
     _Rule(("optim.lr_base_batch",), lambda c, d: c.optim.lr_scaling != "none", "optim.lr_scaling is none"),
     _Rule(
         ("schedule.milestones",),
         lambda c, d: "milestones" in SCHEDULES[c.schedule.name].reads,
-        "it is of {of[milestones]}, schedule.name is {c.schedule.name}",
+        "it applies to {readers[milestones]}, schedule.name is {c.schedule.name}",
     ),
     _Rule(
         ("schedule.gamma",),
         lambda c, d: (
             "gamma" in SCHEDULES[c.schedule.name].reads and (c.schedule.name != "step" or bool(c.schedule.milestones))
         ),
-        "it is of {of[gamma]} with milestones; schedule.name is {c.schedule.name}",
+        "it applies to {readers[gamma]} with milestones; schedule.name is {c.schedule.name}",
     ),
     _Rule(
         ("schedule.pct_start",),
         lambda c, d: "pct_start" in SCHEDULES[c.schedule.name].reads,
-        "it is of {of[pct_start]}, schedule.name is {c.schedule.name}",
+        "it applies to {readers[pct_start]}, schedule.name is {c.schedule.name}",
     ),
     _Rule(
         ("schedule.min_lr_ratio",),
         lambda c, d: "min_lr_ratio" in SCHEDULES[c.schedule.name].reads,
-        "it is of {of[min_lr_ratio]}, schedule.name is {c.schedule.name}",
+        "it applies to {readers[min_lr_ratio]}, schedule.name is {c.schedule.name}",
     ),
-    _Rule(("loss.distillation_alpha",), lambda c, d: c.loss.teacher is not None, "there is no loss.teacher"),
+    _Rule(("loss.distillation_alpha",), lambda c, d: c.loss.teacher is not None, "loss.teacher is null"),
     _Rule(
         ("loss.distillation_temperature",),
         lambda c, d: c.loss.teacher is not None and c.loss.distillation_alpha > 0,
-        "it is of the teacher's part of the loss, and there is none",
+        "there is no distillation loss: loss.teacher is null or loss.distillation_alpha is 0",
     ),
     _Rule(("loss.teacher",), lambda c, d: c.loss.distillation_alpha > 0, "loss.distillation_alpha is 0"),
     _Rule(
         ("loss.label_smoothing", "loss.name"),
         lambda c, d: c.loss.teacher is None or c.loss.distillation_alpha < 1,
-        "loss.distillation_alpha is 1: the teacher's answers are all that counts",
+        "loss.distillation_alpha is 1: the loss uses the teacher's logits only, not the labels",
     ),
-    _Rule(("ema.warmup",), lambda c, d: c.ema.decay is not None, "there is no average: ema.decay is null"),
+    _Rule(("ema.warmup",), lambda c, d: c.ema.decay is not None, "there is no EMA of the weights: ema.decay is null"),
     _Rule(
         ("augment.randaugment_num_ops", "augment.randaugment_magnitude"),
         lambda c, d: c.augment.auto_augment == "randaugment",
-        "it is of randaugment, augment.auto_augment is {c.augment.auto_augment}",
+        "it applies to randaugment, augment.auto_augment is {c.augment.auto_augment}",
     ),
     _Rule(
         ("augment.erase_scale", "augment.erase_ratio", "augment.erase_fill"),
@@ -97,7 +99,9 @@ _RULES = (
         "augment.erase_prob is 0",
     ),
     _Rule(
-        ("augment.mix_prob",), lambda c, d: c.augment.mixes, "augment.mixup_alpha and augment.cutmix_alpha are both 0"
+        ("augment.mix_prob",),
+        lambda c, d: c.augment.mixes_images,
+        "augment.mixup_alpha and augment.cutmix_alpha are both 0",
     ),
     _Rule(
         ("augment.mixup_alpha", "augment.cutmix_alpha"), lambda c, d: c.augment.mix_prob > 0, "augment.mix_prob is 0"
@@ -105,15 +109,15 @@ _RULES = (
     _Rule(
         ("augment.mix_switch_prob",),
         lambda c, d: c.augment.mixup_alpha > 0 and c.augment.cutmix_alpha > 0,
-        "it is of mixup and CutMix together, and one of them is 0",
+        "it chooses between mixup and CutMix, and one of them is off (alpha 0)",
     ),
     _Rule(("data.window",), lambda c, d: c.data.shuffle == "windowed", "data.shuffle is {c.data.shuffle}"),
     _Rule(("train.nan_limit",), lambda c, d: c.train.on_nan != "stop", "train.on_nan is stop"),
-    _Rule(("train.on_out_of_memory",), lambda c, d: d.device == "cuda", "it is of GPUs, this run is on the CPU"),
+    _Rule(("train.on_out_of_memory",), lambda c, d: d.device == "cuda", "it applies to GPUs, this run is on the CPU"),
     _Rule(
         ("train.profile_steps",),
         lambda c, d: c.train.profile_steps is None or c.train.profile_steps[1] <= d.total_steps,
-        "the run ends at step {d.total_steps}, before the trace is complete",
+        "the run ends at step {d.total_steps}, before the profile is complete",
     ),
     _Rule(
         ("engine.zero_stage",),
@@ -123,12 +127,12 @@ _RULES = (
     _Rule(
         ("engine.offload_optimizer",),
         lambda c, d: d.device == "cuda",
-        "the optimizer's state is in the CPU's memory anyhow: this run is on the CPU",
+        "this run is on the CPU, so the optimizer state is in CPU memory already",
     ),
     _Rule(
         ("engine.deterministic", "engine.tf32"),
         lambda c, d: d.device == "cuda",
-        "it is of GPUs, this run is on the CPU",
+        "it applies to GPUs, this run is on the CPU",
     ),
     _Rule(
         ("engine.sync_batch_norm",),
@@ -137,7 +141,9 @@ _RULES = (
     ),
     _Rule(("engine.communication_data_type",), lambda c, d: d.workers > 1, "there is one worker"),
     _Rule(
-        ("engine.reduce_bucket_size",), lambda c, d: d.zero_stage > 0, "it is of ZeRO stages 1 to 3, this run's is 0"
+        ("engine.reduce_bucket_size",),
+        lambda c, d: d.zero_stage > 0,
+        "it applies to ZeRO stages 1 to 3, this run uses stage 0",
     ),
     _Rule(
         ("checkpoint.every_samples",),
@@ -158,13 +164,13 @@ _RULES = (
     _Rule(
         ("cluster.replacement_timeout_s",),
         lambda c, d: c.cluster.max_failures > 0 or isinstance(c.cluster.workers, Elastic),
-        "cluster.max_failures is 0: a run that lost a worker ends",
+        "cluster.max_failures is 0: the run ends after a worker failure",
     ),
 )
-_EMBEDDED = ("cluster.placement",)  # of several nodes
-_CLUSTER = ("cluster.dashboard_port",)  # of a Ray that the run starts itself
+_NO_EFFECT_EMBEDDED = ("cluster.placement",)  # an embedded Ray has one node
+_NO_EFFECT_ON_CLUSTER = ("cluster.dashboard_port",)  # the cluster has its own dashboard
 
-# Keys of DeepSpeed's `zero_optimization` that not all of stages 1 to 3 read, without the prefix `stage3_`.
+# Keys of DeepSpeed's `zero_optimization` that only some of stages 1 to 3 read, without the prefix `stage3_`.
 _STAGE_3 = {
     "allgather_sequential",
     "enable_sanity_checks",
@@ -197,45 +203,52 @@ _STAGES_1_2 = {
 }
 
 
-def without_effect(config: RunConfig, derived: Derived, embedded: bool) -> list[str]:
-    """One line for each key that is set and not read in this run; `embedded` where the run starts a Ray of its own."""
-    of = _readers()
+def unused_key_warnings(config: RunConfig, derived: Derived, embedded: bool) -> list[str]:
+    """Returns one warning for each key that is set without effect.
+
+    Args:
+        config: The run's config.
+        derived: The values derived from it.
+        embedded: Whether the run starts its own Ray instead of joining a cluster.
+    """
+    readers = _readers()
     lines = [
-        _line(key, _value(config, key), rule.why.format(c=config, d=derived, of=of))
+        _warning(key, _value(config, key), rule.reason.format(c=config, d=derived, readers=readers))
         for rule in _RULES
-        if not _elastic_hides(config, rule) and not rule.reads(config, derived)
+        if not _elastic_may_change(config, rule) and not rule.has_effect(config, derived)
         for key in rule.keys
         if _is_set(config, key)
     ]
-    for key in _EMBEDDED if embedded else _CLUSTER:
-        why = "there is one node" if embedded else "the run joins a cluster, whose dashboard it has"
+    for key in _NO_EFFECT_EMBEDDED if embedded else _NO_EFFECT_ON_CLUSTER:
+        reason = "there is one node" if embedded else "the run joins a cluster, which has its own dashboard"
         if _is_set(config, key) and not any(line.startswith(f"{key}=") for line in lines):
-            lines.append(_line(key, _value(config, key), why))
-    return lines + list(_zero_keys(config, derived))
+            lines.append(_warning(key, _value(config, key), reason))
+    return lines + list(_unused_zero_keys(config, derived))
 
 
 def _readers() -> dict[str, str]:
-    """Which optimizers or schedules read a key, those of plugins too."""
+    """Maps each key to the optimizers or schedules that read it, plugins included, as text."""
     readers: dict[str, list[str]] = {}
-    for choices in (OPTIMIZERS, SCHEDULES):
-        for name, kind in choices.items():
-            for key in kind.reads:
+    for registry in (OPTIMIZERS, SCHEDULES):
+        for name, entry in registry.items():
+            for key in entry.reads:
                 readers.setdefault(key, []).append(name)
-    return {key: either(names, "and") for key, names in readers.items()}
+    return {key: join_names(names, "and") for key, names in readers.items()}
 
 
-def _elastic_hides(config: RunConfig, rule: _Rule) -> bool:
-    """Whether a rule on the number of workers may change while the run goes on."""
-    return "one worker" in rule.why and isinstance(config.cluster.workers, Elastic)
+def _elastic_may_change(config: RunConfig, rule: _Rule) -> bool:
+    """Returns whether the rule depends on the number of workers, and that may change during the run."""
+    return "one worker" in rule.reason and isinstance(config.cluster.workers, Elastic)
 
 
-def _zero_keys(config: RunConfig, derived: Derived) -> Iterator[str]:
+def _unused_zero_keys(config: RunConfig, derived: Derived) -> Iterator[str]:
     for key, value in config.engine.deepspeed.get("zero_optimization", {}).items():
         name = key.removeprefix("stage3_")
         stages = (3,) if name in _STAGE_3 else (1, 2) if name in _STAGES_1_2 else (1, 2, 3)
         if key != "stage" and derived.zero_stage not in stages:
-            why = f"it is of ZeRO stage {' and '.join(map(str, stages))}, this run's is {derived.zero_stage}"
-            yield _line(f"engine.deepspeed.zero_optimization.{key}", value, why)
+            names = join_names([str(stage) for stage in stages], "and")
+            reason = f"it applies to ZeRO stage {names}, this run uses stage {derived.zero_stage}"
+            yield _warning(f"engine.deepspeed.zero_optimization.{key}", value, reason)
 
 
 def _value(tree: Any, key: str) -> Any:
@@ -249,6 +262,6 @@ def _is_set(config: RunConfig, key: str) -> bool:
     return value != () and value != _value(_DEFAULT, key)
 
 
-def _line(key: str, value: Any, why: str) -> str:
+def _warning(key: str, value: Any, reason: str) -> str:
     shown = list(value) if isinstance(value, tuple) else value
-    return f"{key}={str(shown).lower() if isinstance(value, bool) else shown} has no effect: {why}"
+    return f"{key}={str(shown).lower() if isinstance(value, bool) else shown} has no effect: {reason}"

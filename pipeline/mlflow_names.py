@@ -1,6 +1,6 @@
-"""Names of MLflow's objects by MLflow's own rules, so that a name that it refuses is refused before any work.
+"""Validates names of MLflow objects by MLflow's rules, so that a bad name fails before any work.
 
-MLflow itself takes seconds to import, and its models' names may hold what its addresses (`models:/NAME@ALIAS`) cannot.
+MLflow takes seconds to import, and accepts model names that its own URIs (`models:/NAME@ALIAS`) cannot contain.
 """
 
 import re
@@ -11,7 +11,7 @@ _LONGEST_ALIAS, _LONGEST_MODEL, _LONGEST_EXPERIMENT = 255, 256, 500  # character
 
 
 def alias_error(alias: str) -> str | None:
-    """What is wrong with an alias of a registered model, or None."""
+    """Returns what is wrong with the alias of a registered model, or None."""
     if not _ALIAS.fullmatch(alias) or len(alias) > _LONGEST_ALIAS:
         return f"must be letters, digits, - and _, begin with a letter, and have at most {_LONGEST_ALIAS} characters"
     if alias.lower() == "latest" or _VERSION.fullmatch(alias):
@@ -20,16 +20,16 @@ def alias_error(alias: str) -> str | None:
 
 
 def model_name_error(name: str) -> str | None:
-    """What is wrong with the name of a registered model, or None."""
+    """Returns what is wrong with the name of a registered model, or None."""
     if not name.strip() or name.startswith(".") or any(c in name for c in "/\\:@\0\"'\n"):
-        return "must not be blank, begin with a dot, or hold slashes, colons, @, quotes or line breaks"
+        return "must not be blank, begin with a dot, or contain slashes, colons, @, quotes or line breaks"
     if len(name) > _LONGEST_MODEL:
         return f"must have at most {_LONGEST_MODEL} characters"
     return None
 
 
-def experiment_error(name: str) -> str | None:
-    """What is wrong with the name of an experiment, or None."""
+def experiment_name_error(name: str) -> str | None:
+    """Returns what is wrong with the name of an experiment, or None."""
     if not name.strip() or len(name) > _LONGEST_EXPERIMENT:
         return f"must not be blank, and have at most {_LONGEST_EXPERIMENT} characters"
     return None

@@ -1,4 +1,4 @@
-"""`pipeline.fit`: a training in this process, without Ray, and without MLflow unless tracking is asked for."""
+"""`pipeline.fit`: trains in this process, without Ray, and with MLflow only if tracking is requested."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -31,11 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FittedRun:
-    """What came of a training.
+    """The result of a training run.
 
-    `top1` and `top5` are percentages and `loss` the mean cross-entropy (None where no output was finite) of the run's
-    best evaluation, `checkpoint` is the folder of its weights. `model_uri` is the registered model's, None where it was
-    not registered. `history` are the log lines and evaluations since this start, in order.
+    Attributes:
+        top1: Top-1 accuracy of the best evaluation, percent.
+        top5: Top-5 accuracy of the best evaluation, percent.
+        loss: Mean cross-entropy of the best evaluation; None if no output was finite.
+        checkpoint: The checkpoint folder of the best evaluation.
+        run_dir: The run's folder.
+        model_uri: URI of the registered model; None if it was not registered.
+        history: Log lines and evaluations since this start, in order.
     """
 
     top1: float
@@ -50,17 +55,17 @@ class FittedRun:
 def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report | None = None) -> FittedRun:
     """Trains to the end of the run on this machine's first GPU, or on its CPU.
 
-    The run lies in `run.output`/`run.name`, as one of `densenet train`: it goes on from its newest checkpoint where it
-    has one, and each of the two goes on where the other has stopped. A config without `run.name` begins a new run. It
-    is recorded in MLflow, and its best model registered, where the config or the environment names a store.
+    The run folder is `run.output`/`run.name`, in the format of `densenet train`: `fit` resumes from its latest
+    checkpoint if there is one, and each of the two resumes runs of the other. A config without `run.name` starts a new
+    run. If the config or the environment names a store, MLflow tracks the run and registers its best model.
 
     Args:
-        config: What `pipeline.load_config` has read.
-        resume: Another run's folder, checkpoint or MLflow id that a new run goes on from.
-        report: Gets each event as it comes, some in a thread; by default progress is printed.
+        config: The config, from `pipeline.load_config`.
+        resume: Folder, checkpoint or MLflow id of another run, from which a new run starts.
+        report: Receives each event when it happens, some from another thread; by default progress is printed.
 
     Raises:
-        UserError: bad input, before any training; or what the user can fix in the middle of it.
+        UserError: bad input, before training starts; or, during training, an error that the user can fix.
     """
     setup = _set_up(config, resume)
     config, run_dir = setup.config, setup.run_dir
@@ -68,22 +73,22 @@ def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report |
     device = torch.device("cuda", 0) if setup.derived.device == "cuda" else torch.device("cpu")
     with ExitStack() as stack:
         stack.enter_context(run_lock(run_dir, config))
-        tell = report or stack.enter_context(_printed(setup))
+        emit = report or stack.enter_context(_printed(setup))
 
         def warn(text: str) -> None:
-            tell(Warned(text))
+            emit(Warned(text))
 
         for text in setup.warnings:
             warn(text)
         check_disk_space(setup)
-        run = stack.enter_context(_tracked(setup, warn)) if _tracking_asked(config) else None
+        run = stack.enter_context(_tracked(setup, warn)) if _is_tracked(config) else None
 
         def on_event(event: Event) -> None:
             if isinstance(event, Step | Evaluated):
                 history.append(event)
             if run is not None:
                 run.on_event(event)
-            tell(event)
+            emit(event)
 
         stack.enter_context(alone(device))
         train_rank(
@@ -141,7 +146,7 @@ def _device(config: RunConfig) -> Device:
     return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _tracking_asked(config: RunConfig) -> bool:
+def _is_tracked(config: RunConfig) -> bool:
     variables = any(os.environ.get(name) for name in (TRACKING_VARIABLE, REGISTRY_VARIABLE))
     tracking = config.tracking
     return variables or tracking.uri is not None or tracking.registry_uri is not None or bool(tracking.custom)
@@ -149,18 +154,18 @@ def _tracking_asked(config: RunConfig) -> bool:
 
 def _tracked(setup: RunSetup, warn: Callable[[str], None]) -> "AbstractContextManager[TrackedRun]":
     try:
-        from pipeline.export.tracked import tracked  # MLflow need not be there where it is not asked for
+        from pipeline.export.tracked import tracked  # imported here: MLflow is optional without tracking
     except ModuleNotFoundError as error:
         raise UserError(
-            f"tracking.uri, tracking.registry_uri or their variables name a store, or tracking.custom a tracker, which "
-            f"needs the package {error.name}, that is not installed: pip install mlflow, or leave them out."
+            f"tracking.uri, tracking.registry_uri or their environment variables name a store, or tracking.custom a "
+            f"tracker; this needs the package {error.name}, which is not installed: pip install mlflow, or unset them."
         ) from error
     return tracked(setup, warn)
 
 
 @contextmanager
 def _printed(setup: RunSetup) -> Iterator[Report]:
-    """Prints events as `densenet train` does: a line that changes in a terminal, plain lines elsewhere."""
+    """Prints events as `densenet train` does: a live progress line in a terminal, plain lines elsewhere."""
     derived = setup.derived
     with Display(Console(), setup.config.train.epochs, derived.total_steps, derived.workers) as display:
         display.line(f"training {setup.config.run.name} in {setup.run_dir}")
