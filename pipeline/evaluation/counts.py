@@ -40,7 +40,7 @@ class EvalResult:
         return self.non_finite == 0, self.top1_correct, -loss
 
 
-def accuracy(result: EvalResult) -> str:
+def format_accuracy(result: EvalResult) -> str:
     """`top-1 350/360 = 97.22 %, top-5 360/360 = 100.00 %`."""
     total = result.total
     parts = [

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.config import Interpolation
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
-from pipeline.evaluation.labels import labels_of, read_label_sets
+from pipeline.evaluation.labels import map_labels, read_label_sets
 from pipeline.evaluation.probabilities import VIEWS, card_probabilities
 from pipeline.evaluation.scores import NO_CLASS, Scores, best_class, confusion, score, score_sets
 from pipeline.evaluation.tables import write_confusion, write_csv, write_json
@@ -106,7 +106,7 @@ def evaluate(
         DataError: the model does not know the classes, or the labels are not of these images.
         UserError: `out` cannot be written.
     """
-    labels_N = labels_of(index, card.classes)
+    labels_N = map_labels(index, card.classes)
     sets = None if labels is None else read_label_sets(labels, index, card.num_classes)
     total = len(index) * (len(VIEWS[tta]) if tta else 1)
     done = 0
@@ -130,7 +130,7 @@ def evaluate(
     return found
 
 
-def transform_at(
+def override_transform(
     card: ModelCard, crop: int | None, resize: int | None, interpolation: Interpolation | None, tta: str | None
 ) -> Transform:
     """The card's transform with what is given changed.
@@ -142,7 +142,7 @@ def transform_at(
         raise UserError(f"--tta={tta} is not known: use {' or '.join(VIEWS)}.")
     if interpolation not in (None, "bilinear", "bicubic"):
         raise UserError(f"--interpolation={interpolation} is not known: use bilinear or bicubic.")
-    transform = card.transform.at(crop, resize, interpolation)
+    transform = card.transform.override(crop, resize, interpolation)
     if transform.crop > transform.resize:
         raise UserError(f"--crop={transform.crop} must not exceed --resize={transform.resize}.")
     return transform

@@ -12,7 +12,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError, listed
 
 
-def labels_of(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
+def map_labels(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
     """Each image's place in the model's class list, by the name of its class in the data.
 
     Where the data's classes have plain numbers for names, as ImageNet-V2's folders, they are places in the list.

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.data.images import decode, to_rgb
 from pipeline.data.index import DatasetIndex
-from pipeline.evaluation.labels import labels_of
+from pipeline.evaluation.labels import map_labels
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.model.card import ModelCard
@@ -29,7 +29,7 @@ def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> li
     subset = index.subset(rows)
     classes = ModelCard.read(folder).classes
     given_NK, _ = model_probabilities(folder, subset)
-    labels_N, best_N = labels_of(subset, classes), best_class(given_NK)
+    labels_N, best_N = map_labels(subset, classes), best_class(given_NK)
     order = np.argsort(-given_NK.max(axis=1), kind="stable")
     order = order[best_N[order] != NO_CLASS]
     missed, hit = ([i for i in order if (best_N[i] == labels_N[i]) == right][:count] for right in (False, True))

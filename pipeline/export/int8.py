@@ -11,8 +11,8 @@ from torch import nn
 
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import EvalPlan, rank_eval_batches
-from pipeline.evaluation.labels import labels_of
+from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.evaluation.labels import map_labels
 from pipeline.evaluation.probabilities import probabilities
 from pipeline.evaluation.scores import best_class
 from pipeline.export.formats import OnnxModel, to_int8, to_onnx
@@ -22,7 +22,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
-class Measured:
+class OnnxResult:
     """An ONNX file's hits among `total` images, its speed on this machine with one thread of decoding, its bytes."""
 
     file: str
@@ -39,7 +39,7 @@ class Measured:
 
 def quantize(
     model: nn.Module, card: ModelCard, out: Path, calibration: DatasetIndex, index: DatasetIndex, images: int
-) -> tuple[Measured, Measured]:
+) -> tuple[OnnxResult, OnnxResult]:
     """Writes `out/model.onnx` and `out/model.int8.onnx`; returns both, measured on all images of `index`.
 
     The ranges of the latter are those over `images` images of `calibration`.
@@ -48,13 +48,13 @@ def quantize(
         DataError: the model does not know the classes of the data.
         TrainingError: the logits of the plain file are not torch's.
     """
-    labels_N = labels_of(index, card.classes)
+    labels_N = map_labels(index, card.classes)
     plain = to_onnx(model, card, out)
     quantized = to_int8(plain, out, _calibration(calibration, card, images))
     return _measured(plain, card, index, labels_N), _measured(quantized, card, index, labels_N)
 
 
-def _measured(file: Path, card: ModelCard, index: DatasetIndex, labels_N: NDArray[np.int64]) -> Measured:
+def _measured(file: Path, card: ModelCard, index: DatasetIndex, labels_N: NDArray[np.int64]) -> OnnxResult:
     started = time.perf_counter()
     given_NK, _ = probabilities(
         OnnxModel(file),
@@ -68,7 +68,7 @@ def _measured(file: Path, card: ModelCard, index: DatasetIndex, labels_N: NDArra
     )
     hits = int((best_class(given_NK) == labels_N).sum())
     img_per_s = len(index) / (time.perf_counter() - started)
-    return Measured(str(file), hits, len(index), img_per_s, file.stat().st_size)
+    return OnnxResult(str(file), hits, len(index), img_per_s, file.stat().st_size)
 
 
 def _calibration(index: DatasetIndex, card: ModelCard, images: int) -> Callable[[], Iterator[NDArray[np.float32]]]:

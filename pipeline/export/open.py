@@ -13,18 +13,18 @@ from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.data.open import resolve_data_root
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import Evaluation, evaluate, transform_at
+from pipeline.evaluation.evaluate import Evaluation, evaluate, override_transform
 from pipeline.export.predict import FolderPredictions, ImageInput, Prediction, Predictor, predict_folder
 from pipeline.extras import extra
 from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
-from pipeline.model.timm_files import card_of_file
+from pipeline.model.timm_files import card_from_weights
 from pipeline.model.weights import load_model, load_weights
-from pipeline.tracking.stores import Stores, given_stores
+from pipeline.tracking.stores import Stores, stores_from_options
 from pipeline.train.locate import locate
 
 if TYPE_CHECKING:
-    from pipeline.export.int8 import Measured
+    from pipeline.export.int8 import OnnxResult
 
 
 def open_model(
@@ -49,9 +49,9 @@ def open_model(
         UserError: there is no such model, or a file's model or classes are not known.
     """
     output = Path(cache).absolute()
-    folder = locate(str(place), "MODEL", output / "models", stores or given_stores(None, None, output))
+    folder = locate(str(place), "MODEL", output / "models", stores or stores_from_options(None, None, output))
     if folder.is_file():
-        card = card_of_file(folder, classes)
+        card = card_from_weights(folder, classes)
         return TrainedModel(str(place), folder, card, output)
     card = ModelCard.read(folder)
     if classes is not None:
@@ -73,8 +73,8 @@ class Exported:
     file: str
     tolerance: float | None = None
     opset: int | None = None
-    fp32: "Measured | None" = None
-    int8: "Measured | None" = None
+    fp32: "OnnxResult | None" = None
+    int8: "OnnxResult | None" = None
 
 
 class TrainedModel:
@@ -179,7 +179,7 @@ class TrainedModel:
             UserError: a value is not known, sizes do not fit, or `out` cannot be written.
             DataError: there is no such split, or its classes or labels do not fit.
         """
-        transform = transform_at(self.card, crop, resize, interpolation, tta)
+        transform = override_transform(self.card, crop, resize, interpolation, tta)
         return evaluate(
             self.module,
             self.card,

@@ -25,8 +25,8 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.model.card import CARD, ModelCard
 from pipeline.model.weights import import_model_code
-from pipeline.tracking.registry import make_registered_model, move_alias, version_of
-from pipeline.tracking.store import connect, connect_registry, first_line
+from pipeline.tracking.client import connect, connect_registry, first_line
+from pipeline.tracking.registry import create_registered_model, find_version, move_alias
 from pipeline.tracking.stores import Stores, redacted
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
@@ -83,7 +83,7 @@ def register(
     card = ModelCard.read(checkpoint)
     tags = _tags(card, data_fingerprint) | ({} if data_license is None else {"data.license": data_license})
     tags["checkpoint"] = checkpoint.name
-    version = version_of(run_id, name, tags, stores)
+    version = find_version(run_id, name, tags, stores)
     if version is None:
         try:
             version = _make_version(checkpoint, card, stores, run_id, name, tags)
@@ -94,7 +94,7 @@ def register(
                 f"The checkpoint is {checkpoint}."
             ) from error
     move_alias(name, alias, version, stores)
-    return Registered(name, version, alias)
+    return RegisteredModel(name, version, alias)
 
 
 def _make_version(
@@ -108,9 +108,9 @@ def _make_version(
     with tempfile.TemporaryDirectory() as folder:
         logged = _log(client, run.info.experiment_id, run_id, run.data.params, checkpoint, card, Path(folder, "run"))
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-        make_registered_model(client, name)
-        if not stores.apart or not stores.registry.startswith("http"):
-            source, model_id = logged.artifact_location, None if stores.apart else logged.model_id
+        create_registered_model(client, name)
+        if not stores.separate_registry or not stores.registry.startswith("http"):
+            source, model_id = logged.artifact_location, None if stores.separate_registry else logged.model_id
         else:  # a server registers no files that are another one's: it gets a copy
             owner = MlflowClient(tracking_uri=stores.registry, registry_uri=stores.registry)
             there = owner.get_experiment_by_name(experiment.name)
@@ -118,7 +118,7 @@ def _make_version(
             copy = _log(owner, into, None, run.data.params, checkpoint, card, Path(folder, "registry"))
             source, model_id = copy.artifact_location, copy.model_id
     made = client.create_model_version(name, source, run_id, tags=tags, model_id=model_id)
-    if not stores.apart:
+    if not stores.separate_registry:
         known = json.dumps([{"name": name, "version": made.version}])
         client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: known})
     return str(made.version)

@@ -69,7 +69,7 @@ _REACH = 4  # pixels beside the crop that the filters look at, at most, where an
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-class BadImage(ValueError):
+class InvalidImage(ValueError):
     """What is wrong with an image, in words that follow its name."""
 
 
@@ -92,7 +92,7 @@ class Classifier(PythonModel):
         self.channels: int = card["architecture"].get("in_chans", 3)
         self.max_pixels: int = card.get("max_pixels", _MAX_PIXELS)
         with _one_thread():
-            self.model = network(card["architecture"], card["num_classes"])
+            self.model = build_model(card["architecture"], card["num_classes"])
             self.model.load_state_dict(weights)
             self.model.eval()
         self._worker = ThreadPoolExecutor(1, "classifier")
@@ -145,8 +145,8 @@ class Classifier(PythonModel):
     def _image(self, row: int, value: Any) -> torch.Tensor:
         """Decodes and transforms one image to [1, channels, crop, crop]."""
         try:
-            rgb = decoded(value, self.max_pixels)
-        except BadImage as error:
+            rgb = decode_image(value, self.max_pixels)
+        except InvalidImage as error:
             meant = f": {_MEANT}" if str(error).startswith(_NO_IMAGE) else ""
             raise MlflowException.invalid_parameter_value(f"row {row} of `image` {error}{meant}") from error
         return evaluation_transform(rgb, **self.transform, channels=self.channels)
@@ -163,11 +163,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def decoded(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
+def decode_image(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
     """The RGB pixels of one image in any of the forms of `Classifier.predict`, as the training side decodes them.
 
     Raises:
-        BadImage: what is wrong with it.
+        InvalidImage: what is wrong with it.
     """
     try:
         if isinstance(value, Path):
@@ -177,14 +177,14 @@ def decoded(value: Any, max_pixels: int = _MAX_PIXELS) -> Image.Image:
         if isinstance(value, bytes):
             return _from_file(value, max_pixels)
         return _from_array(value, max_pixels)
-    except BadImage:
+    except InvalidImage:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage(f"is larger than PIL takes in this format: {error}") from error
+        raise InvalidImage(f"is larger than PIL takes in this format: {error}") from error
     except (*_CORRUPTION, binascii.Error) as error:
         if "-bit layers" in str(error) or "pixel mode" in str(error):  # PIL's, of JPEG and TIFF
-            raise BadImage(f"has pixels of a kind that is not used ({error}): {_FIX}") from error
-        raise BadImage(_NO_IMAGE) from error
+            raise InvalidImage(f"has pixels of a kind that is not used ({error}): {_FIX}") from error
+        raise InvalidImage(_NO_IMAGE) from error
 
 
 def _without_texts(content: bytes) -> bytes:
@@ -202,7 +202,7 @@ def _without_texts(content: bytes) -> bytes:
 
 def _check_size(width: int, height: int, max_pixels: int, what: str = "") -> None:
     if width * height > max_pixels:
-        raise BadImage(
+        raise InvalidImage(
             f"has {what}{width:,} x {height:,} pixels, more than the limit of {max_pixels:,} "
             f"(max_pixels in the model's card)"
         )
@@ -212,7 +212,7 @@ def _from_file(content: bytes, max_pixels: int) -> Image.Image:
     """Decodes a file as stored: EXIF orientation, which PIL applies to TIFF alone, is undone; of several, the first."""
     reader = next((reader for magic, reader in _READERS.items() if content.startswith(magic)), None)
     if reader is None:
-        raise BadImage(_NO_IMAGE)
+        raise InvalidImage(_NO_IMAGE)
     with reader(io.BytesIO(_without_texts(content) if reader is PngImageFile else content)) as image:
         _check_size(*image.size, max_pixels)
         if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2 and TILELENGTH in image.tag_v2:
@@ -228,7 +228,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in (*_GRAY, *_CONVERTED):
-        raise BadImage(f"has pixels of PIL's mode {image.mode}: {_FIX}")
+        raise InvalidImage(f"has pixels of PIL's mode {image.mode}: {_FIX}")
     image.info.pop("transparency", None)  # PIL warns of it where it is dropped
     return image.convert("RGB")
 
@@ -236,18 +236,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _from_array(value: Any, max_pixels: int) -> Image.Image:
     pixels = np.asarray(value)
     if pixels.dtype not in (np.uint8, np.int64):  # int64: what lists become
-        raise BadImage(f"{_NO_IMAGE} (numbers of type {pixels.dtype}, which must be uint8)")
+        raise InvalidImage(f"{_NO_IMAGE} (numbers of type {pixels.dtype}, which must be uint8)")
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise BadImage(f"{_NO_IMAGE} (an array of the shape {list(pixels.shape)})")
+        raise InvalidImage(f"{_NO_IMAGE} (an array of the shape {list(pixels.shape)})")
     if pixels.min() < 0 or pixels.max() > 255:
-        raise BadImage(f"{_NO_IMAGE} (numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels)")
+        raise InvalidImage(f"{_NO_IMAGE} (numbers from {pixels.min()} to {pixels.max()}, 0 to 255 are pixels)")
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
 
 
-def network(architecture: dict[str, Any], num_classes: int) -> torch.nn.Module:
+def build_model(architecture: dict[str, Any], num_classes: int) -> torch.nn.Module:
     """A model of timm's registry (`timm`: its name; `module`: what registers it, if not timm), or timm's DenseNet.
 
     A DenseNet with the stem `cifar` begins with one 3x3 convolution and neither norm nor pooling.

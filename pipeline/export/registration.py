@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.export.package import Registered, register
+from pipeline.export.package import RegisteredModel, register
 from pipeline.model.card import ModelCard
+from pipeline.tracking.client import wait_for_stores
 from pipeline.tracking.database import Unreachable
-from pipeline.tracking.registry import check_rights, move_alias, versions
+from pipeline.tracking.registry import check_permissions, move_alias, versions
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.store import wait_for
-from pipeline.tracking.stores import redacted, stores_of
+from pipeline.tracking.stores import redacted, stores_from_config
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint
 
@@ -27,17 +27,17 @@ def check_registry(config: RunConfig, told: Callable[[str], None]) -> None:
     Raises:
         UserError: it refuses, or is away.
     """
-    stores = stores_of(config)
+    stores = stores_from_config(config)
     try:
-        check_rights(config.tracking.registered_model_name or config.model.name, stores)
+        check_permissions(config.tracking.registered_model_name or config.model.name, stores)
     except Unreachable as error:
         if config.tracking.on_unreachable == "fail":
             raise
-        if stores.apart:
+        if stores.separate_registry:
             told(f"{error} The registry at {redacted(stores.registry)} is needed at the end of the run.")
 
 
-def not_a_candidate(best: Path) -> str | None:
+def reason_not_to_register(best: Path) -> str | None:
     """Why a checkpoint's model must not be registered, if there is a reason: its evaluation had non-finite outputs."""
     metrics = ModelCard.read(best).metrics
     if not metrics or not metrics.get("non_finite"):
@@ -55,7 +55,7 @@ def send_and_register(
     """
     best = best_checkpoint(run_dir)
     try:
-        wait_for(tracker.stores, wait_timeout_s, told)
+        wait_for_stores(tracker.stores, wait_timeout_s, told)
         if not tracker.flush(wait_timeout_s):
             raise UserError(f"MLflow at {redacted(tracker.uri)} does not take this run's records.")
         return _register(config, run_dir, tracker, best)
@@ -73,14 +73,14 @@ def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) ->
     registry = redacted(stores.registry)
     if record.is_file():
         known = json.loads(record.read_text(encoding="utf-8"))
-        model = Registered(**known["model"])
+        model = RegisteredModel(**known["model"])
         if (known["checkpoint"], known.get("registry"), model.name) == (best.name, registry, name):
             there = [v for v in versions(name, stores) if v.version == model.version]
             if there and (alias in there[0].aliases or alias == model.alias):
-                return Registered(name, model.version, alias)
+                return RegisteredModel(name, model.version, alias)
             if there:
                 move_alias(name, alias, model.version, stores)
-                return _noted(record, best, registry, Registered(name, model.version, alias))
+                return _noted(record, best, registry, RegisteredModel(name, model.version, alias))
     registered = register(
         best,
         stores=stores,
@@ -93,7 +93,7 @@ def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) ->
     return _noted(record, best, registry, registered)
 
 
-def _noted(record: Path, best: Path, registry: str, model: Registered) -> Registered:
+def _noted(record: Path, best: Path, registry: str, model: RegisteredModel) -> Registered:
     checkpoint.write_json(record, {"checkpoint": best.name, "registry": registry, "model": asdict(model)})
     return model
 

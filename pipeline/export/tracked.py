@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.export.package import Registered
-from pipeline.export.registration import check_registry, not_a_candidate, send_and_register
+from pipeline.export.package import RegisteredModel
+from pipeline.export.registration import check_registry, reason_not_to_register, send_and_register
 from pipeline.tracking.run import Tracker
 from pipeline.train.artifacts import attach_curves, attach_samples, begin
 from pipeline.train.checkpoint import best_checkpoint
@@ -31,14 +31,14 @@ class TrackedRun:
     def attach_logs(self) -> None:
         """Records the workers' logs: those of a failed run tell what lies behind it."""
         for log in sorted((self._setup.run_dir / "logs").glob("*.log")):
-            self.tracker.attach(log, "logs")
+            self.tracker.log_artifact(log, "logs")
 
     def attach_curves(self) -> None:
         """Records the run's curves."""
         with _only_warns(self._warn):
             attach_curves(self.tracker, self._setup)
 
-    def register(self) -> tuple[Path, Registered | None]:
+    def register(self) -> tuple[Path, RegisteredModel | None]:
         """Records what came of the run, and registers its best checkpoint, unless its outputs are not finite.
 
         Raises:
@@ -50,7 +50,7 @@ class TrackedRun:
         best = best_checkpoint(run_dir)
         with _only_warns(self._warn):
             attach_samples(self.tracker, self._setup, best)
-        reason = not_a_candidate(best)
+        reason = reason_not_to_register(best)
         if reason is not None:
             self._warn(f"the model is not registered: {reason}; lower optim.lr or set optim.clip_grad_norm")
             return best, None

@@ -14,8 +14,8 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_B
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.files import write_text
-from pipeline.tracking.store import connect, experiment_id, first_line
-from pipeline.tracking.stores import redacted, stores_of
+from pipeline.tracking.client import connect, experiment_id, first_line
+from pipeline.tracking.stores import redacted, stores_from_config
 
 STATE = "mlflow_run.json"
 
@@ -29,7 +29,7 @@ class MlflowSink:
     def __init__(
         self, config: RunConfig, run_dir: Path, name: str, parent: str | None, told: Callable[[str], None]
     ) -> None:
-        self.stores = stores_of(config)
+        self.stores = stores_from_config(config)
         self.uri = self.stores.tracking
         self._config, self._name, self._parent, self._told = config, name, parent, told
         self._state_file = run_dir / STATE

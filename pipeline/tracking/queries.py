@@ -11,7 +11,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
-from pipeline.tracking.store import connect, first_line
+from pipeline.tracking.client import connect, first_line
 from pipeline.tracking.stores import redacted
 
 _MOST = 1000
@@ -106,7 +106,7 @@ def read_artifact(uri: str, run_id: str, name: str) -> str | None:
         ) from error
 
 
-def end_children(uri: str, parent: str) -> None:
+def end_child_runs(uri: str, parent: str) -> None:
     """Ends the runs that are part of `parent` and still running, as killed: their processes are gone."""
     client = connect(uri)
     experiment = client.get_run(parent).info.experiment_id

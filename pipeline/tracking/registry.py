@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.files import atomic_folder
-from pipeline.tracking.store import connect, connect_registry, first_line
+from pipeline.tracking.client import connect, connect_registry, first_line
 from pipeline.tracking.stores import Stores, redacted
 
 REGISTRY, RUNS = "models:/", "runs:/"
@@ -118,7 +118,7 @@ def _what_there_is(client: MlflowClient, stores: Stores, name: str, model_uri: s
         there = f"Registered: {', '.join(near)}." if near else "Nothing is registered there yet."
         return f"no model named '{name}' in {where}. {there}"
     aliases = [f"@{alias} (version {version})" for alias, version in client.get_registered_model(name).aliases.items()]
-    versions = sorted((int(v.version) for v in client.search_model_versions(named(name))), reverse=True)
+    versions = sorted((int(v.version) for v in client.search_model_versions(version_filter(name))), reverse=True)
     return (
         f"{model_uri} is not in {where}. Aliases of {name}: {', '.join(aliases) or 'none'}; "
         f"versions: {', '.join(map(str, versions)) or 'none'}."
@@ -126,7 +126,7 @@ def _what_there_is(client: MlflowClient, stores: Stores, name: str, model_uri: s
 
 
 @dataclass(frozen=True)
-class Version:
+class ModelVersion:
     """A version of a registered model, with its aliases, its tags and the run that it comes from."""
 
     version: str
@@ -146,7 +146,7 @@ def registered_names(stores: Stores) -> list[str]:
         return [model.name for model in client.search_registered_models()]
 
 
-def versions(name: str, stores: Stores) -> list[Version]:
+def versions(name: str, stores: Stores) -> list[ModelVersion]:
     """All versions of a model, newest first.
 
     Raises:
@@ -157,9 +157,9 @@ def versions(name: str, stores: Stores) -> list[Version]:
         aliases = client.get_registered_model(name).aliases
     except MlflowException as error:
         raise UserError(_what_there_is(client, stores, name, f"{REGISTRY}{name}")) from error
-    found = client.search_model_versions(named(name))
+    found = client.search_model_versions(version_filter(name))
     return [
-        Version(
+        ModelVersion(
             str(v.version),
             v.run_id or "",
             tuple(a for a, of in aliases.items() if str(of) == str(v.version)),
@@ -194,7 +194,7 @@ def move_alias(name: str, alias: str, version: str, stores: Stores) -> None:
         connect_registry(stores).set_registered_model_alias(name, alias, version)
 
 
-def check_rights(name: str, stores: Stores) -> None:
+def check_permissions(name: str, stores: Stores) -> None:
     """Tries what registering needs: the registered model is made where it is missing, and gets a tag.
 
     Raises:
@@ -202,7 +202,7 @@ def check_rights(name: str, stores: Stores) -> None:
     """
     client = connect_registry(stores)
     with _refusals(stores, f"does not let this user register {name}"):
-        make_registered_model(client, name)
+        create_registered_model(client, name)
         try:
             client.get_registered_model(name)
         except MlflowException as error:  # it is there, and no model
@@ -212,7 +212,7 @@ def check_rights(name: str, stores: Stores) -> None:
         client.set_registered_model_tag(name, _MADE_BY, "densenet-pipeline")
 
 
-def make_registered_model(client: MlflowClient, name: str) -> None:
+def create_registered_model(client: MlflowClient, name: str) -> None:
     """Makes a registered model, unless there is one of this name.
 
     Raises:
@@ -225,11 +225,11 @@ def make_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def version_of(run_id: str, name: str, tags: dict[str, str], stores: Stores) -> str | None:
+def find_version(run_id: str, name: str, tags: dict[str, str], stores: Stores) -> str | None:
     """The newest version of a model that a run has registered with these tags, or None."""
     client = connect_registry(stores)
     with _refusals(stores, f"does not list the versions of {name}"):
-        found = [v for v in client.search_model_versions(named(name)) if v.run_id == run_id]
+        found = [v for v in client.search_model_versions(version_filter(name)) if v.run_id == run_id]
         same = [int(v.version) for v in found if tags.items() <= dict(v.tags).items()]
     return str(max(same)) if same else None
 
@@ -271,7 +271,7 @@ def attach_to_version(model_uri: str, kind: str, file: Path, stores: Stores) -> 
     return place
 
 
-def named(name: str) -> str:
+def version_filter(name: str) -> str:
     """MLflow's search for the versions of a model."""
     quote = '"' if "'" in name else "'"
     return f"name={quote}{name}{quote}"

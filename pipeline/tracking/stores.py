@@ -21,7 +21,7 @@ class Stores:
     registry: str
 
     @property
-    def apart(self) -> bool:
+    def separate_registry(self) -> bool:
         """Whether models are registered elsewhere than runs are kept."""
         return self.tracking != self.registry
 
@@ -31,17 +31,17 @@ class Stores:
         A registry apart is named although the environment has it: a variable is soon set for one command alone. Not one
         with a password.
         """
-        found, usual = "", given_stores(None, None)
+        found, usual = "", stores_from_options(None, None)
         if self.tracking != usual.tracking:
             found += f" --uri {shlex.quote(redacted(self.tracking))}"
-            usual = given_stores(self.tracking, None)
-        named = self.apart and redacted(self.registry) == self.registry
+            usual = stores_from_options(self.tracking, None)
+        named = self.separate_registry and redacted(self.registry) == self.registry
         if self.registry != usual.registry or named:
             found += f" --registry-uri {shlex.quote(redacted(self.registry))}"
         return found
 
 
-def stores_of(config: RunConfig) -> Stores:
+def stores_from_config(config: RunConfig) -> Stores:
     """A run's stores.
 
     Tracking is `tracking.uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `run.output`; the registry is
@@ -53,7 +53,7 @@ def stores_of(config: RunConfig) -> Stores:
     return _stores(config.tracking.uri, config.tracking.registry_uri, Path(config.run.output))
 
 
-def given_stores(uri: str | None, registry_uri: str | None, output: Path = Path("outputs")) -> Stores:
+def stores_from_options(uri: str | None, registry_uri: str | None, output: Path = Path("outputs")) -> Stores:
     """The stores that a command was given; else those of a run whose config names none."""
     return _stores(uri, registry_uri, output)
 

@@ -109,7 +109,7 @@ def test_bad_options_are_named(densenet, model, data, arguments, message):
 def test_what_is_no_model_is_named(densenet, model, data, tmp_path):
     for place, message in (
         (tmp_path / "nothing", "MODEL=.* is no model"),
-        (model / "model.safetensors", "is a file of weights alone"),
+        (model / "model.safetensors", "is a weights file without class names"),
     ):
         code, printed = densenet("eval", place, "--data", data)
         assert code == 2, printed

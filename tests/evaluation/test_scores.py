@@ -12,7 +12,7 @@ from sklearn import metrics
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError
-from pipeline.evaluation.labels import labels_of, read_label_sets
+from pipeline.evaluation.labels import map_labels, read_label_sets
 from pipeline.evaluation.scores import NO_CLASS, best_class, calibration_error, confusion, score, score_sets
 
 RNG = np.random.default_rng(0)
@@ -63,9 +63,9 @@ def images(tmp_path: Path) -> DatasetIndex:
 def test_labels_follow_the_names_of_the_classes(images):
     assert images.classes == ("cat", "dog")
     assert images.names() == ["val_1", "val_3", "val_0", "val_2"]
-    assert labels_of(images, ["ant", "dog", "cat"]).tolist() == [2, 2, 1, 1]
+    assert map_labels(images, ["ant", "dog", "cat"]).tolist() == [2, 2, 1, 1]
     with pytest.raises(DataError, match=r"1 classes that the model does not know: cat. It knows 2: ant, dog"):
-        labels_of(images, ["ant", "dog"])
+        map_labels(images, ["ant", "dog"])
 
 
 def test_a_model_of_names_in_another_unicode_form_knows_the_classes(tmp_path):
@@ -73,7 +73,7 @@ def test_a_model_of_names_in_another_unicode_form_knows_the_classes(tmp_path):
     (tmp_path / "set" / "\u00e9clair").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "set" / "\u00e9clair" / "a.jpg")
     index = open_split(tmp_path / "set", "val", tmp_path / "cache")
-    assert labels_of(index, ["bar", "e\u0301clair"]).tolist() == [1]
+    assert map_labels(index, ["bar", "e\u0301clair"]).tolist() == [1]
 
 
 def test_numbers_for_names_are_places_in_the_list(tmp_path):
@@ -81,9 +81,9 @@ def test_numbers_for_names_are_places_in_the_list(tmp_path):
         (tmp_path / "set" / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "set" / name / "a.jpg")
     index = open_split(tmp_path / "set", "val", tmp_path / "cache")
-    assert labels_of(index, [f"n{i}" for i in range(11)]).tolist() == [0, 10, 2]
+    assert map_labels(index, [f"n{i}" for i in range(11)]).tolist() == [0, 10, 2]
     with pytest.raises(DataError, match="does not know"):
-        labels_of(index, ["n0", "n1"])
+        map_labels(index, ["n0", "n1"])
 
 
 def test_label_files_by_order_and_by_name(images, tmp_path):

@@ -29,7 +29,7 @@ from tests.models import CLASSES, TRANSFORM, network, start_run, write_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's of its own type hints
-    from pipeline.export.pyfunc_model import decoded, evaluation_transform
+    from pipeline.export.pyfunc_model import evaluation_transform
 
 PROJECT = Path(__file__).parents[2]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(9))
@@ -88,7 +88,7 @@ def test_timms_transform_of_an_exported_folder_is_that_of_the_model(densenet, tm
     plain = timm.create_model(f"local-dir:{tmp_path / 'out' / 'timm'}", pretrained=True)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
     for name, kind in KINDS.items():
-        image = decoded(kind.content)
+        image = decode_image(kind.content)
         assert torch.allclose(transform(image), evaluation_transform(image, **TRANSFORM)[0], atol=1e-6), name
 
 

@@ -24,7 +24,7 @@ from launch.cluster.ports import free_port
 from pipeline.data.batch_ops import gray
 from pipeline.errors import UserError
 from pipeline.export.open import open_model
-from pipeline.export.package import Registered, register
+from pipeline.export.package import RegisteredModel, register
 from pipeline.model.architectures import ARCHITECTURES
 from pipeline.model.densenet import create
 from pipeline.model.weights import load_model
@@ -40,7 +40,7 @@ CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 @pytest.fixture(scope="module")
-def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registered, str, Path]:
+def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[RegisteredModel, str, Path]:
     """A model in a registry of its own, the registry's address and a folder with an image."""
     folder = tmp_path_factory.mktemp("registry")
     checkpoint = write_model(folder / "checkpoint", CLASSES)
@@ -244,10 +244,10 @@ def test_files_that_are_no_images_are_named(registered):
 def test_the_packaged_code_builds_the_same_net(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's of its own type hints
-        from pipeline.export.pyfunc_model import network as packaged_network
+        from pipeline.export.pyfunc_model import build_model as packaged_model
 
     torch.manual_seed(0)
-    ours, packaged = create(name, 10).eval(), packaged_network(ARCHITECTURES[name], 10).eval()
+    ours, packaged = create(name, 10).eval(), packaged_model(ARCHITECTURES[name], 10).eval()
     packaged.load_state_dict(ours.state_dict(), strict=True)
     images_NCHW = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

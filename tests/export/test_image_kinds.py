@@ -37,7 +37,7 @@ from tests.models import write_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's of its own type hints
-    from pipeline.export.pyfunc_model import BadImage, Classifier, decoded, evaluation_transform
+    from pipeline.export.pyfunc_model import Classifier, InvalidImage, decode_image, evaluation_transform
 
 CROP = 48
 NAMES = {name: f"{i:03d}" for i, name in enumerate(KINDS)}
@@ -79,7 +79,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float
     )
     whole = TrainPlan(0, index.widths_N, index.heights_N, (1, 1), (WIDTH / HEIGHT,) * 2, 0)
     packaged = [
-        evaluation_transform(decoded(kind.content), HEIGHT, CROP, "bilinear", [0, 0, 0], [1 / 255] * 3)
+        evaluation_transform(decode_image(kind.content), HEIGHT, CROP, "bilinear", [0, 0, 0], [1 / 255] * 3)
         for kind in KINDS.values()
     ]
     place = np.argsort(whole.locate(ids)[1])  # the plan shuffles
@@ -199,8 +199,8 @@ def test_other_formats_are_refused_everywhere(kind, tmp_path):
     (tmp_path / "0.jpg").write_bytes(UNKNOWN[kind])
     _, problems, _ = scan_images(tmp_path)
     assert "is not an image of a known format (JPEG, PNG, BMP, TIFF, WEBP)" in problems["0.jpg"]
-    with pytest.raises(BadImage, match="^is not an image$"):
-        decoded(UNKNOWN[kind])
+    with pytest.raises(InvalidImage, match="^is not an image$"):
+        decode_image(UNKNOWN[kind])
 
 
 def test_an_index_from_before_does_not_let_a_refused_kind_pass(tmp_path):
@@ -247,7 +247,7 @@ ARRAY = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
     ids=["gray", "gray of one channel", "RGBA", "lists"],
 )
 def test_arrays_are_taken(given, same):
-    assert np.array_equal(np.asarray(decoded(given)), same)
+    assert np.array_equal(np.asarray(decode_image(given)), same)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from tests.models import write_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's of its own type hints
-    from pipeline.export.pyfunc_model import BadImage, Classifier, decoded, evaluation_transform
+    from pipeline.export.pyfunc_model import Classifier, InvalidImage, decode_image, evaluation_transform
 
 LONG = [(10, 200), (200, 10), (3, 500), (500, 3), (2000, 100), (1, 3000), (3000, 1)]
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -198,7 +198,7 @@ def test_a_tile_of_gigabytes_is_not_decoded():
     said = "has tiles of 32,768 x 32,768 pixels, more than the limit of 178,956,970"
     with pytest.raises(TooLarge, match=said):
         decode(tiled(1 << 15))
-    with pytest.raises(BadImage, match=said):
-        decoded(tiled(1 << 15))
+    with pytest.raises(InvalidImage, match=said):
+        decode_image(tiled(1 << 15))
     with pytest.raises(NotAnImage, match="cannot be decoded"):
         decode(tiled(256), 61 * 50)  # a tile may be larger than the image

@@ -156,12 +156,12 @@ def test_timms_folder_keeps_classes_and_transform(data, tmp_path):
 
 def test_files_of_which_too_little_is_known_are_refused(tmp_path):
     save_file(create("densenet_tiny", 3).state_dict(), tmp_path / "three.safetensors")
-    with pytest.raises(UserError, match="is a file of weights alone"):
+    with pytest.raises(UserError, match="is a weights file without class names"):
         pipeline.open_model(tmp_path / "three.safetensors")
-    with pytest.raises(UserError, match="2 classes are given, and .* has 3 logits"):
+    with pytest.raises(UserError, match="classes has 2 names, but .* has 3 logits"):
         pipeline.open_model(tmp_path / "three.safetensors", classes=["a", "b"])
     save_file({"fc.weight": torch.zeros(3, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="holds the weights of none of these models: densenet121, "):
+    with pytest.raises(UserError, match="does not match any of these models: densenet121, "):
         pipeline.open_model(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="MODEL=.*gone is no model"):
         pipeline.open_model(tmp_path / "gone")
@@ -171,5 +171,5 @@ def test_a_corrupt_card_is_named(tmp_path):
     place = write_model(tmp_path / "model")
     for content in ("{", "[]", '{"name": "densenet_tiny"}'):
         (place / "model.json").write_text(content)
-        with pytest.raises(UserError, match=r"model.json is no model card of this project \(\w+: "):
+        with pytest.raises(UserError, match=r"model.json is not a model card of this project \(\w+: "):
             pipeline.open_model(place)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.tracking.client import connect, connect_registry
 from pipeline.tracking.database import Unreachable
-from pipeline.tracking.store import connect, connect_registry
 from pipeline.tracking.stores import Stores
 
 OLDER = "acf3f17fdcc7"  # a revision of MLflow 2
@@ -107,7 +107,7 @@ def test_what_this_user_may_not_write_is_named(made, readonly):
 import os, shutil, sys, tempfile
 from pathlib import Path
 from pipeline.errors import UserError
-from pipeline.tracking.store import connect
+from pipeline.tracking.client import connect
 folder = Path(tempfile.mkdtemp())
 os.chown(folder, 65534, 65534)
 file = shutil.copy(sys.argv[1], folder / "mlflow.db")
@@ -130,7 +130,7 @@ def test_a_disk_that_takes_no_more_is_told(made, tmp_path):
     code = """
 import resource, signal, sys
 from pipeline.errors import UserError
-from pipeline.tracking.store import connect
+from pipeline.tracking.client import connect
 connect(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

@@ -11,9 +11,9 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import register
+from pipeline.tracking.client import connect
 from pipeline.tracking.queries import metric_history, read_artifact
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.store import connect
 from pipeline.tracking.stores import Stores
 from pipeline.train.locate import locate
 from tests.models import write_model
@@ -48,11 +48,11 @@ def test_two_runs_at_once_over_a_restart_of_the_server_and_a_model_in_s3(server,
     def train(name: str) -> None:
         with started(tmp_path, server.uri, name) as tracker:
             ids[name] = str(tracker.run_id)
-            tracker.attach(write_model(tmp_path / f"model-{name}") / "model.json")
+            tracker.log_artifact(write_model(tmp_path / f"model-{name}") / "model.json")
             for i in range(RECORDS):
                 if i == RECORDS // 2:
                     half.wait(PATIENCE_S)
-                tracker.log({"train/loss": float(i), "train/lr": 0.1}, i)
+                tracker.log_metrics({"train/loss": float(i), "train/lr": 0.1}, i)
             assert tracker.flush(PATIENCE_S)
 
     threads = [threading.Thread(target=train, args=(name,)) for name in ("one", "two")]
@@ -83,8 +83,8 @@ def test_an_artifact_store_that_refuses_is_told_and_the_rest_is_stored(server, t
         assert tracker.flush(PATIENCE_S)
         delete_bucket(server, monkeypatch)
         model = write_model(tmp_path / "model")
-        tracker.attach(model / "model.json")
-        tracker.log({"train/loss": 1.0}, 1)
+        tracker.log_artifact(model / "model.json")
+        tracker.log_metrics({"train/loss": 1.0}, 1)
         assert tracker.flush(PATIENCE_S)
         with pytest.raises(UserError, match=r"the model could not be registered in .* The checkpoint is .*/model"):
             names = {"name": "tiny", "alias": "a", "data_fingerprint": "f00d"}
@@ -114,7 +114,7 @@ def test_who_may_not_enter_is_told_how_to(tmp_path, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
         with started(tmp_path, server.uri, "one") as tracker:
-            tracker.log({"loss": 1.0}, 1)
+            tracker.log_metrics({"loss": 1.0}, 1)
         assert tracker.unsent == 0
         assert MlflowClient(server.uri).get_run(str(tracker.run_id)).info.status == "FINISHED"
         files = [file for file in (tmp_path / "one").rglob("*") if file.is_file()]

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_sink import STATE
 from pipeline.tracking.run import JOURNAL, Tracker
-from pipeline.tracking.stores import stores_of
+from pipeline.tracking.stores import stores_from_config
 from tests.servers import PATIENCE_S, MlflowServer
 
 
@@ -34,17 +34,17 @@ def test_a_run_holds_what_it_was_told_on_the_samples_clock(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "more.txt").write_text("more")
     with start(c, tmp_path) as tracker:
-        tracker.params(c.model_dump(mode="json") | {"derived": {"workers": 2}})
-        tracker.tags({"eval.transform": c.eval.description})
-        tracker.attach(tmp_path / "notes.txt", "texts")
-        tracker.attach(tmp_path / "more.txt", "texts")
-        tracker.dataset("validation", "digits/val", "beef" * 16, "/data/digits", {"images": 360})
-        tracker.attach(tmp_path / "run" / JOURNAL)
-        tracker.dataset("training", "digits/train", "f00d" * 16, "/data/digits", {"images": 1437})
+        tracker.log_params(c.model_dump(mode="json") | {"derived": {"workers": 2}})
+        tracker.set_tags({"eval.transform": c.eval.description})
+        tracker.log_artifact(tmp_path / "notes.txt", "texts")
+        tracker.log_artifact(tmp_path / "more.txt", "texts")
+        tracker.log_dataset("validation", "digits/val", "beef" * 16, "/data/digits", {"images": 360})
+        tracker.log_artifact(tmp_path / "run" / JOURNAL)
+        tracker.log_dataset("training", "digits/train", "f00d" * 16, "/data/digits", {"images": 1437})
         for i in range(5):
-            tracker.log({"train/loss": 1 / (i + 1), "train/lr": 0.1}, samples_seen=64 * i)
+            tracker.log_metrics({"train/loss": 1 / (i + 1), "train/lr": 0.1}, samples_seen=64 * i)
     assert tracker.unsent == 0
-    client = MlflowClient(stores_of(c).tracking)
+    client = MlflowClient(stores_from_config(c).tracking)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "one"
@@ -65,15 +65,15 @@ def test_a_run_holds_what_it_was_told_on_the_samples_clock(tmp_path):
 def test_a_run_that_is_continued_stays_one_and_records_what_changed(tmp_path):
     c = config(tmp_path)
     with pytest.raises(RuntimeError), start(c, tmp_path) as first:
-        first.params({"derived": {"workers": 2}})
-        first.log({"loss": 1.0}, 10)
+        first.log_params({"derived": {"workers": 2}})
+        first.log_metrics({"loss": 1.0}, 10)
         raise RuntimeError
-    client = MlflowClient(stores_of(c).tracking)
+    client = MlflowClient(stores_from_config(c).tracking)
     assert client.get_run(first.run_id).info.status == "FAILED"
     with pytest.raises(SystemExit), start(c, tmp_path) as second:
         assert second.run_id == first.run_id
-        second.params({"derived": {"workers": 4}})
-        second.log({"loss": 0.5}, 20)
+        second.log_params({"derived": {"workers": 4}})
+        second.log_metrics({"loss": 0.5}, 20)
         assert second.flush(PATIENCE_S)
         assert client.get_run(first.run_id).info.status == "RUNNING"
         raise SystemExit(143)
@@ -88,13 +88,17 @@ def test_what_was_sent_already_is_stored_once(tmp_path):
     """A driver that dies between sending and noting it sends again."""
     c = config(tmp_path)
     with start(c, tmp_path) as first:
-        first.log({"loss": 1.0}, 10)
-        first.log({"loss": 0.5}, 20)
+        first.log_metrics({"loss": 1.0}, 10)
+        first.log_metrics({"loss": 0.5}, 20)
     state = json.loads((tmp_path / "run" / STATE).read_text())
     (tmp_path / "run" / STATE).write_text(json.dumps(state | {"sent": 0}))
     with start(c, tmp_path) as second:
-        second.log({"loss": 0.2}, 30)
-    assert history(MlflowClient(stores_of(c).tracking), first.run_id, "loss") == [(10, 1.0), (20, 0.5), (30, 0.2)]
+        second.log_metrics({"loss": 0.2}, 30)
+    assert history(MlflowClient(stores_from_config(c).tracking), first.run_id, "loss") == [
+        (10, 1.0),
+        (20, 0.5),
+        (30, 0.2),
+    ]
 
 
 def test_a_record_that_was_cut_short_is_left_out_and_a_full_disk_is_told_once(tmp_path, monkeypatch):
@@ -116,11 +120,11 @@ def test_a_record_that_was_cut_short_is_left_out_and_a_full_disk_is_told_once(tm
 def test_more_metrics_than_a_call_may_hold_and_a_long_parameter(tmp_path):
     c = config(tmp_path)
     with start(c, tmp_path) as tracker:
-        tracker.params({"long": "x" * 10_000, **{f"p{i}": i for i in range(250)}})
-        tracker.tags({f"t{i}": "x" for i in range(250)})
-        tracker.log({f"m{i}": float(i) for i in range(2500)}, 1)
+        tracker.log_params({"long": "x" * 10_000, **{f"p{i}": i for i in range(250)}})
+        tracker.set_tags({f"t{i}": "x" for i in range(250)})
+        tracker.log_metrics({f"m{i}": float(i) for i in range(2500)}, 1)
     assert tracker.unsent == 0
-    run = MlflowClient(stores_of(c).tracking).get_run(tracker.run_id)
+    run = MlflowClient(stores_from_config(c).tracking).get_run(tracker.run_id)
     assert len(run.data.metrics) == 2500
     assert len(run.data.params) == 251
     assert sum(key.startswith("t") for key in run.data.tags) == 250
@@ -130,10 +134,10 @@ def test_more_metrics_than_a_call_may_hold_and_a_long_parameter(tmp_path):
 def test_an_artifact_that_the_store_does_not_take_is_told_and_holds_up_nothing(tmp_path):
     c, told = config(tmp_path), []
     with start(c, tmp_path, told.append) as tracker:
-        tracker.attach(tmp_path / "gone.txt")
-        tracker.log({"loss": 1.0}, 1)
+        tracker.log_artifact(tmp_path / "gone.txt")
+        tracker.log_metrics({"loss": 1.0}, 1)
     assert tracker.unsent == 0
-    assert history(MlflowClient(stores_of(c).tracking), tracker.run_id, "loss") == [(1, 1.0)]
+    assert history(MlflowClient(stores_from_config(c).tracking), tracker.run_id, "loss") == [(1, 1.0)]
     assert any("gone.txt was not stored with the run in MLflow" in text for text in told)
 
 
@@ -149,7 +153,7 @@ def test_a_store_of_an_unknown_kind_and_a_deleted_experiment_are_refused(tmp_pat
     c = config(tmp_path)
     with start(c, tmp_path):
         pass
-    client = MlflowClient(stores_of(c).tracking)
+    client = MlflowClient(stores_from_config(c).tracking)
     client.delete_experiment(client.get_experiment_by_name("densenet").experiment_id)
     with pytest.raises(UserError, match="tracking.experiment=densenet is deleted"):
         Tracker(c, tmp_path / "other", "other", print)
@@ -158,8 +162,8 @@ def test_a_store_of_an_unknown_kind_and_a_deleted_experiment_are_refused(tmp_pat
 def test_a_run_that_is_deleted_or_elsewhere_is_told_with_a_way_on(tmp_path):
     c = config(tmp_path)
     with start(c, tmp_path) as tracker:
-        tracker.log({"loss": 1.0}, 10)
-    MlflowClient(stores_of(c).tracking).delete_run(tracker.run_id)
+        tracker.log_metrics({"loss": 1.0}, 10)
+    MlflowClient(stores_from_config(c).tracking).delete_run(tracker.run_id)
     with pytest.raises(UserError, match=f"is deleted .*restore --run-id {tracker.run_id}` brings it back"):
         start(c, tmp_path)
     elsewhere = config(tmp_path, uri=f"sqlite:///{tmp_path}/other.db")
@@ -172,7 +176,7 @@ def test_a_run_that_is_deleted_or_elsewhere_is_told_with_a_way_on(tmp_path):
 
 
 def test_trainings_that_start_at_once_on_a_new_file_all_succeed(tmp_path):
-    code = f"from pipeline.tracking.store import connect; connect('sqlite:///{tmp_path}/mlflow.db')"
+    code = f"from pipeline.tracking.client import connect; connect('sqlite:///{tmp_path}/mlflow.db')"
     started = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in started:
         _, errors = process.communicate()
@@ -196,10 +200,10 @@ def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path, densenet):
         told: list[str] = []
         tracker = start(config(tmp_path, uri=server.uri), tmp_path)
         for i in range(3):
-            tracker.log({"loss": float(i)}, i)
+            tracker.log_metrics({"loss": float(i)}, i)
         server.stop()
         for i in range(3, 30):
-            tracker.log({"loss": float(i)}, i)  # the server comes back only after it
+            tracker.log_metrics({"loss": float(i)}, i)  # the server comes back only after it
         server.start()
         tracker.finish("FINISHED", timeout_s=PATIENCE_S)
         assert tracker.unsent == 0
@@ -214,7 +218,7 @@ def test_a_server_that_is_away_for_a_while_costs_nothing(tmp_path, densenet):
         spooled = start(spooling, tmp_path / "spooled", told.append)
         assert spooled.run_id is None
         assert "Records are kept in" in told[0]
-        spooled.log({"loss": 30.0, "lr": 0.1}, 30)
+        spooled.log_metrics({"loss": 30.0, "lr": 0.1}, 30)
         spooled.finish("FINISHED", timeout_s=0.1)
         assert spooled.unsent == 3
         (tmp_path / "spooled" / "run" / "config.yaml").write_text(spooling.to_yaml())

@@ -20,7 +20,7 @@ def run_dir(tmp_path: Path) -> Path:
     config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
     folder = tmp_path / "one"
     with Tracker(config, folder, "one", print) as tracker:
-        tracker.tags({"data.train.fingerprint": "f00d"})
+        tracker.set_tags({"data.train.fingerprint": "f00d"})
     checkpoint = checkpoint_root(folder) / folder_name(123)
     write_model(partial(checkpoint), name="densenet_tiny")
     (partial(checkpoint) / "state.json").write_text(json.dumps({"best_at": 123}))

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
-class Paired:
+class McNemarResult:
     """Counts over `total` images: hits of the new and the old model, and those that only one of them has.
 
     `p_value` is that of McNemar's exact test, one-sided: the chance of the new one having as large a share of the
@@ -28,9 +28,9 @@ class Paired:
         return 100 * (self.new - self.old) / self.total
 
 
-def compare(new_N: NDArray[np.bool_], old_N: NDArray[np.bool_]) -> Paired:
+def mcnemar_test(new_N: NDArray[np.bool_], old_N: NDArray[np.bool_]) -> McNemarResult:
     """Compares which images are hit, in the same order."""
     only_new, only_old = int((new_N & ~old_N).sum()), int((old_N & ~new_N).sum())
     differ = only_new + only_old
     p_value = float(binomtest(only_new, differ, 0.5, "greater").pvalue) if differ else 1.0
-    return Paired(len(new_N), int(new_N.sum()), int(old_N.sum()), only_new, only_old, p_value)
+    return McNemarResult(len(new_N), int(new_N.sum()), int(old_N.sum()), only_new, only_old, p_value)

@@ -44,7 +44,7 @@ def connect_registry(stores: Stores) -> MlflowClient:
     Raises:
         Unreachable, UserError: as `connect`.
     """
-    other = _ANOTHER_REGISTRY if stores.apart else _ANOTHER
+    other = _ANOTHER_REGISTRY if stores.separate_registry else _ANOTHER
     return _connect(stores, stores.registry, lambda client: client.search_registered_models(max_results=1), other)
 
 
@@ -99,7 +99,7 @@ def _refusal(error: Exception, uri: str, other: str) -> UserError:
     )
 
 
-def wait_for(stores: Stores, wait_timeout_s: float, told: Callable[[str], None]) -> None:
+def wait_for_stores(stores: Stores, wait_timeout_s: float, told: Callable[[str], None]) -> None:
     """Waits until tracking store and registry answer; `told` gets one message where they do not at once.
 
     Raises:
@@ -109,7 +109,7 @@ def wait_for(stores: Stores, wait_timeout_s: float, told: Callable[[str], None])
     while True:
         try:
             connect(stores.tracking)
-            if stores.apart:
+            if stores.separate_registry:
                 connect_registry(stores)
             return
         except Unreachable as error:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.export.package import Registered, register
-from pipeline.tracking.registry import check_rights, tag_version
+from pipeline.export.package import RegisteredModel, register
+from pipeline.tracking.registry import check_permissions, tag_version
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores
 from pipeline.train.locate import locate
@@ -37,8 +37,8 @@ def trained(folder: Path, registry: str, seed: int = 1) -> Tracker:
     tracking = {"uri": f"sqlite:///{folder}/mlflow.db", "registry_uri": registry}
     config = RunConfig.model_validate({"run": {"output": str(folder), "name": f"run{seed}"}, "tracking": tracking})
     with Tracker(config, folder / f"run{seed}", f"run{seed}", print) as tracker:
-        tracker.params({"optim.lr": 0.1 * seed})
-        tracker.log({"loss": 1.0}, 1)
+        tracker.log_params({"optim.lr": 0.1 * seed})
+        tracker.log_metrics({"loss": 1.0}, 1)
     assert not tracker.unsent
     return tracker
 
@@ -71,14 +71,14 @@ def stores(registry: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sto
             patch.setenv(name, value)
         for seed in (1, 2):
             tracker = trained(folder, registry, seed)
-            check_rights("tiny", tracker.stores)
+            check_permissions("tiny", tracker.stores)
             assert registered(folder, tracker, seed).version == str(seed)
     return tracker.stores, folder
 
 
 def test_version_tags_and_alias_are_in_the_registry_and_nothing_is_in_the_tracking_store(stores):
     (at, _), client = stores, MlflowClient(stores[0].tracking, stores[0].registry)
-    assert at.apart
+    assert at.separate_registry
     version = client.get_model_version_by_alias("tiny", "candidate")
     assert (str(version.version), version.tags["samples_seen"]) == ("2", "123")
     assert client.get_run(version.run_id).info.run_name == "run2"
@@ -142,7 +142,7 @@ def test_what_was_made_before_its_alias_was_refused_is_gone_on_with(stores):
 
     with pytest.raises(UserError, match=r"does not move small@latest to version 1: .*reserved"):
         make("latest")
-    assert make("candidate") == Registered("small", "1", "candidate")
+    assert make("candidate") == RegisteredModel("small", "1", "candidate")
     assert [str(version.version) for version in client.search_model_versions("name='small'")] == ["1"]
 
 
