@@ -218,7 +218,8 @@ def _summary(
     results = [
         (
             when,
-            f"{format_accuracy(EvalResult(**state[when]))}, {WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
+            f"{format_accuracy(EvalResult(**state[when]))}, "
+            f"{WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
         )
         for when in ("best", "last")
     ]

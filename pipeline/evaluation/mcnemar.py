@@ -1,4 +1,4 @@
-"""Two models on the same images: is one better, or is it chance?"""
+"""McNemar's test: statistical significance of an accuracy difference between two models on the same images."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,11 @@ from scipy.stats import binomtest
 
 @dataclass(frozen=True)
 class McNemarResult:
-    """Counts over `total` images: hits of the new and the old model, and those that only one of them has.
+    """Correct predictions of a new and an old model over `total` images.
 
-    `p_value` is that of McNemar's exact test, one-sided: the chance of the new one having as large a share of the
-    images that only one of them gets right, or a larger one, if both were equally good (McNemar 1947).
+    `only_new` and `only_old` count the images that only one of the models classifies correctly. `p_value` is that of
+    McNemar's exact one-sided test (McNemar 1947): the probability of an `only_new` at least this large if both models
+    were equally accurate.
     """
 
     total: int
@@ -24,12 +25,12 @@ class McNemarResult:
 
     @property
     def gain(self) -> float:
-        """Top-1 of the new model less that of the old one, in percentage points."""
+        """Top-1 accuracy of the new model minus that of the old model, in percentage points."""
         return 100 * (self.new - self.old) / self.total
 
 
 def mcnemar_test(new_N: NDArray[np.bool_], old_N: NDArray[np.bool_]) -> McNemarResult:
-    """Compares which images are hit, in the same order."""
+    """Compares two models by their correct predictions on the same images, in the same order."""
     only_new, only_old = int((new_N & ~old_N).sum()), int((old_N & ~new_N).sum())
     differ = only_new + only_old
     p_value = float(binomtest(only_new, differ, 0.5, "greater").pvalue) if differ else 1.0

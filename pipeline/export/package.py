@@ -45,7 +45,7 @@ SIGNATURE = ModelSignature(
 
 
 @dataclass(frozen=True)
-class Registered:
+class RegisteredModel:
     """A model version in the registry."""
 
     name: str
@@ -67,7 +67,7 @@ def register(
     alias: str,
     data_fingerprint: str,
     data_license: str | None = None,
-) -> Registered:
+) -> RegisteredModel:
     """Packages a checkpoint's model, stores it with the run, registers it and moves `alias` to it.
 
     The model is the better of `model.safetensors` and `ema.safetensors` with `model.json` (architecture, classes,

@@ -47,7 +47,7 @@ def reason_not_to_register(best: Path) -> str | None:
 
 def send_and_register(
     config: RunConfig, run_dir: Path, tracker: Tracker, told: Callable[[str], None], wait_timeout_s: float
-) -> Registered:
+) -> RegisteredModel:
     """Waits for the stores, sends what is left of the run's records, and registers its best checkpoint.
 
     Raises:
@@ -66,7 +66,7 @@ def send_and_register(
         ) from error
 
 
-def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) -> Registered:
+def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) -> RegisteredModel:
     """Registers the checkpoint, unless an earlier start of this run has done so, and moves the alias there."""
     record, stores = run_dir / _RECORD, tracker.stores
     name, alias = config.tracking.registered_model_name or config.model.name, config.tracking.alias
@@ -93,7 +93,7 @@ def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) ->
     return _noted(record, best, registry, registered)
 
 
-def _noted(record: Path, best: Path, registry: str, model: RegisteredModel) -> Registered:
+def _noted(record: Path, best: Path, registry: str, model: RegisteredModel) -> RegisteredModel:
     checkpoint.write_json(record, {"checkpoint": best.name, "registry": registry, "model": asdict(model)})
     return model
 

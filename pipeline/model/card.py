@@ -85,7 +85,8 @@ class ModelCard:
             raise UserError(f"{file} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file} is not a model card of this project ({type(error).__name__}: {error}): pass a checkpoint folder."
+                f"{file} is not a model card of this project ({type(error).__name__}: {error}): pass a checkpoint "
+                f"folder."
             ) from error
 
     def write(self, folder: Path) -> Path:

@@ -86,8 +86,8 @@ def create(model: Model | str, num_classes: int) -> nn.Module:
         network = timm.create_model(model.name, num_classes=num_classes, **options)
     except (TypeError, AssertionError) as error:  # timm raises these for an unsupported argument
         raise ConfigError(
-            f"model.name={model.name} cannot be created with {options} (from model.in_chans, global_pool, drop_rate and "
-            f"layer_drop_rate): {error}. Remove the options that this model does not support."
+            f"model.name={model.name} cannot be created with {options} (from model.in_chans, global_pool, drop_rate "
+            f"and layer_drop_rate): {error}. Remove the options that this model does not support."
         ) from error
     if not isinstance(network, DenseNet):
         for key, value in (("layer_drop_rate", model.layer_drop_rate), ("memory", model.memory)):

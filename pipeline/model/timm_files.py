@@ -37,7 +37,8 @@ def card_from_weights(file: Path, classes: Sequence[str] | None = None) -> Model
     names = tuple(classes or config.get("label_names") or _imagenet_classes(num_classes))
     if not names:
         raise UserError(
-            f"{file} is a weights file without class names and transform: pass the checkpoint folder, or the class names."
+            f"{file} is a weights file without class names and transform: pass the checkpoint folder, or the class "
+            f"names."
         )
     if len(names) != num_classes:
         raise UserError(

@@ -54,8 +54,8 @@ def check_model(config: RunConfig) -> None:
         if problem is not None:
             default = getattr(network, "pretrained_cfg", {}).get("input_size", ("unknown",))[-1]
             raise ConfigError(
-                f"{key}={side} does not fit model.name={model.name} ({problem}): set data.image_size and eval.crop to a "
-                f"size that it accepts; its default size is {default}."
+                f"{key}={side} does not fit model.name={model.name} ({problem}): set data.image_size and eval.crop to "
+                f"a size that it accepts; its default size is {default}."
             )
     if finetune.freeze_blocks and not isinstance(network, DenseNet):
         raise _unsupported("finetune.freeze_blocks", finetune.freeze_blocks, model, "dense blocks")

@@ -163,9 +163,9 @@ def freeze(model: Any, finetune: Finetune) -> list[_BatchNorm]:
 def lr_scales(model: Any, finetune: Finetune) -> dict[str, float]:
     """Returns learning rate multipliers by parameter name; parameters not listed have multiplier 1.
 
-    Layer-wise learning rate decay: each layer group from the classifier down to the stem multiplies the learning rate by
-    `layer_decay` once more. The groups are the classifier with the last norm, each dense block with its transition, and
-    the stem (Bao et al. 2022, arXiv 2106.08254, with a dense block as a layer); in other models, timm's stages.
+    Layer-wise learning rate decay: each layer group from the classifier down to the stem multiplies the learning rate
+    by `layer_decay` once more. The groups are the classifier with the last norm, each dense block with its transition,
+    and the stem (Bao et al. 2022, arXiv 2106.08254, with a dense block as a layer); in other models, timm's stages.
     `head_lr_mult` multiplies the classifier's learning rate.
     """
     scales: dict[str, float] = {}

@@ -43,7 +43,7 @@ def trained(folder: Path, registry: str, seed: int = 1) -> Tracker:
     return tracker
 
 
-def registered(folder: Path, tracker: Tracker, seed: int = 1, **changes: str) -> Registered:
+def registered(folder: Path, tracker: Tracker, seed: int = 1, **changes: str) -> RegisteredModel:
     checkpoint = folder / f"checkpoint{seed}"
     if not checkpoint.exists():
         write_model(checkpoint, seed=seed)
@@ -136,7 +136,7 @@ def test_what_was_made_before_its_alias_was_refused_is_gone_on_with(stores):
     client = MlflowClient(at.tracking, at.registry)
     run_id = str(client.get_model_version("tiny", "1").run_id)
 
-    def make(alias: str) -> Registered:
+    def make(alias: str) -> RegisteredModel:
         names = NAMES | {"name": "small", "alias": alias}
         return register(folder / "checkpoint1", stores=at, run_id=run_id, **names)
 

@@ -52,6 +52,4 @@ def test_a_student_that_answers_like_its_teacher_has_nothing_to_learn_from_it():
         def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
             return LOGITS_NK
 
-    assert value(LABELS_N, Same(), teacher="x", distillation_alpha=1, distillation_temperature=2) == pytest.approx(
-        0, abs=1e-6
-    )
+    assert value(LABELS_N, Same(), teacher="x", distillation_alpha=1, distillation_temperature=2) == pytest.approx(0, abs=1e-6)
