@@ -57,8 +57,8 @@ def read_label_sets(file: Path, index: DatasetIndex, num_classes: int) -> list[s
     else:
         size = f"{len(content)} entries" if isinstance(content, list) else f"a {type(content).__name__}"
         raise DataError(
-            f"--labels={file} has {size}, but there are {len(names)} images: pass a list with one entry per image in the "
-            f"order of file names, or an object with one entry per file name."
+            f"--labels={file} has {size}, but there are {len(names)} images: pass a list with one entry per image in "
+            f"the order of file names, or an object with one entry per file name."
         )
     if len(by_name) < len(set(names)) or len(set(names)) < len(names):
         raise DataError(

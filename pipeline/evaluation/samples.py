@@ -38,8 +38,7 @@ def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> li
             "image": _thumbnail(subset, int(i)),
             "label": classes[labels_N[i]],
             "predicted": [
-                (classes[k], float(probabilities_NK[i, k]))
-                for k in np.argsort(-probabilities_NK[i], kind="stable")[:3]
+                (classes[k], float(probabilities_NK[i, k])) for k in np.argsort(-probabilities_NK[i], kind="stable")[:3]
             ],
         }
         for i in (*wrong, *correct)

@@ -25,7 +25,7 @@ def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 
 def write_confusion(file: Path, classes: Sequence[str], matrix_KK: NDArray[np.int64]) -> None:
-    """Writes a confusion matrix: one row per true class, one column per predicted class; drops rows beyond `classes`."""
+    """Writes a confusion matrix: one row per true class, one column per predicted class, limited to `classes`."""
     size = len(classes)
     rows = zip(classes, matrix_KK[:size, :size].tolist(), strict=True)
     write_csv(file, ["class", *classes], [[name, *row] for name, row in rows])

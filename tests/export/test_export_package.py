@@ -224,7 +224,7 @@ def test_a_model_that_is_not_there_is_told_with_those_that_are(registered, tmp_p
 def test_a_model_that_a_run_does_not_have_is_told_with_those_it_has(registered, tmp_path):
     _, uri, _ = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
-    with pytest.raises(UserError, match=f"the run {run_id} has no model 'model', it has: model"):
+    with pytest.raises(UserError, match=f"the run {run_id} has no model 'model', its models: model"):
         locate(f"runs:/{run_id}/model", "MODEL", tmp_path, Stores(uri, uri))
 
 

@@ -1,4 +1,4 @@
-"""A registry that is not the tracking store: version, tags, alias and files go there, and all commands find them."""
+"""A registry separate from the tracking store: version, tags, alias and files go there; all commands use it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -32,8 +32,8 @@ ELSEWHERE = {
 NAMES = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
 
 
-def trained(folder: Path, registry: str, seed: int = 1) -> Tracker:
-    """A run whose models are registered at `registry`."""
+def log_run(folder: Path, registry: str, seed: int = 1) -> Tracker:
+    """Logs a run whose models go to the registry `registry`."""
     tracking = {"uri": f"sqlite:///{folder}/mlflow.db", "registry_uri": registry}
     config = RunConfig.model_validate({"run": {"output": str(folder), "name": f"run{seed}"}, "tracking": tracking})
     with Tracker(config, folder / f"run{seed}", f"run{seed}", print) as tracker:
@@ -52,7 +52,7 @@ def registered(folder: Path, tracker: Tracker, seed: int = 1, **changes: str) ->
 
 @pytest.fixture(scope="module", params=["file", pytest.param("server", marks=[pytest.mark.slow, pytest.mark.long])])
 def registry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a registry: a SQLite file, or a server that has its own artifacts."""
+    """The URI of a registry: a SQLite file, or a server with its own artifact store."""
     folder = tmp_path_factory.mktemp("registry")
     if request.param == "file":
         yield f"sqlite:///{folder}/registry.db"
@@ -64,19 +64,19 @@ def registry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def stores(registry: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Stores, Path]:
-    """Two runs' models in the registry, made while the environment named other places; and the folder."""
+    """Models of two runs in the registry, registered while the environment named other stores; and the folder."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ELSEWHERE.items():
             patch.setenv(name, value)
         for seed in (1, 2):
-            tracker = trained(folder, registry, seed)
+            tracker = log_run(folder, registry, seed)
             check_permissions("tiny", tracker.stores)
             assert registered(folder, tracker, seed).version == str(seed)
     return tracker.stores, folder
 
 
-def test_version_tags_and_alias_are_in_the_registry_and_nothing_is_in_the_tracking_store(stores):
+def test_version_tags_and_alias_are_in_the_registry_only(stores):
     (at, _), client = stores, MlflowClient(stores[0].tracking, stores[0].registry)
     assert at.separate_registry
     version = client.get_model_version_by_alias("tiny", "candidate")
@@ -87,7 +87,7 @@ def test_version_tags_and_alias_are_in_the_registry_and_nothing_is_in_the_tracki
     assert MlflowClient(at.tracking, at.tracking).search_registered_models() == []
 
 
-def test_the_model_of_each_run_is_found_through_the_registry_and_through_its_run(stores, tmp_path, monkeypatch):
+def test_models_are_located_through_the_registry_and_through_their_run(stores, tmp_path, monkeypatch):
     at, folder = stores
     run_id = MlflowClient(at.tracking, at.registry).get_model_version("tiny", "1").run_id
     for name, value in ELSEWHERE.items():
@@ -113,7 +113,7 @@ def command(stores, densenet) -> Callable[..., str]:
     return run
 
 
-def test_all_commands_work_with_the_two_addresses(stores, command, tmp_path):
+def test_all_commands_work_with_two_uris(stores, command, tmp_path):
     at, _ = stores
     assert "@candidate" in command("models", "list")
     assert set(json.loads(command("models", "list", "--json"))) == {"tiny"}
@@ -126,12 +126,12 @@ def test_all_commands_work_with_the_two_addresses(stores, command, tmp_path):
     assert "%" in command("predict", "models:/tiny@candidate", image)
     assert "plain" in command("eval", "models:/tiny/1", "--data", tmp_path / "set")
     assert "tiny@champion is version 1 now" in command("models", "promote", "tiny/1", "--data", tmp_path / "set")
-    told = command("export", "models:/tiny@champion", "--to", "timm", "--out", tmp_path / "out", "--attach")
+    printed = command("export", "models:/tiny@champion", "--to", "timm", "--out", tmp_path / "out", "--attach")
     version = MlflowClient(at.tracking, at.registry).get_model_version_by_alias("tiny", "champion")
-    assert version.tags["export.timm"] in " ".join(told.split())
+    assert version.tags["export.timm"] in " ".join(printed.split())
 
 
-def test_what_was_made_before_its_alias_was_refused_is_gone_on_with(stores):
+def test_registering_again_after_a_rejected_alias_reuses_the_version(stores):
     at, folder = stores
     client = MlflowClient(at.tracking, at.registry)
     run_id = str(client.get_model_version("tiny", "1").run_id)
@@ -146,6 +146,6 @@ def test_what_was_made_before_its_alias_was_refused_is_gone_on_with(stores):
     assert [str(version.version) for version in client.search_model_versions("name='small'")] == ["1"]
 
 
-def test_a_registry_that_refuses_says_so(stores):
-    with pytest.raises(UserError, match=r"the registry at .* does not take a tag of tiny version 99: "):
+def test_a_registry_error_names_the_registry(stores):
+    with pytest.raises(UserError, match=r"the registry at .* rejects a tag of tiny version 99: "):
         tag_version("tiny", "99", "a", "b", stores[0])

@@ -60,8 +60,8 @@ def _print(console: Console, model: TrainedModel, found: Evaluation) -> None:
     ]
     for name, scores in found.scores.items():
         if isinstance(scores, Scores):
-            text = f"{format_accuracy(scores)}, loss {number(scores.loss)}, calibration error "
-                f"{number(scores.calibration_error)}"
+            accuracies, calibration_error = format_accuracy(scores), number(scores.calibration_error)
+            text = f"{accuracies}, loss {number(scores.loss)}, calibration error {calibration_error}"
             lines.append((name, text))
         else:
             share = f"{scores.top1_correct}/{scores.total} = {100 * scores.top1_correct / max(1, scores.total):.2f} %"

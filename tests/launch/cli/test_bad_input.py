@@ -145,7 +145,7 @@ def test_an_address_where_no_cluster_answers(refused, images):
 
 def test_a_tracking_server_that_does_not_answer(refused, images):
     message = refused(*train(images, "tracking.uri=http://127.0.0.1:9"))
-    assert "no MLflow store answers at http://127.0.0.1:9" in message
+    assert "the MLflow store at http://127.0.0.1:9 is unreachable" in message
 
 
 def test_more_cores_than_there_are_is_a_warning_with_an_embedded_ray(densenet, images):

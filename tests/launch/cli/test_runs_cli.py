@@ -60,7 +60,7 @@ def test_what_there_is_not_is_told(runs):
     code, printed = runs("show", "three")
     assert code == 2
     assert "there is no run 'three'" in printed
-    assert "the newest: two, one" in printed
+    assert "newest runs: two, one" in printed
     code, printed = runs("list", "--experiment", "densnet")
     assert code == 2
     assert "there is no experiment 'densnet'" in printed
