@@ -54,7 +54,7 @@ def eval_command(console: Console, model: str, root: Path, options: Options, sto
 
 def _print(console: Console, model: TrainedModel, found: Evaluation) -> None:
     lines = [
-        ("model", f"{model.place} ({model.weights})"),
+        ("model", f"{model.model_uri} ({model.weights})"),
         ("data", f"{found.total:,} images in {Path(found.data).absolute()}"),
         ("as", found.transform),
     ]
