@@ -97,13 +97,13 @@ def test_models_are_located_through_the_registry_and_through_their_run(stores, t
         assert (locate(name, "MODEL", tmp_path / "cache", at) / "model.safetensors").read_bytes() == weights
     tracking = {"uri": at.tracking, "registry_uri": at.registry}
     tree = {"run": {"output": str(tmp_path)}, "model": {"weights": "models:/tiny@candidate"}, "tracking": tracking}
-    found = find_sources(RunConfig.model_validate(tree)).weights
-    assert (found / "model.safetensors").read_bytes() == (folder / "checkpoint2" / "model.safetensors").read_bytes()
+    checkpoint = find_sources(RunConfig.model_validate(tree)).weights
+    assert (checkpoint / "model.safetensors").read_bytes() == (folder / "checkpoint2" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
 def command(stores, densenet) -> Callable[..., str]:
-    """`command(*arguments)` runs `densenet` with the two addresses; returns what it prints."""
+    """`command(*arguments)` runs `densenet` with both URIs and returns its output."""
 
     def run(*arguments: object) -> str:
         code, printed = densenet(*arguments, "--uri", stores[0].tracking, "--registry-uri", stores[0].registry)
