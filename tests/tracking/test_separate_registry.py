@@ -98,7 +98,8 @@ def test_models_are_located_through_the_registry_and_through_their_run(stores, t
     tracking = {"uri": at.tracking, "registry_uri": at.registry}
     tree = {"run": {"output": str(tmp_path)}, "model": {"weights": "models:/tiny@candidate"}, "tracking": tracking}
     checkpoint = find_sources(RunConfig.model_validate(tree)).weights
-    assert (checkpoint / "model.safetensors").read_bytes() == (folder / "checkpoint2" / "model.safetensors").read_bytes()
+    expected = (folder / "checkpoint2" / "model.safetensors").read_bytes()
+    assert (checkpoint / "model.safetensors").read_bytes() == expected
 
 
 @pytest.fixture
