@@ -1,4 +1,4 @@
-"""Small models for tests: checkpoint folders with model card and weights, and a tracking store."""
+"""Small models for tests: a folder with a card and weights, and a store to register them in."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ TRANSFORM: dict[str, Any] = {
 
 
 def network(num_classes: int = len(CLASSES), seed: int = 0) -> DenseNet:
-    """A small model in evaluation mode, with batch norm statistics that differ from the initial ones."""
+    """A small model in evaluation mode, with statistics that are not those of a new one."""
     torch.manual_seed(seed)
-    model = create("densenet_tiny", num_classes)
+    made = create("densenet_tiny", num_classes)
     with torch.no_grad():
         for _ in range(5):
-            model(torch.randn(8, 3, 32, 32))
-    return model.eval()
+            made(torch.randn(8, 3, 32, 32))
+    return made.eval()
 
 
 def write_model(folder: Path, classes: Sequence[str] = CLASSES, seed: int = 0, **changes: Any) -> Path:
-    """Writes the model files of a checkpoint folder for `network(len(classes), seed)`."""
+    """Writes `network(len(classes), seed)` as a checkpoint's folder, as far as it is a model."""
     folder.mkdir(parents=True)
     save_file(network(len(classes), seed).state_dict(), folder / "model.safetensors")
     card = ModelCard(
@@ -64,9 +64,10 @@ def spoil(folder: Path) -> Path:
 
 
 def start_run(folder: Path, name: str = "one") -> Tracker:
-    """Starts a run with a SQLite tracking store in the folder.
+    """A run in a store of the folder's own.
 
-    Its URI is explicit, since module-scoped fixtures run before the environment of each test is reset.
+    Its address is explicit: registering sets MLFLOW_TRACKING_URI, and a fixture of a module comes before each test's
+    clean slate.
     """
     store = {"uri": f"sqlite:///{folder}/mlflow.db"}
     config = RunConfig.model_validate({"run": {"output": str(folder), "name": name}, "tracking": store})
