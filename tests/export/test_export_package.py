@@ -224,8 +224,8 @@ def test_errors_for_unknown_models_list_the_existing_ones(registered, tmp_path, 
 def test_errors_for_unknown_models_of_a_run_list_the_existing_ones(registered, tmp_path):
     _, uri, _ = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
-    with pytest.raises(UserError, match=f"the run {run_id} has no model 'model', its models: model"):
-        locate(f"runs:/{run_id}/model", "MODEL", tmp_path, Stores(uri, uri))
+    with pytest.raises(UserError, match=f"the run {run_id} has no model 'other', its models: model"):
+        locate(f"runs:/{run_id}/other", "MODEL", tmp_path, Stores(uri, uri))
 
 
 def test_errors_name_files_that_are_not_images(registered):

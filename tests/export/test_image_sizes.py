@@ -47,9 +47,7 @@ def test_the_crop_of_a_long_image_equals_that_of_the_fully_resized_image(shape, 
     image = Image.fromarray(pixels_HWC)
     planned = EvalPlan(np.array([shape[1]]), np.array([shape[0]]), 64, 56).batch(np.array([0]))
     (height, width), (top, left) = planned.sizes_B2[0], planned.origins_B2[0]
-    rows = image.resize(
-        (width, shape[0]), FILTERS[interpolation]
-    )  # torch starts with rows, PIL may start with columns
+    rows = image.resize((width, shape[0]), FILTERS[interpolation])  # torch starts with rows, PIL may start with columns
     whole = rows.resize((width, height), FILTERS[interpolation])
     expected = np.asarray(whole.crop((left, top, left + 56, top + 56)), np.int16)
     (start_2,), (end_2,) = planned.regions()

@@ -64,4 +64,4 @@ def test_what_there_is_not_is_told(runs):
     code, printed = runs("list", "--experiment", "densnet")
     assert code == 2
     assert "there is no experiment 'densnet'" in printed
-    assert "densenet" in printed.split("there are:")[1]
+    assert "densenet" in printed.split("existing experiments:")[1]
