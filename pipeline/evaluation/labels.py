@@ -20,8 +20,8 @@ def map_labels(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]
     Raises:
         DataError: The model does not know a class.
     """
-    class_ids = {normal(name): i for i, name in enumerate(classes)}
-    unknown = [name for name in index.classes if normal(name) not in class_ids]
+    class_ids = {to_nfc(name): i for i, name in enumerate(classes)}
+    unknown = [name for name in index.classes if to_nfc(name) not in class_ids]
     if unknown and all(name.isdecimal() and int(name) < len(classes) for name in index.classes):
         return np.array([int(name) for name in index.classes])[index.labels_N]
     if unknown:
@@ -29,7 +29,7 @@ def map_labels(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]
             f"the data in {index.root} have {len(unknown)} classes that the model does not know: {listed(unknown)}. It "
             f"knows {len(classes)}: {listed(list(classes))}."
         )
-    return np.array([class_ids[normal(name)] for name in index.classes])[index.labels_N]
+    return np.array([class_ids[to_nfc(name)] for name in index.classes])[index.labels_N]
 
 
 def read_label_sets(file: Path, index: DatasetIndex, num_classes: int) -> list[set[int]]:

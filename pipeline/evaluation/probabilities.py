@@ -110,7 +110,7 @@ def probabilities(
     ) as loader:
         for anchor in anchors:
             plan = EvalPlan(index.widths_N, index.heights_N, transform.resize, transform.crop, anchor)
-            for batch in loader.run(plan.batch(ids_B) for ids_B in eval_share(len(index), 0, 1, batch_size)):
+            for batch in loader.run(plan.batch(ids_B) for ids_B in rank_eval_batches(len(index), 0, 1, batch_size)):
                 crop_NK = _softmax(model(batch.images_NCHW))
                 if plain is None:
                     plain = np.zeros((len(index), crop_NK.shape[1]), np.float32)

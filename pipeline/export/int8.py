@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import EvalPlan, eval_share
+from pipeline.data.plan import EvalPlan, rank_eval_batches
 from pipeline.evaluation.labels import map_labels
 from pipeline.evaluation.probabilities import probabilities
 from pipeline.evaluation.scores import best_class

@@ -113,7 +113,7 @@ def test_invalid_input_is_reported(densenet, images, tmp_path):
     for arguments, message in (
         ((model,), "give image files, or a folder with --batch DIR --out FILE.parquet"),
         ((model, "--batch", images), "give image files, or a folder with --batch DIR --out FILE.parquet"),
-        ((model, "--batch", tmp_path / "gone", "--out", "x.parquet"), "is not a folder: give one with images"),
+        ((model, "--batch", tmp_path / "gone", "--out", "x.parquet"), "is not a folder: use one with images"),
         ((model, "--batch", tmp_path / "empty", "--out", "x.parquet"), "contains no files: pass a folder with images"),
         ((model, "--batch", images, "--out", "/proc/x.parquet"), "--out=/proc/x.parquet cannot be written"),
     ):

@@ -124,7 +124,7 @@ def test_training_rejects_or_skips_images_above_the_limit(classes, tmp_path):
     warnings: list[str] = []
     train, _ = open_splits(str(classes), "train", "val", cache, True, warnings.append, max_pixels=2000)
     assert len(train) == 2
-    assert "1 of 3 training files are left out" in warnings[0]
+    assert "1 of 3 training files are skipped" in warnings[0]
     assert len(open_splits(str(classes), "train", "val", cache)[0]) == 3
 
 
