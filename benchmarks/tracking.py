@@ -55,7 +55,7 @@ def overhead(name: str, batch: int, rounds: int, tracker: Tracker) -> None:
         nonlocal seen
         seen += batch
         engine_step(engine, config, images_NCHW, labels_N)
-        tracker.log(_METRICS, seen)
+        tracker.log_metrics(_METRICS, seen)
 
     cases = {
         "a record each step": lambda: seconds(tracked),
@@ -69,7 +69,7 @@ def calls(tracker: Tracker) -> None:
     tracker.flush(60)
     cpu, started = time.process_time(), time.perf_counter()
     for i in range(_CALLS):
-        tracker.log(_METRICS, 10_000 + i)
+        tracker.log_metrics(_METRICS, 10_000 + i)
     call_us = 1e6 * (time.perf_counter() - started) / _CALLS
     tracker.flush(600)
     total_us = 1e6 * (time.process_time() - cpu) / _CALLS

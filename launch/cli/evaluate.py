@@ -7,7 +7,7 @@ import typer
 
 from launch.cli.common.options import AsJson, Model, RegistryUri, Uri
 from launch.cli.common.output import console
-from pipeline.tracking.stores import given_stores
+from pipeline.tracking.stores import stores_from_options
 
 app = typer.Typer()
 
@@ -35,4 +35,4 @@ def evaluate(
     from launch.cli.common.eval_report import Options, eval_command
 
     options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
-    eval_command(console, model, data, options, given_stores(uri, registry_uri), as_json)
+    eval_command(console, model, data, options, stores_from_options(uri, registry_uri), as_json)

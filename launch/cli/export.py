@@ -8,7 +8,7 @@ import typer
 from launch.cli.common.options import Model, RegistryUri, Uri
 from launch.cli.common.output import console
 from pipeline.extras import requires_extra
-from pipeline.tracking.stores import given_stores
+from pipeline.tracking.stores import stores_from_options
 
 app = typer.Typer()
 
@@ -37,5 +37,5 @@ def export(
     with requires_extra("export"):  # before anything is downloaded
         import pipeline.export.formats  # noqa: F401
 
-    stores = given_stores(uri, registry_uri)
+    stores = stores_from_options(uri, registry_uri)
     export_command(console, model, to, out, data, split, calibrate, images, attach, stores)

@@ -8,7 +8,7 @@ import typer
 from launch.cli.common.options import AsJson, RegistryUri, Uri
 from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
-from pipeline.tracking.stores import given_stores
+from pipeline.tracking.stores import stores_from_options
 
 app = typer.Typer(
     name="models", help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None
@@ -27,9 +27,9 @@ def list_models(uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJs
     Example: densenet models list
     """
     from launch.cli.common.model_tables import registered_as_json, registered_command
-    from pipeline.model.architectures import ARCHITECTURES, PAPER, size
+    from pipeline.model.architectures import ARCHITECTURES, PAPER_ACCURACY, size
 
-    stores = given_stores(uri, registry_uri)
+    stores = stores_from_options(uri, registry_uri)
     if as_json:
         registered_as_json(stores)
         return
@@ -39,7 +39,7 @@ def list_models(uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJs
         classes, side = (10, 32) if small else (1000, 224)
         counted = size(name, classes, side)
         multiply_adds = f"{counted.multiply_adds / 1e9:.3f}"
-        paper = PAPER.get(name, "not in the paper")
+        paper = PAPER_ACCURACY.get(name, "not in the paper")
         rows.append((name, str(classes), f"{counted.parameters:,}", multiply_adds, str(side), paper))
     numbers = ("classes", "parameters", "G multiply-adds", "at pixels")
     print_table(console, ("name", *numbers, "paper, top-1 / top-5 %"), rows, right=numbers)
@@ -55,7 +55,7 @@ def show(model: Version, uri: Uri = None, registry_uri: RegistryUri = None, as_j
     """
     from launch.cli.common.model_tables import show_command
 
-    show_command(console, model, given_stores(uri, registry_uri), as_json)
+    show_command(console, model, stores_from_options(uri, registry_uri), as_json)
 
 
 @app.command()
@@ -68,7 +68,7 @@ def diff(first: Version, second: Version, uri: Uri = None, registry_uri: Registr
     """
     from launch.cli.common.model_tables import diff_command
 
-    diff_command(console, first, second, given_stores(uri, registry_uri))
+    diff_command(console, first, second, stores_from_options(uri, registry_uri))
 
 
 @app.command()
@@ -116,7 +116,7 @@ def promote(
     from launch.cli.common.model_tables import print_candidate
     from launch.run.promote import move, weigh
 
-    stores = given_stores(uri, registry_uri)
+    stores = stores_from_options(uri, registry_uri)
     found = weigh(model, to, data, split, stores, will_move=not dry_run)
     holds = found.holds(min_gain, max_p)
     print_candidate(console, found)
@@ -147,7 +147,7 @@ def rollback(
     """
     from launch.run import promote
 
-    now, before = promote.rollback(name, alias, given_stores(uri, registry_uri))
+    now, before = promote.rollback(name, alias, stores_from_options(uri, registry_uri))
     console.print(f"{name}@{alias} is version {now} again, {before} before")
 
 
@@ -159,4 +159,4 @@ def history(name: Name, uri: Uri = None, registry_uri: RegistryUri = None) -> No
     """
     from launch.cli.common.model_tables import history_command
 
-    history_command(console, name, given_stores(uri, registry_uri))
+    history_command(console, name, stores_from_options(uri, registry_uri))

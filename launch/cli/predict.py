@@ -7,7 +7,7 @@ import typer
 
 from launch.cli.common.options import AsJson, Model, RegistryUri, Uri
 from launch.cli.common.output import console
-from pipeline.tracking.stores import given_stores
+from pipeline.tracking.stores import stores_from_options
 
 app = typer.Typer()
 
@@ -30,5 +30,5 @@ def predict(
     """
     from launch.cli.common.predictions import predict_command
 
-    stores = given_stores(uri, registry_uri)
+    stores = stores_from_options(uri, registry_uri)
     predict_command(console, model, images or [], top, batch, out, batch_size, stores, as_json)

@@ -7,7 +7,7 @@ import typer
 
 from launch.cli.common.options import Experiment, Uri
 from launch.cli.common.output import console
-from pipeline.tracking.stores import given_stores
+from pipeline.tracking.stores import stores_from_options
 
 app = typer.Typer()
 
@@ -27,5 +27,5 @@ def report(
     """
     from launch.run.runs_page import write_page
 
-    size = write_page(runs, out, given_stores(uri, None).tracking, experiment)
+    size = write_page(runs, out, stores_from_options(uri, None).tracking, experiment)
     console.print(f"{out}: {len(runs)} runs, {size / 1e6:.1f} MB", soft_wrap=True)

@@ -11,7 +11,7 @@ import typer
 from launch.cli.common.options import AsJson, Experiment, Uri
 from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
-from pipeline.tracking.stores import given_stores, redacted
+from pipeline.tracking.stores import redacted, stores_from_options
 
 app = typer.Typer(name="runs", help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -133,7 +133,7 @@ def sync(
 
 
 def _uri(given: str | None) -> str:
-    return given_stores(given, None).tracking
+    return stores_from_options(given, None).tracking
 
 
 def _number(value: float | None) -> str:

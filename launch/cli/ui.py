@@ -9,7 +9,7 @@ import typer
 from launch.cli.common.options import RegistryUri, Uri
 from launch.cli.common.output import console
 from launch.cluster.ports import HOST, check_port
-from pipeline.tracking.stores import given_stores, redacted
+from pipeline.tracking.stores import redacted, stores_from_options
 
 app = typer.Typer()
 
@@ -24,9 +24,9 @@ def ui(
 
     Example: densenet ui --port 5000
     """
-    stores = given_stores(uri, registry_uri)
+    stores = stores_from_options(uri, registry_uri)
     tracking, registry = stores.tracking, stores.registry
-    if stores.apart and registry.startswith(_SERVERS):  # a remote server has its UI at its own address
+    if stores.separate_registry and registry.startswith(_SERVERS):  # a remote server has its UI at its own address
         console.print(f"the registry's UI is at {redacted(registry)}", soft_wrap=True)
         registry = tracking
     if tracking.startswith(_SERVERS):

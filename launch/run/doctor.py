@@ -142,7 +142,7 @@ def _mlflow() -> str:
             {"run": {"output": folder}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
         )
         with Tracker(config, Path(folder, "run"), "doctor", print) as tracker:
-            tracker.log({"self-test": 1.0}, samples_seen=1)
+            tracker.log_metrics({"self-test": 1.0}, samples_seen=1)
         if tracker.unsent:
             raise RuntimeError(f"{tracker.unsent} records were not stored")
     return "a run stored in SQLite"

@@ -12,7 +12,7 @@ from launch.run.prepare import prepare
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
 from pipeline.model.timm_models import size
-from pipeline.tracking.stores import redacted, stores_of
+from pipeline.tracking.stores import redacted, stores_from_config
 from pipeline.train.setup import check_writable
 
 
@@ -81,7 +81,7 @@ def print_plan(console: Console, prepared: PreparedRun) -> None:
 
 def _stores(config: RunConfig) -> dict[str, str]:
     """Where the run is recorded, and where its model is registered."""
-    stores, tracking = stores_of(config), config.tracking
+    stores, tracking = stores_from_config(config), config.tracking
     model = f"{tracking.registered_model_name or config.model.name}@{tracking.alias}"
     return {
         "tracking": f"experiment {tracking.experiment} in {redacted(stores.tracking)}",

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
-from pipeline.evaluation.labels import labels_of
-from pipeline.evaluation.paired import Paired, compare
+from pipeline.evaluation.labels import map_labels
+from pipeline.evaluation.mcnemar import McNemarResult, mcnemar_test
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.mlflow_names import alias_error
@@ -19,7 +19,7 @@ from pipeline.model.card import ModelCard
 from pipeline.tracking.registry import (
     REGISTRY,
     alias_version,
-    check_rights,
+    check_permissions,
     download,
     move_alias,
     resolve,
@@ -46,7 +46,7 @@ class Candidate:
     old: str | None
     old_N: NDArray[np.bool_] | None
     old_non_finite: int
-    paired: Paired | None
+    paired: McNemarResult | None
     evidence: dict[str, str]
 
     def holds(self, min_gain: float, max_p: float) -> bool:
@@ -69,7 +69,7 @@ def weigh(model: str, alias: str, root: Path, split: str, stores: Stores, *, wil
     if old == new.version:
         raise UserError(f"{new.name}@{alias} is version {old} already.")
     if will_move:
-        check_rights(new.name, stores)  # not after evaluating for an hour
+        check_permissions(new.name, stores)  # not after evaluating for an hour
     limit = ModelCard.read(download(new.uri, stores, outputs / "models")).max_pixels
     index = open_split(root, split, outputs / "index", limit)
     new_N, transform, non_finite = _hits(new.uri, stores, index, outputs)
@@ -88,7 +88,7 @@ def weigh(model: str, alias: str, root: Path, split: str, stores: Stores, *, wil
     if old is None:
         return Candidate(new.name, alias, new.version, new_N, None, None, 0, None, evidence)
     old_N, _, non_finite = _hits(f"{REGISTRY}{new.name}/{old}", stores, index, outputs)
-    paired = compare(new_N, old_N)
+    paired = mcnemar_test(new_N, old_N)
     evidence |= {
         BEFORE: old,
         "promoted.gain": f"{paired.gain:.4f}",
@@ -135,7 +135,7 @@ def _hits(model: str, stores: Stores, index: DatasetIndex, outputs: Path) -> tup
     """Which images a model hits, by its own transform, that transform in words, and for how many it gives NaN."""
     folder = download(model, stores, outputs / "models")
     card = ModelCard.read(folder)
-    labels_N = labels_of(index, card.classes)
+    labels_N = map_labels(index, card.classes)
     given_NK, _ = model_probabilities(folder, index)
     best_N = best_class(given_NK)
     return best_N == labels_N, card.transform.description, int((best_N == NO_CLASS).sum())

@@ -8,12 +8,12 @@ from pathlib import Path
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
-from pipeline.export.package import Registered
-from pipeline.export.registration import not_a_candidate, send_and_register
+from pipeline.export.package import RegisteredModel
+from pipeline.export.registration import reason_not_to_register, send_and_register
+from pipeline.tracking.client import wait_for_stores
 from pipeline.tracking.mlflow_sink import STATE
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.store import wait_for
-from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Stores, redacted, stores_of
+from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Stores, redacted, stores_from_config
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.run_lock import folder_lock, run_lock
@@ -22,7 +22,7 @@ from pipeline.train.storage import fetch
 
 def register_run(
     folder: Path, overrides: Sequence[str], told: Callable[[str], None], wait_timeout_s: float
-) -> tuple[Registered, str]:
+) -> tuple[RegisteredModel, str]:
     """Registers the best checkpoint of a run that was trained before; returns it, and the registry's address.
 
     Raises:
@@ -34,7 +34,7 @@ def register_run(
         fetch(config, folder)
         if not checkpoint.checkpoints(checkpoint_root(folder)):
             raise UserError(f"{folder} has no checkpoint to register: train the run first.")
-        reason = not_a_candidate(best_checkpoint(folder))
+        reason = reason_not_to_register(best_checkpoint(folder))
         if reason is not None:
             raise UserError(f"the model of {folder} is not registered: {reason}. Train again with a lower optim.lr.")
         tracker = Tracker(config, folder, folder.name, told, running=False)
@@ -54,8 +54,8 @@ def send_records(
         UserError: it is no run's folder, is being trained, or the store does not take them in time.
     """
     config = run_config(folder)
-    uri = stores_of(config).tracking
-    wait_for(Stores(uri, uri), wait_timeout_s, warn)
+    uri = stores_from_config(config).tracking
+    wait_for_stores(Stores(uri, uri), wait_timeout_s, warn)
     with run_lock(folder, config):
         tracker = Tracker(config, folder, str(config.run.name or folder.name), told, running=False)
         tracker.close(wait_timeout_s)

@@ -15,7 +15,7 @@ from launch.cluster.training import run
 from launch.run.prepare import prepare, read_config
 from pipeline.config_file import find_config
 from pipeline.errors import UserError
-from pipeline.tracking.queries import end_children
+from pipeline.tracking.queries import end_child_runs
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores, redacted
 from pipeline.train.events import Evaluated, Event
@@ -55,7 +55,7 @@ def sweep(
         for edge in edges(searched):  # what is wrong with the space is known before anything runs
             prepared = prepare(read_config(path, [*overrides, *edge]), offered)
         with Tracker(config, folder, name, warn) as parent:
-            parent.params(config.model_dump(mode="json") | {"space": " ".join(space), "trials": trials})
+            parent.log_params(config.model_dump(mode="json") | {"space": " ".join(space), "trials": trials})
             if not parent.flush(_FLUSH_S):
                 raise UserError(f"MLflow at {redacted(parent.uri)} does not take records, which the trials need.")
             per_trial = prepared.derived.workers * prepared.derived.cpus_per_worker
@@ -79,7 +79,7 @@ def sweep(
                     trial, task, searched, trials=trials, at_once=most, evaluations=evaluations, folder=folder
                 )
             finally:
-                end_children(parent.uri, str(parent.run_id))
+                end_child_runs(parent.uri, str(parent.run_id))
 
 
 def _addresses(stores: Stores) -> list[str]:
@@ -101,7 +101,7 @@ def trial(values: dict[str, Any], task: dict[str, Any]) -> None:
         run_lock(prepared.run_dir, prepared.config),
         Tracker(prepared.config, prepared.run_dir, name, print, task["parent"]) as tracker,
     ):
-        tracker.params(prepared.config.model_dump(mode="json"))
+        tracker.log_params(prepared.config.model_dump(mode="json"))
         recorder = Recorder(tracker, prepared.config, prepared.run_dir)
         last = "raw" if prepared.config.ema.decay is None else "ema"
 

@@ -19,8 +19,8 @@ from launch.run.plan import print_plan, print_warnings
 from launch.run.prepare import prepare, read_config
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.counts import EvalResult, accuracy
-from pipeline.export.package import Registered
+from pipeline.evaluation.counts import EvalResult, format_accuracy
+from pipeline.export.package import RegisteredModel
 from pipeline.export.tracked import TrackedRun, tracked
 from pipeline.formatting import speed
 from pipeline.tracking.run import Tracker
@@ -139,7 +139,7 @@ def _train_command(
             )
             raise SystemExit(128 + display.stopped_by)
         results, commands = _summary(prepared, tracker.stores, best, registered, img_per_s, clock)
-        tracker.tags({"mlflow.note.content": "\n".join(f"- **{name}**: {text}" for name, text in results)})
+        tracker.set_tags({"mlflow.note.content": "\n".join(f"- **{name}**: {text}" for name, text in results)})
     _print_end(console, run_dir, results + commands, tracker, display)
 
 
@@ -203,7 +203,7 @@ def _summary(
     prepared: PreparedRun,
     stores: Stores,
     best: Path,
-    registered: Registered | None,
+    registered: RegisteredModel | None,
     img_per_s: float | None,
     clock: PhaseTimer,
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -218,7 +218,8 @@ def _summary(
     results = [
         (
             when,
-            f"{accuracy(EvalResult(**state[when]))}, {WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
+            f"{format_accuracy(EvalResult(**state[when]))}, "
+            f"{WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
         )
         for when in ("best", "last")
     ]
@@ -231,7 +232,7 @@ def _summary(
     commands = [("MLflow UI", f"{program} ui{stores.options()}")]
     if registered is None:
         return [*results, ("model", "not registered")], commands
-    where = f" in {redacted(stores.registry)}" if stores.apart else ""
+    where = f" in {redacted(stores.registry)}" if stores.separate_registry else ""
     about = f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri}){where}"
     results += [("model", about)]
     commands += [

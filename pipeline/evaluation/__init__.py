@@ -1,1 +1,1 @@
-"""Evaluation of a finished model: probabilities, label files, and what is counted from them."""
+"""Evaluation of a trained model: probabilities, label files, metrics."""

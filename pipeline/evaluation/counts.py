@@ -1,4 +1,4 @@
-"""What an evaluation counts."""
+"""Counts of an evaluation: top-1 and top-5 accuracy, loss."""
 
 import math
 from dataclasses import dataclass
@@ -8,9 +8,13 @@ from dataclasses import dataclass
 class EvalResult:
     """Counts over the whole evaluation split.
 
-    `top5_correct` counts the images whose label is among the `top5_k` best classes, `top5_k = min(5, classes)`.
-    `non_finite` counts the images for which the model gave NaN or infinities: they are misses. `loss` is the mean
-    cross-entropy over the others, without label smoothing; None where there are none.
+    Attributes:
+        total: Number of images.
+        top1_correct: Images whose label is the most probable class.
+        top5_correct: Images whose label is among the `top5_k` most probable classes.
+        top5_k: min(5, number of classes).
+        loss: Mean cross-entropy over the images with finite outputs, without label smoothing; None if there are none.
+        non_finite: Images with NaN or infinite outputs; they count as incorrect.
     """
 
     total: int
@@ -22,16 +26,16 @@ class EvalResult:
 
     @property
     def top1(self) -> float:
-        """Accuracy in percent."""
+        """Top-1 accuracy in percent."""
         return 100 * self.top1_correct / self.total
 
     @property
     def top5(self) -> float:
-        """Share of the images whose label is among the `top5_k` best classes, in percent."""
+        """Top-5 accuracy in percent (top-`top5_k` for fewer than five classes)."""
         return 100 * self.top5_correct / self.total
 
     def better_than(self, other: "EvalResult") -> bool:
-        """Finite outputs for all images; among equals more top-1 hits, then the lower loss."""
+        """Compares evaluations: finite outputs for all images first, then top-1 accuracy, then the lower loss."""
         return self._rank > other._rank
 
     @property
@@ -40,8 +44,8 @@ class EvalResult:
         return self.non_finite == 0, self.top1_correct, -loss
 
 
-def accuracy(result: EvalResult) -> str:
-    """`top-1 350/360 = 97.22 %, top-5 360/360 = 100.00 %`."""
+def format_accuracy(result: EvalResult) -> str:
+    """Formats accuracies as `top-1 350/360 = 97.22 %, top-5 360/360 = 100.00 %`."""
     total = result.total
     parts = [
         f"top-{k} {correct}/{total} = {100 * correct / total:.2f} %"

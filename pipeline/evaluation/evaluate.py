@@ -1,4 +1,4 @@
-"""A model's accuracy on a split, by exact counts, and what lies behind it."""
+"""Evaluates a model on a split: exact accuracy counts, per-class accuracy, confusion matrix, predictions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,18 +12,18 @@ from torch import nn
 from pipeline.config import Interpolation
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
-from pipeline.evaluation.labels import labels_of, read_label_sets
+from pipeline.evaluation.labels import map_labels, read_label_sets
 from pipeline.evaluation.probabilities import VIEWS, card_probabilities
 from pipeline.evaluation.scores import NO_CLASS, Scores, best_class, confusion, score, score_sets
 from pipeline.evaluation.tables import write_confusion, write_csv, write_json
 from pipeline.model.card import ModelCard, Transform
 
-PLAIN, LABELS = "plain", "labels"  # results besides those of averaged views
+PLAIN, LABELS = "plain", "labels"  # keys of `Evaluation.scores`, next to the name of the test-time augmentation
 
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Hits by a file of labels, of the `total` images that have any in it."""
+    """Correct predictions by the labels of a file; `total` counts the images that have a label in it."""
 
     file: str
     top1_correct: int
@@ -32,10 +32,11 @@ class LabelScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The counts of a model on a split, each image once, and what they were counted by.
+    """Result of evaluating a model on a split, each image once.
 
-    `scores` holds `plain`, the averaged views under their name, and `labels` where a file of them was given; the
-    properties are those of `plain`. `fingerprint` is that of the data, `transform` the evaluation transform in a line.
+    `scores` has the keys `plain`, the name of the test-time augmentation if one was requested, and `labels` if a labels
+    file was passed. The properties return the values of `plain`. `fingerprint` identifies the data, `transform`
+    describes the evaluation transform in one line.
     """
 
     model: str
@@ -47,39 +48,39 @@ class Evaluation:
 
     @property
     def plain(self) -> Scores:
-        """The counts of single, centered crops."""
-        found = self.scores[PLAIN]
-        assert isinstance(found, Scores)
-        return found
+        """Scores of a single center crop per image, without test-time augmentation."""
+        scores = self.scores[PLAIN]
+        assert isinstance(scores, Scores)
+        return scores
 
     @property
     def total(self) -> int:
-        """Images."""
+        """Number of images."""
         return self.plain.total
 
     @property
     def top1_correct(self) -> int:
-        """Images whose most probable class is theirs."""
+        """Images whose label is the most probable class."""
         return self.plain.top1_correct
 
     @property
     def top5_correct(self) -> int:
-        """Images whose class is among the `plain.top5_k` most probable ones."""
+        """Images whose label is among the `plain.top5_k` most probable classes."""
         return self.plain.top5_correct
 
     @property
     def top1(self) -> float:
-        """`top1_correct` in percent of `total`."""
+        """Top-1 accuracy in percent."""
         return self.plain.top1
 
     @property
     def top5(self) -> float:
-        """`top5_correct` in percent of `total`."""
+        """Top-5 accuracy in percent."""
         return self.plain.top5
 
     @property
     def loss(self) -> float | None:
-        """Mean cross-entropy over the images with finite outputs; None where there are none."""
+        """Mean cross-entropy over the images with finite outputs; None if there are none."""
         return self.plain.loss
 
 
@@ -98,51 +99,59 @@ def evaluate(
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Counts a model's hits on all images of an index; further arguments as in `TrainedModel.evaluate`.
+    """Evaluates a model on all images of an index.
 
-    `name`, `data` and `split` are what the model and the images are called in the result.
+    Args:
+        model: The torch module.
+        card: Its model card.
+        index: The images.
+        transform: The evaluation transform.
+        name: Name of the model in the result.
+        data: Name of the data set in the result.
+        split: Name of the split in the result.
+        tta: As in `TrainedModel.evaluate`, like the arguments after it.
 
     Raises:
-        DataError: the model does not know the classes, or the labels are not of these images.
+        DataError: The model does not know a class of the data, or the labels file does not match the images.
         UserError: `out` cannot be written.
     """
-    labels_N = labels_of(index, card.classes)
+    labels_N = map_labels(index, card.classes)
     sets = None if labels is None else read_label_sets(labels, index, card.num_classes)
     total = len(index) * (len(VIEWS[tta]) if tta else 1)
     done = 0
 
-    def told(images: int) -> None:
+    def count(images: int) -> None:
         nonlocal done
         done += images
         progress(done, total)
 
     plain_NK, averaged_NK = card_probabilities(
-        model, card, index, transform, views=tta, batch_size=batch_size, progress=told
+        model, card, index, transform, views=tta, batch_size=batch_size, progress=count
     )
     scores: dict[str, Scores | LabelScores] = {PLAIN: score(plain_NK, labels_N)}
     if averaged_NK is not None:
         scores[str(tta)] = score(averaged_NK, labels_N)
     if sets is not None:
         scores[LABELS] = LabelScores(str(labels), *score_sets(plain_NK, sets))
-    found = Evaluation(name, data, split, index.fingerprint, transform.description, scores)
+    evaluation = Evaluation(name, data, split, index.fingerprint, transform.description, scores)
     if out is not None:
-        _write(out, index, card.classes, plain_NK, labels_N, asdict(found))
-    return found
+        _write(out, index, card.classes, plain_NK, labels_N, asdict(evaluation))
+    return evaluation
 
 
-def transform_at(
+def override_transform(
     card: ModelCard, crop: int | None, resize: int | None, interpolation: Interpolation | None, tta: str | None
 ) -> Transform:
-    """The card's transform with what is given changed.
+    """Returns the card's transform with the requested changes; checks `tta` too.
 
     Raises:
-        UserError: a value is not known, or the crop is larger than the resized image.
+        UserError: A value is unknown, or the crop is larger than the resized image.
     """
     if tta is not None and tta not in VIEWS:
         raise UserError(f"--tta={tta} is not known: use {' or '.join(VIEWS)}.")
     if interpolation not in (None, "bilinear", "bicubic"):
         raise UserError(f"--interpolation={interpolation} is not known: use bilinear or bicubic.")
-    transform = card.transform.at(crop, resize, interpolation)
+    transform = card.transform.override(crop, resize, interpolation)
     if transform.crop > transform.resize:
         raise UserError(f"--crop={transform.crop} must not exceed --resize={transform.resize}.")
     return transform
@@ -156,19 +165,19 @@ def _write(
     labels_N: NDArray[np.int64],
     report: dict[str, Any],
 ) -> None:
-    """Scores as JSON; accuracy of each class, the confusion matrix and each image's prediction as CSV."""
+    """Writes scores as JSON; per-class accuracy, confusion matrix and predictions as CSV."""
     best_N = best_class(plain_NK)
     matrix_KK = confusion(best_N, labels_N, len(classes))
-    totals_K, right_K = np.bincount(labels_N, minlength=len(classes)).tolist(), matrix_KK.diagonal().tolist()
+    totals_K, correct_K = np.bincount(labels_N, minlength=len(classes)).tolist(), matrix_KK.diagonal().tolist()
     per_class = [
-        [name, total, right, f"{right / total:.6f}" if total else ""]
-        for name, total, right in zip(classes, totals_K, right_K, strict=True)
+        [name, total, correct, f"{correct / total:.6f}" if total else ""]
+        for name, total, correct in zip(classes, totals_K, correct_K, strict=True)
     ]
     names = index.names()
     images = []
     for name, label, best, row in zip(names, labels_N, best_N, plain_NK, strict=True):
-        answer = ["", "", ""] if best == NO_CLASS else [classes[best], f"{row[best]:.6f}", f"{row[label]:.6f}"]
-        images.append([name, classes[label], *answer])
+        prediction = ["", "", ""] if best == NO_CLASS else [classes[best], f"{row[best]:.6f}", f"{row[label]:.6f}"]
+        images.append([name, classes[label], *prediction])
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "per_class.csv", ["class", "images", "top1_correct", "top1"], per_class)

@@ -1,4 +1,4 @@
-"""Which class of the model each image is of: by the data's class names, or by a file of labels."""
+"""Maps images to the model's classes: by the class names of the data, or by a labels file (ImageNet-ReaL)."""
 
 import json
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError, listed
 
 
-def labels_of(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Each image's place in the model's class list, by the name of its class in the data.
+def map_labels(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
+    """Returns each image's label as an index into the model's class list, matched by class name.
 
-    Where the data's classes have plain numbers for names, as ImageNet-V2's folders, they are places in the list.
+    If all class names of the data are plain numbers, as the folders of ImageNet-V2, they are indices into the list.
 
     Raises:
-        DataError: the model does not know a class.
+        DataError: The model does not know a class.
     """
-    places = {to_nfc(name): place for place, name in enumerate(classes)}
-    unknown = [name for name in index.classes if to_nfc(name) not in places]
+    class_ids = {to_nfc(name): i for i, name in enumerate(classes)}
+    unknown = [name for name in index.classes if to_nfc(name) not in class_ids]
     if unknown and all(name.isdecimal() and int(name) < len(classes) for name in index.classes):
         return np.array([int(name) for name in index.classes])[index.labels_N]
     if unknown:
@@ -29,18 +29,18 @@ def labels_of(index: DatasetIndex, classes: Sequence[str]) -> NDArray[np.int64]:
             f"the data in {index.root} have {len(unknown)} classes that the model does not know: {listed(unknown)}. It "
             f"knows {len(classes)}: {listed(list(classes))}."
         )
-    return np.array([places[to_nfc(name)] for name in index.classes])[index.labels_N]
+    return np.array([class_ids[to_nfc(name)] for name in index.classes])[index.labels_N]
 
 
 def read_label_sets(file: Path, index: DatasetIndex, num_classes: int) -> list[set[int]]:
-    """The classes that count as right for each image, in the index's order, from a JSON file.
+    """Reads the classes that count as correct for each image from a JSON file; returns them in the index's order.
 
-    It holds a list with one entry for each image in the order of file names (as ImageNet-ReaL's), or an object with
-    an entry for each file name. An entry is a class or a list of classes, by place in the model's list; images
-    without any are not counted.
+    The file contains a list with one entry per image in the order of file names (like ImageNet-ReaL), or an object with
+    one entry per file name. An entry is a class or a list of classes, as indices into the model's class list. Images
+    with an empty list are not counted.
 
     Raises:
-        DataError: it is not such a file, or not of these images.
+        DataError: The file has another format, or does not match the images.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -57,19 +57,21 @@ def read_label_sets(file: Path, index: DatasetIndex, num_classes: int) -> list[s
     else:
         size = f"{len(content)} entries" if isinstance(content, list) else f"a {type(content).__name__}"
         raise DataError(
-            f"--labels={file} holds {size}, there are {len(names)} images: give a list with an entry for each in the "
-            f"order of file names, or an object with an entry for each file name."
+            f"--labels={file} has {size}, but there are {len(names)} images: pass a list with one entry per image in "
+            f"the order of file names, or an object with one entry per file name."
         )
     if len(by_name) < len(set(names)) or len(set(names)) < len(names):
-        raise DataError(f"the images in {index.root} have file names that occur twice, so labels cannot be told.")
-    return [_accepted(by_name[name], name, file, num_classes) for name in names]
+        raise DataError(
+            f"the images in {index.root} have duplicate file names, so --labels={file} cannot be matched by name."
+        )
+    return [_label_set(by_name[name], name, file, num_classes) for name in names]
 
 
-def _accepted(entry: object, name: str, file: Path, num_classes: int) -> set[int]:
-    places = entry if isinstance(entry, list) else [entry]
-    if any(not isinstance(p, int) or isinstance(p, bool) or not 0 <= p < num_classes for p in places):
-        raise DataError(f"--labels={file}: {name} has {entry!r}; classes are numbers from 0 to {num_classes - 1}.")
-    return set(places)
+def _label_set(entry: object, name: str, file: Path, num_classes: int) -> set[int]:
+    class_ids = entry if isinstance(entry, list) else [entry]
+    if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < num_classes for i in class_ids):
+        raise DataError(f"--labels={file}: {name} has {entry!r}; classes must be integers from 0 to {num_classes - 1}.")
+    return set(class_ids)
 
 
 def _stem(name: str) -> str:

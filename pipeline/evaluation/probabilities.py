@@ -1,4 +1,4 @@
-"""The probabilities that a model gives to a split's images, as they are and averaged over several views."""
+"""Class probabilities of a model for all images of a split, plain and with test-time augmentation (TTA)."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from pipeline.data.plan import EvalPlan, rank_eval_batches
 from pipeline.model.card import ModelCard, Transform
 from pipeline.model.weights import load_model
 
-# Test-time augmentations: where the crops lie (0: top or left, 1: bottom or right), each also mirrored.
+# Test-time augmentations: positions of the crops (0: top or left, 1: bottom or right); each crop is also flipped.
 CENTER = (0.5, 0.5)
 VIEWS: dict[str, tuple[tuple[float, float], ...]] = {
     "flip": (CENTER,),
@@ -34,7 +34,7 @@ def model_probabilities(
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """`probabilities` of the model in a folder with a card, by the card's transform unless another is given."""
+    """Like `card_probabilities`, for the model in a folder with a model card."""
     return card_probabilities(
         load_model(folder),
         ModelCard.read(folder),
@@ -56,7 +56,7 @@ def card_probabilities(
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """`probabilities` of a model on this machine's best device, by its card's transform unless another is given."""
+    """Like `probabilities`, on the GPU if there is one; `transform` defaults to that of the model card."""
     return probabilities(
         model,
         index,
@@ -83,12 +83,15 @@ def probabilities(
     batch_size: int,
     progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Class probabilities of every image in the index's order, [N, K], as they are and averaged over `views`.
+    """Computes class probabilities [N, K] of all images in the index's order.
 
-    An image for which the model gives a logit that is not finite has NaN for all of them.
+    Returns:
+        Probabilities of the center crop, and probabilities averaged over the crops of `VIEWS[views]` and their
+        horizontal flips as in Krizhevsky et al. (2012); None without `views`. An image with a NaN or infinite logit
+        has NaN for all classes.
 
-    The average is of probabilities, over the crops of `VIEWS` and their mirrored images, as Krizhevsky et al. (2012)
-    do. Each crop's place decodes the images anew; `progress` is told the images done, over all of them.
+    The images are decoded again for each crop position. `progress` receives the number of images of each batch, for
+    every crop position.
     """
     model = model.to(device).eval()
     anchors = VIEWS[views] if views else (CENTER,)
@@ -108,15 +111,15 @@ def probabilities(
         for anchor in anchors:
             plan = EvalPlan(index.widths_N, index.heights_N, transform.resize, transform.crop, anchor)
             for batch in loader.run(plan.batch(ids_B) for ids_B in rank_eval_batches(len(index), 0, 1, batch_size)):
-                given_NK = _softmax(model(batch.images_NCHW))
+                crop_NK = _softmax(model(batch.images_NCHW))
                 if plain is None:
-                    plain = np.zeros((len(index), given_NK.shape[1]), np.float32)
+                    plain = np.zeros((len(index), crop_NK.shape[1]), np.float32)
                     total = np.zeros_like(plain) if views else None
                 if anchor == CENTER:
-                    plain[batch.ids_N] = given_NK.cpu().numpy()
+                    plain[batch.ids_N] = crop_NK.cpu().numpy()
                 if total is not None:
-                    mirrored_NK = _softmax(model(batch.images_NCHW.flip(3)))
-                    total[batch.ids_N] += (given_NK + mirrored_NK).cpu().numpy() / (2 * len(anchors))
+                    flipped_NK = _softmax(model(batch.images_NCHW.flip(3)))
+                    total[batch.ids_N] += (crop_NK + flipped_NK).cpu().numpy() / (2 * len(anchors))
                 progress(len(batch.ids_N))
     assert plain is not None
     return plain, total

@@ -1,1 +1,1 @@
-"""Export: the packaged model, and predictions by it."""
+"""Prediction, export and registration of trained models."""

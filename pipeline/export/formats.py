@@ -1,6 +1,6 @@
-"""A model in the forms that other programs take: ONNX, torch.export, timm's folder, int8 for the CPU.
+"""Exports a model to ONNX, torch.export, a timm folder, or an int8-quantized ONNX file for the CPU.
 
-Each file is loaded again and compared before it gets its name.
+ONNX, torch.export and timm exports are loaded again, and their logits compared with torch's.
 """
 
 import io
@@ -29,32 +29,32 @@ from pipeline.files import atomic_file, write_text
 from pipeline.model.card import ModelCard
 
 OPSET = 20
-TOLERANCE = 1e-4  # between the logits of an exported model and torch's
+TOLERANCE = 1e-4  # maximum absolute difference between the logits of an exported model and torch's
 _INPUT, _OUTPUT = "images", "logits"
 _CPU = ["CPUExecutionProvider"]
-_CHECKED = (1, 3)  # batch sizes
-_DENSENET = "densenet121"  # its arguments make any of this project's models
+_CHECKED_BATCH_SIZES = (1, 3)
+_DENSENET = "densenet121"  # timm's builder of this name, with other arguments, builds any model of this project
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a module: images [N, C, H, W] to logits [N, K], on the CPU by onnxruntime."""
+    """Runs an ONNX file as a torch module: images [N, C, H, W] to logits [N, K], by onnxruntime on the CPU."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self._session = onnxruntime.InferenceSession(str(file), providers=_CPU)
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Logits (N, classes) float32 of normalized images (N, 3, H, W) float32."""
+        """Returns logits [N, K], float32, of normalized images [N, C, H, W], float32."""
         return torch.from_numpy(self._session.run([_OUTPUT], {_INPUT: images_NCHW.numpy()})[0])
 
 
 def to_onnx(model: nn.Module, card: ModelCard, out: Path) -> Path:
-    """Writes `out/model.onnx` of a model: opset 20, any batch size, the card as metadata.
+    """Writes `out/model.onnx`: opset 20, dynamic batch size, name, classes and transform as metadata.
 
-    It maps `images`, fp32 [N, C, crop, crop] after the card's transform, to `logits`, fp32 [N, K].
+    The model maps `images`, fp32 [N, C, crop, crop] after the card's transform, to `logits`, fp32 [N, K].
 
     Raises:
-        TrainingError: its logits are not those of torch.
+        TrainingError: The logits differ from torch's.
     """
     file = out / "model.onnx"
     example_NCHW = _example(card, 2)
@@ -71,48 +71,51 @@ def to_onnx(model: nn.Module, card: ModelCard, out: Path) -> Path:
         )
     assert program is not None
     proto = program.model_proto
-    known = {"name": card.name, "classes": card.classes, "transform": asdict(card.transform)}
-    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in known.items()})
+    metadata = {"name": card.name, "classes": card.classes, "transform": asdict(card.transform)}
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as aside:
-        onnx.save(proto, aside)
-        _compare(card, model, OnnxModel(aside), "ONNX")
+    with atomic_file(file) as temporary:
+        onnx.save(proto, temporary)
+        _check_logits(card, model, OnnxModel(temporary), "ONNX")
     return file
 
 
 def to_torch(model: nn.Module, card: ModelCard, out: Path) -> Path:
-    """Writes `out/model.pt2`, for `torch.export.load`: any batch size, inputs and outputs as `to_onnx`.
+    """Writes `out/model.pt2` for `torch.export.load`: dynamic batch size, inputs and outputs as in `to_onnx`.
 
     Raises:
-        TrainingError: its logits are not those of torch.
+        TrainingError: The logits differ from torch's.
     """
     file = out / "model.pt2"
     program = torch.export.export(model, (_example(card, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as aside:
-        torch.export.save(program, aside)
-        _compare(card, model, torch.export.load(aside).module(), "torch.export")
+    with atomic_file(file) as temporary:
+        torch.export.save(program, temporary)
+        _check_logits(card, model, torch.export.load(temporary).module(), "torch.export")
     return file
 
 
 def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
     """Writes `out/timm` with `model.safetensors` and `config.json`, for `timm.create_model("local-dir:...")`.
 
-    It is also what timm's models on a hub look like; the label names and the transform are in the configuration.
+    The folder has the layout of timm models on the Hugging Face Hub; `config.json` has label names and transform.
 
     Raises:
-        UserError: plain timm has no such model.
-        TrainingError: its logits are not those of torch.
+        UserError: Plain timm does not have the model.
+        TrainingError: The logits differ from torch's.
     """
-    place = out / "timm"
+    folder = out / "timm"
     transform = card.transform
     if card.small_stem:
-        raise UserError(f"timm has no model with the stem of {card.name}: export it as onnx or torch.")
+        raise UserError(f"timm has no model with the CIFAR stem of {card.name}: export it as onnx or torch.")
     arguments: dict[str, Any] = dict(card.architecture)
     name = arguments.pop("timm", _DENSENET)
     if "module" in arguments:
-        raise UserError(f"timm itself has no model {name}, {arguments['module']} has: export it as onnx or torch.")
-    place.mkdir(parents=True, exist_ok=True)
+        raise UserError(
+            f"plain timm does not have the model {name}, which {arguments['module']} registers: export it as onnx or "
+            f"torch."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     names: Any = model.pretrained_cfg
     config = {
         "architecture": name,
@@ -133,26 +136,25 @@ def to_timm(model: nn.Module, card: ModelCard, out: Path) -> Path:
             "classifier": names["classifier"],
         },
     }
-    with atomic_file(place / "model.safetensors") as aside:
-        save_file(model.state_dict(), aside)
-    write_text(place / "config.json", json.dumps(config, indent=2) + "\n")
-    _compare(card, model, timm.create_model(f"local-dir:{place}", pretrained=True).eval(), "timm")
-    return place
+    with atomic_file(folder / "model.safetensors") as temporary:
+        save_file(model.state_dict(), temporary)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    _check_logits(card, model, timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), "timm")
+    return folder
 
 
 def _crop_pct(crop: int, resize: int) -> float:
-    """The share of the resized side that the crop takes, from which timm computes `resize`: floor(crop / share)."""
-    share = crop / resize
-    while math.floor(crop / share) < resize:  # rounded, as 224 / (224 / 400) is
-        share = math.nextafter(share, 0)
-    return share
+    """Returns timm's `crop_pct`, the ratio crop / resize, such that floor(crop / crop_pct) is exactly `resize`."""
+    crop_pct = crop / resize
+    while math.floor(crop / crop_pct) < resize:  # floating-point rounding, as in 224 / (224 / 400)
+        crop_pct = math.nextafter(crop_pct, 0)
+    return crop_pct
 
 
 def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[np.float32]]]) -> Path:
-    """Writes `out/model.int8.onnx`: convolutions and the classifier of an ONNX file quantized for the CPU.
+    """Writes `out/model.int8.onnx`: an ONNX file with convolutions and classifier statically quantized for the CPU.
 
-    Signed weights by channel, unsigned activations, ranges from the minima and maxima over the images [N, C, H, W] of
-    `batches`.
+    Weights are int8 per channel, activations uint8 with min-max calibration over the images [N, C, H, W] of `batches`.
     """
     file = out / "model.int8.onnx"
     prepared = out / "prepared-model.onnx"
@@ -166,11 +168,11 @@ def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[n
             return None if images_NCHW is None else {_INPUT: images_NCHW}
 
     try:
-        with _quiet(), atomic_file(file) as aside:
+        with _quiet(), atomic_file(file) as temporary:
             quant_pre_process(str(onnx_file), str(prepared))
             quantize_static(
                 str(prepared),
-                str(aside),
+                str(temporary),
                 Reader(),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "Gemm", "MatMul"],
@@ -183,28 +185,29 @@ def to_int8(onnx_file: Path, out: Path, batches: Callable[[], Iterator[NDArray[n
     return file
 
 
-def _compare(card: ModelCard, model: nn.Module, exported: nn.Module, kind: str) -> None:
-    for count in _CHECKED:
+def _check_logits(card: ModelCard, model: nn.Module, exported: nn.Module, kind: str) -> None:
+    """Raises `TrainingError` if the logits of an exported model differ from torch's by more than `TOLERANCE`."""
+    for count in _CHECKED_BATCH_SIZES:
         images_NCHW = _example(card, count)
         with torch.no_grad():
-            wanted_NK, given_NK = model(images_NCHW), exported(images_NCHW)
-        largest = (wanted_NK - given_NK).abs().max().item()
-        if not largest <= TOLERANCE:  # NaN is no agreement
+            expected_NK, exported_NK = model(images_NCHW), exported(images_NCHW)
+        largest = (expected_NK - exported_NK).abs().max().item()
+        if not largest <= TOLERANCE:  # also true for NaN
             raise TrainingError(
-                f"the {kind} export of {card.name} gives logits that differ by {largest:.2g} from torch's, "
+                f"the logits of the {kind} export of {card.name} differ from torch's by {largest:.2g}, at most "
                 f"{TOLERANCE:g} is allowed; nothing is written."
             )
 
 
 def _example(card: ModelCard, count: int) -> torch.Tensor:
-    """Images [count, C, crop, crop] of noise, always the same."""
+    """Returns deterministic noise images [count, C, crop, crop]."""
     crop = card.transform.crop
     return torch.randn((count, card.in_chans, crop, crop), generator=torch.Generator().manual_seed(count))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' progress and announcements, which they print."""
+    """Suppresses warnings and output of the exporters."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""A model quantized to int8, and what that costs and gains: calibrated and measured on a data set."""
+"""Post-training int8 quantization: calibration, and accuracy and speed compared with fp32 on a data set."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, rank_eval_batches
-from pipeline.evaluation.labels import labels_of
+from pipeline.evaluation.labels import map_labels
 from pipeline.evaluation.probabilities import probabilities
 from pipeline.evaluation.scores import best_class
 from pipeline.export.formats import OnnxModel, to_int8, to_onnx
@@ -22,8 +22,11 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An ONNX file's hits among `total` images, its speed on this machine with one thread of decoding, its bytes."""
+class OnnxResult:
+    """Accuracy, speed and size of an ONNX file.
+
+    `img_per_s` is measured on this machine with one decoding thread; `bytes` is the file size.
+    """
 
     file: str
     top1_correct: int
@@ -33,30 +36,30 @@ class Measured:
 
     @property
     def top1(self) -> float:
-        """`top1_correct` in percent of `total`."""
+        """Top-1 accuracy in percent."""
         return 100 * self.top1_correct / self.total
 
 
 def quantize(
     model: nn.Module, card: ModelCard, out: Path, calibration: DatasetIndex, index: DatasetIndex, images: int
-) -> tuple[Measured, Measured]:
-    """Writes `out/model.onnx` and `out/model.int8.onnx`; returns both, measured on all images of `index`.
+) -> tuple[OnnxResult, OnnxResult]:
+    """Writes `out/model.onnx` and `out/model.int8.onnx`; evaluates both on all images of `index`.
 
-    The ranges of the latter are those over `images` images of `calibration`.
+    The activation ranges of the int8 file come from `images` images of `calibration`.
 
     Raises:
-        DataError: the model does not know the classes of the data.
-        TrainingError: the logits of the plain file are not torch's.
+        DataError: The model does not know a class of the data.
+        TrainingError: The logits of the fp32 file differ from torch's.
     """
-    labels_N = labels_of(index, card.classes)
-    plain = to_onnx(model, card, out)
-    quantized = to_int8(plain, out, _calibration(calibration, card, images))
-    return _measured(plain, card, index, labels_N), _measured(quantized, card, index, labels_N)
+    labels_N = map_labels(index, card.classes)
+    fp32 = to_onnx(model, card, out)
+    int8 = to_int8(fp32, out, _calibration_batches(calibration, card, images))
+    return _measure(fp32, card, index, labels_N), _measure(int8, card, index, labels_N)
 
 
-def _measured(file: Path, card: ModelCard, index: DatasetIndex, labels_N: NDArray[np.int64]) -> Measured:
+def _measure(file: Path, card: ModelCard, index: DatasetIndex, labels_N: NDArray[np.int64]) -> OnnxResult:
     started = time.perf_counter()
-    given_NK, _ = probabilities(
+    probabilities_NK, _ = probabilities(
         OnnxModel(file),
         index,
         card.transform,
@@ -66,13 +69,15 @@ def _measured(file: Path, card: ModelCard, index: DatasetIndex, labels_N: NDArra
         threads=1,
         batch_size=_BATCH,
     )
-    hits = int((best_class(given_NK) == labels_N).sum())
+    correct = int((best_class(probabilities_NK) == labels_N).sum())
     img_per_s = len(index) / (time.perf_counter() - started)
-    return Measured(str(file), hits, len(index), img_per_s, file.stat().st_size)
+    return OnnxResult(str(file), correct, len(index), img_per_s, file.stat().st_size)
 
 
-def _calibration(index: DatasetIndex, card: ModelCard, images: int) -> Callable[[], Iterator[NDArray[np.float32]]]:
-    """Batches of evenly spread images after the card's evaluation transform."""
+def _calibration_batches(
+    index: DatasetIndex, card: ModelCard, images: int
+) -> Callable[[], Iterator[NDArray[np.float32]]]:
+    """Returns a function that yields batches of evenly spaced images after the card's evaluation transform."""
     rows_N = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).astype(np.int64))
     subset, transform = index.subset(rows_N), card.transform
 

@@ -1,4 +1,4 @@
-"""A model to predict and evaluate with, opened by whatever name it has."""
+"""Opens a trained model by URI or path, for prediction, evaluation and export."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,50 +13,49 @@ from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.data.open import resolve_data_root
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import Evaluation, evaluate, transform_at
+from pipeline.evaluation.evaluate import Evaluation, evaluate, override_transform
 from pipeline.export.predict import FolderPredictions, ImageInput, Prediction, Predictor, predict_folder
 from pipeline.extras import requires_extra
 from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
-from pipeline.model.timm_files import card_of_file
+from pipeline.model.timm_files import card_from_weights
 from pipeline.model.weights import load_model, load_weights
-from pipeline.tracking.stores import Stores, given_stores
+from pipeline.tracking.stores import Stores, stores_from_options
 from pipeline.train.locate import locate
 
 if TYPE_CHECKING:
-    from pipeline.export.int8 import Measured
+    from pipeline.export.int8 import OnnxResult
 
 
 def open_model(
-    place: str | Path,
+    model_uri: str | Path,
     *,
     classes: Sequence[str] | None = None,
     stores: Stores | None = None,
     cache: str | Path = "outputs",
 ) -> "TrainedModel":
-    """Opens a model; its weights are read when they are first needed.
+    """Opens a model; its weights are loaded on first use.
 
     Args:
-        place: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/NAME; a run's folder, whose best checkpoint is taken;
-            a checkpoint's folder; or a .safetensors or .pth file of a DenseNet as timm or torchvision name its weights.
-        classes: For such a file: the class names in the order of the logits. By default those in timm's `config.json`
-            beside it, or, as timm takes it, ImageNet's where their number fits.
-        stores: Where runs and registered models are; by default as `densenet` finds them: by the environment, else in
-            the folder `cache`.
-        cache: Folder for downloaded models and indexes of class folders: the `run.output` of trainings.
+        model_uri: models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/NAME; a run folder (its best checkpoint is
+            used); a checkpoint folder; or a .safetensors or .pth file of a DenseNet with parameter names of timm or
+            torchvision.
+        classes: For a weights file: the class names in the order of the logits. Default: those in timm's `config.json`
+            in the same folder, else ImageNet's if their number matches.
+        stores: Tracking store and model registry. Default: those of the environment, else a SQLite file in `cache`.
+        cache: Folder for downloaded models and indexes of class folders; the `run.output` of training runs.
 
     Raises:
-        UserError: there is no such model, or a file's model or classes are not known.
+        UserError: There is no such model, or the model or class names of a weights file are unknown.
     """
     output = Path(cache).absolute()
-    folder = locate(str(place), "MODEL", output / "models", stores or given_stores(None, None, output))
-    if folder.is_file():
-        card = card_of_file(folder, classes)
-        return TrainedModel(str(place), folder, card, output)
-    card = ModelCard.read(folder)
+    path = locate(str(model_uri), "MODEL", output / "models", stores or stores_from_options(None, None, output))
+    if path.is_file():
+        return TrainedModel(str(model_uri), path, card_from_weights(path, classes), output)
+    card = ModelCard.read(path)
     if classes is not None:
-        raise UserError(f"classes have no effect: {folder} has a card that tells them. Leave them out.")
-    return TrainedModel(str(place), folder, card, output)
+        raise UserError(f"classes has no effect: {path} has a model card with class names. Omit classes.")
+    return TrainedModel(str(model_uri), path, card, output)
 
 
 FORMATS = ("onnx", "torch", "timm", "int8")
@@ -64,27 +63,27 @@ FORMATS = ("onnx", "torch", "timm", "int8")
 
 @dataclass(frozen=True)
 class Exported:
-    """A file, or a folder for timm, that another program takes.
+    """An exported model: a file, or a folder for timm.
 
-    Its logits equal torch's to `tolerance`; `opset` is ONNX's. For int8, which has other logits, `fp32` and `int8` tell
-    hits and speed of the plain and the quantized ONNX file.
+    Its logits equal torch's within `tolerance`; `opset` is the ONNX opset. For an int8 export, whose logits differ,
+    `fp32` and `int8` have accuracy, speed and size of the fp32 and the quantized ONNX file.
     """
 
     file: str
     tolerance: float | None = None
     opset: int | None = None
-    fp32: "Measured | None" = None
-    int8: "Measured | None" = None
+    fp32: "OnnxResult | None" = None
+    int8: "OnnxResult | None" = None
 
 
 class TrainedModel:
-    """A model from `open_model`: `place` is its name there, `card` tells all that is known of it."""
+    """A model from `open_model`: `model_uri` is the argument passed there, `card` the model card."""
 
-    def __init__(self, place: str, folder: Path, card: ModelCard, cache: Path) -> None:
-        self.place, self.card, self._folder, self._cache = place, card, folder, cache
+    def __init__(self, model_uri: str, path: Path, card: ModelCard, cache: Path) -> None:
+        self.model_uri, self.card, self._path, self._cache = model_uri, card, path, cache
 
     def __repr__(self) -> str:
-        return f"TrainedModel({self.place}: {self.card.name}, {self.card.num_classes} classes)"
+        return f"TrainedModel({self.model_uri}: {self.card.name}, {self.card.num_classes} classes)"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -93,37 +92,37 @@ class TrainedModel:
 
     @property
     def weights(self) -> Path:
-        """The file of its weights."""
-        return self._folder if self._folder.is_file() else self._folder / self.card.weights
+        """Path of the weights file."""
+        return self._path if self._path.is_file() else self._path / self.card.weights
 
     @cached_property
     def module(self) -> nn.Module:
         """The torch module, in evaluation mode: images [N, C, H, W] after the card's transform to logits [N, K]."""
-        if not self._folder.is_file():
-            return load_model(self._folder)
+        if not self._path.is_file():
+            return load_model(self._path)
         model = create(self.card.model, self.card.num_classes)
-        load_weights(model, self._folder)
+        load_weights(model, self._path)
         return model.eval()
 
     def predict(self, images: ImageInput | Sequence[ImageInput], topk: int = 5) -> list[Prediction]:
-        """The `topk` most probable classes of each image, by the code that is packaged with models, on the CPU.
+        """Predicts the `topk` most probable classes of each image on the CPU, with the code of packaged models.
 
         Args:
-            images: Paths, bytes of image files, or arrays of uint8, [H, W, 3] (RGB), [H, W] (gray) or [H, W, 4]; one or
-                several of them.
-            topk: How many classes.
+            images: One image or several: paths, bytes of image files, or uint8 arrays [H, W, 3] (RGB), [H, W] (gray)
+                or [H, W, 4] (RGBA).
+            topk: Number of classes per image.
 
         Raises:
-            UserError: a file is missing or is not an image, or the model gives NaN or infinities for it.
+            UserError: A file is missing or is not an image, or the model outputs NaN or infinities for it.
         """
-        one = isinstance(images, str | Path | bytes) or hasattr(images, "dtype")
-        given: Any = [images] if one else images
-        return self._predictor.predict(given, topk)
+        single = isinstance(images, str | Path | bytes) or hasattr(images, "dtype")
+        batch: Any = [images] if single else images
+        return self._predictor.predict(batch, topk)
 
     @cached_property
     def _predictor(self) -> Predictor:
-        module = self.module.cpu()  # evaluation may have moved it
-        return Predictor(self.card, module.state_dict(), str(self._folder))
+        module = self.module.cpu()  # `evaluate` may have moved it to the GPU
+        return Predictor(self.card, module.state_dict(), str(self._path))
 
     def predict_folder(
         self,
@@ -134,14 +133,14 @@ class TrainedModel:
         batch_size: int = 64,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> FolderPredictions:
-        """Classifies all files below a folder, on the GPU where there is one, into the Parquet file `out`.
+        """Classifies all files in a folder tree, on the GPU if there is one, and writes the Parquet file `out`.
 
-        It has a row for each file: `image`, its path below the folder; `class_id`, `class_name` and `probability` of
-        the best class; `top_class_ids` and `top_probabilities`; or what is wrong with it in `error`. `progress` is told
-        how many of how many are done.
+        The table has one row per file: `image` (path relative to the folder); `class_id`, `class_name` and
+        `probability` of the best class; `top_class_ids` and `top_probabilities`; or the problem of the file in `error`.
+        `progress` receives the number of classified images and the total.
 
         Raises:
-            UserError: there are no files, or `out` cannot be written.
+            UserError: There are no files, or `out` cannot be written.
         """
         return predict_folder(
             self.module, self.card, Path(images), Path(out), topk=topk, batch_size=batch_size, progress=progress
@@ -161,31 +160,31 @@ class TrainedModel:
         batch_size: int = 64,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Evaluation:
-        """Counts the model's hits on a split, each image once, on the GPU where there is one.
+        """Evaluates the model on a split, each image once, on the GPU if there is one.
 
         Args:
-            data: A data set's folder, a folder with class folders, or `digits://`.
-            split: Its name; class folders that lie in the folder itself have none.
-            crop: Side of the center crop, pixels; default: the card's.
-            resize: Length of the shorter side before it, pixels; default: in the card's ratio to the crop.
-            interpolation: Filter of the resize; default: the card's.
-            tta: `flip` or `ten-crop`: averaged views, as a second result.
-            labels: JSON file with the classes that count as right for each image, as ImageNet-ReaL's.
-            out: Folder for scores, classes, confusion and each image's prediction, as JSON and CSV.
-            batch_size: Images at once.
-            progress: Is told how many of how many views are done.
+            data: Folder of a data set, folder with class folders, or `digits://`.
+            split: Name of the split; ignored if the class folders are in `data` itself.
+            crop: Size of the center crop in pixels; default: that of the model card.
+            resize: Length of the shorter side after the resize, pixels; default: keeps the card's ratio to the crop.
+            interpolation: Filter of the resize; default: that of the model card.
+            tta: Test-time augmentation, `flip` or `ten-crop`: adds scores of averaged probabilities.
+            labels: JSON file with the classes that count as correct for each image, like ImageNet-ReaL.
+            out: Folder for scores, per-class accuracy, confusion matrix and predictions, as JSON and CSV.
+            batch_size: Images per batch.
+            progress: Receives the number of processed views and the total.
 
         Raises:
-            UserError: a value is not known, sizes do not fit, or `out` cannot be written.
-            DataError: there is no such split, or its classes or labels do not fit.
+            UserError: A value is unknown, the sizes do not fit, or `out` cannot be written.
+            DataError: There is no such split, or its classes or the labels do not match.
         """
-        transform = transform_at(self.card, crop, resize, interpolation, tta)
+        transform = override_transform(self.card, crop, resize, interpolation, tta)
         return evaluate(
             self.module,
             self.card,
             self._index(data, split),
             transform,
-            name=self.place,
+            name=self.model_uri,
             data=str(data),
             split=split,
             tta=tta,
@@ -205,24 +204,25 @@ class TrainedModel:
         calibrate: str = "train",
         images: int = 512,
     ) -> Exported:
-        """Writes the model for other programs, after its logits were compared with torch's.
+        """Exports the model and checks the exported logits against torch's.
 
         Args:
-            to: `onnx`, `torch` (torch.export), `timm` (a folder as on a hub), or `int8` (ONNX for the CPU).
-            out: Folder.
-            data: For int8: a data set to calibrate and to measure with.
-            split: For int8: the split to measure on.
-            calibrate: For int8: the split to take ranges from.
-            images: For int8: images to take ranges from.
+            to: `onnx`, `torch` (torch.export), `timm` (a folder as on the Hugging Face Hub), or `int8` (quantized ONNX
+                for the CPU).
+            out: Output folder.
+            data: For int8: data set for calibration and evaluation.
+            split: For int8: split for evaluation.
+            calibrate: For int8: split for calibration.
+            images: For int8: number of calibration images.
 
         Raises:
-            UserError: the format is not known, the extra `export` is not installed, or `out` cannot be written.
-            TrainingError: the logits differ; nothing is written.
+            UserError: The format is unknown, the extra `export` is not installed, or `out` cannot be written.
+            TrainingError: The logits differ; nothing is written.
         """
         if to not in FORMATS:
             raise UserError(f"--to={to} is not known: use {', '.join(FORMATS)}.")
         if to == "int8" and data is None:
-            raise UserError("--to int8 needs --data, a data set to calibrate and measure with.")
+            raise UserError("--to int8 needs --data, a data set for calibration and evaluation.")
         with requires_extra("export"):
             from pipeline.export import formats, int8
         model, card, folder = self.module.cpu(), self.card, Path(out)
@@ -230,8 +230,8 @@ class TrainedModel:
             folder.mkdir(parents=True, exist_ok=True)
             if to == "int8":
                 calibration, index = (self._index(str(data), name) for name in (calibrate, split))
-                found = int8.quantize(model, card, folder, calibration, index, images)
-                return Exported(found[1].file, fp32=found[0], int8=found[1])
+                fp32_result, int8_result = int8.quantize(model, card, folder, calibration, index, images)
+                return Exported(int8_result.file, fp32=fp32_result, int8=int8_result)
             write = {"onnx": formats.to_onnx, "torch": formats.to_torch, "timm": formats.to_timm}[to]
             file = write(model, card, folder)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a registered MLflow model."""
+"""Packages a checkpoint as an MLflow pyfunc model and registers it."""
 
 import base64
 import importlib.metadata
@@ -25,8 +25,8 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.model.card import CARD, ModelCard
 from pipeline.model.weights import import_model_code
-from pipeline.tracking.registry import make_registered_model, move_alias, version_of
-from pipeline.tracking.store import connect, connect_registry, first_line
+from pipeline.tracking.client import connect, connect_registry, first_line
+from pipeline.tracking.registry import create_registered_model, find_version, move_alias
 from pipeline.tracking.stores import Stores, redacted
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
@@ -45,8 +45,8 @@ SIGNATURE = ModelSignature(
 
 
 @dataclass(frozen=True)
-class Registered:
-    """A model version in the registry."""
+class RegisteredModel:
+    """A model version in the registry, with its alias."""
 
     name: str
     version: str
@@ -54,7 +54,7 @@ class Registered:
 
     @property
     def uri(self) -> str:
-        """MLflow's address of the alias."""
+        """MLflow's URI of the alias."""
         return f"models:/{self.name}@{self.alias}"
 
 
@@ -67,40 +67,40 @@ def register(
     alias: str,
     data_fingerprint: str,
     data_license: str | None = None,
-) -> Registered:
-    """Packages a checkpoint's model, stores it with the run, registers it and moves `alias` to it.
+) -> RegisteredModel:
+    """Packages a checkpoint's model, stores it with the run, registers it and moves `alias` to the new version.
 
-    The model is the better of `model.safetensors` and `ema.safetensors` with `model.json` (architecture, classes,
-    transform) and the code that reads them; results, transform and origin are tags of the version. A version that an
-    earlier call has made of this checkpoint, and could not give its alias, is gone on with.
+    The package has the better of `model.safetensors` and `ema.safetensors`, `model.json` (architecture, classes,
+    transform) and the code that loads them. Results, transform and origin are tags of the version. If an earlier call
+    registered this checkpoint but failed to set the alias, that version is reused.
 
-    MLflow's own `log_model` works on addresses and runs that are global to the process or come from the environment,
-    and so could register in another store than the alias is moved in: all calls here are those of one client.
+    All calls use one client: MLflow's `log_model` takes URIs and run from process-wide state or the environment, and
+    could register the model in another store than the alias.
 
     Raises:
-        UserError: a store refuses the model; the checkpoint is untouched.
+        UserError: A store rejects the model; the checkpoint stays unchanged.
     """
     card = ModelCard.read(checkpoint)
     tags = _tags(card, data_fingerprint) | ({} if data_license is None else {"data.license": data_license})
     tags["checkpoint"] = checkpoint.name
-    version = version_of(run_id, name, tags, stores)
+    version = find_version(run_id, name, tags, stores)
     if version is None:
         try:
-            version = _make_version(checkpoint, card, stores, run_id, name, tags)
-        except Exception as error:  # each kind of artifact store has errors of its own
+            version = _create_version(checkpoint, card, stores, run_id, name, tags)
+        except Exception as error:  # artifact stores raise errors of many kinds
             uri = stores.registry
             raise UserError(
                 f"the model could not be registered in {redacted(uri)}: {first_line(error, uri)} "
                 f"The checkpoint is {checkpoint}."
             ) from error
     move_alias(name, alias, version, stores)
-    return Registered(name, version, alias)
+    return RegisteredModel(name, version, alias)
 
 
-def _make_version(
+def _create_version(
     checkpoint: Path, card: ModelCard, stores: Stores, run_id: str, name: str, tags: dict[str, str]
 ) -> str:
-    """Stores the model with its run, and makes a version of it."""
+    """Stores the model with its run and registers a model version."""
     connect(stores.tracking)
     client = connect_registry(stores)
     run = client.get_run(run_id)
@@ -108,20 +108,20 @@ def _make_version(
     with tempfile.TemporaryDirectory() as folder:
         logged = _log(client, run.info.experiment_id, run_id, run.data.params, checkpoint, card, Path(folder, "run"))
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-        make_registered_model(client, name)
-        if not stores.apart or not stores.registry.startswith("http"):
-            source, model_id = logged.artifact_location, None if stores.apart else logged.model_id
-        else:  # a server registers no files that are another one's: it gets a copy
-            owner = MlflowClient(tracking_uri=stores.registry, registry_uri=stores.registry)
-            there = owner.get_experiment_by_name(experiment.name)
-            into = owner.create_experiment(experiment.name) if there is None else there.experiment_id
-            copy = _log(owner, into, None, run.data.params, checkpoint, card, Path(folder, "registry"))
+        create_registered_model(client, name)
+        if not stores.separate_registry or not stores.registry.startswith("http"):
+            source, model_id = logged.artifact_location, None if stores.separate_registry else logged.model_id
+        else:  # a registry server does not register artifacts of another server: upload a copy
+            registry = MlflowClient(tracking_uri=stores.registry, registry_uri=stores.registry)
+            existing = registry.get_experiment_by_name(experiment.name)
+            copy_id = registry.create_experiment(experiment.name) if existing is None else existing.experiment_id
+            copy = _log(registry, copy_id, None, run.data.params, checkpoint, card, Path(folder, "registry"))
             source, model_id = copy.artifact_location, copy.model_id
-    made = client.create_model_version(name, source, run_id, tags=tags, model_id=model_id)
-    if not stores.apart:
-        known = json.dumps([{"name": name, "version": made.version}])
-        client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: known})
-    return str(made.version)
+    version = client.create_model_version(name, source, run_id, tags=tags, model_id=model_id)
+    if not stores.separate_registry:
+        versions = json.dumps([{"name": name, "version": version.version}])
+        client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: versions})
+    return str(version.version)
 
 
 def _log(
@@ -133,10 +133,10 @@ def _log(
     card: ModelCard,
     folder: Path,
 ) -> LoggedModel:
-    """Packages a checkpoint in `folder` and stores it as a model of an experiment, and of a run where there is one."""
+    """Packages a checkpoint in `folder` and logs it as a model of the experiment, and of the run if there is one."""
     logged = client.create_logged_model(experiment_id, "model", run_id, params=params)
     try:
-        # MLflow's advice on packaging and its announcements of each step are of no use to the user here.
+        # Suppresses MLflow's packaging advice and progress messages, which do not apply here.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             mlflow.pyfunc.save_model(
@@ -156,14 +156,14 @@ def _log(
             )
             client.log_model_artifacts(logged.model_id, str(folder))
     except BaseException:
-        with suppress(MlflowException):  # what went wrong first is told
+        with suppress(MlflowException):  # the first error is raised below
             client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
         raise
     return client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
 
 def _model_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
-    """The code of a model that neither timm nor this project has, which goes with the model; None where there is none."""
+    """Returns the code of a plugin's model, which is packaged with it; None for models of timm and this project."""
     import_model_code(card, checkpoint)
     module = card.architecture.get("module")
     if module is None:
@@ -173,14 +173,14 @@ def _model_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
 
 
 def _example(side: int) -> pd.DataFrame:
-    """One gray JPEG in base64, to show the input's form as a server takes it."""
+    """Returns an input example: one gray JPEG in base64, as sent to a model server."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
     return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
 
 
 def _tags(card: ModelCard, data_fingerprint: str) -> dict[str, str]:
-    """What a reader of the registry asks first: how good, measured how, trained on what."""
+    """Returns the tags of a model version: results, evaluation transform, architecture, training data."""
     metrics = card.metrics
     results = {key: metrics[key] for key in ("top1_correct", "top5_correct", "top5_k", "total")} if metrics else {}
     tags = {

@@ -1,4 +1,4 @@
-"""Predictions: of some images by the code that is packaged with models, of many by DALI into a table."""
+"""Prediction: single images with the code of packaged models, folders with DALI into a Parquet table."""
 
 import time
 import warnings
@@ -26,7 +26,7 @@ from pipeline.files import atomic_file
 from pipeline.model.card import ModelCard
 
 _NON_FINITE = "NaN or infinities"
-_CHUNK = 8192  # images whose probabilities are held at a time
+_CHUNK = 8192  # images whose probabilities are in memory at once
 _SCHEMA = pa.schema(
     [
         ("image", pa.string()),
@@ -45,9 +45,9 @@ ImageInput = str | Path | bytes | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's most probable classes with their probabilities in [0, 1], best first.
+    """The most probable classes of an image with their probabilities in [0, 1], best first.
 
-    `image` is its path, or says which one it is of those that were given without.
+    `image` is its path, or `image N` with its index for inputs without a path.
     """
 
     image: str
@@ -61,10 +61,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class FolderPredictions:
-    """What came of a folder: images classified, files that are no valid images, images per second in all.
+    """Summary of a folder prediction.
 
-    `out` is the table. `non_finite` counts the images for which the model gives NaN or infinities, which have no
-    class; `ignored` are lines on the hidden files.
+    Attributes:
+        out: The Parquet file.
+        classified: Images with a predicted class.
+        corrupt: Files that are not valid images.
+        non_finite: Images with NaN or infinite outputs; they have no predicted class.
+        img_per_s: Overall throughput, images per second.
+        ignored: Messages about ignored hidden files.
     """
 
     out: str
@@ -76,7 +81,7 @@ class FolderPredictions:
 
 
 class Predictor:
-    """A model as it is packaged, which takes a few images at once; `model` names it in errors."""
+    """Predicts single images with the code of the packaged model; `model` is its name in error messages."""
 
     def __init__(self, card: ModelCard, weights: dict[str, torch.Tensor], model: str) -> None:
         with warnings.catch_warnings():
@@ -87,28 +92,30 @@ class Predictor:
         self._classifier.load(asdict(card), weights)
 
     def predict(self, images: Sequence[ImageInput], topk: int) -> list[Prediction]:
-        """The `topk` most probable classes of each image.
+        """Returns the `topk` most probable classes of each image.
 
         Raises:
-            UserError: a file is missing or is not an image, or the model gives NaN or infinities for it.
+            UserError: A file is missing or is not an image, or the model outputs NaN or infinities for it.
         """
-        named = [_named(image, place) for place, image in enumerate(images)]
+        inputs = [_name_and_value(image, i) for i, image in enumerate(images)]
         try:
-            rows = self._probabilities([value for _, value in named])
-        except MlflowException:  # one by one, to tell which it is
-            rows = [self._one(name, value) for name, value in named]
+            rows = self._probabilities([value for _, value in inputs])
+        except MlflowException:  # one by one, to find the image that fails
+            rows = [self._predict_one(name, value) for name, value in inputs]
         classes = self._classifier.classes
         return [
             Prediction(name, {classes[k]: float(row_K[k]) for k in _best(row_K, topk)})
-            for (name, _), row_K in zip(named, rows, strict=True)
+            for (name, _), row_K in zip(inputs, rows, strict=True)
         ]
 
-    def _one(self, name: str, value: object) -> NDArray[np.float64]:
+    def _predict_one(self, name: str, value: object) -> NDArray[np.float64]:
         try:
             return self._probabilities([value])[0]
         except MlflowException as error:
             if error.error_code == "INTERNAL_ERROR":
-                raise UserError(f"{name}: the model in {self._name} gives {_NON_FINITE}: it cannot be used.") from error
+                raise UserError(
+                    f"{name}: the model in {self._name} outputs {_NON_FINITE}: it cannot be used."
+                ) from error
             reason = str(error.__cause__).replace("is not an image", "is not an image that can be read")
             raise UserError(f"{name} {reason}.") from error
 
@@ -116,15 +123,15 @@ class Predictor:
         return list(self._classifier.predict(None, pd.DataFrame({"image": values}))["probabilities"])
 
 
-def _named(image: ImageInput, place: int) -> tuple[str, object]:
-    """What an image is called in results and errors, and what the packaged model is given."""
+def _name_and_value(image: ImageInput, index: int) -> tuple[str, object]:
+    """Returns the name of an image in results and errors, and the input for the packaged model."""
     if not isinstance(image, str | Path):
-        return f"image {place}", image
+        return f"image {index}", image
     path = Path(image)
     if not path.exists():
         raise UserError(f"{path} does not exist.")
     if not path.is_file():
-        raise UserError(f"{path} is not a file: give image files, or a folder with --batch.")
+        raise UserError(f"{path} is not a file: pass image files, or a folder with --batch.")
     return str(path), path
 
 
@@ -138,35 +145,36 @@ def predict_folder(
     batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FolderPredictions:
-    """Classifies all files below `images` with a model, by the loader that evaluation uses.
+    """Classifies all files in the folder tree `images`, with the data loader of evaluation.
 
-    Writes a Parquet file with a row for each: `image` (its path below `images`), the best class, the `topk` best
-    ones, or what is wrong with the file, or that the model gives NaN for it, in `error`. `progress` is told how many of
-    how many are done.
+    Writes a Parquet file with one row per file: `image` (path relative to `images`), the best class, the `topk` best
+    classes; or the problem of the file, or NaN outputs, in `error`. `progress` receives the number of classified images
+    and the total.
 
     Raises:
-        UserError: there are no files, or `out` cannot be written.
+        UserError: There are no files, or `out` cannot be written.
     """
     index, problems, ignored = scan_images(images, card.max_pixels)
     if not len(index) and not problems:
-        raise DataError(f"{images} holds no files: give a folder with images.")
+        raise DataError(f"{images} contains no files: pass a folder with images.")
     started, classified, non_finite, total = time.perf_counter(), 0, 0, len(index)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(out) as aside, pq.ParquetWriter(aside, _SCHEMA, compression="zstd") as writer:
+        with atomic_file(out) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
             for start in range(0, total, _CHUNK):
                 part = index.subset(np.arange(start, min(start + _CHUNK, total)))
-                told = _progress_from(progress, start, total)
+                report = _progress_from(progress, start, total)
                 try:
-                    given_NK = _given(model, card, part, batch_size, told)
-                except DataError:  # corruption that only a whole decoding shows: found one by one
-                    valid, unsound = _looked_through(part)
-                    problems |= unsound
+                    probabilities_NK = _probabilities(model, card, part, batch_size, report)
+                except DataError:  # corruption that only complete decoding detects: check images one by one
+                    valid, corrupt = _find_corrupt(part)
+                    problems |= corrupt
                     part = part.subset(valid)
-                    given_NK = _given(model, card, part, batch_size, _progress_from(progress, start, total))
-                none = int((best_class(given_NK) == NO_CLASS).sum())
-                classified, non_finite = classified + len(part) - none, non_finite + none
-                writer.write_table(_table(part, given_NK, card.classes, topk))
+                    report = _progress_from(progress, start, total)
+                    probabilities_NK = _probabilities(model, card, part, batch_size, report)
+                without_class = int((best_class(probabilities_NK) == NO_CLASS).sum())
+                classified, non_finite = classified + len(part) - without_class, non_finite + without_class
+                writer.write_table(_table(part, probabilities_NK, card.classes, topk))
             rows = [{"image": name, "error": reason} for name, reason in sorted(problems.items())]
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     except OSError as error:
@@ -176,54 +184,54 @@ def predict_folder(
 
 
 def _progress_from(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
-    """Turns numbers of images just done, from `start` on, into how many of `total` are done."""
+    """Returns a function that adds batch sizes to `start` and reports the sum with `total` to `progress`."""
     done = start
 
-    def told(images: int) -> None:
+    def report(images: int) -> None:
         nonlocal done
         done += images
         progress(done, total)
 
-    return told
+    return report
 
 
-def _given(
-    model: nn.Module, card: ModelCard, index: DatasetIndex, batch_size: int, told: Callable[[int], None]
+def _probabilities(
+    model: nn.Module, card: ModelCard, index: DatasetIndex, batch_size: int, report: Callable[[int], None]
 ) -> NDArray[np.float32]:
     if not len(index):
         return np.zeros((0, card.num_classes), np.float32)
-    return card_probabilities(model, card, index, batch_size=batch_size, progress=told)[0]
+    return card_probabilities(model, card, index, batch_size=batch_size, progress=report)[0]
 
 
-def _looked_through(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, str]]:
-    """Decodes each image: the places of valid ones, and what is wrong with the others by name."""
+def _find_corrupt(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, str]]:
+    """Decodes each image; returns the indices of valid images, and the problems of the others by name."""
     valid, problems = [], {}
     for i in range(len(index)):
         try:
             decode(index.read(i).tobytes(), int(index.widths_N[i] * index.heights_N[i]))
             valid.append(i)
-        except (NotAnImage, DataError) as error:  # the latter also of a file that has gone meanwhile
+        except (NotAnImage, DataError) as error:  # `DataError`: for example a file that was deleted meanwhile
             problems[_name(index, i)] = str(error)
     return np.array(valid, np.int64), problems
 
 
-def _table(index: DatasetIndex, given_NK: NDArray[np.float32], classes: Sequence[str], top: int) -> pa.Table:
-    order_NK = np.argsort(-given_NK, axis=1, kind="stable")[:, :top]
-    probabilities_NK = np.take_along_axis(given_NK, order_NK, axis=1)
-    best_N = best_class(given_NK).tolist()
-    given = [best != NO_CLASS for best in best_N]
+def _table(index: DatasetIndex, probabilities_NK: NDArray[np.float32], classes: Sequence[str], top: int) -> pa.Table:
+    order_NK = np.argsort(-probabilities_NK, axis=1, kind="stable")[:, :top]
+    top_NK = np.take_along_axis(probabilities_NK, order_NK, axis=1)
+    best_N = best_class(probabilities_NK).tolist()
+    finite = [best != NO_CLASS for best in best_N]
 
-    def known(values: Iterable[Any]) -> list[Any]:
-        return [value if there else None for value, there in zip(values, given, strict=True)]
+    def if_finite(values: Iterable[Any]) -> list[Any]:
+        return [value if is_finite else None for value, is_finite in zip(values, finite, strict=True)]
 
     columns = {
         "image": [_name(index, i) for i in range(len(index))],
-        "class_id": known(best_N),
-        "class_name": known(classes[k] for k in best_N),
-        "probability": known(probabilities_NK[:, 0]),
-        "top_class_ids": known(order_NK),
-        "top_probabilities": known(probabilities_NK),
-        "error": [None if there else f"the model gives {_NON_FINITE}" for there in given],
+        "class_id": if_finite(best_N),
+        "class_name": if_finite(classes[k] for k in best_N),
+        "probability": if_finite(top_NK[:, 0]),
+        "top_class_ids": if_finite(order_NK),
+        "top_probabilities": if_finite(top_NK),
+        "error": [None if is_finite else f"the model outputs {_NON_FINITE}" for is_finite in finite],
     }
     return pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
 

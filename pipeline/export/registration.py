@@ -1,4 +1,4 @@
-"""A run's best checkpoint becomes a registered model, where the registry takes it."""
+"""Registers a run's best checkpoint in the model registry."""
 
 import json
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.export.package import Registered, register
+from pipeline.export.package import RegisteredModel, register
 from pipeline.model.card import ModelCard
+from pipeline.tracking.client import wait_for_stores
 from pipeline.tracking.database import Unreachable
-from pipeline.tracking.registry import check_rights, move_alias, versions
+from pipeline.tracking.registry import check_permissions, move_alias, versions
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.store import wait_for
-from pipeline.tracking.stores import redacted, stores_of
+from pipeline.tracking.stores import redacted, stores_from_config
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint
 
@@ -21,66 +21,68 @@ _RECORD = "registered.json"
 _FINGERPRINT = "data.train.fingerprint"
 
 
-def check_registry(config: RunConfig, told: Callable[[str], None]) -> None:
-    """Looks whether the registry will take the run's model; one that is away is told with `on_unreachable=spool`.
+def check_registry(config: RunConfig, warn: Callable[[str], None]) -> None:
+    """Checks that the registry accepts the run's model; warns if it is unreachable and `on_unreachable` is `spool`.
 
     Raises:
-        UserError: it refuses, or is away.
+        UserError: The registry denies access, or is unreachable.
     """
-    stores = stores_of(config)
+    stores = stores_from_config(config)
     try:
-        check_rights(config.tracking.registered_model_name or config.model.name, stores)
+        check_permissions(config.tracking.registered_model_name or config.model.name, stores)
     except Unreachable as error:
         if config.tracking.on_unreachable == "fail":
             raise
-        if stores.apart:
-            told(f"{error} The registry at {redacted(stores.registry)} is needed at the end of the run.")
+        if stores.separate_registry:
+            warn(f"{error} The registry at {redacted(stores.registry)} is needed at the end of the run.")
 
 
-def not_a_candidate(best: Path) -> str | None:
-    """Why a checkpoint's model must not be registered, if there is a reason: its evaluation had non-finite outputs."""
+def reason_not_to_register(best: Path) -> str | None:
+    """Returns why a checkpoint must not be registered (non-finite outputs in its evaluation), or None."""
     metrics = ModelCard.read(best).metrics
     if not metrics or not metrics.get("non_finite"):
         return None
-    return f"it gives NaN or infinities for {metrics['non_finite']} of {metrics['total']} evaluation images"
+    return f"it outputs NaN or infinities for {metrics['non_finite']} of {metrics['total']} evaluation images"
 
 
 def send_and_register(
-    config: RunConfig, run_dir: Path, tracker: Tracker, told: Callable[[str], None], wait_timeout_s: float
-) -> Registered:
-    """Waits for the stores, sends what is left of the run's records, and registers its best checkpoint.
+    config: RunConfig, run_dir: Path, tracker: Tracker, warn: Callable[[str], None], wait_timeout_s: float
+) -> RegisteredModel:
+    """Waits for the stores, sends the remaining records of the run, and registers its best checkpoint.
 
     Raises:
-        UserError: a store does not answer in time, or refuses; the message says how to go on without training.
+        UserError: A store is still unreachable after the timeout, or rejects the model; the message has the command
+            that registers the model later.
     """
     best = best_checkpoint(run_dir)
     try:
-        wait_for(tracker.stores, wait_timeout_s, told)
+        wait_for_stores(tracker.stores, wait_timeout_s, warn)
         if not tracker.flush(wait_timeout_s):
-            raise UserError(f"MLflow at {redacted(tracker.uri)} does not take this run's records.")
+            raise UserError(f"MLflow at {redacted(tracker.uri)} does not accept this run's records.")
         return _register(config, run_dir, tracker, best)
     except UserError as error:
         raise UserError(
             f"{error} The training is complete, its best checkpoint is {best}; `densenet models register {run_dir}` "
-            f"registers it without training again (--as, --alias, --uri and --registry-uri name other places)."
+            f"registers it without training again (--as, --alias, --uri and --registry-uri select another name, alias "
+            f"or store)."
         ) from error
 
 
-def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) -> Registered:
-    """Registers the checkpoint, unless an earlier start of this run has done so, and moves the alias there."""
+def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) -> RegisteredModel:
+    """Registers the checkpoint, unless an earlier start of this run did, and moves the alias to it."""
     record, stores = run_dir / _RECORD, tracker.stores
     name, alias = config.tracking.registered_model_name or config.model.name, config.tracking.alias
     registry = redacted(stores.registry)
     if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        model = Registered(**known["model"])
-        if (known["checkpoint"], known.get("registry"), model.name) == (best.name, registry, name):
-            there = [v for v in versions(name, stores) if v.version == model.version]
-            if there and (alias in there[0].aliases or alias == model.alias):
-                return Registered(name, model.version, alias)
-            if there:
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        model = RegisteredModel(**earlier["model"])
+        if (earlier["checkpoint"], earlier.get("registry"), model.name) == (best.name, registry, name):
+            existing = [v for v in versions(name, stores) if v.version == model.version]
+            if existing and (alias in existing[0].aliases or alias == model.alias):
+                return RegisteredModel(name, model.version, alias)
+            if existing:
                 move_alias(name, alias, model.version, stores)
-                return _noted(record, best, registry, Registered(name, model.version, alias))
+                return _save_record(record, best, registry, RegisteredModel(name, model.version, alias))
     registered = register(
         best,
         stores=stores,
@@ -90,18 +92,18 @@ def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) ->
         data_fingerprint=_fingerprint(tracker),
         data_license=config.data.license,
     )
-    return _noted(record, best, registry, registered)
+    return _save_record(record, best, registry, registered)
 
 
-def _noted(record: Path, best: Path, registry: str, model: Registered) -> Registered:
+def _save_record(record: Path, best: Path, registry: str, model: RegisteredModel) -> RegisteredModel:
     checkpoint.write_json(record, {"checkpoint": best.name, "registry": registry, "model": asdict(model)})
     return model
 
 
 def _fingerprint(tracker: Tracker) -> str:
-    """The training data's fingerprint, as the run has recorded it."""
-    found = ""
+    """Returns the fingerprint of the training data from the run's tags."""
+    fingerprint = ""
     for record in tracker.journal.records():
         if record["kind"] == "tags":
-            found = record["values"].get(_FINGERPRINT, found)
-    return found
+            fingerprint = record["values"].get(_FINGERPRINT, fingerprint)
+    return fingerprint

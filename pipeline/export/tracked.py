@@ -1,11 +1,11 @@
-"""A run that MLflow records, from its beginning to its registered model."""
+"""Tracks a training run in MLflow from its start to its registered model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.export.package import Registered
-from pipeline.export.registration import check_registry, not_a_candidate, send_and_register
+from pipeline.export.package import RegisteredModel
+from pipeline.export.registration import check_registry, reason_not_to_register, send_and_register
 from pipeline.tracking.run import Tracker
 from pipeline.train.artifacts import attach_curves, attach_samples, begin
 from pipeline.train.checkpoint import best_checkpoint
@@ -17,7 +17,7 @@ from pipeline.train.storage import fetch_best
 
 
 class TrackedRun:
-    """Records a run's events and what comes of it; `warn` is told of what could not be recorded."""
+    """Logs a run's events, artifacts and model; `warn` receives messages about what could not be logged."""
 
     def __init__(self, setup: RunSetup, tracker: Tracker, warn: Callable[[str], None]) -> None:
         self.tracker = tracker
@@ -25,32 +25,33 @@ class TrackedRun:
         self._recorder = Recorder(tracker, setup.config, setup.run_dir)
 
     def on_event(self, event: Event) -> None:
-        """Tracks one event."""
+        """Logs one event."""
         self._recorder.on_event(event)
 
     def attach_logs(self) -> None:
-        """Records the workers' logs: those of a failed run tell what lies behind it."""
+        """Logs the workers' log files as artifacts, to diagnose a failed run."""
         for log in sorted((self._setup.run_dir / "logs").glob("*.log")):
-            self.tracker.attach(log, "logs")
+            self.tracker.log_artifact(log, "logs")
 
     def attach_curves(self) -> None:
-        """Records the run's curves."""
-        with _only_warns(self._warn):
+        """Logs plots of the run's metrics."""
+        with _errors_as_warnings(self._warn):
             attach_curves(self.tracker, self._setup)
 
-    def register(self) -> tuple[Path, Registered | None]:
-        """Records what came of the run, and registers its best checkpoint, unless its outputs are not finite.
+    def register(self) -> tuple[Path, RegisteredModel | None]:
+        """Logs the results of the run and registers its best checkpoint, unless its outputs are non-finite.
 
         Raises:
-            UserError: a store does not answer in time, or refuses; the message says how to go on without training.
+            UserError: A store is still unreachable after the timeout, or rejects the model; the message has the
+                command that registers the model later.
         """
         config, run_dir = self._setup.config, self._setup.run_dir
         fetch_best(config, run_dir, self._warn)
         self._recorder.checkpoints()
         best = best_checkpoint(run_dir)
-        with _only_warns(self._warn):
+        with _errors_as_warnings(self._warn):
             attach_samples(self.tracker, self._setup, best)
-        reason = not_a_candidate(best)
+        reason = reason_not_to_register(best)
         if reason is not None:
             self._warn(f"the model is not registered: {reason}; lower optim.lr or set optim.clip_grad_norm")
             return best, None
@@ -60,24 +61,24 @@ class TrackedRun:
 
 @contextmanager
 def tracked(setup: RunSetup, warn: Callable[[str], None]) -> Iterator[TrackedRun]:
-    """Opens the run's record, after a look whether registry and stores will take what its end brings.
+    """Starts tracking a run, after checking that tracking store, artifact store and registry accept its results.
 
     Raises:
-        UserError: one refuses, or is away, unless `tracking.on_unreachable` is `spool`.
+        UserError: A store denies access, or is unreachable (unless `tracking.on_unreachable` is `spool`).
     """
     config, run_dir = setup.config, setup.run_dir
     check_registry(config, warn)
     with Tracker(config, run_dir, str(config.run.name), warn) as tracker:
         tracker.check_store(run_dir / PROBE)
-        with _only_warns(warn):
+        with _errors_as_warnings(warn):
             begin(tracker, setup)
         yield TrackedRun(setup, tracker, warn)
 
 
 @contextmanager
-def _only_warns(warn: Callable[[str], None]) -> Iterator[None]:
-    """Makes what only adorns a run a warning where it fails."""
+def _errors_as_warnings(warn: Callable[[str], None]) -> Iterator[None]:
+    """Turns errors of optional artifacts into warnings."""
     try:
         yield
-    except Exception as error:  # of whatever kind: the training that it adorns goes on, or is complete
-        warn(f"not all images and tables could be recorded: {error}")
+    except Exception as error:  # of any kind: plots and tables must not stop or fail the run
+        warn(f"some plots and tables could not be logged: {error}")

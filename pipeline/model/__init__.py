@@ -1,1 +1,1 @@
-"""DenseNets; importing `pipeline.model.densenet` registers the project's additions with timm."""
+"""DenseNet models. Importing `pipeline.model.densenet` registers the project's own models with timm."""

@@ -1,12 +1,13 @@
-"""This project's DenseNets by name, and their sizes by arithmetic."""
+"""This project's DenseNet architectures by name; their parameter and FLOP counts by arithmetic."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Model
 
-# Huang et al. 2017 (arXiv 1608.06993), table 1, and the DenseNet-BC of table 2 for images of 32 pixels, whose stem is
-# one 3x3 convolution. L=22 is not in the paper, and `densenet_tiny` is neither: they are for two CPU cores.
+# Huang et al. 2017 (arXiv 1608.06993): table 1 (ImageNet), and the DenseNet-BC models of table 2 (CIFAR, 32 pixels),
+# whose stem is one 3x3 convolution. L=22 and `densenet_tiny` are not in the paper; they are small enough for two CPU
+# cores.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "densenet121": {"growth_rate": 32, "block_config": (6, 12, 24, 16)},
     "densenet169": {"growth_rate": 32, "block_config": (6, 12, 32, 32)},
@@ -20,9 +21,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "densenet_tiny": {"growth_rate": 12, "block_config": (3, 3, 3)},
 }
 
-# The accuracies that the paper reports, in %: top-1 and top-5 on ImageNet's validation images, single crop; top-1 on
-# CIFAR-10 with standard augmentation.
-PAPER: dict[str, str] = {
+# Accuracies reported in the paper, in %: top-1 / top-5 on the ImageNet validation set, single crop; top-1 on CIFAR-10
+# with standard augmentation.
+PAPER_ACCURACY: dict[str, str] = {
     "densenet121": "ImageNet 74.98 / 92.29",
     "densenet169": "ImageNet 76.20 / 93.15",
     "densenet201": "ImageNet 77.42 / 93.66",
@@ -33,15 +34,15 @@ PAPER: dict[str, str] = {
 }
 
 
-def unusual(model: Model) -> dict[str, Any]:
-    """What timm has to be told besides the name, or the table."""
+def non_default_options(model: Model) -> dict[str, Any]:
+    """Returns the arguments of timm's model builder that differ from its defaults."""
     options = {"in_chans": (model.in_chans, 3), "global_pool": (model.global_pool, "avg")}
-    return {key: value for key, (value, usual) in options.items() if value != usual}
+    return {key: value for key, (value, default) in options.items() if value != default}
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model's trainable parameters, and multiply-adds of its convolutions and linear layers for one image."""
+    """Number of trainable parameters, and multiply-adds (MACs) of convolutions and linear layers for one image."""
 
     parameters: int
     multiply_adds: int
@@ -50,8 +51,9 @@ class Size:
 def size(model: Model | str, num_classes: int, side: int) -> Size:
     """Counts parameters and multiply-adds for an image of `side` x `side` pixels, layer by layer as in the paper.
 
-    A dense layer is norm, 1x1 convolution to 4 k channels, norm, 3x3 convolution to k; a transition halves channels and
-    sides. Convolutions have no biases, norms two parameters a channel.
+    A dense layer is batch norm, 1x1 convolution to 4k channels, batch norm, 3x3 convolution to k channels (k: growth
+    rate). A transition halves channels, height and width. Convolutions have no bias; batch norms have two parameters
+    per channel.
     """
     model = Model(name=model) if isinstance(model, str) else model
     table = ARCHITECTURES[model.name]

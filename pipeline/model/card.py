@@ -1,6 +1,7 @@
-"""The card of a model, `model.json`: the one description that travels with its weights.
+"""The model card, `model.json`: the description that is stored next to a model's weights.
 
-The packaged model (`pipeline/export/pyfunc_model.py`) reads it by itself, since it must work without this project.
+The packaged model (`pipeline/export/pyfunc_model.py`) parses it with its own code, since it must work without this
+project.
 """
 
 import json
@@ -16,9 +17,9 @@ CARD = "model.json"
 
 @dataclass(frozen=True)
 class Transform:
-    """The evaluation transform: shorter side to `resize`, center crop of `crop` (pixels), normalized.
+    """The evaluation transform: resizes the shorter side to `resize`, center-crops `crop` pixels, normalizes.
 
-    `mean` and `std` are per channel, of pixel values in [0, 1].
+    `mean` and `std` are per channel, for pixel values in [0, 1].
     """
 
     resize: int
@@ -29,11 +30,11 @@ class Transform:
 
     @property
     def description(self) -> str:
-        """The transform in one line, to stand beside every accuracy."""
+        """The transform in one line; it is printed next to every accuracy."""
         return describe_transform(self.resize, self.interpolation, self.crop)
 
-    def at(self, crop: int | None, resize: int | None, interpolation: Interpolation | None) -> "Transform":
-        """With other sizes or another filter; a crop alone keeps the ratio of crop to resize."""
+    def override(self, crop: int | None, resize: int | None, interpolation: Interpolation | None) -> "Transform":
+        """Returns a copy with other sizes or another filter. A crop without a resize keeps the crop/resize ratio."""
         if crop is not None and resize is None:
             resize = int(crop * self.resize / self.crop)
         changes = {"crop": crop, "resize": resize, "interpolation": interpolation}
@@ -42,11 +43,15 @@ class Transform:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is needed to use a model, and where it comes from.
+    """Everything needed to run a model, and its origin.
 
-    `architecture` are the arguments that build the model `name`, as `pipeline.model.architectures` has them; `weights` is
-    the file beside the card; `max_pixels` the largest image that it takes. `metrics` are the counts of the evaluation
-    of these weights, None where there was none; `config_hash` begins the SHA-256 of the run's config.
+    Attributes:
+        name: Model name (`model.name`).
+        architecture: Constructor arguments of the model, as in `pipeline.model.architectures`.
+        weights: Name of the weights file in the card's folder.
+        max_pixels: Largest accepted image, in pixels.
+        metrics: Evaluation counts of these weights; None if they were not evaluated.
+        config_hash: Prefix of the SHA-256 of the run's config.
     """
 
     name: str
@@ -55,7 +60,7 @@ class ModelCard:
     classes: tuple[str, ...]
     weights: str
     transform: Transform
-    max_pixels: int = MAX_PIXELS  # models that were made before the limit could be set do not tell it
+    max_pixels: int = MAX_PIXELS  # cards of older models lack this field
     metrics: dict[str, Any] | None = None
     samples_seen: int = 0
     epoch: float = 0.0
@@ -63,10 +68,10 @@ class ModelCard:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelCard":
-        """The card of a checkpoint's or a registered model's folder.
+        """Reads the card of a checkpoint folder or of a downloaded registered model.
 
         Raises:
-            UserError: there is none, it is corrupt, or something is missing in it.
+            UserError: The file is missing, is corrupt, or lacks a field.
         """
         file = folder / CARD
         try:
@@ -80,36 +85,36 @@ class ModelCard:
             raise UserError(f"{file} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file} is no model card of this project ({type(error).__name__}: {error}): give a checkpoint's "
+                f"{file} is not a model card of this project ({type(error).__name__}: {error}): pass a checkpoint "
                 f"folder."
             ) from error
 
     def write(self, folder: Path) -> Path:
-        """Writes `model.json`; returns the file."""
+        """Writes `model.json` to the folder and returns its path."""
         file = folder / CARD
         file.write_text(self.to_json(), encoding="utf-8")
         return file
 
     def to_json(self) -> str:
-        """The content of `model.json`.
+        """Returns the content of `model.json`.
 
         Raises:
-            ValueError: a number is NaN or infinite, which JSON does not know.
+            ValueError: A number is NaN or infinite, which JSON cannot represent.
         """
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     @property
     def in_chans(self) -> Literal[1, 3]:
-        """Channels of the model's images: 3 for RGB, 1 for luma."""
+        """Number of input channels: 3 for RGB, 1 for grayscale (luma)."""
         return 1 if self.architecture.get("in_chans", 3) == 1 else 3
 
     @property
     def small_stem(self) -> bool:
-        """Whether the model begins with one 3x3 convolution, as those for images of 32 pixels do."""
+        """Whether the model has the CIFAR stem: one 3x3 convolution, for images of 32 pixels."""
         return self.architecture.get("stem_type") == "cifar"
 
     @property
     def model(self) -> Model:
-        """The config's section that builds the model."""
-        usual = {key: self.architecture[key] for key in ("in_chans", "global_pool") if key in self.architecture}
-        return Model(name=self.name, **usual)
+        """The config section `model` that builds this model."""
+        options = {key: self.architecture[key] for key in ("in_chans", "global_pool") if key in self.architecture}
+        return Model(name=self.name, **options)

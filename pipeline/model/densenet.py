@@ -1,6 +1,7 @@
-"""Models by name, through timm's registry; and the DenseNets that it lacks, on timm's own `DenseNet` class.
+"""Creates models by name through timm's registry, and registers the DenseNets that timm lacks.
 
-`densenet264` is the paper's (growth rate 32); timm's `densenet264d` is another model (growth rate 48, deep stem).
+The additional DenseNets use timm's `DenseNet` class. `densenet264` is the model of the paper (growth rate 32); timm's
+`densenet264d` is a different model (growth rate 48, deep stem).
 """
 
 from collections.abc import Callable
@@ -13,13 +14,13 @@ from torch import nn
 
 from pipeline.config import Model
 from pipeline.errors import ConfigError
-from pipeline.model.architectures import ARCHITECTURES, unusual
-from pipeline.model.memory import save_memory
+from pipeline.model.architectures import ARCHITECTURES, non_default_options
+from pipeline.model.memory import apply_memory_mode
 from pipeline.model.timm_models import check_name
 
 
 class CifarDenseNet(DenseNet):
-    """timm's DenseNet with the paper's stem for small images: one 3x3 convolution, neither norm nor pooling."""
+    """timm's DenseNet with the paper's CIFAR stem: one 3x3 convolution without batch norm and pooling."""
 
     def __init__(self, growth_rate: int, in_chans: int = 3, **kwargs: Any) -> None:
         super().__init__(growth_rate=growth_rate, in_chans=in_chans, **kwargs)
@@ -44,7 +45,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _entry_point(name: str) -> Callable[..., DenseNet]:
-    """A function for timm's registry; `pretrained=True` is refused by timm, for there are no public weights."""
+    """Returns a model builder for timm's registry. timm rejects `pretrained=True`: there are no public weights."""
 
     def build(pretrained: bool = False, **kwargs: Any) -> DenseNet:
         architecture = dict(ARCHITECTURES[name])
@@ -63,37 +64,37 @@ for _name in (cfg.removesuffix(".untrained") for cfg in list(default_cfgs)):
 
 
 def create(model: Model | str, num_classes: int) -> nn.Module:
-    """Builds a model with timm's initial weights, in fp32 on torch's default device; `timm.models.DenseNet` for its models.
+    """Creates a model with timm's weight initialization, in fp32 on torch's default device.
 
-    A DenseNet's convolutions are He-initialized (He et al. 2015, fan-in).
+    DenseNets are instances of `timm.models.DenseNet`; their convolutions are He-initialized (He et al. 2015, fan-in).
 
     Args:
-        model: The config's section, or a name, which stands for the section's defaults.
+        model: The config section `model`, or a model name with default options.
         num_classes: The number of logits.
 
     Returns:
-        A module mapping images [B, C, H, W] to logits [B, num_classes].
+        A module that maps images [B, C, H, W] to logits [B, num_classes].
 
     Raises:
-        ConfigError: the name is unknown, or the model has not what the section asks for.
+        ConfigError: The name is unknown, or the model does not support an option.
     """
     model = Model(name=model) if isinstance(model, str) else model
     check_name(model.name)
-    given = {"drop_rate": model.drop_rate, "proj_drop_rate": model.layer_drop_rate}
-    options = unusual(model) | {key: rate for key, rate in given.items() if rate}
+    dropout = {"drop_rate": model.drop_rate, "proj_drop_rate": model.layer_drop_rate}
+    options = non_default_options(model) | {key: rate for key, rate in dropout.items() if rate}
     try:
         network = timm.create_model(model.name, num_classes=num_classes, **options)
-    except (TypeError, AssertionError) as error:  # in timm's words: an argument that the model does not take
+    except (TypeError, AssertionError) as error:  # timm raises these for an unsupported argument
         raise ConfigError(
-            f"model.name={model.name} cannot be made with {options}, which follow from model.in_chans, global_pool, "
-            f"drop_rate and layer_drop_rate: {error}. Leave out what it does not have."
+            f"model.name={model.name} cannot be created with {options} (from model.in_chans, global_pool, drop_rate "
+            f"and layer_drop_rate): {error}. Remove the options that this model does not support."
         ) from error
     if not isinstance(network, DenseNet):
         for key, value in (("layer_drop_rate", model.layer_drop_rate), ("memory", model.memory)):
             if value not in (0, "none"):
                 raise ConfigError(
-                    f"model.{key}={value} is of DenseNets, and model.name={model.name} is none: leave it out."
+                    f"model.{key}={value} applies to DenseNets only, and model.name={model.name} is not one: remove it."
                 )
         return network
-    save_memory(network, model.memory)
+    apply_memory_mode(network, model.memory)
     return network

@@ -1,8 +1,9 @@
-"""Dense blocks that keep less for the backward pass; parameters, names and results stay those of timm's blocks.
+"""Activation checkpointing for dense blocks: stores fewer activations, recomputes them in the backward pass.
 
-A dense layer reads the concatenation of all features before it, so keeping what every layer's first norm and
-convolution read takes memory that grows with the square of the depth. Both modes here keep the features alone and
-compute the rest anew in the backward pass (Pleiss et al. 2017, arXiv 1707.06990).
+Parameters, their names and results equal those of timm's blocks. A dense layer reads the concatenation of all previous
+feature maps, so storing the inputs of every layer's first batch norm and convolution takes memory quadratic in the
+depth. Both memory modes store the feature maps only and recompute the rest in the backward pass (Pleiss et al. 2017,
+arXiv 1707.06990).
 """
 
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config import MemoryMode
 
 
-def save_memory(model: DenseNet, memory: MemoryMode) -> None:
-    """Replaces the dense blocks of a model by those of a memory mode, in place; parameters are kept."""
+def apply_memory_mode(model: DenseNet, memory: MemoryMode) -> None:
+    """Replaces the dense blocks of a model in place by those of a memory mode. Parameters stay the same objects."""
     if memory == "none":
         return
     new_block = {"activation-checkpointing": CheckpointBlock, "shared-stats": SharedStatsBlock}[memory]
@@ -28,16 +29,18 @@ def save_memory(model: DenseNet, memory: MemoryMode) -> None:
 
 
 class CheckpointBlock(nn.ModuleDict):
-    """Computes each layer's concatenation, first norm, ReLU and 1x1 convolution twice instead of keeping their inputs.
+    """Dense block with activation checkpointing.
 
-    The running statistics of the norm are updated once: timm's own checkpointing updates them in both passes.
+    Recomputes each layer's concatenation, first batch norm, ReLU and 1x1 convolution in the backward pass instead of
+    storing their inputs. Updates the running statistics once per step; timm's own checkpointing updates them in both
+    passes.
     """
 
     def __init__(self, block: DenseBlock) -> None:
         super().__init__(block.items())
 
     def forward(self, first_NCHW: torch.Tensor) -> torch.Tensor:
-        """As timm\'s `DenseBlock.forward`: all layers\' features of `first_NCHW`, side by side."""
+        """Like timm's `DenseBlock.forward`: returns `first_NCHW` and all layers' features, concatenated."""
         features = [first_NCHW]
         for layer in self.values():
             features.append(self._layer(layer, features))
@@ -48,28 +51,29 @@ class CheckpointBlock(nn.ModuleDict):
             return layer.conv1(layer.norm1(torch.cat(features, 1)))
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _without_tracking(layer.norm1)
+            return nullcontext(), _frozen_running_stats(layer.norm1)
 
         if torch.is_grad_enabled():
             reduced_NCHW = checkpoint(bottleneck, *features, use_reentrant=False, context_fn=contexts)
         else:
             reduced_NCHW = bottleneck(*features)
-        return _rest(layer, reduced_NCHW)
+        return _second_half(layer, reduced_NCHW)
 
 
 class SharedStatsBlock(nn.ModuleDict):
-    """As `CheckpointBlock`, and computes the mean and variance of each feature map once for all layers that read it.
+    """Activation checkpointing with shared batch statistics.
 
-    A layer's first norm and its ReLU are then max(0, scale x + shift) with numbers for each channel, in the forward
-    pass and when it is computed anew. Where a norm does not use batch statistics (evaluation, frozen norms) the layer
-    is timm's.
+    Like `CheckpointBlock`, but computes mean and variance of each feature map once for all layers that read it. A
+    layer's first batch norm and ReLU then are max(0, scale x + shift) per channel, in the forward pass and in the
+    recomputation. A layer whose batch norm does not use batch statistics (evaluation, frozen batch norm) runs timm's
+    code.
     """
 
     def __init__(self, block: DenseBlock) -> None:
         super().__init__(block.items())
 
     def forward(self, first_NCHW: torch.Tensor) -> torch.Tensor:
-        """As timm\'s `DenseBlock.forward`: all layers\' features of `first_NCHW`, side by side."""
+        """Like timm's `DenseBlock.forward`: returns `first_NCHW` and all layers' features, concatenated."""
         features = [first_NCHW]
         means: list[torch.Tensor] = []
         variances: list[torch.Tensor] = []
@@ -91,7 +95,7 @@ class SharedStatsBlock(nn.ModuleDict):
     ) -> torch.Tensor:
         norm = layer.norm1
         count = features[0].numel() // features[0].shape[1]
-        _track(norm, mean_C.detach(), variance_C.detach(), count)
+        _update_running_stats(norm, mean_C.detach(), variance_C.detach(), count)
         scale_C = norm.weight * torch.rsqrt(variance_C + norm.eps)
         shift_C = norm.bias - mean_C * scale_C
 
@@ -103,18 +107,18 @@ class SharedStatsBlock(nn.ModuleDict):
             reduced_NCHW = checkpoint(bottleneck, scale_C, shift_C, *features, use_reentrant=False)
         else:
             reduced_NCHW = bottleneck(scale_C, shift_C, *features)
-        return _rest(layer, reduced_NCHW)
+        return _second_half(layer, reduced_NCHW)
 
 
-def _rest(layer: DenseLayer, reduced_NCHW: torch.Tensor) -> torch.Tensor:
-    """What a layer does after its 1x1 convolution."""
+def _second_half(layer: DenseLayer, reduced_NCHW: torch.Tensor) -> torch.Tensor:
+    """Second batch norm, ReLU, 3x3 convolution and dropout of a dense layer."""
     new_NCHW = layer.conv2(layer.norm2(reduced_NCHW))
     return nn.functional.dropout(new_NCHW, layer.drop_rate, layer.training)
 
 
 @torch.no_grad()
-def _track(norm: nn.BatchNorm2d, mean_C: torch.Tensor, variance_C: torch.Tensor, count: int) -> None:
-    """Moves running statistics as batch norm does: the variance without bias."""
+def _update_running_stats(norm: nn.BatchNorm2d, mean_C: torch.Tensor, variance_C: torch.Tensor, count: int) -> None:
+    """Updates the running statistics as batch norm does, with the unbiased variance."""
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
     assert norm.momentum is not None
     norm.num_batches_tracked.add_(1)
@@ -123,8 +127,8 @@ def _track(norm: nn.BatchNorm2d, mean_C: torch.Tensor, variance_C: torch.Tensor,
 
 
 @contextmanager
-def _without_tracking(norm: nn.BatchNorm2d) -> Iterator[None]:
-    """Lets a norm use batch statistics and leave its running ones as they are."""
+def _frozen_running_stats(norm: nn.BatchNorm2d) -> Iterator[None]:
+    """Lets a batch norm use batch statistics without updating its running statistics."""
     momentum, norm.momentum = norm.momentum, 0.0
     try:
         yield

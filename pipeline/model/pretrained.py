@@ -1,4 +1,4 @@
-"""Where the models are that a run starts or learns from."""
+"""Locations of the pretrained weights and of the knowledge distillation teacher of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where a run's weights and its teacher are: files of weights, or folders with a model card."""
+    """Paths of pretrained weights and teacher: weights files, or folders with a model card."""
 
     weights: Path | None = None
     teacher: Path | None = None

@@ -1,6 +1,6 @@
-"""Any image classifier of timm's registry as `model.name`: is it known, does the config fit it, how large is it.
+"""Supports any image classifier of timm's registry as `model.name`: name check, config check, model size.
 
-timm and torch take seconds to import, so they are where a name is not one of this project's DenseNets alone.
+Importing timm and torch takes seconds, so functions import them only for models that are not this project's DenseNets.
 """
 
 import difflib
@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Model, RunConfig
 from pipeline.errors import ConfigError
-from pipeline.model.architectures import ARCHITECTURES, Size, unusual
-from pipeline.model.architectures import size as counted
+from pipeline.model.architectures import ARCHITECTURES, Size, non_default_options
+from pipeline.model.architectures import size as densenet_size
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 def check_name(name: str) -> None:
-    """Raises `ConfigError` with the nearest name when neither timm nor this project has a model called `name`."""
+    """Raises `ConfigError` with the closest match if neither timm nor this project has a model called `name`."""
     if name in ARCHITECTURES:
         return
     import timm
 
     known = [*ARCHITECTURES, *timm.list_models()]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ConfigError(
             f"model.name='{name}' is not known.{hint} Known: {', '.join(ARCHITECTURES)}, and the names of "
             f"timm.list_models(), without the tags of weights."
@@ -33,11 +33,11 @@ def check_name(name: str) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    """Looks whether the model does what the config asks of it; one that is not of this project is built, without data.
+    """Checks that the model supports the config. Models outside this project are built on the meta device for it.
 
     Raises:
-        ConfigError: the name is unknown, the model does not take images of that size, gives no logits, or has not what
-            other keys are about.
+        ConfigError: The name is unknown, the model does not accept the image size, does not return logits, or lacks
+            the layers that another config key applies to.
     """
     model, finetune = config.model, config.finetune
     check_name(model.name)
@@ -46,58 +46,60 @@ def check_model(config: RunConfig) -> None:
     from timm.models import DenseNet
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    from pipeline.model.weights import rate_factors
+    from pipeline.model.weights import lr_scales
 
-    network = _without_data(model, num_classes=2)
-    for key, side in _sides(config):
-        problem = _problem(network, model, side)
+    network = _meta_model(model, num_classes=2)
+    for key, side in _image_sizes(config):
+        problem = _forward_error(network, model, side)
         if problem is not None:
-            usual = getattr(network, "pretrained_cfg", {}).get("input_size", ("unknown",))[-1]
+            default = getattr(network, "pretrained_cfg", {}).get("input_size", ("unknown",))[-1]
             raise ConfigError(
                 f"{key}={side} does not fit model.name={model.name} ({problem}): set data.image_size and eval.crop to "
-                f"what it takes; its own size is {usual}."
+                f"a size that it accepts; its default size is {default}."
             )
     if finetune.freeze_blocks and not isinstance(network, DenseNet):
-        raise _refused("finetune.freeze_blocks", finetune.freeze_blocks, model, "dense blocks")
+        raise _unsupported("finetune.freeze_blocks", finetune.freeze_blocks, model, "dense blocks")
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         for key, value in (
             ("finetune.freeze_batch_norm", finetune.freeze_batch_norm),
             ("engine.sync_batch_norm", config.engine.sync_batch_norm),
         ):
             if value:
-                raise _refused(key, "true", model, "batch norm")
+                raise _unsupported(key, "true", model, "batch norm")
     if finetune.layer_decay < 1:
         try:
-            rate_factors(network, finetune)
-        except Exception as error:  # models tell in many ways that timm knows no order of their layers
-            raise _refused("finetune.layer_decay", finetune.layer_decay, model, "layers in an order") from error
+            lr_scales(network, finetune)
+        except Exception as error:  # models without timm's group_matcher raise errors of many kinds
+            raise _unsupported("finetune.layer_decay", finetune.layer_decay, model, "ordered layer groups") from error
 
 
-def _sides(config: RunConfig) -> list[tuple[str, int]]:
-    """The sides of all images that the model will get, each with the key that asks for it."""
+def _image_sizes(config: RunConfig) -> list[tuple[str, int]]:
+    """Returns all image sizes in pixels that the config uses, each with its config key."""
     sides = [("data.image_size", config.data.image_size), ("eval.crop", config.eval.crop)]
     return [*sides, *(("data.progressive_resize", side) for _, side in config.data.progressive_resize)]
 
 
-def _problem(network: "nn.Module", model: Model, side: int) -> str | None:
-    """Why the model gives no logits for an image of that side; None where it does."""
+def _forward_error(network: "nn.Module", model: Model, side: int) -> str | None:
+    """Returns why the model has no logits for an image of `side` x `side` pixels; None if the forward pass works."""
     import torch
 
     try:
         with torch.no_grad():
             logits_BK = network(torch.empty(1, model.in_chans, side, side, device="meta"))
-    except Exception as error:  # models check their input in many ways, or not at all
+    except Exception as error:  # models validate their input in many ways, or not at all
         return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     shape = tuple(logits_BK.shape) if isinstance(logits_BK, torch.Tensor) else type(logits_BK).__name__
-    return None if shape == (1, 2) else f"it gives {shape} for one image and two classes"
+    return None if shape == (1, 2) else f"it returns {shape} for one image and two classes"
 
 
-def _refused(key: str, value: object, model: Model, what: str) -> ConfigError:
-    return ConfigError(f"{key}={value} is of models with {what}, and model.name={model.name} has none: leave it out.")
+def _unsupported(key: str, value: object, model: Model, what: str) -> ConfigError:
+    return ConfigError(
+        f"{key}={value} applies to models with {what} only, and model.name={model.name} has none: remove it."
+    )
 
 
-def _without_data(model: Model, num_classes: int) -> Any:
-    """The model on torch's device `meta`, in evaluation mode: shapes and no numbers, so it takes a moment."""
+def _meta_model(model: Model, num_classes: int) -> Any:
+    """Creates the model on torch's `meta` device in evaluation mode: shapes only, no memory for weights."""
     import torch
 
     from pipeline.model.densenet import create
@@ -107,38 +109,43 @@ def _without_data(model: Model, num_classes: int) -> Any:
 
 
 def architecture(model: Model) -> dict[str, Any]:
-    """What builds the same model anew, for the model's card: a DenseNet's numbers, or `timm` with a name of its registry.
+    """Returns the arguments that rebuild the model, for its model card.
 
-    `module` says what has to be imported for that name, where plain timm does not have it.
+    For this project's DenseNets: growth rate, block config and stem. For other models: `timm` with the registry name,
+    and `module` with the module to import if plain timm lacks that name.
     """
     if model.name in ARCHITECTURES:
-        return ARCHITECTURES[model.name] | unusual(model)
+        return ARCHITECTURES[model.name] | non_default_options(model)
     from timm.models import model_entrypoint
 
-    made: dict[str, Any] = {"timm": model.name}
+    arguments: dict[str, Any] = {"timm": model.name}
     module = model_entrypoint(model.name).__module__
     if module.split(".")[0] != "timm":
-        made["module"] = module
-    return made | unusual(model)
+        arguments["module"] = module
+    return arguments | non_default_options(model)
 
 
-def draws(model: Model) -> bool:
-    """Whether a forward pass in training draws random numbers; models of timm may drop paths without being asked."""
+def is_stochastic(model: Model) -> bool:
+    """Whether a forward pass in training draws random numbers (dropout, drop path).
+
+    Other models of timm count as stochastic, since some use drop path by default.
+    """
     return model.drop_rate > 0 or model.layer_drop_rate > 0 or model.name not in ARCHITECTURES
 
 
 @cache
 def size(model: Model, num_classes: int, side: int) -> Size:
-    """Parameters, and multiply-adds for an image of `side` x `side` pixels: arithmetic for this project's DenseNets.
+    """Returns parameters and multiply-adds for an image of `side` x `side` pixels.
 
-    Other models are run without data, and what torch's counter knows (convolutions, matrix products, attention) counts.
+    By arithmetic for this project's DenseNets. Other models run on the meta device under torch's FLOP counter, which
+    counts convolutions, matrix products and attention.
     """
     if model.name in ARCHITECTURES:
-        return counted(model, num_classes, side)
+        return densenet_size(model, num_classes, side)
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    network = _without_data(model, num_classes)
+    network = _meta_model(model, num_classes)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.empty(1, model.in_chans, side, side, device="meta"))
     return Size(sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)

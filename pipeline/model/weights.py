@@ -1,4 +1,4 @@
-"""Weights of a model from a file: timm's, torchvision's or this project's; and what fine-tuning leaves alone."""
+"""Loads pretrained weights (timm, torchvision, this project), the distillation teacher; freezes layers."""
 
 import importlib
 import re
@@ -19,80 +19,80 @@ from pipeline.errors import UserError, listed
 from pipeline.model.card import ModelCard
 from pipeline.model.densenet import create
 
-# Names before torchvision 0.3 (`denselayer1.norm.1.weight`), and what wrappers put in front.
+# Parameter names before torchvision 0.3 (`denselayer1.norm.1.weight`), and prefixes of DDP and torch.compile.
 _OLD_NAME = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
-_WRAPPED = re.compile(r"^(?:module\.|_orig_mod\.)+")
-_INSIDE = ("state_dict_ema", "state_dict", "model_ema", "model")
+_WRAPPER_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
+_STATE_DICT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model")  # EMA weights first
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What became of the weights of a file: `head` is false where the classifier kept its random weights."""
+class LoadedWeights:
+    """Result of loading a weights file. `head_loaded` is false if the classifier kept its random weights."""
 
     file: Path
-    head: bool
+    head_loaded: bool
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Reads a state dict under timm's names, on the CPU; nothing is executed.
+    """Reads a state dict on the CPU and converts its names to timm's. Executes no code from the file.
 
     Raises:
-        UserError: the file is not a state dict, or would run code on loading.
+        UserError: The file is not a state dict, or loading it would run code.
     """
     try:
         if file.suffix == ".safetensors":
-            found: Any = load_file(file)
+            content: Any = load_file(file)
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, SafetensorError, ValueError, EOFError) as error:
         raise UserError(f"{file} cannot be read as weights: {_first_line(error)}") from error
     except Exception as error:  # pickle's errors have no common class
         raise UserError(
-            f"{file} holds more than weights, and loading it would run code: {_first_line(error)} Save its "
+            f"{file} contains more than weights, and loading it would run code: {_first_line(error)} Save its "
             f"state_dict() as safetensors."
         ) from error
-    for name in _INSIDE:
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
+    for name in _STATE_DICT_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
             break
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise UserError(f"{file} does not hold a state dict: names with tensors.")
-    return {_OLD_NAME.sub(r"\1\2", _WRAPPED.sub("", name)): value for name, value in found.items()}
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{file} does not contain a state dict (parameter names with tensors).")
+    return {_OLD_NAME.sub(r"\1\2", _WRAPPER_PREFIX.sub("", name)): value for name, value in content.items()}
 
 
-def load_weights(model: nn.Module, place: Path) -> Loaded:
-    """Loads a file, or that of a folder with a model card, into a model.
+def load_weights(model: nn.Module, path: Path) -> LoadedWeights:
+    """Loads weights into a model, from a file or from a folder with a model card.
 
     A classifier for another number of classes keeps its random weights.
 
     Raises:
-        UserError: names are missing or not expected, or shapes differ; the message lists them.
+        UserError: Parameter names are missing or unexpected, or shapes differ; the message lists them.
     """
-    file = place / ModelCard.read(place).weights if place.is_dir() else place
-    given, wanted = read_weights(file), model.state_dict()
-    classifier = _classifier(model)
-    head = all(name in given and given[name].shape == wanted[name].shape for name in classifier)
-    if not head:
-        given |= {name: wanted[name] for name in classifier}
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # absent from old files
+    file = path / ModelCard.read(path).weights if path.is_dir() else path
+    loaded, expected = read_weights(file), model.state_dict()
+    classifier = _classifier_parameters(model)
+    head_loaded = all(name in loaded and loaded[name].shape == expected[name].shape for name in classifier)
+    if not head_loaded:
+        loaded |= {name: expected[name] for name in classifier}
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}  # absent from old files
     problems = {
-        "missing": [name for name in wanted if name not in given and name not in counters],
-        "not expected": [name for name in given if name not in wanted],
-        "of another shape": [
-            f"{name} {list(given[name].shape)} for {list(wanted[name].shape)}"
-            for name in wanted
-            if name in given and given[name].shape != wanted[name].shape
+        "missing": [name for name in expected if name not in loaded and name not in counters],
+        "unexpected": [name for name in loaded if name not in expected],
+        "shape mismatch": [
+            f"{name} {list(loaded[name].shape)} instead of {list(expected[name].shape)}"
+            for name in expected
+            if name in loaded and loaded[name].shape != expected[name].shape
         ],
     }
     if any(problems.values()):
         text = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{file} does not fit the model: {text}. Set model.name to the model that the file is of.")
-    model.load_state_dict({name: given.get(name, wanted[name]) for name in wanted})
-    return Loaded(file, head)
+        raise UserError(f"{file} does not fit the model: {text}. Set model.name to the model of this file.")
+    model.load_state_dict({name: loaded.get(name, expected[name]) for name in expected})
+    return LoadedWeights(file, head_loaded)
 
 
 def load_model(folder: Path) -> nn.Module:
-    """The model of a checkpoint's or a registered model's folder, in evaluation mode."""
+    """Loads the model of a checkpoint folder or of a downloaded registered model, in evaluation mode."""
     card = ModelCard.read(folder)
     import_model_code(card, folder)
     model = create(card.model, card.num_classes)
@@ -101,10 +101,10 @@ def load_model(folder: Path) -> nn.Module:
 
 
 def import_model_code(card: ModelCard, folder: Path) -> None:
-    """Imports the module that a card names for its model, where plain timm has no such model.
+    """Imports the module that registers a model which plain timm lacks, if the card names one.
 
     Raises:
-        UserError: it cannot be imported.
+        UserError: The module cannot be imported.
     """
     module = card.architecture.get("module")
     try:
@@ -112,35 +112,42 @@ def import_model_code(card: ModelCard, folder: Path) -> None:
             importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"the model of {folder}, {card.name}, comes from the module {module}, which cannot be imported "
-            f"({error}): install it, or put its folder into PYTHONPATH."
+            f"the model {card.name} in {folder} needs the module {module}, which cannot be imported ({error}): install "
+            f"it, or add its folder to PYTHONPATH."
         ) from error
 
 
 def load_teacher(folder: Path, classes: tuple[str, ...], in_chans: int) -> nn.Module:
-    """The model to learn from, without gradients.
+    """Loads the teacher for knowledge distillation, with gradients disabled.
 
     Raises:
-        UserError: it knows other classes, or takes other images.
+        UserError: The teacher has other classes or other input channels than the run.
     """
     if not folder.is_dir():
         raise UserError(
-            f"loss.teacher={folder} is a file of weights alone: give a checkpoint, a run, or models:/NAME@ALIAS, which "
-            f"know their classes."
+            f"loss.teacher={folder} is a weights file without class names: pass a checkpoint folder, a run, or "
+            f"models:/NAME@ALIAS, which have class names."
         )
     card, model = ModelCard.read(folder), load_model(folder)
     if card.classes != classes:
         raise UserError(
-            f"loss.teacher in {folder} tells {len(card.classes)} classes apart ({listed(card.classes)}), the "
-            f"data have {len(classes)} ({listed(classes)}): both must be the same list."
+            f"loss.teacher in {folder} has {len(card.classes)} classes ({listed(card.classes)}), the data have "
+            f"{len(classes)} ({listed(classes)}): both lists must be the same."
         )
     if card.in_chans != in_chans:
-        raise UserError(f"loss.teacher in {folder} takes images of other channels than model.in_chans={in_chans}.")
+        raise UserError(
+            f"loss.teacher in {folder} expects images of {card.in_chans} channels, but model.in_chans={in_chans}: both "
+            f"must be the same."
+        )
     return model.requires_grad_(False)
 
 
 def freeze(model: Any, finetune: Finetune) -> list[_BatchNorm]:
-    """Takes the gradient from what fine-tuning leaves alone; returns the norms that must stay in evaluation mode."""
+    """Disables gradients of the layers that fine-tuning freezes.
+
+    Returns:
+        The batch norms that must stay in evaluation mode.
+    """
     frozen: list[nn.Module] = []
     if finetune.freeze_blocks:
         ends = (f"denseblock{finetune.freeze_blocks + 1}", "norm5")
@@ -153,27 +160,28 @@ def freeze(model: Any, finetune: Finetune) -> list[_BatchNorm]:
     return norms
 
 
-def rate_factors(model: Any, finetune: Finetune) -> dict[str, float]:
-    """Each parameter's share of the learning rate; parameters that are left out have all of it.
+def lr_scales(model: Any, finetune: Finetune) -> dict[str, float]:
+    """Returns learning rate multipliers by parameter name; parameters not listed have multiplier 1.
 
-    `layer_decay` is multiplied in for each step from the classifier to the stem; the steps are the classifier with the
-    last norm, each dense block with its transition, and the stem (Bao et al. 2022, arXiv 2106.08254, with a dense block
-    as a layer; in other models timm's stages). `head_lr_mult` multiplies the classifier's.
+    Layer-wise learning rate decay: each layer group from the classifier down to the stem multiplies the learning rate
+    by `layer_decay` once more. The groups are the classifier with the last norm, each dense block with its transition,
+    and the stem (Bao et al. 2022, arXiv 2106.08254, with a dense block as a layer); in other models, timm's stages.
+    `head_lr_mult` multiplies the classifier's learning rate.
     """
-    factors: dict[str, float] = {}
+    scales: dict[str, float] = {}
     if finetune.layer_decay < 1:
         layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
         last = max(layers.values())
-        factors = {name: finetune.layer_decay ** (last - layer) for name, layer in layers.items()}
+        scales = {name: finetune.layer_decay ** (last - layer) for name, layer in layers.items()}
     if finetune.head_lr_mult != 1:
-        factors |= {name: factors.get(name, 1) * finetune.head_lr_mult for name in _classifier(model)}
-    return factors
+        scales |= {name: scales.get(name, 1) * finetune.head_lr_mult for name in _classifier_parameters(model)}
+    return scales
 
 
-def _classifier(model: Any) -> list[str]:
-    """The names of the classifier's parameters; some models have two."""
-    found = model.get_classifier()
-    heads = found if isinstance(found, tuple | list) else [found]
+def _classifier_parameters(model: Any) -> list[str]:
+    """Returns the names of the classifier's parameters; some models have two classifiers."""
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple | list) else [classifier]
     return [
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()

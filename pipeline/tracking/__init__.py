@@ -1,1 +1,1 @@
-"""Tracking: one MLflow run per training, and look-ups in the model registry."""
+"""Experiment tracking with MLflow: one MLflow run per training run, and queries of the model registry."""

@@ -1,4 +1,4 @@
-"""What a run has to tell the tracking store, on disk first: one JSON object a line, in order."""
+"""The journal of a run: all records for the tracking store in order, on disk first, as JSON Lines."""
 
 import json
 import os
@@ -7,57 +7,57 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_LIMITS = {"metrics": 1000, "tags": 100}  # of one call to MLflow; records of other kinds go alone
+_BATCH_LIMITS = {"metrics": 1000, "tags": 100}  # values per MLflow call; records of other kinds are sent one by one
 
 
 class Journal:
-    """Appends records to a file, and reads those after a place in it.
+    """Appends records to a file, and reads them from a byte offset on.
 
-    A record that a crash or a full disk cut short is removed before the next one is written. One that cannot be written
-    is lost, which `told` hears of once.
+    A record truncated by a crash or a full disk is removed before the next one is written. A record that cannot be
+    written is lost; `warn` is called once for the first one.
     """
 
-    def __init__(self, file: Path, told: Callable[[str], None]) -> None:
-        self.file, self._told = file, told
-        self._full = False
+    def __init__(self, file: Path, warn: Callable[[str], None]) -> None:
+        self.file, self._warn = file, warn
+        self._write_failed = False
         content = file.read_bytes() if file.exists() else b""
         self.size = content.rfind(b"\n") + 1
 
     def append(self, kind: str, **content: Any) -> None:
-        """Adds a record."""
+        """Appends a record."""
         line = (json.dumps({"kind": kind} | content) + "\n").encode()
         try:
             with self.file.open("ab") as stream:
                 os.ftruncate(stream.fileno(), self.size)
                 stream.write(line)
         except OSError as error:
-            if not self._full:
-                self._told(f"{self.file} cannot be written: {error.strerror}; records of this run are lost meanwhile")
-            self._full = True
+            if not self._write_failed:
+                self._warn(f"{self.file} cannot be written: {error.strerror}; records of this run are lost until then")
+            self._write_failed = True
             return
         self.size += len(line)
 
-    def read(self, place: int) -> tuple[list[dict[str, Any]], int]:
-        """The records from `place` on that one call can send, all of a kind, and the place after them."""
-        taken: list[dict[str, Any]] = []
+    def read_batch(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """Returns the records of one kind from `offset` on that fit into one MLflow call, and the offset after them."""
+        batch: list[dict[str, Any]] = []
         values = 0
-        for record, end in self._from(place):
+        for record, end in self._read_from(offset):
             kind = record["kind"]
             values += len(record.get("values", ()))
-            if taken and (kind not in _LIMITS or kind != taken[0]["kind"] or values > _LIMITS[kind]):
+            if batch and (kind not in _BATCH_LIMITS or kind != batch[0]["kind"] or values > _BATCH_LIMITS[kind]):
                 break
-            taken.append(record)
-            place = end
-        return taken, place
+            batch.append(record)
+            offset = end
+        return batch, offset
 
-    def records(self, place: int = 0) -> Iterator[dict[str, Any]]:
-        """All records from `place` on."""
-        return (record for record, _ in self._from(place))
+    def records(self, offset: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields all records from `offset` on."""
+        return (record for record, _ in self._read_from(offset))
 
-    def _from(self, place: int) -> Iterator[tuple[dict[str, Any], int]]:
+    def _read_from(self, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
         with suppress(FileNotFoundError), self.file.open("rb") as stream:
-            stream.seek(place)
-            while place < self.size:
+            stream.seek(offset)
+            while offset < self.size:
                 line = stream.readline()
-                place += len(line)
-                yield json.loads(line), place
+                offset += len(line)
+                yield json.loads(line), offset

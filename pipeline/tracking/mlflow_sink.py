@@ -1,4 +1,4 @@
-"""MLflow as a sink of a run's records: one run, made at once or when its store answers."""
+"""MLflow as the sink of a run's records: one MLflow run, created at once or when its store becomes reachable."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,24 +14,24 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_B
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.files import write_text
-from pipeline.tracking.store import connect, experiment_id, first_line
-from pipeline.tracking.stores import redacted, stores_of
+from pipeline.tracking.client import connect, experiment_id, first_line
+from pipeline.tracking.stores import redacted, stores_from_config
 
 STATE = "mlflow_run.json"
 
 
 class MlflowSink:
-    """The MLflow run of a folder, whose `mlflow_run.json` holds its id and how much of the journal was `sent`.
+    """The MLflow run of a run folder; `mlflow_run.json` stores its id and the journal offset `sent`.
 
-    `parent` is the id of the run that it is part of; `told` hears of what is not stored, each once.
+    `parent` is the id of the parent run; `warn` receives messages about records that are not stored.
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, name: str, parent: str | None, told: Callable[[str], None]
+        self, config: RunConfig, run_dir: Path, name: str, parent: str | None, warn: Callable[[str], None]
     ) -> None:
-        self.stores = stores_of(config)
+        self.stores = stores_from_config(config)
         self.uri = self.stores.tracking
-        self._config, self._name, self._parent, self._told = config, name, parent, told
+        self._config, self._name, self._parent, self._warn = config, name, parent, warn
         self._state_file = run_dir / STATE
         state = json.loads(self._state_file.read_text(encoding="utf-8")) if self._state_file.is_file() else {}
         self.run_id: str | None = state.get("run_id")
@@ -39,10 +39,10 @@ class MlflowSink:
         self._client: MlflowClient | None = None
 
     def open(self) -> MlflowClient:
-        """Connects, and creates the run or finds it.
+        """Connects, and creates the MLflow run or checks the existing one.
 
         Raises:
-            UserError: the store does not answer, cannot be used, refuses the experiment, or has no such run any more.
+            UserError: The store is unreachable, unusable, rejects the experiment, or no longer has the run.
         """
         client = connect(self.uri)
         self._client = client
@@ -53,28 +53,30 @@ class MlflowSink:
                 self.run_id = client.create_run(experiment, run_name=self._name, tags=tags).info.run_id
                 self.save(self.sent)
             else:
-                self._check_there(client)
+                self._check_existing_run(client)
         except (MlflowException, OSError) as error:
-            raise UserError(f"MLflow at {redacted(self.uri)} refused the run: {first_line(error, self.uri)}") from error
+            raise UserError(
+                f"MLflow at {redacted(self.uri)} rejected the run: {first_line(error, self.uri)}"
+            ) from error
         return client
 
-    def _check_there(self, client: MlflowClient) -> None:
-        again = f"or remove {self._state_file}, and all records go to a new run there"
+    def _check_existing_run(self, client: MlflowClient) -> None:
+        new_run = f"or remove {self._state_file} to send all records to a new MLflow run"
         try:
-            found = client.get_run(str(self.run_id))
+            run = client.get_run(str(self.run_id))
         except MlflowException as error:
             raise UserError(
-                f"MLflow at {redacted(self.uri)} has no run {self.run_id}, which this run's folder continues: set "
-                f"tracking.uri to where it is, {again}."
+                f"MLflow at {redacted(self.uri)} has no run {self.run_id}, which this run folder belongs to: set "
+                f"tracking.uri to the store that has it, {new_run}."
             ) from error
-        if found.info.lifecycle_stage != "active":
+        if run.info.lifecycle_stage != "active":
             raise UserError(
-                f"the run {self.run_id} is deleted in {redacted(self.uri)}: `mlflow runs restore --run-id {self.run_id}` "
-                f"brings it back, {again}."
+                f"the run {self.run_id} is deleted in {redacted(self.uri)}: restore it with `mlflow runs restore "
+                f"--run-id {self.run_id}`, {new_run}."
             )
 
     def save(self, sent: int) -> None:
-        """Notes that the journal was sent up to this place."""
+        """Saves the journal offset up to which all records were sent."""
         self.sent = sent
         state = {
             "run_id": self.run_id,
@@ -84,20 +86,20 @@ class MlflowSink:
         }
         try:
             write_text(self._state_file, json.dumps(state) + "\n")
-        except OSError as error:  # the same records may be sent again, which MLflow keeps once
-            self._told(f"{self._state_file} cannot be written: {error.strerror}")
+        except OSError as error:  # records may be sent twice; MLflow stores duplicates once
+            self._warn(f"{self._state_file} cannot be written: {error.strerror}")
 
-    def failure(self, error: Exception) -> str:
-        """What is wrong where it does not take records."""
-        return f"MLflow at {redacted(self.uri)} takes no records ({first_line(error, self.uri)})"
+    def describe_error(self, error: Exception) -> str:
+        """Describes an error of `deliver` for a warning."""
+        return f"MLflow at {redacted(self.uri)} does not accept records ({first_line(error, self.uri)})"
 
     def check_store(self, file: Path) -> None:
-        """Stores a file as an artifact and asks for models, as the end of a run does: so a refusal comes at the start.
+        """Tries at the start what the end of a run needs: stores `file` as an artifact and lists logged models.
 
-        A tracking store that is away is let be.
+        Does nothing while the tracking store is unreachable.
 
         Raises:
-            UserError: the artifact store does not take it, or the server is too old for models.
+            UserError: The artifact store rejects the file, or the server is too old for logged models.
         """
         client = self._client
         if client is None or self.run_id is None:
@@ -106,24 +108,25 @@ class MlflowSink:
             client.search_logged_models([client.get_run(self.run_id).info.experiment_id], max_results=1)
         except MlflowException as error:
             raise UserError(
-                f"MLflow at {redacted(self.uri)} does not list models, which the end of a run stores one of: "
-                f"{first_line(error, self.uri)} A server of MLflow 3 does: upgrade it, or set tracking.uri to another."
+                f"MLflow at {redacted(self.uri)} does not support logged models, which storing the model at the end of "
+                f"the run needs: {first_line(error, self.uri)} Upgrade the server to MLflow 3, or set tracking.uri to "
+                f"another one."
             ) from error
         try:
             client.log_artifact(self.run_id, str(file))
-        except Exception as error:  # each kind of artifact store has errors of its own
+        except Exception as error:  # artifact stores raise errors of many kinds
             try:
-                where = client.get_run(self.run_id).info.artifact_uri
+                artifact_uri = client.get_run(self.run_id).info.artifact_uri
             except MlflowException:
                 return
             raise UserError(
-                f"the artifact store of {redacted(self.uri)}, {redacted(where)}, takes no files: "
-                f"{first_line(error, self.uri)} Checkpoints' records and the model go there: let this user write, "
-                f"or set tracking.experiment to one whose artifacts are elsewhere."
+                f"the artifact store of {redacted(self.uri)}, {redacted(artifact_uri)}, rejects files: "
+                f"{first_line(error, self.uri)} The run stores its checkpoint list and its model there: grant this "
+                f"user write permission, or set tracking.experiment to one with another artifact location."
             ) from error
 
     def deliver(self, records: list[dict[str, Any]]) -> None:
-        """Stores records of one kind; the run is made first, where it could not be before."""
+        """Stores records of one kind; creates the MLflow run first if that failed before."""
         client = self._client if self._client is not None and self.run_id is not None else self.open()
         run_id, first = str(self.run_id), records[0]
         match first["kind"]:
@@ -157,12 +160,12 @@ class MlflowSink:
                 client.set_terminated(run_id, first["status"], end_time=first["time_ms"])
 
     def _log_artifact(self, client: MlflowClient, run_id: str, file: str, folder: str | None) -> None:
-        """Stores a file; one that the artifact store does not take is left where it is, while the server answers."""
+        """Stores an artifact; skips it with a warning if the artifact store rejects it and the server is reachable."""
         try:
             client.log_artifact(run_id, file, folder)
-        except Exception as error:  # each kind of artifact store has errors of its own
-            client.get_run(run_id)
-            self._told(f"{file} was not stored with the run in MLflow: {first_line(error, self.uri)}")
+        except Exception as error:  # artifact stores raise errors of many kinds
+            client.get_run(run_id)  # raises if the server is unreachable: the record is sent again later
+            self._warn(f"{file} was not stored with the run in MLflow: {first_line(error, self.uri)}")
 
 
 def _log_params(client: MlflowClient, run_id: str, values: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Images for a run's artifacts and for reports."""
+"""Plots for a run's artifacts and for reports."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,12 +11,12 @@ _NAMED_CLASSES = 40
 
 
 def curve(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> Figure:
-    """One line over one axis."""
+    """Plots one line."""
     return curves({"": list(zip(x, y, strict=True))}, x_label, y_label)
 
 
 def curves(lines: Mapping[str, Points], x_label: str, y_label: str) -> Figure:
-    """Lines over one axis, by name; a line of few points has marks."""
+    """Plots lines by name; lines of fewer than 30 points have markers."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, points in lines.items():
@@ -30,15 +30,15 @@ def curves(lines: Mapping[str, Points], x_label: str, y_label: str) -> Figure:
 
 
 def confusion_image(classes: Sequence[str], matrix_KK: NDArray[np.int64]) -> Figure:
-    """A confusion matrix: for each true class (row), the share of its images that each class was predicted for."""
-    shares_KK = matrix_KK / np.maximum(1, matrix_KK.sum(axis=1, keepdims=True))
+    """Plots a confusion matrix, normalized per true class (row)."""
+    fractions_KK = matrix_KK / np.maximum(1, matrix_KK.sum(axis=1, keepdims=True))
     side = 4.5 + 0.12 * min(len(classes), _NAMED_CLASSES)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
-    shown = axes.imshow(shares_KK, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(fractions_KK, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted class", ylabel="true class")
     if len(classes) <= _NAMED_CLASSES:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
-    figure.colorbar(shown, label="share of the true class")
+    figure.colorbar(image, label="fraction of the true class")
     return figure

@@ -1,4 +1,4 @@
-"""What a run was made by: the code's commit and its changes, package versions, the machine."""
+"""Provenance of a run: git commit and uncommitted changes, package versions, machine."""
 
 import importlib.metadata
 import json
@@ -13,11 +13,11 @@ import psutil
 _PACKAGES = ("torch", "timm", "deepspeed", "ray", "mlflow", "nvidia-dali-cuda130")
 _PROJECT = Path(__file__).parents[2]
 _LARGEST_DIFF = 1_000_000  # bytes
-COMMIT, DIFF = "commit.json", "git.diff"  # beside the code of a submitted job, which is no git checkout
+COMMIT, DIFF = "commit.json", "git.diff"  # stored with the code of a submitted job, which is not a git checkout
 
 
 def write_commit(folder: Path) -> None:
-    """Writes this code's commit, and what was changed since, into a copy of it; nothing where git knows neither."""
+    """Writes the git commit and the diff of uncommitted changes into a copy of the code; nothing outside a checkout."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return
@@ -28,7 +28,7 @@ def write_commit(folder: Path) -> None:
 
 
 def provenance_tags() -> dict[str, str]:
-    """Tags: versions of the main packages, commit, machine."""
+    """Returns tags with the versions of the main packages, the git commit and the machine."""
     tags = {f"version.{name}": importlib.metadata.version(name) for name in _PACKAGES}
     tags |= {
         "version.python": platform.python_version(),
@@ -37,10 +37,10 @@ def provenance_tags() -> dict[str, str]:
         "machine.memory_gb": f"{psutil.virtual_memory().total / 1e9:.0f}",
         "machine.gpus": _gpus(),
     }
-    known = _PROJECT / COMMIT
-    if known.is_file():
-        written = json.loads(known.read_text(encoding="utf-8"))
-        return tags | {"mlflow.source.git.commit": written["commit"], "git.dirty": str(written["dirty"]).lower()}
+    commit_file = _PROJECT / COMMIT
+    if commit_file.is_file():
+        submitted = json.loads(commit_file.read_text(encoding="utf-8"))
+        return tags | {"mlflow.source.git.commit": submitted["commit"], "git.dirty": str(submitted["dirty"]).lower()}
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return tags
@@ -48,7 +48,7 @@ def provenance_tags() -> dict[str, str]:
 
 
 def write_provenance(folder: Path) -> list[Path]:
-    """Writes `packages.txt`, all that is installed, and, where the code differs from its commit, `git.diff`."""
+    """Writes `packages.txt` (all installed packages) and, if there are uncommitted changes, `git.diff`."""
     installed = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
     packages = folder / "packages.txt"
     packages.write_text("\n".join(sorted(installed, key=str.lower)) + "\n", encoding="utf-8")
@@ -68,14 +68,14 @@ def _gpus() -> str:
 
 
 def _diff() -> bytes:
-    """Changes of tracked files since the commit, and the names of new ones."""
+    """Returns the diff of tracked files against the commit, and the names of untracked files."""
     changed, new = _git("diff", "HEAD"), _git("ls-files", "--others", "--exclude-standard")
     text = (changed or "") + "".join(f"new file: {name}\n" for name in (new or "").splitlines())
     return text.encode()[:_LARGEST_DIFF]
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints in the project's folder; None where that is no checkout of its own, or there is no git."""
+    """Returns git's output in the project folder; None if the folder is not a checkout, or git is missing."""
     if not (_PROJECT / ".git").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Look-ups in the model registry, with errors that say what there is."""
+"""Model registry: resolve, download, tag and register models; errors list the existing names, aliases and versions."""
 
 import difflib
 import io
@@ -15,17 +15,17 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.files import atomic_folder
-from pipeline.tracking.store import connect, connect_registry, first_line
+from pipeline.tracking.client import connect, connect_registry, first_line
 from pipeline.tracking.stores import Stores, redacted
 
 REGISTRY, RUNS = "models:/", "runs:/"
 _MADE_BY = "made_by"  # tag of a registered model
-_FORM = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A registered model version; `uri` names it by its number, which never moves."""
+    """A registered model version. `uri` contains the version number, so it stays valid when an alias moves."""
 
     name: str
     version: str
@@ -33,101 +33,102 @@ class ResolvedModel:
 
     @property
     def uri(self) -> str:
-        """MLflow's address of the version."""
+        """MLflow's URI of the version."""
         return f"models:/{self.name}/{self.version}"
 
 
 def resolve(model_uri: str, stores: Stores) -> ResolvedModel:
-    """Finds `models:/NAME@ALIAS` or `models:/NAME/VERSION` in the registry.
+    """Resolves `models:/NAME@ALIAS` or `models:/NAME/VERSION` in the registry.
 
     Raises:
-        UserError: the form is wrong, or there is no such name, alias or version; the message lists those there are.
+        UserError: The URI is malformed, or the name, alias or version does not exist; the message lists those that do.
     """
-    match = _FORM.fullmatch(model_uri)
+    match = _MODEL_URI.fullmatch(model_uri)
     if match is None:
-        raise UserError(f"'{model_uri}' is not a model: write models:/NAME@ALIAS or models:/NAME/VERSION.")
+        raise UserError(f"'{model_uri}' is not a model URI: write models:/NAME@ALIAS or models:/NAME/VERSION.")
     client = connect_registry(stores)
     name, alias, version = match["name"], match["alias"], match["version"]
     try:
         if alias is not None:
-            found = client.get_model_version_by_alias(name, alias)
+            model_version = client.get_model_version_by_alias(name, alias)
         else:
-            found = client.get_model_version(name, version)
+            model_version = client.get_model_version(name, version)
     except MlflowException as error:
-        raise UserError(_what_there_is(client, stores, name, model_uri)) from error
-    return ResolvedModel(found.name, str(found.version), found.run_id or "")
+        raise UserError(_not_found_message(client, stores, name, model_uri)) from error
+    return ResolvedModel(model_version.name, str(model_version.version), model_version.run_id or "")
 
 
 def download(model_uri: str, stores: Stores, cache: Path) -> Path:
-    """The folder with a stored model's card and weights, downloaded into `cache` unless it is there.
+    """Downloads a model into `cache`, unless it is cached; returns the folder with its model card and weights.
 
     `model_uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or `runs:/ID/NAME` for a model of a run.
 
     Raises:
-        UserError: there is no such model, it was not stored by this project, or it cannot be read.
+        UserError: There is no such model, another program stored it, or it cannot be read.
     """
     if model_uri.startswith(RUNS):
         store = server = stores.tracking
         model_id, source = _model_of_run(connect(store), model_uri, store)
-        folder, shown_as = cache / model_id, model_uri
+        folder, resolved_uri = cache / model_id, model_uri
     else:
         store, model = stores.registry, resolve(model_uri, stores)
-        # What a server passes on has no host in its address: a registry's server passes on what it has itself.
+        # The URI of a proxied artifact has no host; a registry server proxies only its own artifacts.
         server = store if store.startswith("http") else stores.tracking
         source = connect_registry(stores).get_model_version_download_uri(model.name, model.version)
-        folder, shown_as = cache / f"{model.name}-{model.version}-{model.run_id[:8]}", model.uri
+        folder, resolved_uri = cache / f"{model.name}-{model.version}-{model.run_id[:8]}", model.uri
     if not folder.exists():
         try:
-            with redirect_stderr(io.StringIO()), atomic_folder(folder) as aside:  # its progress bar
-                given = aside / "download"
-                found = download_artifacts(
-                    source, dst_path=str(given), tracking_uri=server, registry_uri=stores.registry
+            with redirect_stderr(io.StringIO()), atomic_folder(folder) as temporary:  # MLflow's progress bar
+                target = temporary / "download"
+                downloaded = download_artifacts(
+                    source, dst_path=str(target), tracking_uri=server, registry_uri=stores.registry
                 )
-                for part in list(Path(found).iterdir()):  # which is `given`, or a folder in it
-                    part.rename(aside / part.name)
-                shutil.rmtree(given)
-        except Exception as error:  # each kind of artifact store has errors of its own
+                for part in list(Path(downloaded).iterdir()):  # MLflow returns `target`, or a folder in it
+                    part.rename(temporary / part.name)
+                shutil.rmtree(target)
+        except Exception as error:  # artifact stores raise errors of many kinds
             raise UserError(f"{model_uri} cannot be read from {redacted(store)}: {first_line(error, store)}") from error
     if not (folder / "artifacts" / "model.json").is_file():
-        raise UserError(f"{model_uri} ({shown_as} in {redacted(store)}) has no model card: it is not of this project.")
+        raise UserError(
+            f"{model_uri} ({resolved_uri} in {redacted(store)}) has no model card: another program stored it. Use a "
+            f"model of this project."
+        )
     return folder / "artifacts"
 
 
 def _model_of_run(client: MlflowClient, model_uri: str, uri: str) -> tuple[str, str]:
-    """The id of a run's model, and where its files are."""
+    """Returns the id and the artifact location of a run's model."""
     run_id, _, name = model_uri.removeprefix(RUNS).partition("/")
     try:
         experiment = client.get_run(run_id).info.experiment_id
     except MlflowException as error:
-        raise UserError(
-            f"there is no run {run_id} in {redacted(uri)}; `densenet runs list` shows those there are."
-        ) from error
+        raise UserError(f"there is no run {run_id} in {redacted(uri)}; `densenet runs list` lists the runs.") from error
     models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     for model in models:
         if model.name == name:
             return model.model_id, model.artifact_location
     names = ", ".join(sorted({model.name for model in models})) or "none"
-    raise UserError(f"the run {run_id} has no model '{name}', it has: {names}. Write runs:/ID/NAME.")
+    raise UserError(f"the run {run_id} has no model '{name}', its models: {names}. Write runs:/ID/NAME.")
 
 
-def _what_there_is(client: MlflowClient, stores: Stores, name: str, model_uri: str) -> str:
-    where = redacted(stores.registry)
+def _not_found_message(client: MlflowClient, stores: Stores, name: str, model_uri: str) -> str:
+    registry = redacted(stores.registry)
     names = [model.name for model in client.search_registered_models()]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=max(1, len(names)), cutoff=0)
-        there = f"Registered: {', '.join(near)}." if near else "Nothing is registered there yet."
-        return f"no model named '{name}' in {where}. {there}"
+        close = difflib.get_close_matches(name, names, n=max(1, len(names)), cutoff=0)
+        existing = f"Registered: {', '.join(close)}." if close else "No models are registered there yet."
+        return f"no model named '{name}' in {registry}. {existing}"
     aliases = [f"@{alias} (version {version})" for alias, version in client.get_registered_model(name).aliases.items()]
-    versions = sorted((int(v.version) for v in client.search_model_versions(named(name))), reverse=True)
+    versions = sorted((int(v.version) for v in client.search_model_versions(version_filter(name))), reverse=True)
     return (
-        f"{model_uri} is not in {where}. Aliases of {name}: {', '.join(aliases) or 'none'}; "
+        f"{model_uri} is not in {registry}. Aliases of {name}: {', '.join(aliases) or 'none'}; "
         f"versions: {', '.join(map(str, versions)) or 'none'}."
     )
 
 
 @dataclass(frozen=True)
-class Version:
-    """A version of a registered model, with its aliases, its tags and the run that it comes from."""
+class ModelVersion:
+    """A version of a registered model, with its source run, aliases and tags."""
 
     version: str
     run_id: str
@@ -136,87 +137,88 @@ class Version:
 
 
 def registered_names(stores: Stores) -> list[str]:
-    """The names of all registered models.
+    """Returns the names of all registered models.
 
     Raises:
-        UserError: the registry does not answer, or the store has none.
+        UserError: The registry is unreachable, or the store has no registry.
     """
     client = connect_registry(stores)
-    with _refusals(stores, "does not list its models"):
+    with _registry_errors(stores, "does not list its models"):
         return [model.name for model in client.search_registered_models()]
 
 
-def versions(name: str, stores: Stores) -> list[Version]:
-    """All versions of a model, newest first.
+def versions(name: str, stores: Stores) -> list[ModelVersion]:
+    """Returns all versions of a model, newest first.
 
     Raises:
-        UserError: there is no such model.
+        UserError: There is no such model.
     """
     client = connect_registry(stores)
     try:
         aliases = client.get_registered_model(name).aliases
     except MlflowException as error:
-        raise UserError(_what_there_is(client, stores, name, f"{REGISTRY}{name}")) from error
-    found = client.search_model_versions(named(name))
+        raise UserError(_not_found_message(client, stores, name, f"{REGISTRY}{name}")) from error
+    existing = client.search_model_versions(version_filter(name))
     return [
-        Version(
+        ModelVersion(
             str(v.version),
             v.run_id or "",
-            tuple(a for a, of in aliases.items() if str(of) == str(v.version)),
+            tuple(alias for alias, version in aliases.items() if str(version) == str(v.version)),
             dict(v.tags),
         )
-        for v in sorted(found, key=lambda v: int(v.version), reverse=True)
+        for v in sorted(existing, key=lambda v: int(v.version), reverse=True)
     ]
 
 
 def alias_version(name: str, alias: str, stores: Stores) -> str | None:
-    """The version that an alias of a model stands for, or None."""
+    """Returns the version that an alias of a model points to, or None."""
     return next((v.version for v in versions(name, stores) if alias in v.aliases), None)
 
 
 def tag_version(name: str, version: str, key: str, value: str, stores: Stores) -> None:
-    """Records something with a version.
+    """Sets a tag of a model version.
 
     Raises:
-        UserError: the registry refuses it.
+        UserError: The registry rejects it.
     """
-    with _refusals(stores, f"does not take a tag of {name} version {version}"):
+    with _registry_errors(stores, f"rejects a tag of {name} version {version}"):
         connect_registry(stores).set_model_version_tag(name, version, key, value)
 
 
 def move_alias(name: str, alias: str, version: str, stores: Stores) -> None:
-    """Makes an alias stand for a version.
+    """Points an alias to a version.
 
     Raises:
-        UserError: the registry refuses it.
+        UserError: The registry rejects it.
     """
-    with _refusals(stores, f"does not move {name}@{alias} to version {version}"):
+    with _registry_errors(stores, f"does not move {name}@{alias} to version {version}"):
         connect_registry(stores).set_registered_model_alias(name, alias, version)
 
 
-def check_rights(name: str, stores: Stores) -> None:
-    """Tries what registering needs: the registered model is made where it is missing, and gets a tag.
+def check_permissions(name: str, stores: Stores) -> None:
+    """Checks write permission: creates the registered model if it is missing, and sets a tag.
 
     Raises:
-        UserError: the registry refuses it, or the name is a prompt's.
+        UserError: The registry rejects it, or the name belongs to a prompt.
     """
     client = connect_registry(stores)
-    with _refusals(stores, f"does not let this user register {name}"):
-        make_registered_model(client, name)
+    with _registry_errors(stores, f"does not allow this user to register {name}"):
+        create_registered_model(client, name)
         try:
             client.get_registered_model(name)
-        except MlflowException as error:  # it is there, and no model
+        except MlflowException as error:  # the name exists, but is not a model
             raise UserError(
-                f"{name} is the name of a prompt in {redacted(stores.registry)}: set tracking.registered_model_name to another name."
+                f"{name} is the name of a prompt in {redacted(stores.registry)}: set tracking.registered_model_name to "
+                f"another name."
             ) from error
         client.set_registered_model_tag(name, _MADE_BY, "densenet-pipeline")
 
 
-def make_registered_model(client: MlflowClient, name: str) -> None:
-    """Makes a registered model, unless there is one of this name.
+def create_registered_model(client: MlflowClient, name: str) -> None:
+    """Creates a registered model, unless it exists.
 
     Raises:
-        MlflowException: the registry refuses it.
+        MlflowException: The registry rejects it.
     """
     try:
         client.create_registered_model(name)
@@ -225,36 +227,36 @@ def make_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def version_of(run_id: str, name: str, tags: dict[str, str], stores: Stores) -> str | None:
-    """The newest version of a model that a run has registered with these tags, or None."""
+def find_version(run_id: str, name: str, tags: dict[str, str], stores: Stores) -> str | None:
+    """Returns the newest version of a model that a run has registered with these tags, or None."""
     client = connect_registry(stores)
-    with _refusals(stores, f"does not list the versions of {name}"):
-        found = [v for v in client.search_model_versions(named(name)) if v.run_id == run_id]
-        same = [int(v.version) for v in found if tags.items() <= dict(v.tags).items()]
-    return str(max(same)) if same else None
+    with _registry_errors(stores, f"does not list the versions of {name}"):
+        of_run = [v for v in client.search_model_versions(version_filter(name)) if v.run_id == run_id]
+        matching = [int(v.version) for v in of_run if tags.items() <= dict(v.tags).items()]
+    return str(max(matching)) if matching else None
 
 
 def check_attachable(model_uri: str, stores: Stores) -> None:
-    """Looks whether files can be attached to a model version: they go to its run.
+    """Checks that files can be attached to a model version; they are stored with its run.
 
     Raises:
-        UserError: there is no such version, or its run is not in the tracking store.
+        UserError: There is no such version, or its run is not in the tracking store.
     """
     model = resolve(model_uri, stores)
     try:
         connect(stores.tracking).get_run(model.run_id)
     except MlflowException as error:
         raise UserError(
-            f"{model_uri} is of the run {model.run_id or 'none'}, which {redacted(stores.tracking)} does not have: files "
-            f"are attached to a version's run. Give its store as --uri, or leave --attach out."
+            f"{model_uri} belongs to the run {model.run_id or 'none'}, which is not in {redacted(stores.tracking)}: "
+            f"--attach stores files with the run. Pass the tracking store of that run as --uri, or omit --attach."
         ) from error
 
 
 def attach_to_version(model_uri: str, kind: str, file: Path, stores: Stores) -> str:
-    """Stores a file or folder with the run of a model version, and its address as the version's tag `export.KIND`.
+    """Stores a file or folder with the run of a model version; returns its URI and sets it as the tag `export.KIND`.
 
     Raises:
-        UserError: there is no such version, or a store does not take the file or its tag.
+        UserError: There is no such version, or a store rejects the file or the tag.
     """
     model, client = resolve(model_uri, stores), connect(stores.tracking)
     folder = f"exports/{model.name}-{model.version}"
@@ -263,23 +265,23 @@ def attach_to_version(model_uri: str, kind: str, file: Path, stores: Stores) -> 
             client.log_artifacts(model.run_id, str(file), f"{folder}/{file.name}")
         else:
             client.log_artifact(model.run_id, str(file), folder)
-    except Exception as error:  # each kind of artifact store has errors of its own
+    except Exception as error:  # artifact stores raise errors of many kinds
         uri = stores.tracking
         raise UserError(f"{file} cannot be stored in {redacted(uri)}: {first_line(error, uri)}") from error
-    place = f"{RUNS}{model.run_id}/{folder}/{file.name}"
-    tag_version(model.name, model.version, f"export.{kind}", place, stores)
-    return place
+    artifact_uri = f"{RUNS}{model.run_id}/{folder}/{file.name}"
+    tag_version(model.name, model.version, f"export.{kind}", artifact_uri, stores)
+    return artifact_uri
 
 
-def named(name: str) -> str:
-    """MLflow's search for the versions of a model."""
+def version_filter(name: str) -> str:
+    """Returns the MLflow filter string for the versions of a model."""
     quote = '"' if "'" in name else "'"
     return f"name={quote}{name}{quote}"
 
 
 @contextmanager
-def _refusals(stores: Stores, what: str) -> Iterator[None]:
-    """Turns a registry's refusal into an error that names it."""
+def _registry_errors(stores: Stores, what: str) -> Iterator[None]:
+    """Turns errors of the registry into a `UserError` that names the registry."""
     try:
         yield
     except MlflowException as error:

@@ -1,4 +1,4 @@
-"""The two addresses of a run or a command, chosen once: where runs are kept, and where models are registered."""
+"""The two MLflow URIs of a run or command, determined once: tracking store and model registry."""
 
 import os
 import re
@@ -15,56 +15,56 @@ _SQLITE = "sqlite:///"
 
 @dataclass(frozen=True)
 class Stores:
-    """MLflow's addresses; with passwords, where the environment's have them: show `redacted(uri)`."""
+    """MLflow's tracking and registry URIs. They may contain passwords from the environment: print `redacted(uri)`."""
 
     tracking: str
     registry: str
 
     @property
-    def apart(self) -> bool:
-        """Whether models are registered elsewhere than runs are kept."""
+    def separate_registry(self) -> bool:
+        """Whether the model registry is another store than the tracking store."""
         return self.tracking != self.registry
 
     def options(self) -> str:
-        """The options by which a command finds these stores, each after a space; none where it does so by itself.
+        """Returns the command line options for these stores, each with a leading space; empty if they are the defaults.
 
-        A registry apart is named although the environment has it: a variable is soon set for one command alone. Not one
-        with a password.
+        Includes a separate registry even if MLFLOW_REGISTRY_URI names it, since that variable may be set for one
+        command only; unless the URI has a password.
         """
-        found, usual = "", given_stores(None, None)
-        if self.tracking != usual.tracking:
-            found += f" --uri {shlex.quote(redacted(self.tracking))}"
-            usual = given_stores(self.tracking, None)
-        named = self.apart and redacted(self.registry) == self.registry
-        if self.registry != usual.registry or named:
-            found += f" --registry-uri {shlex.quote(redacted(self.registry))}"
-        return found
+        options, default = "", stores_from_options(None, None)
+        if self.tracking != default.tracking:
+            options += f" --uri {shlex.quote(redacted(self.tracking))}"
+            default = stores_from_options(self.tracking, None)
+        explicit = self.separate_registry and redacted(self.registry) == self.registry
+        if self.registry != default.registry or explicit:
+            options += f" --registry-uri {shlex.quote(redacted(self.registry))}"
+        return options
 
 
-def stores_of(config: RunConfig) -> Stores:
-    """A run's stores.
+def stores_from_config(config: RunConfig) -> Stores:
+    """Returns the stores of a run.
 
-    Tracking is `tracking.uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `run.output`; the registry is
+    The tracking store is `tracking.uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `run.output`. The registry is
     `tracking.registry_uri`, else MLFLOW_REGISTRY_URI, else the tracking store.
 
     Raises:
-        UserError: the path of `run.output` cannot be part of a SQLite address.
+        UserError: The path of `run.output` cannot be part of a SQLite URI.
     """
     return _stores(config.tracking.uri, config.tracking.registry_uri, Path(config.run.output))
 
 
-def given_stores(uri: str | None, registry_uri: str | None, output: Path = Path("outputs")) -> Stores:
-    """The stores that a command was given; else those of a run whose config names none."""
+def stores_from_options(uri: str | None, registry_uri: str | None, output: Path = Path("outputs")) -> Stores:
+    """Returns the stores of a command's options, with the same defaults as `stores_from_config`."""
     return _stores(uri, registry_uri, output)
 
 
 def redacted(uri: str) -> str:
-    """The URI without its password, for messages."""
+    """Returns the URI with its password replaced by `***`, for messages."""
     return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", uri)
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store; None where the URI is another's."""
+    """Returns the file of a SQLite URI; None for other URIs."""
     path = uri.removeprefix(_SQLITE)
     return None if path == uri else Path(path)
 
@@ -78,8 +78,8 @@ def _stores(uri: str | None, registry_uri: str | None, output: Path) -> Stores:
 def _default(output: Path) -> str:
     if "?" in str(output.absolute()):
         raise UserError(
-            f"run.output={output}: MLflow takes what follows a `?` for options of its SQLite store, which is in "
-            f"run.output by default. Rename the folder, or set tracking.uri to another store."
+            f"run.output={output} must not contain `?`: MLflow reads the rest of the path as options of the SQLite "
+            f"store in run.output. Rename the folder, or set tracking.uri to another store."
         )
     return f"{_SQLITE}{output.absolute()}/mlflow.db"
 

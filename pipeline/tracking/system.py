@@ -1,4 +1,4 @@
-"""Use of the driver's node, by MLflow's own monitors: cores, memory, disk, network, GPUs."""
+"""System metrics of the driver's node by MLflow's monitors: CPU, memory, disk, network, GPU."""
 
 import time
 from contextlib import suppress
@@ -9,27 +9,27 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-_EVERY_S = 10.0
+_INTERVAL_S = 10.0
 
 
 class SystemMetrics:
-    """Reads the node's use, at most every ten seconds."""
+    """Samples the system metrics of this node, at most every ten seconds."""
 
     def __init__(self) -> None:
         self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(ImportError, RuntimeError):  # there is no GPU, or no driver of it
+        with suppress(ImportError, RuntimeError):  # no GPU, or no driver
             self._monitors.append(GPUMonitor())
-        self._read_at = -_EVERY_S
+        self._last_read_s = -_INTERVAL_S
 
     def read(self) -> dict[str, float]:
-        """Metrics by the names that MLflow's own system metrics have; none where the last ones are recent."""
+        """Returns metrics under MLflow's names (`system/*`); empty if less than ten seconds passed since the last."""
         now = time.monotonic()
-        if now - self._read_at < _EVERY_S:
+        if now - self._last_read_s < _INTERVAL_S:
             return {}
-        self._read_at = now
-        found: dict[str, float] = {}
+        self._last_read_s = now
+        values: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
-            found |= monitor.aggregate_metrics()
+            values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        return {f"system/{name}": float(value) for name, value in found.items()}
+        return {f"system/{name}": float(value) for name, value in values.items()}

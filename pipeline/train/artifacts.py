@@ -28,8 +28,8 @@ _CURVES = {
 def begin(tracker: Tracker, setup: RunSetup) -> None:
     """Records the config, what follows from it, data, code, versions and machine."""
     config, derived, run_dir = setup.config, setup.derived, setup.run_dir
-    tracker.params(config.model_dump(mode="json") | {"derived": derived.model_dump(mode="json")})
-    tracker.tags(
+    tracker.log_params(config.model_dump(mode="json") | {"derived": derived.model_dump(mode="json")})
+    tracker.set_tags(
         provenance_tags()
         | {
             "data.train.fingerprint": setup.train_index.fingerprint,
@@ -43,10 +43,10 @@ def begin(tracker: Tracker, setup: RunSetup) -> None:
     ):
         name = f"{Path(str(config.data.root)).name}/{split}"
         profile = {"images": len(index), "classes": len(index.classes), "bytes": index.total_bytes}
-        tracker.dataset(context, name, index.fingerprint, str(config.data.root), profile)
+        tracker.log_dataset(context, name, index.fingerprint, str(config.data.root), profile)
     write_json(run_dir / "deepspeed.json", deepspeed_config(config, derived))
     for file in (run_dir / "config.yaml", run_dir / "deepspeed.json", *write_provenance(run_dir)):
-        tracker.attach(file)
+        tracker.log_artifact(file)
     stride = max(1, derived.total_steps // _PLOTTED)
     samples = [step * derived.global_batch_size for step in range(0, derived.total_steps, stride)]
     rates = [learning_rate(config.schedule, derived, seen) for seen in samples]
@@ -64,7 +64,7 @@ def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
         for key, value in record["values"].items()
     ]
     write_csv(run_dir / "metrics.csv", ("samples_seen", "time_ms", "metric", "value"), rows)
-    tracker.attach(run_dir / "metrics.csv")
+    tracker.log_artifact(run_dir / "metrics.csv")
     for file, (label, keys) in _CURVES.items():
         lines = {
             key: [(seen / setup.derived.train_samples, value) for seen, _, of, value in rows if of == key]
@@ -73,7 +73,7 @@ def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
         lines = {key: points for key, points in lines.items() if points}
         _attach_image(tracker, curves(lines, "epoch", label), run_dir / file)
     if (run_dir / CONFUSION).is_file():
-        tracker.attach(run_dir / CONFUSION)
+        tracker.log_artifact(run_dir / CONFUSION)
         classes, matrix_KK = read_confusion((run_dir / CONFUSION).read_text(encoding="utf-8"))
         _attach_image(tracker, confusion_image(classes, matrix_KK), run_dir / "confusion.png")
 
@@ -87,9 +87,9 @@ def attach_samples(tracker: Tracker, setup: RunSetup, best: Path) -> None:
 
     file = setup.run_dir / SAMPLES
     write_text(file, json.dumps(sample_predictions(best, index)))
-    tracker.attach(file)
+    tracker.log_artifact(file)
 
 
 def _attach_image(tracker: Tracker, figure: Figure, file: Path) -> None:
     figure.savefig(file, dpi=120)
-    tracker.attach(file)
+    tracker.log_artifact(file)

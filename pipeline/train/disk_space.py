@@ -10,7 +10,7 @@ from pipeline.data.space import format_bytes
 from pipeline.errors import UserError
 from pipeline.extension_points import OPTIMIZERS
 from pipeline.model.timm_models import size
-from pipeline.tracking.stores import sqlite_file, stores_of
+from pipeline.tracking.stores import sqlite_file, stores_from_config
 from pipeline.train.checkpoint import checkpoint_root, checkpoints
 from pipeline.train.setup import RunSetup
 
@@ -52,7 +52,7 @@ def check_disk_space(setup: RunSetup) -> None:
     parameters = size(config.model, setup.derived.num_classes, config.data.image_size).parameters
     each, package = checkpoint_bytes(config, parameters), package_bytes(parameters)
     kept = max(1, kept_checkpoints(config) - len(checkpoints(checkpoint_root(run_dir))))
-    file = sqlite_file(stores_of(config).tracking)
+    file = sqlite_file(stores_from_config(config).tracking)
     artifacts = Path(config.run.output) if file is None else file.parent
     wanted = [
         (

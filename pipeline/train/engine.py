@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pipeline.config import RunConfig
 from pipeline.derived import Derived
-from pipeline.model.weights import freeze, rate_factors
+from pipeline.model.weights import freeze, lr_scales
 from pipeline.train import optimizer_state
 from pipeline.train.compile import compile_model
 from pipeline.train.deepspeed_config import HALF, deepspeed_config
@@ -65,7 +65,7 @@ class Engine:
             example_NCHW = torch.zeros(shape_NCHW, device=device).to(memory_format=self._format)
             with self._autocast:
                 compile_model(model, example_NCHW, warn if config.engine.compile == "try" else None)
-        groups = parameter_groups(model, config.optim.weight_decay, rate_factors(model, config.finetune))
+        groups = parameter_groups(model, config.optim.weight_decay, lr_scales(model, config.finetune))
         # Not in fp16: a fused optimizer unscales and skips by itself, so that nobody else learns of an overflow.
         fused = device.type == "cuda" and derived.precision != "fp16" and not config.engine.offload_optimizer
         optimizer = create_optimizer(groups, config.optim, fused)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.evaluation.counts import accuracy
+from pipeline.evaluation.counts import format_accuracy
 from pipeline.formatting import duration, number, speed
 from pipeline.train.events import (
     Evaluated,
@@ -110,7 +110,7 @@ class Display:
             case Step():
                 self.status(step_line(event, self._epochs, self._total_steps, self._workers))
             case Evaluated(result=result):
-                what = f"{WEIGHTS[event.weights]}{accuracy(result)}, loss {number(result.loss)}"
+                what = f"{WEIGHTS[event.weights]}{format_accuracy(result)}, loss {number(result.loss)}"
                 self.line(f"epoch {event.epoch:.2f}: {what} ({speed(event.img_per_s)})")
             case Stopped():
                 self.stopped_at = event.samples_seen

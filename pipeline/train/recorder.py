@@ -61,13 +61,13 @@ class Recorder:
                 self._seen = event.samples_seen
                 self._farthest = max(self._farthest, self._seen)
                 more = {"data/skipped": len(self._skipped)} | self._system.read()
-                self._tracker.log(_metrics(event) | more, self._seen)
+                self._tracker.log_metrics(_metrics(event) | more, self._seen)
             case Saved():
                 self.checkpoints()
             case Skipped():
                 self._skipped.add(event.sample)
             case Profiled() | Diagnosed():
-                self._tracker.attach(event.file)
+                self._tracker.log_artifact(event.file)
             case WorkersLost():
                 self._causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in event.causes.items())
             case WorkersStarted():
@@ -87,9 +87,11 @@ class Recorder:
         file = self._run_dir / "checkpoints.json"
         with suppress(OSError):  # a full disk; the writer of the checkpoints tells of it
             write_json(file, records)
-            self._tracker.attach(file)
+            self._tracker.log_artifact(file)
         best = [record["address"] for record in records if record["best"]]
-        self._tracker.tags({"checkpoint.last": records[-1]["address"]} | ({"checkpoint.best": best[0]} if best else {}))
+        self._tracker.set_tags(
+            {"checkpoint.last": records[-1]["address"]} | ({"checkpoint.best": best[0]} if best else {})
+        )
 
     def _went_on(self, samples_seen: int) -> None:
         if not self._causes:
@@ -97,12 +99,12 @@ class Recorder:
         lost = max(0, self._seen - samples_seen)
         self._restarts, self._lost = self._restarts + 1, self._lost + lost
         told = f"{self._causes}; went on at {samples_seen} samples, {lost} samples were trained again"
-        self._tracker.tags({f"restart.{self._restarts}": told})
+        self._tracker.set_tags({f"restart.{self._restarts}": told})
         # MLflow takes the value at the largest step for the last one, and a step has one value: a restart that comes
         # before any progress since the last one stands a sample after it.
-        at = max(self._farthest, self._tracker.farthest("restarts") + 1)
-        self._tracker.log({"restarts": self._restarts, "lost_samples": self._lost}, at)
-        self._tracker.log({}, samples_seen)
+        at = max(self._farthest, self._tracker.last_step("restarts") + 1)
+        self._tracker.log_metrics({"restarts": self._restarts, "lost_samples": self._lost}, at)
+        self._tracker.log_metrics({}, samples_seen)
         self._seen, self._causes = samples_seen, ""
 
 

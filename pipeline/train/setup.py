@@ -127,7 +127,7 @@ def _check_sources(config: RunConfig, derived: Derived, sources: Pretrained, cla
 
     if sources.weights is not None:
         loaded = load_weights(create(config.model, derived.num_classes), sources.weights)
-        head = "" if loaded.head else f"; the classifier is new, for {derived.num_classes} classes, and random"
+        head = "" if loaded.head_loaded else f"; the classifier is new, for {derived.num_classes} classes, and random"
         start = f"{loaded.file}{head}"
     if sources.teacher is not None:
         load_teacher(sources.teacher, classes, config.model.in_chans)

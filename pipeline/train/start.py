@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.model.pretrained import NO_PRETRAINED, Pretrained
-from pipeline.tracking.stores import stores_of
+from pipeline.tracking.stores import stores_from_config
 from pipeline.train.checkpoint import MANIFEST, checkpoint_root, checkpoints, newest_valid, verify
 from pipeline.train.locate import locate
 
@@ -21,7 +21,7 @@ def find_sources(config: RunConfig) -> Pretrained:
     """
     if config.model.weights is None and config.loss.teacher is None:
         return NO_PRETRAINED
-    cache, stores = Path(config.run.output) / "models", stores_of(config)
+    cache, stores = Path(config.run.output) / "models", stores_from_config(config)
     weights, teacher = (
         None if place is None else locate(place, key, cache, stores)
         for key, place in (("model.weights", config.model.weights), ("loss.teacher", config.loss.teacher))
@@ -45,7 +45,7 @@ def find_checkpoint(place: str, config: RunConfig) -> Path:
     if _RUN_ID.fullmatch(place) and not path.exists():
         from pipeline.tracking.queries import run_folder  # MLflow takes seconds to import
 
-        path = run_folder(place, stores_of(config).tracking)
+        path = run_folder(place, stores_from_config(config).tracking)
     if (path / MANIFEST).is_file():
         reason = verify(path)
         if reason is not None:

@@ -1,4 +1,4 @@
-"""`densenet eval`, and the views that it averages against torchvision's ten crops."""
+"""`densenet eval`, and test-time augmentation compared with torchvision's ten-crop."""
 
 import csv
 import json
@@ -34,28 +34,28 @@ def data(tmp_path: Path) -> Path:
 
 
 def by_hand(model: Path, file: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """An image's probabilities by torchvision: as it is, with its mirrored self, over ten crops."""
+    """An image's probabilities by torchvision: center crop, average with its flip, average over ten crops."""
     network = load_model(model)
     with Image.open(file) as image:
         image_CHW = tv.resize(tv.pil_to_tensor(image.convert("RGB")), [40], antialias=True)
     crops = [tv.normalize(crop / 255, TRANSFORM["mean"], TRANSFORM["std"]) for crop in tv.ten_crop(image_CHW, [32, 32])]
     with torch.no_grad():
-        given = network(torch.stack(crops)).softmax(dim=1)  # 4 corners and the center, then the same mirrored
-    return given[4], given[[4, 9]].mean(dim=0), given.mean(dim=0)
+        probabilities = network(torch.stack(crops)).softmax(dim=1)  # 4 corners and the center, then the same flipped
+    return probabilities[4], probabilities[[4, 9]].mean(dim=0), probabilities.mean(dim=0)
 
 
-@pytest.mark.parametrize(("views", "place"), [("flip", 1), ("ten-crop", 2)])
-def test_views_are_torchvisions(model, data, tmp_path, views, place):
+@pytest.mark.parametrize(("views", "result"), [("flip", 1), ("ten-crop", 2)])
+def test_tta_equals_torchvisions_crops(model, data, tmp_path, views, result):
     index = open_split(data, "val", tmp_path / "cache")
     plain_NK, averaged_NK = model_probabilities(model, index, views=views, batch_size=4)
     for sample in range(len(index)):
         expected = by_hand(model, index.path(sample))
         assert plain_NK[sample] == pytest.approx(expected[0].numpy(), abs=2e-3)
-        assert averaged_NK[sample] == pytest.approx(expected[place].numpy(), abs=2e-3)
+        assert averaged_NK[sample] == pytest.approx(expected[result].numpy(), abs=2e-3)
         assert averaged_NK[sample].sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_scores_are_told_apart_and_written_as_tables(densenet, model, data, tmp_path):
+def test_scores_are_printed_by_name_and_written_as_tables(densenet, model, data, tmp_path):
     labels = tmp_path / "real.json"
     labels.write_text(json.dumps([[0, 1, 2]] * 8 + [[]]))
     out = tmp_path / "out"
@@ -81,7 +81,7 @@ def test_scores_are_told_apart_and_written_as_tables(densenet, model, data, tmp_
     assert sum(row["class"] == row["predicted"] for row in images) == plain["top1_correct"]
 
 
-def test_another_resolution_keeps_the_ratio_and_is_named(densenet, model, data):
+def test_another_resolution_keeps_the_crop_ratio_and_is_reported(densenet, model, data):
     code, printed = densenet("eval", model, "--data", data, "--crop", 48, "--interpolation", "bicubic", "--json")
     assert code == 0, printed
     report = json.loads(printed)
@@ -99,24 +99,24 @@ def test_another_resolution_keeps_the_ratio_and_is_named(densenet, model, data):
         (["--split", "test"], "has no split 'test', it has val"),
     ],
 )
-def test_bad_options_are_named(densenet, model, data, arguments, message):
+def test_invalid_options_are_reported(densenet, model, data, arguments, message):
     code, printed = densenet("eval", model, "--data", data, *arguments)
     assert code == 2, printed
     assert "Traceback" not in printed
     assert re.search(message, printed.replace("\n", " ")), printed
 
 
-def test_what_is_no_model_is_named(densenet, model, data, tmp_path):
-    for place, message in (
+def test_a_path_without_a_model_is_reported(densenet, model, data, tmp_path):
+    for path, message in (
         (tmp_path / "nothing", "MODEL=.* is no model"),
-        (model / "model.safetensors", "is a file of weights alone"),
+        (model / "model.safetensors", "is a weights file without class names"),
     ):
-        code, printed = densenet("eval", place, "--data", data)
+        code, printed = densenet("eval", path, "--data", data)
         assert code == 2, printed
         assert re.search(message, printed.replace("\n", " ")), printed
 
 
-def test_a_model_that_gives_nan_has_misses_and_no_class(densenet, model, data, tmp_path):
+def test_nan_outputs_count_as_incorrect_and_have_no_class(densenet, model, data, tmp_path):
     out = tmp_path / "out"
     code, printed = densenet("eval", make_outputs_nan(model), "--data", data, "--tta", "flip", "--out", out)
     assert code == 0, printed

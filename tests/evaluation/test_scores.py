@@ -1,4 +1,4 @@
-"""Counts from probabilities, against scikit-learn and by hand; labels by name and from files."""
+"""Metrics compared with scikit-learn and by hand; labels by class name and from files."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from sklearn import metrics
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError
-from pipeline.evaluation.labels import labels_of, read_label_sets
+from pipeline.evaluation.labels import map_labels, read_label_sets
 from pipeline.evaluation.scores import NO_CLASS, best_class, calibration_error, confusion, score, score_sets
 
 RNG = np.random.default_rng(0)
@@ -20,7 +20,7 @@ LABELS_N = RNG.integers(0, 8, 200)
 PROBABILITIES_NK = RNG.dirichlet(np.ones(8), 200).astype(np.float32)
 
 
-def test_accuracies_and_loss_are_scikit_learns():
+def test_accuracies_and_loss_equal_scikit_learns():
     scores = score(PROBABILITIES_NK, LABELS_N)
     options = {"labels": np.arange(8), "normalize": False}
     assert scores.top1_correct == metrics.top_k_accuracy_score(LABELS_N, PROBABILITIES_NK, k=1, **options)
@@ -31,7 +31,7 @@ def test_accuracies_and_loss_are_scikit_learns():
     assert np.array_equal(confusion(best_N, LABELS_N, 8), metrics.confusion_matrix(LABELS_N, best_N))
 
 
-def test_top5_of_three_classes_counts_all():
+def test_top5_with_three_classes_counts_all_images():
     scores = score(PROBABILITIES_NK[:, :3], LABELS_N % 3)
     assert (scores.top5_k, scores.top5_correct) == (3, 200)
 
@@ -44,7 +44,7 @@ def test_calibration_error_is_the_gap_of_each_bin_weighted_by_its_images():
     assert calibration_error(np.ones(3, np.float32), np.ones(3, bool)) == 0
 
 
-def test_label_sets_count_images_that_have_labels():
+def test_label_sets_count_only_images_with_labels():
     best_N = PROBABILITIES_NK.argmax(axis=1)
     accepted = [{int(best), 7} if i % 2 else set() for i, best in enumerate(best_N)]
     accepted[1] = {(int(best_N[1]) + 1) % 8}
@@ -60,30 +60,30 @@ def images(tmp_path: Path) -> DatasetIndex:
     return open_split(tmp_path / "set", "val", tmp_path / "cache")
 
 
-def test_labels_follow_the_names_of_the_classes(images):
+def test_labels_are_mapped_by_class_name(images):
     assert images.classes == ("cat", "dog")
     assert images.names() == ["val_1", "val_3", "val_0", "val_2"]
-    assert labels_of(images, ["ant", "dog", "cat"]).tolist() == [2, 2, 1, 1]
+    assert map_labels(images, ["ant", "dog", "cat"]).tolist() == [2, 2, 1, 1]
     with pytest.raises(DataError, match=r"1 classes that the model does not know: cat. It knows 2: ant, dog"):
-        labels_of(images, ["ant", "dog"])
+        map_labels(images, ["ant", "dog"])
 
 
-def test_a_model_of_names_in_another_unicode_form_knows_the_classes(tmp_path):
-    """Models that were made before names were normalized have macOS's form D."""
+def test_class_names_match_across_unicode_normalization_forms(tmp_path):
+    """Models trained before names were normalized have macOS's form D."""
     (tmp_path / "set" / "\u00e9clair").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "set" / "\u00e9clair" / "a.jpg")
     index = open_split(tmp_path / "set", "val", tmp_path / "cache")
-    assert labels_of(index, ["bar", "e\u0301clair"]).tolist() == [1]
+    assert map_labels(index, ["bar", "e\u0301clair"]).tolist() == [1]
 
 
-def test_numbers_for_names_are_places_in_the_list(tmp_path):
+def test_numeric_class_names_are_class_ids(tmp_path):
     for name in ("0", "2", "10"):
         (tmp_path / "set" / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "set" / name / "a.jpg")
     index = open_split(tmp_path / "set", "val", tmp_path / "cache")
-    assert labels_of(index, [f"n{i}" for i in range(11)]).tolist() == [0, 10, 2]
+    assert map_labels(index, [f"n{i}" for i in range(11)]).tolist() == [0, 10, 2]
     with pytest.raises(DataError, match="does not know"):
-        labels_of(index, ["n0", "n1"])
+        map_labels(index, ["n0", "n1"])
 
 
 def test_label_files_by_order_and_by_name(images, tmp_path):
@@ -97,28 +97,28 @@ def test_label_files_by_order_and_by_name(images, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[[0], [1]]", "holds 2 entries, there are 4 images"),
-        ("3", "holds a int, there are 4 images"),
-        ("[0, 1, 2, 3]", "val_3 has 3; classes are numbers from 0 to 2"),
+        ("[[0], [1]]", "has 2 entries, but there are 4 images"),
+        ("3", "has a int, but there are 4 images"),
+        ("[0, 1, 2, 3]", "val_3 has 3; classes must be integers from 0 to 2"),
         ('{"val_0": 1}', "has no entry for 3 images: val_1, val_3, val_2"),
         ("{", "cannot be read as JSON"),
     ],
 )
-def test_label_files_that_do_not_fit_are_named(images, tmp_path, content, message):
+def test_mismatched_label_files_are_reported(images, tmp_path, content, message):
     (tmp_path / "wrong.json").write_text(content)
     with pytest.raises(DataError, match=message):
         read_label_sets(tmp_path / "wrong.json", images, 3)
 
 
-def test_images_with_nan_are_misses_that_are_counted_and_of_no_class():
-    probabilities_NK, non_finite_weights = PROBABILITIES_NK.copy(), np.arange(0, 200, 4)
-    probabilities_NK[non_finite_weights] = np.nan
-    rest = np.setdiff1d(np.arange(200), non_finite_weights)
+def test_images_with_nan_outputs_are_incorrect_counted_and_without_class():
+    probabilities_NK, non_finite = PROBABILITIES_NK.copy(), np.arange(0, 200, 4)
+    probabilities_NK[non_finite] = np.nan
+    rest = np.setdiff1d(np.arange(200), non_finite)
     scores, of_rest = score(probabilities_NK, LABELS_N), score(PROBABILITIES_NK[rest], LABELS_N[rest])
     assert scores == dataclasses.replace(of_rest, total=200, non_finite=50)
     best_N = best_class(probabilities_NK)
-    assert (best_N[non_finite_weights] == NO_CLASS).all()
+    assert (best_N[non_finite] == NO_CLASS).all()
     assert np.array_equal(confusion(best_N, LABELS_N, 8), confusion(best_N[rest], LABELS_N[rest], 8))
     assert score_sets(probabilities_NK, [set(range(8))] * 200) == (150, 200)
-    none = score(probabilities_NK[non_finite_weights], LABELS_N[non_finite_weights])
+    none = score(probabilities_NK[non_finite], LABELS_N[non_finite])
     assert (none.top1_correct, none.top5_correct, none.loss, none.calibration_error) == (0, 0, None, None)

@@ -1,4 +1,4 @@
-"""`densenet predict` over a folder: the probabilities of `eval`, in a table, and corrupt files told by name."""
+"""`densenet predict` for a folder: the probabilities of `eval` in a table; corrupt files listed by name."""
 
 import os
 import warnings
@@ -24,7 +24,7 @@ from tests.models import CLASSES, make_outputs_nan, write_model
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Ten valid images at several depths, of several formats."""
+    """Ten valid images in nested folders, of several formats."""
     rng = np.random.default_rng(0)
     for i in range(10):
         file = tmp_path / "set" / CLASSES[i % 3] / f"{i}.{'png' if i % 2 else 'jpg'}"
@@ -33,8 +33,8 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_a_folder_gets_the_probabilities_of_the_evaluation(densenet, images, tmp_path):
-    model, out = write_model(tmp_path / "model"), tmp_path / "out" / "answers.parquet"
+def test_folder_predictions_equal_the_probabilities_of_the_evaluation(densenet, images, tmp_path):
+    model, out = write_model(tmp_path / "model"), tmp_path / "out" / "predictions.parquet"
     code, printed = densenet("predict", model, "--batch", images, "--out", out, "--top", 2, "--batch-size", 4)
     assert code == 0, printed
     assert "10 images in" in printed
@@ -55,14 +55,14 @@ def test_a_folder_gets_the_probabilities_of_the_evaluation(densenet, images, tmp
             assert row_K[CLASSES.index(name)] == pytest.approx(probability, abs=2e-3)
 
 
-def test_corrupt_files_are_rows_with_what_is_wrong(densenet, images, tmp_path):
+def test_corrupt_files_are_rows_with_an_error(densenet, images, tmp_path):
     (images / "notes.txt").write_text("x")
     whole = (images / "cat" / "0.jpg").read_bytes()
     (images / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     holes = bytearray((images / "dog" / "1.png").read_bytes())
-    holes[len(holes) // 2] ^= 0xFF  # found by decoding alone
+    holes[len(holes) // 2] ^= 0xFF  # only decoding detects it
     (images / "dog" / "1.png").write_bytes(holes)
-    model, out = write_model(tmp_path / "model"), tmp_path / "answers.parquet"
+    model, out = write_model(tmp_path / "model"), tmp_path / "predictions.parquet"
     code, printed = densenet("predict", model, "--batch", images, "--out", out)
     assert code == 0, printed
     assert "3 files are no valid images (column `error`)" in printed
@@ -73,29 +73,29 @@ def test_corrupt_files_are_rows_with_what_is_wrong(densenet, images, tmp_path):
     assert len(rows) == 12
 
 
-def test_a_file_that_goes_meanwhile_is_a_row(images, tmp_path, monkeypatch):
-    model, out, gone = write_model(tmp_path / "model"), tmp_path / "answers.parquet", images / "dog" / "1.png"
+def test_a_file_deleted_after_the_scan_is_a_row_with_an_error(images, tmp_path, monkeypatch):
+    model, out, gone = write_model(tmp_path / "model"), tmp_path / "predictions.parquet", images / "dog" / "1.png"
 
-    def listed_before(*arguments: Any) -> Any:
-        found = scan_images(*arguments)
+    def scan_then_delete(*arguments: Any) -> Any:
+        scan = scan_images(*arguments)
         gone.unlink()
-        return found
+        return scan
 
-    monkeypatch.setattr("pipeline.export.predict.scan_images", listed_before)
+    monkeypatch.setattr("pipeline.export.predict.scan_images", scan_then_delete)
     done = open_model(model).predict_folder(images, out)
     assert (done.classified, done.corrupt) == (9, 1)
     (problem,) = [row for row in pq.read_table(out).to_pylist() if row["error"]]
     assert (problem["image"], problem["error"]) == ("dog/1.png", f"{gone} cannot be read: No such file or directory.")
 
 
-def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, images, tmp_path):
+def test_linked_folders_are_followed_and_special_files_are_rows_with_an_error(densenet, images, tmp_path):
     (images / "cat").rename(tmp_path / "elsewhere")
     (images / "cat").symlink_to(tmp_path / "elsewhere")
     (images / "dog" / "broken.jpg").symlink_to("gone.jpg")
     (images / "dog" / "up").symlink_to("..")
     (images / ".hidden.jpg").write_bytes(b"x")
     os.mkfifo(images / "dog" / "fifo.jpg")
-    out = tmp_path / "answers.parquet"
+    out = tmp_path / "predictions.parquet"
     code, printed = densenet("predict", write_model(tmp_path / "model"), "--batch", images, "--out", out)
     assert code == 0, printed
     assert "10 images in" in printed
@@ -107,14 +107,14 @@ def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, imag
     }
 
 
-def test_bad_input_is_told(densenet, images, tmp_path):
+def test_invalid_input_is_reported(densenet, images, tmp_path):
     model = write_model(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ((model,), "give image files, or a folder with --batch DIR --out FILE.parquet"),
         ((model, "--batch", images), "give image files, or a folder with --batch DIR --out FILE.parquet"),
         ((model, "--batch", tmp_path / "gone", "--out", "x.parquet"), "is not a folder: use one with images"),
-        ((model, "--batch", tmp_path / "empty", "--out", "x.parquet"), "holds no files: give a folder with images"),
+        ((model, "--batch", tmp_path / "empty", "--out", "x.parquet"), "contains no files: pass a folder with images"),
         ((model, "--batch", images, "--out", "/proc/x.parquet"), "--out=/proc/x.parquet cannot be written"),
     ):
         code, printed = densenet("predict", *arguments)
@@ -122,21 +122,21 @@ def test_bad_input_is_told(densenet, images, tmp_path):
         assert message in " ".join(printed.split())
 
 
-def test_what_was_begun_is_not_left_behind(densenet, images, tmp_path, monkeypatch):
+def test_a_failed_prediction_leaves_no_partial_file(densenet, images, tmp_path, monkeypatch):
     def gone(*arguments: object, **options: object) -> None:
         raise DataError("the folder has gone")
 
-    monkeypatch.setattr("pipeline.export.predict._given", gone)
-    monkeypatch.setattr("pipeline.export.predict._looked_through", gone)
+    monkeypatch.setattr("pipeline.export.predict._probabilities", gone)
+    monkeypatch.setattr("pipeline.export.predict._find_corrupt", gone)
     code, printed = densenet(
-        "predict", write_model(tmp_path / "model"), "--batch", images, "--out", tmp_path / "out" / "answers.parquet"
+        "predict", write_model(tmp_path / "model"), "--batch", images, "--out", tmp_path / "out" / "predictions.parquet"
     )
     assert (code, printed) == (2, "error: the folder has gone\n")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_a_model_gives_nan_for_has_no_class(densenet, images, tmp_path):
-    model, out = make_outputs_nan(write_model(tmp_path / "model")), tmp_path / "answers.parquet"
+def test_images_with_nan_outputs_have_no_predicted_class(densenet, images, tmp_path):
+    model, out = make_outputs_nan(write_model(tmp_path / "model")), tmp_path / "predictions.parquet"
     code, printed = densenet("predict", model, "--batch", images, "--out", out)
     assert code == 0, printed
     assert "0 images in" in printed
@@ -144,18 +144,18 @@ def test_what_a_model_gives_nan_for_has_no_class(densenet, images, tmp_path):
     rows = pq.read_table(out).to_pylist()
     assert len(rows) == 10
     for row in rows:
-        assert row["error"] == "the model gives NaN or infinities"
+        assert row["error"] == "the model outputs NaN or infinities"
         assert {row[name] for name in row if name not in ("image", "error")} == {None}
     file = images / "cat" / "0.jpg"
     code, printed = densenet("predict", model, file)
     assert code == 2, printed
-    assert f"{file}: the model in {model} gives NaN or infinities: it cannot be used." in " ".join(printed.split())
+    assert f"{file}: the model in {model} outputs NaN or infinities: it cannot be used." in " ".join(printed.split())
     with pytest.raises(MlflowException, match="NaN or infinities for row 1 of `image`"):
-        answers_but_once(write_model(tmp_path / "valid")).predict(None, pd.DataFrame({"image": [file, file]}))
+        infinite_once(write_model(tmp_path / "valid")).predict(None, pd.DataFrame({"image": [file, file]}))
 
 
-def answers_but_once(folder: Path) -> Any:
-    """The packaged model, which gives an infinity for the second of two images."""
+def infinite_once(folder: Path) -> Any:
+    """The packaged model with an infinite output for the second of two images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's advice on type hints
         from pipeline.export.pyfunc_model import Classifier

@@ -1,4 +1,4 @@
-"""Exports, read back as another program would: ONNX, torch.export, timm's folder, int8."""
+"""Exports loaded without this project: ONNX, torch.export, timm folder, int8."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.errors import TrainingError
-from pipeline.export.formats import OnnxModel, _compare, _crop_pct, to_onnx
+from pipeline.export.formats import OnnxModel, _check_logits, _crop_pct, to_onnx
 from pipeline.export.open import open_model
 from pipeline.export.package import register
 from pipeline.model.architectures import ARCHITECTURES
@@ -29,7 +29,7 @@ from tests.models import CLASSES, TRANSFORM, small_model, start_run, write_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's of its own type hints
-    from pipeline.export.pyfunc_model import decoded, evaluation_transform
+    from pipeline.export.pyfunc_model import decode_image, evaluation_transform
 
 PROJECT = Path(__file__).parents[2]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(9))
@@ -40,7 +40,7 @@ def expected() -> torch.Tensor:
         return small_model()(IMAGES)
 
 
-def test_onnx_gives_torchs_logits_for_any_batch_and_knows_its_classes(densenet, tmp_path):
+def test_onnx_logits_equal_torchs_for_any_batch_size_and_metadata_has_the_classes(densenet, tmp_path):
     code, printed = densenet("export", write_model(tmp_path / "model"), "--to", "onnx", "--out", "out")
     assert code == 0, printed
     assert "opset 20" in printed
@@ -49,12 +49,12 @@ def test_onnx_gives_torchs_logits_for_any_batch_and_knows_its_classes(densenet, 
     for count in (1, 2, 5):
         (logits_NK,) = session.run(["logits"], {"images": IMAGES[:count].numpy()})
         assert torch.allclose(torch.from_numpy(logits_NK), expected()[:count], atol=1e-4)
-    known = {prop.key: json.loads(prop.value) for prop in onnx.load(file).metadata_props}
-    assert known == {"name": "densenet_tiny", "classes": list(CLASSES), "transform": TRANSFORM}
+    metadata = {prop.key: json.loads(prop.value) for prop in onnx.load(file).metadata_props}
+    assert metadata == {"name": "densenet_tiny", "classes": list(CLASSES), "transform": TRANSFORM}
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.onnx"]
 
 
-def test_torch_export_and_timm_load_it_without_this_project(densenet, tmp_path):
+def test_torch_export_and_timm_load_exports_without_this_project(densenet, tmp_path):
     model = write_model(tmp_path / "model")
     for kind in ("torch", "timm"):
         code, printed = densenet("export", model, "--to", kind, "--out", "out")
@@ -69,7 +69,7 @@ def test_torch_export_and_timm_load_it_without_this_project(densenet, tmp_path):
     assert plain.pretrained_cfg["input_size"] == [3, 32, 32] or plain.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
-def test_pixels_by_the_documented_code_give_predicts_answers_for_every_kind_of_image(densenet, tmp_path, monkeypatch):
+def test_the_documented_onnx_code_gives_the_predictions_of_predict(densenet, tmp_path, monkeypatch):
     model = write_model(tmp_path / "model")
     assert densenet("export", model, "--to", "onnx", "--out", "DIR")[0] == 0
     (code,) = re.findall(r"```python\n(.+?)```", (PROJECT / "docs" / "mlflow.md").read_text(), re.DOTALL)
@@ -83,36 +83,36 @@ def test_pixels_by_the_documented_code_give_predicts_answers_for_every_kind_of_i
         assert probabilities_K == pytest.approx(list(predicted.classes.values()), abs=1e-4), name
 
 
-def test_timms_transform_of_an_exported_folder_is_that_of_the_model(densenet, tmp_path):
+def test_timms_transform_of_an_exported_folder_equals_the_models(densenet, tmp_path):
     assert densenet("export", write_model(tmp_path / "model"), "--to", "timm", "--out", "out")[0] == 0
     plain = timm.create_model(f"local-dir:{tmp_path / 'out' / 'timm'}", pretrained=True)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
     for name, kind in KINDS.items():
-        image = decoded(kind.content)
+        image = decode_image(kind.content)
         assert torch.allclose(transform(image), evaluation_transform(image, **TRANSFORM)[0], atol=1e-6), name
 
 
-def test_timm_computes_the_same_size_for_all_crops():
+def test_timm_computes_the_same_resize_for_all_crops():
     for crop in range(16, 400):
         for resize in range(crop, 2 * crop):
             assert math.floor(crop / _crop_pct(crop, resize)) == resize
 
 
-def test_plain_timm_has_no_small_stem(densenet, tmp_path):
+def test_the_cifar_stem_cannot_be_exported_to_timm(densenet, tmp_path):
     architecture = ARCHITECTURES["densenet_bc_l22_k12"]
     model = write_model(tmp_path / "model", name="densenet_bc_l22_k12", architecture=architecture)
     torch.manual_seed(0)
     save_file(create("densenet_bc_l22_k12", 3).state_dict(), model / "model.safetensors")
     code, printed = densenet("export", model, "--to", "timm", "--out", "out")
     assert code == 2
-    assert "timm has no model with the stem of densenet_bc_l22_k12: export it as onnx or torch" in printed
+    assert "timm has no model with the CIFAR stem of densenet_bc_l22_k12: export it as onnx or torch" in printed
     code, printed = densenet("export", model, "--to", "onnx", "--out", "out")
     assert code == 0, printed
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Twelve training and nine evaluation images, labeled anyhow."""
+    """Twelve training and nine evaluation images with arbitrary labels."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 9)):
         for i in range(count):
@@ -122,7 +122,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_int8_is_calibrated_measured_and_close(densenet, data, tmp_path):
+def test_int8_export_is_calibrated_evaluated_and_close_to_fp32(densenet, data, tmp_path):
     model = write_model(tmp_path / "model")
     code, printed = densenet("export", model, "--to", "int8", "--out", "out", "--data", data)
     assert code == 0, printed
@@ -136,7 +136,7 @@ def test_int8_is_calibrated_measured_and_close(densenet, data, tmp_path):
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.int8.onnx", "model.onnx"]
 
 
-def test_it_is_attached_to_the_version(densenet, tmp_path):
+def test_an_export_is_attached_to_the_model_version(densenet, tmp_path):
     model = write_model(tmp_path / "model")
     with start_run(tmp_path) as tracker:
         names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
@@ -145,20 +145,20 @@ def test_it_is_attached_to_the_version(densenet, tmp_path):
     code, printed = densenet(*arguments)
     assert code == 0, printed
     client = MlflowClient(tracker.uri, tracker.uri)
-    place = client.get_model_version("tiny", "1").tags["export.timm"]
-    assert place == f"runs:/{tracker.run_id}/exports/tiny-1/timm"
+    artifact_uri = client.get_model_version("tiny", "1").tags["export.timm"]
+    assert artifact_uri == f"runs:/{tracker.run_id}/exports/tiny-1/timm"
     files = [file.path for file in client.list_artifacts(tracker.run_id, "exports/tiny-1/timm")]
     assert sorted(files) == ["exports/tiny-1/timm/config.json", "exports/tiny-1/timm/model.safetensors"]
 
 
-def test_logits_that_differ_are_refused(tmp_path):
+def test_different_logits_fail_the_export(tmp_path):
     card = ModelCard.read(write_model(tmp_path / "model"))
-    with pytest.raises(TrainingError, match=r"the ONNX export of densenet_tiny gives logits that differ by"):
-        _compare(card, small_model(), small_model(seed=1), "ONNX")
+    with pytest.raises(TrainingError, match=r"the logits of the ONNX export of densenet_tiny differ from torch's by"):
+        _check_logits(card, small_model(), small_model(seed=1), "ONNX")
     assert to_onnx(small_model(), card, tmp_path / "out").is_file()
 
 
-def test_bad_input_is_told(densenet, tmp_path):
+def test_invalid_input_is_reported(densenet, tmp_path):
     model = write_model(tmp_path / "model")
     for arguments, message in (
         ((model, "--to", "tflite", "--out", "out"), "--to=tflite is not known: use onnx, torch, timm, int8"),

@@ -1,4 +1,4 @@
-"""The packaged model: registered, found, loaded without this project, and right."""
+"""The packaged model: registration, lookup, loading and serving without this project, correct predictions."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ from launch.cluster.ports import free_port
 from pipeline.data.batch_ops import gray
 from pipeline.errors import UserError
 from pipeline.export.open import open_model
-from pipeline.export.package import Registered, register
+from pipeline.export.package import RegisteredModel, register
 from pipeline.model.architectures import ARCHITECTURES
 from pipeline.model.densenet import create
 from pipeline.model.weights import load_model
@@ -40,8 +40,8 @@ CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 @pytest.fixture(scope="module")
-def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registered, str, Path]:
-    """A model in a registry of its own, the registry's address and a folder with an image."""
+def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[RegisteredModel, str, Path]:
+    """A model in its own registry, the URI of the registry, and a folder with an image."""
     folder = tmp_path_factory.mktemp("registry")
     checkpoint = write_model(folder / "checkpoint", CLASSES)
     with start_run(folder) as tracker:
@@ -61,7 +61,7 @@ def expected(image: Path) -> torch.Tensor:
         ).softmax(1)[0]
 
 
-def test_the_version_has_alias_run_and_results(registered):
+def test_the_version_has_alias_and_results(registered):
     model, uri, _ = registered
     assert (model.name, model.version, model.uri) == ("tiny", "1", "models:/tiny@candidate")
     version = MlflowClient(uri, uri).get_model_version_by_alias("tiny", "candidate")
@@ -71,12 +71,12 @@ def test_the_version_has_alias_run_and_results(registered):
     assert json.loads(version.tags["transform"]) == TRANSFORM
 
 
-def test_predictions_equal_plain_timm_after_torchvisions_transform(registered, tmp_path):
+def test_predictions_equal_timm_with_torchvisions_transform(registered, tmp_path):
     model, uri, folder = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
     for name in (model.uri, "models:/tiny/1", f"runs:/{run_id}/model", str(folder / "checkpoint")):
-        place = locate(name, "MODEL", tmp_path, Stores(uri, uri))
-        (prediction,) = open_model(place).predict(folder / "image.jpg", 99)
+        path = locate(name, "MODEL", tmp_path, Stores(uri, uri))
+        (prediction,) = open_model(path).predict(folder / "image.jpg", 99)
         probabilities = expected(folder / "image.jpg")
         assert [*prediction.classes.values()] == sorted(prediction.classes.values(), reverse=True)
         for class_name, probability in prediction.classes.items():
@@ -84,7 +84,7 @@ def test_predictions_equal_plain_timm_after_torchvisions_transform(registered, t
         assert len(prediction.classes) == len(CLASSES)
 
 
-def test_mlflow_loads_it_and_takes_bytes_base64_arrays_and_paths(registered):
+def test_mlflow_load_model_predicts_bytes_base64_arrays_and_paths(registered):
     model, uri, folder = registered
     mlflow.set_tracking_uri(uri)
     content = (folder / "image.jpg").read_bytes()
@@ -110,22 +110,22 @@ def test_mlflow_loads_it_and_takes_bytes_base64_arrays_and_paths(registered):
 def test_mlflow_models_predict_scores_a_file(registered, tmp_path):
     model, uri, folder = registered
     image = base64.b64encode((folder / "image.jpg").read_bytes()).decode()
-    asked, answer = tmp_path / "asked.json", tmp_path / "answer.json"
-    asked.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[image]]}}))
+    request, response = tmp_path / "request.json", tmp_path / "response.json"
+    request.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[image]]}}))
     done = subprocess.run(
-        [BIN / "mlflow", "models", "predict", "-m", model.uri, "-i", asked, "-o", answer, "--env-manager", "local"],
+        [BIN / "mlflow", "models", "predict", "-m", model.uri, "-i", request, "-o", response, "--env-manager", "local"],
         env=os.environ | {"MLFLOW_TRACKING_URI": uri, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(answer.read_text())["predictions"]
+    (row,) = json.loads(response.read_text())["predictions"]
     assert row["probabilities"] == pytest.approx(expected(folder / "image.jpg").tolist(), abs=1e-6)
 
 
 @pytest.mark.slow
-def test_mlflow_serves_it_over_http(registered):
-    """`mlflow models serve` on loopback answers a JPEG in base64 as the model does here."""
+def test_mlflow_serves_the_model_over_http(registered):
+    """`mlflow models serve` on loopback returns the same predictions as the model in this process."""
     model, uri, folder = registered
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model.uri, "--env-manager", "local"]
@@ -139,14 +139,14 @@ def test_mlflow_serves_it_over_http(registered):
     try:
         address = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + PATIENCE_S
-        while not _answers(f"{address}/ping"):
+        while not _is_up(f"{address}/ping"):
             assert server.poll() is None and time.monotonic() < deadline, (folder / "serve.log").read_text()
             time.sleep(0.2)
         image = base64.b64encode((folder / "image.jpg").read_bytes()).decode()
-        asked = {"dataframe_split": {"columns": ["image"], "data": [[image], [image]]}}
-        answer = requests.post(f"{address}/invocations", json=asked, timeout=60)
-        assert answer.ok, answer.text
-        first, second = answer.json()["predictions"]
+        body = {"dataframe_split": {"columns": ["image"], "data": [[image], [image]]}}
+        response = requests.post(f"{address}/invocations", json=body, timeout=60)
+        assert response.ok, response.text
+        first, second = response.json()["predictions"]
         probabilities_K = expected(folder / "image.jpg")
         assert second["probabilities"] == pytest.approx(probabilities_K.tolist(), abs=1e-6)
         assert first["probabilities"] == pytest.approx(probabilities_K.tolist(), abs=1e-6)
@@ -157,8 +157,8 @@ def test_mlflow_serves_it_over_http(registered):
         assert wrong.status_code == 400
         sixteen = base64.b64encode(KINDS["PNG gray 16 bits"].content).decode()
         lists = KINDS["PNG gray 16 bits"].pixels_HWC.tolist()
-        asked = {"dataframe_split": {"columns": ["image"], "data": [[sixteen], [lists]]}}
-        first, second = requests.post(f"{address}/invocations", json=asked, timeout=60).json()["predictions"]
+        body = {"dataframe_split": {"columns": ["image"], "data": [[sixteen], [lists]]}}
+        first, second = requests.post(f"{address}/invocations", json=body, timeout=60).json()["predictions"]
         assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-6)
         for data, message in (
             (
@@ -176,22 +176,22 @@ def test_mlflow_serves_it_over_http(registered):
             body = {"dataframe_split": {"columns": ["image"], "data": [[data]]}}
             wrong = requests.post(f"{address}/invocations", json=body, timeout=60)
             assert wrong.status_code == 400
-            assert "row 0 of `image` is not an image: give the bytes of a JPEG" in wrong.json()["message"]
+            assert "row 0 of `image` is not an image: pass the bytes of a JPEG" in wrong.json()["message"]
             assert "Traceback" not in wrong.text
     finally:
-        for process in [*psutil.Process(server.pid).children(recursive=True), server]:  # groups of their own
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:  # in separate process groups
             process.kill()
         server.wait()
 
 
-def _answers(address: str) -> bool:
+def _is_up(url: str) -> bool:
     try:
-        return requests.get(address, timeout=5).ok
+        return requests.get(url, timeout=5).ok
     except requests.ConnectionError:
         return False
 
 
-def test_it_loads_where_this_project_is_not(registered):
+def test_the_model_loads_without_this_project(registered):
     model, uri, folder = registered
     code = f"""
 import sys, mlflow, pandas
@@ -215,20 +215,20 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "
         (f"runs:/{'0' * 32}/model", "there is no run 0+"),
     ],
 )
-def test_a_model_that_is_not_there_is_told_with_those_that_are(registered, tmp_path, name, message):
+def test_errors_for_unknown_models_list_the_existing_ones(registered, tmp_path, name, message):
     _, uri, _ = registered
     with pytest.raises(UserError, match=message):
         locate(name, "MODEL", tmp_path, Stores(uri, uri))
 
 
-def test_a_model_that_a_run_does_not_have_is_told_with_those_it_has(registered, tmp_path):
+def test_errors_for_unknown_models_of_a_run_list_the_existing_ones(registered, tmp_path):
     _, uri, _ = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
-    with pytest.raises(UserError, match=f"the run {run_id} has no model 'model', it has: model"):
-        locate(f"runs:/{run_id}/model", "MODEL", tmp_path, Stores(uri, uri))
+    with pytest.raises(UserError, match=f"the run {run_id} has no model 'other', its models: model"):
+        locate(f"runs:/{run_id}/other", "MODEL", tmp_path, Stores(uri, uri))
 
 
-def test_files_that_are_no_images_are_named(registered):
+def test_errors_name_files_that_are_not_images(registered):
     _, _, folder = registered
     (folder / "notes.txt").write_text("x")
     for file, message in (
@@ -241,13 +241,13 @@ def test_files_that_are_no_images_are_named(registered):
 
 
 @pytest.mark.parametrize("name", ["densenet121", "densenet_bc_l40_k12"])
-def test_the_packaged_code_builds_the_same_net(name):
+def test_the_packaged_code_builds_the_same_model(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's of its own type hints
-        from pipeline.export.pyfunc_model import network as packaged_network
+        from pipeline.export.pyfunc_model import build_model as packaged_model
 
     torch.manual_seed(0)
-    ours, packaged = create(name, 10).eval(), packaged_network(ARCHITECTURES[name], 10).eval()
+    ours, packaged = create(name, 10).eval(), packaged_model(ARCHITECTURES[name], 10).eval()
     packaged.load_state_dict(ours.state_dict(), strict=True)
     images_NCHW = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -256,24 +256,24 @@ def test_the_packaged_code_builds_the_same_net(name):
 
 def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registered, tmp_path):
     model, uri, folder = registered
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")  # what another part of the process uses is no matter
-    place = locate(model.uri, "model.weights", tmp_path / "models", Stores(uri, uri))
-    first = (place / "model.safetensors").stat().st_mtime_ns
-    assert locate("models:/tiny/1", "model.weights", tmp_path / "models", Stores(uri, uri)) == place
-    assert (place / "model.safetensors").stat().st_mtime_ns == first
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")  # MLflow's process-wide URI has no effect
+    path = locate(model.uri, "model.weights", tmp_path / "models", Stores(uri, uri))
+    first = (path / "model.safetensors").stat().st_mtime_ns
+    assert locate("models:/tiny/1", "model.weights", tmp_path / "models", Stores(uri, uri)) == path
+    assert (path / "model.safetensors").stat().st_mtime_ns == first
     probabilities = expected(folder / "image.jpg")
     with Image.open(folder / "image.jpg") as image:
         cut = tv.center_crop(tv.resize(image.convert("RGB"), TRANSFORM["resize"]), TRANSFORM["crop"])
     image_1CHW = tv.normalize(tv.to_tensor(cut), TRANSFORM["mean"], TRANSFORM["std"])[None]
     with torch.no_grad():
-        assert torch.allclose(load_model(place)(image_1CHW).softmax(1)[0], probabilities, atol=1e-6)
+        assert torch.allclose(load_model(path)(image_1CHW).softmax(1)[0], probabilities, atol=1e-6)
     with pytest.raises(UserError, match=r"no model named 'tinny' .* Registered: tiny"):
         locate("models:/tinny@candidate", "loss.teacher", tmp_path / "models", Stores(uri, uri))
     with pytest.raises(UserError, match=r"loss.teacher=.*gone is no model: give a checkpoint's or a run's folder"):
         locate(str(tmp_path / "gone"), "loss.teacher", tmp_path / "models", Stores(uri, uri))
 
 
-def test_gray_images_are_the_training_sides(tmp_path):
+def test_gray_images_equal_those_of_training(tmp_path):
     """One channel: the packaged transform, the loader's batches and Pillow's own conversion agree."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Every kind of image gives the same pixels in every path, or is refused by name in all of them."""
+"""Every image format gives the same pixels in every code path, or is rejected by name in all of them."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ from tests.models import write_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's of its own type hints
-    from pipeline.export.pyfunc_model import BadImage, Classifier, decoded, evaluation_transform
+    from pipeline.export.pyfunc_model import Classifier, InvalidImage, decode_image, evaluation_transform
 
 CROP = 48
 NAMES = {name: f"{i:03d}" for i, name in enumerate(KINDS)}
@@ -45,7 +45,7 @@ PATHS = ("evaluation", "evaluation by DALI", "training", "packaged")
 
 
 def loaded(index: DatasetIndex, planned: PlannedBatch, **options: object) -> NDArray[np.float32]:
-    """Pixels of 0..255, [N, H, W, 3]."""
+    """Pixels in [0, 255], [N, H, W, 3]."""
     with Loader(
         index,
         device="cpu",
@@ -62,8 +62,8 @@ def loaded(index: DatasetIndex, planned: PlannedBatch, **options: object) -> NDA
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float32]]:
-    """What each path makes of all kinds, in their order."""
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float32]]:
+    """Pixels of all formats by code path, in the order of `KINDS`."""
     folder = tmp_path_factory.mktemp("kinds")
     for name, kind in KINDS.items():
         (folder / NAMES[name]).write_bytes(kind.content)
@@ -79,31 +79,31 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float
     )
     whole = TrainPlan(0, index.widths_N, index.heights_N, (1, 1), (WIDTH / HEIGHT,) * 2, 0)
     packaged = [
-        evaluation_transform(decoded(kind.content), HEIGHT, CROP, "bilinear", [0, 0, 0], [1 / 255] * 3)
+        evaluation_transform(decode_image(kind.content), HEIGHT, CROP, "bilinear", [0, 0, 0], [1 / 255] * 3)
         for kind in KINDS.values()
     ]
-    place = np.argsort(whole.locate(ids)[1])  # the plan shuffles
+    order = np.argsort(whole.locate(ids)[1])  # the plan shuffles
     return {
         "evaluation": loaded(index, evaluated),
         "evaluation by DALI": loaded(index, by_dali, augment=Augment(auto_augment="trivialaugment")),
-        "training": loaded(index, whole.batch(ids, CROP))[place],
+        "training": loaded(index, whole.batch(ids, CROP))[order],
         "packaged": torch.cat(packaged).permute(0, 2, 3, 1).numpy(),
     }
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", KINDS)
-def test_pixels_are_the_same_in_every_path(seen, name, path):
+def test_pixels_are_the_same_in_every_path(pixels, name, path):
     whole = Image.fromarray(KINDS[name].pixels_HWC)
     left, top = round((WIDTH - CROP) / 2), round((HEIGHT - CROP) / 2)
     cut = whole.crop((left, top, left + CROP, top + CROP))
     expected = whole.resize((CROP, CROP), Image.Resampling.BILINEAR) if path == "training" else cut
-    difference = np.abs(seen[path][list(KINDS).index(name)] - np.asarray(expected, np.float32))
+    difference = np.abs(pixels[path][list(KINDS).index(name)] - np.asarray(expected, np.float32))
     assert difference.mean() < 0.2 and difference.max() < 1.01
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_preparing_and_looking_use_the_same_pixels(name, tmp_path):
+def test_prepare_and_thumbnails_use_the_same_pixels(name, tmp_path):
     content, pixels_HWC = KINDS[name].content, KINDS[name].pixels_HWC
     image = Image.fromarray(pixels_HWC)
     if (pixels_HWC == pixels_HWC[..., :1]).all():
@@ -124,7 +124,7 @@ def test_preparing_and_looking_use_the_same_pixels(name, tmp_path):
     assert base64.b64decode(_thumbnail(index, 0)) == thumbnail.getvalue()
 
 
-def test_statistics_are_of_the_same_pixels(tmp_path):
+def test_statistics_use_the_same_pixels(tmp_path):
     for split in ("train", "val"):
         for name, kind in KINDS.items():
             (tmp_path / split / NAMES[name]).mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_statistics_are_of_the_same_pixels(tmp_path):
     assert found.mean == pytest.approx(np.mean(means, axis=0).tolist(), abs=1e-6)
 
 
-def test_predictions_by_every_form_and_by_the_folder_agree(tmp_path):
+def test_single_and_folder_predictions_agree(tmp_path):
     model, folder = write_model(tmp_path / "model"), tmp_path / "set"
     folder.mkdir()
     files = {name: folder / number for name, number in NAMES.items()}
@@ -157,16 +157,16 @@ def test_predictions_by_every_form_and_by_the_folder_agree(tmp_path):
 def packaged_model(folder: Path, **card: object) -> Classifier:
     from types import SimpleNamespace
 
-    place = write_model(folder, **card)
+    path = write_model(folder, **card)
     model = Classifier()
     model.load_context(
-        SimpleNamespace(artifacts={"card": str(place / "model.json"), "weights": str(place / "model.safetensors")})
+        SimpleNamespace(artifacts={"card": str(path / "model.json"), "weights": str(path / "model.safetensors")})
     )
     return model
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
+def test_unsupported_pixel_formats_are_rejected_by_name_everywhere(name, tmp_path):
     content, reason = REFUSED[name]
     fix = "convert it to an 8-bit JPEG or PNG"
     for split in ("train", "val"):
@@ -175,8 +175,8 @@ def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
             (tmp_path / "set" / split / label / "0.img").write_bytes(
                 KINDS["PNG RGB"].content + split.encode() + label.encode()
             )
-    odd = tmp_path / "set" / "train" / "a" / "1.img"
-    odd.write_bytes(content)
+    unsupported = tmp_path / "set" / "train" / "a" / "1.img"
+    unsupported.write_bytes(content)
     with pytest.raises(DataError, match=f"a/1.img: .*{reason}.*{fix}"):
         open_split(tmp_path / "set", "train", tmp_path / "cache")
     with Pool(1, lambda what, done, total: None) as pool:
@@ -191,20 +191,20 @@ def test_kinds_without_a_meaning_are_refused_by_name_everywhere(name, tmp_path):
     assert [reason in problem for problem in problems.values()] == [True]
     model = write_model(tmp_path / "model")
     with pytest.raises(UserError, match=f"1.img has pixels of .*{fix}"):
-        open_model(model).predict(odd)
+        open_model(model).predict(unsupported)
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_other_formats_are_refused_everywhere(kind, tmp_path):
+def test_unsupported_file_formats_are_rejected_everywhere(kind, tmp_path):
     (tmp_path / "0.jpg").write_bytes(UNKNOWN[kind])
     _, problems, _ = scan_images(tmp_path)
     assert "is not an image of a known format (JPEG, PNG, BMP, TIFF, WEBP)" in problems["0.jpg"]
-    with pytest.raises(BadImage, match="^is not an image$"):
-        decoded(UNKNOWN[kind])
+    with pytest.raises(InvalidImage, match="^is not an image$"):
+        decode_image(UNKNOWN[kind])
 
 
-def test_an_index_from_before_does_not_let_a_refused_kind_pass(tmp_path):
-    """A prepared index may know an image that is refused by now: training names it, or replaces it."""
+def test_an_old_index_does_not_let_an_unsupported_image_pass(tmp_path):
+    """An index of an older version may list an image that is unsupported now: training names it, or replaces it."""
     (tmp_path / "a").mkdir()
     for i in range(8):
         (tmp_path / "a" / f"{i}.img").write_bytes(KINDS["PNG RGB"].content)
@@ -222,8 +222,8 @@ def test_an_index_from_before_does_not_let_a_refused_kind_pass(tmp_path):
     assert len(loaded(index, plan.batch(np.arange(8), CROP), replacement_plan=plan)) == 8
 
 
-def test_what_dali_refuses_is_decoded_by_pil(tmp_path, monkeypatch):
-    """Only kinds that DALI decodes come to it as they are; should a version of it refuse one, PIL decodes that."""
+def test_pil_decodes_what_dali_rejects(tmp_path, monkeypatch):
+    """DALI gets only formats that it decodes; if a version of DALI rejects one of them, PIL decodes it."""
     for i, name in enumerate(("PNG RGB", "TIFF, lzma", "JPEG RGB")):
         (tmp_path / str(i)).write_bytes(KINDS[name].content)
     index, _, _ = scan_images(tmp_path)
@@ -237,7 +237,7 @@ ARRAY = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("given", "same"),
+    ("array", "rgb"),
     [
         (ARRAY[..., 0], np.repeat(ARRAY[..., :1], 3, axis=2)),
         (ARRAY[..., :1], np.repeat(ARRAY[..., :1], 3, axis=2)),
@@ -246,28 +246,28 @@ ARRAY = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
     ],
     ids=["gray", "gray of one channel", "RGBA", "lists"],
 )
-def test_arrays_are_taken(given, same):
-    assert np.array_equal(np.asarray(decoded(given)), same)
+def test_arrays_are_decoded(array, rgb):
+    assert np.array_equal(np.asarray(decode_image(array)), rgb)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("value", "message"),
     [
-        (ARRAY.astype(np.uint16), "numbers of type uint16, which must be uint8"),
-        (ARRAY / 255, "numbers of type float64, which must be uint8"),
-        (ARRAY.astype(bool), "numbers of type bool"),
-        ((ARRAY.astype(np.int64) + 1).tolist(), "numbers from 1 to 256, 0 to 255 are pixels"),
-        (ARRAY[..., :2], r"an array of the shape \[60, 70, 2\]"),
-        (ARRAY[None], r"an array of the shape \[1, 60, 70, 3\]"),
-        (ARRAY[:0], r"an array of the shape \[0, 70, 3\]"),
-        ([], "numbers of type float64"),
-        (np.uint8(3), r"an array of the shape \[\]"),
+        (ARRAY.astype(np.uint16), "an array of dtype uint16, which must be uint8"),
+        (ARRAY / 255, "an array of dtype float64, which must be uint8"),
+        (ARRAY.astype(bool), "an array of dtype bool"),
+        ((ARRAY.astype(np.int64) + 1).tolist(), "values from 1 to 256, pixels must be from 0 to 255"),
+        (ARRAY[..., :2], r"an array of shape \[60, 70, 2\]"),
+        (ARRAY[None], r"an array of shape \[1, 60, 70, 3\]"),
+        (ARRAY[:0], r"an array of shape \[0, 70, 3\]"),
+        ([], "an array of dtype float64"),
+        (np.uint8(3), r"an array of shape \[\]"),
         ([[1, 2], [3]], "is not an image"),
         (json.loads("[" * 200 + "]" * 200), "is not an image"),
         ({"a": 1}, "is not an image"),
         (None, "is not an image"),
     ],
 )
-def test_arrays_that_are_no_images_are_refused_with_their_row(given, message, tmp_path):
-    with pytest.raises(MlflowException, match=f"row 1 of `image` .*{message}.*: give the bytes of a JPEG"):
-        packaged_model(tmp_path / "model").predict(None, pd.DataFrame({"image": [ARRAY, given]}))
+def test_invalid_arrays_are_rejected_with_their_row(value, message, tmp_path):
+    with pytest.raises(MlflowException, match=f"row 1 of `image` .*{message}.*: pass the bytes of a JPEG"):
+        packaged_model(tmp_path / "model").predict(None, pd.DataFrame({"image": [ARRAY, value]}))

@@ -1,4 +1,4 @@
-"""`open_model`: one object for registered models, runs, checkpoints and timm's files; values in the place of text."""
+"""`open_model`: one class for registered models, runs, checkpoints and weights files; results as typed values."""
 
 import io
 import json
@@ -36,20 +36,20 @@ def test_paths_bytes_and_arrays_are_the_same_image(data, tmp_path):
     assert model.card.transform == pipeline.Transform(40, 32, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
     file = data / "val" / "dog" / "0.png"
     pixels_HWC = np.asarray(Image.open(file))
-    found = model.predict([file, str(file), file.read_bytes(), pixels_HWC], topk=2)
-    assert [prediction.image for prediction in found] == [str(file), str(file), "image 2", "image 3"]
-    for prediction in found:
-        assert prediction.classes == pytest.approx(found[0].classes, abs=1e-6)
+    predictions = model.predict([file, str(file), file.read_bytes(), pixels_HWC], topk=2)
+    assert [prediction.image for prediction in predictions] == [str(file), str(file), "image 2", "image 3"]
+    for prediction in predictions:
+        assert prediction.classes == pytest.approx(predictions[0].classes, abs=1e-6)
         assert len(prediction.classes) == 2
         assert prediction.best == max(prediction.classes, key=lambda name: prediction.classes[name])
-    for one in (file, str(file), file.read_bytes(), pixels_HWC):
-        assert model.predict(one)[0].best == found[0].best
+    for single in (file, str(file), file.read_bytes(), pixels_HWC):
+        assert model.predict(single)[0].best == predictions[0].best
     assert model.predict([]) == []
     with pytest.raises(FrozenInstanceError):
-        found[0].image = "another"  # type: ignore[misc]
+        predictions[0].image = "another"  # type: ignore[misc]
 
 
-def test_what_is_no_image_is_told_by_its_place(data, tmp_path):
+def test_invalid_images_are_reported_by_index(data, tmp_path):
     model = pipeline.open_model(write_model(tmp_path / "model"))
     valid = io.BytesIO()
     Image.new("L", (40, 40)).save(valid, "PNG")
@@ -62,53 +62,53 @@ def test_what_is_no_image_is_told_by_its_place(data, tmp_path):
             model.predict(images)
 
 
-def test_an_evaluation_is_a_value_and_what_the_command_prints(densenet, data, tmp_path):
-    place = write_model(tmp_path / "model")
+def test_evaluate_returns_what_the_command_prints(densenet, data, tmp_path):
+    folder = write_model(tmp_path / "model")
     seen: list[tuple[int, int]] = []
-    found = pipeline.open_model(place, cache=tmp_path).evaluate(
+    result = pipeline.open_model(folder, cache=tmp_path).evaluate(
         data, tta="flip", batch_size=4, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(4, 9), (8, 9), (9, 9)]
-    assert found.total == 9
-    assert found.top1 == 100 * found.top1_correct / 9
-    assert found.top5 == 100.0  # of three classes all are among the best three
-    assert found.top5_correct == 9
-    assert found.loss == found.plain.loss > 0
-    assert found.transform == "resize 40 bilinear antialias, center crop 32, no EXIF rotation"
-    code, printed = densenet("eval", place, "--data", data, "--tta", "flip", "--batch-size", 4, "--json")
+    assert result.total == 9
+    assert result.top1 == 100 * result.top1_correct / 9
+    assert result.top5 == 100.0  # there are three classes only
+    assert result.top5_correct == 9
+    assert result.loss == result.plain.loss > 0
+    assert result.transform == "resize 40 bilinear antialias, center crop 32, no EXIF rotation"
+    code, printed = densenet("eval", folder, "--data", data, "--tta", "flip", "--batch-size", 4, "--json")
     assert code == 0
-    assert json.loads(printed) == json.loads(json.dumps(asdict(found)))
-    code, printed = densenet("predict", place, data / "val" / "dog" / "0.png", "--top", 2, "--json")
-    (prediction,) = pipeline.open_model(place).predict(data / "val" / "dog" / "0.png", 2)
+    assert json.loads(printed) == json.loads(json.dumps(asdict(result)))
+    code, printed = densenet("predict", folder, data / "val" / "dog" / "0.png", "--top", 2, "--json")
+    (prediction,) = pipeline.open_model(folder).predict(data / "val" / "dog" / "0.png", 2)
     assert json.loads(printed) == [asdict(prediction)]
 
 
-def test_prediction_and_evaluation_take_turns(data, tmp_path):
+def test_prediction_and_evaluation_can_alternate(data, tmp_path):
     model = pipeline.open_model(write_model(tmp_path / "model"), cache=tmp_path)
     file = data / "val" / "dog" / "0.png"
     before = model.predict(file)
     assert model.evaluate(data).total == 9
     assert model.predict(file) == before
-    done = model.predict_folder(data, tmp_path / "answers.parquet", topk=1)
-    assert (done.classified, done.corrupt, done.out) == (9, 0, str(tmp_path / "answers.parquet"))
+    done = model.predict_folder(data, tmp_path / "predictions.parquet", topk=1)
+    assert (done.classified, done.corrupt, done.out) == (9, 0, str(tmp_path / "predictions.parquet"))
     with torch.no_grad():
         assert torch.equal(model.module(torch.ones(1, 3, 32, 32)), small_model()(torch.ones(1, 3, 32, 32)))
 
 
-def test_registered_models_and_runs_are_opened_by_name(data, tmp_path, monkeypatch):
-    place = write_model(tmp_path / "outputs" / "run" / "checkpoints" / "samples-000000000064")
-    (place / "state.json").write_text('{"best_at": 64}')
+def test_registered_models_and_runs_are_opened_by_uri(data, tmp_path, monkeypatch):
+    checkpoint = write_model(tmp_path / "outputs" / "run" / "checkpoints" / "samples-000000000064")
+    (checkpoint / "state.json").write_text('{"best_at": 64}')
     with start_run(tmp_path / "outputs") as tracker:
         names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
-        register(place, stores=tracker.stores, run_id=str(tracker.run_id), **names)
+        register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)
     monkeypatch.chdir(tmp_path)
     file = data / "val" / "dog" / "0.png"
-    (expected,) = pipeline.open_model(place).predict(file)
+    (expected,) = pipeline.open_model(checkpoint).predict(file)
     for name in ("models:/tiny@candidate", "models:/tiny/1", f"runs:/{tracker.run_id}/model", "outputs/run"):
         model = pipeline.open_model(name)
-        assert model.place == name
+        assert model.model_uri == name
         assert model.predict(file)[0].classes == pytest.approx(expected.classes, abs=1e-6)
-    with pytest.raises(UserError, match="classes have no effect: .* has a card that tells them"):
+    with pytest.raises(UserError, match="classes has no effect: .* has a model card with class names"):
         pipeline.open_model("outputs/run", classes=["a"])
 
 
@@ -122,7 +122,7 @@ def test_registered_models_and_runs_are_opened_by_name(data, tmp_path, monkeypat
         ("densenet121", {}),
     ],
 )
-def test_a_file_of_timms_tells_its_net(tmp_path, name, options):
+def test_the_model_of_a_weights_file_is_identified(tmp_path, name, options):
     torch.manual_seed(1)
     plain = timm.create_model(name, num_classes=3, **options).eval()
     torch.save({"state_dict": plain.state_dict()}, tmp_path / "weights.pth")
@@ -137,14 +137,14 @@ def test_a_file_of_timms_tells_its_net(tmp_path, name, options):
         assert len(model.predict(np.zeros((300, 300, 3), np.uint8))[0].classes) == 3
 
 
-def test_imagenets_classes_are_known_by_their_number(tmp_path):
+def test_imagenet_class_names_follow_from_their_number(tmp_path):
     save_file(create("densenet_tiny", 1000).state_dict(), tmp_path / "weights.safetensors")
     model = pipeline.open_model(tmp_path / "weights.safetensors")
     assert model.classes[:2] == ("n01440764", "n01443537")
     assert model.card.transform.description.startswith("resize 256 bicubic antialias, center crop 224")
 
 
-def test_timms_folder_keeps_classes_and_transform(data, tmp_path):
+def test_a_timm_export_keeps_classes_and_transform(data, tmp_path):
     plain = pipeline.open_model(write_model(tmp_path / "model"), cache=tmp_path)
     exported = plain.export("timm", tmp_path / "out")
     assert exported.tolerance == 1e-4
@@ -154,22 +154,22 @@ def test_timms_folder_keeps_classes_and_transform(data, tmp_path):
     assert model.evaluate(data).scores == plain.evaluate(data).scores
 
 
-def test_files_of_which_too_little_is_known_are_refused(tmp_path):
+def test_unidentifiable_weights_files_are_rejected(tmp_path):
     save_file(create("densenet_tiny", 3).state_dict(), tmp_path / "three.safetensors")
-    with pytest.raises(UserError, match="is a file of weights alone"):
+    with pytest.raises(UserError, match="is a weights file without class names"):
         pipeline.open_model(tmp_path / "three.safetensors")
-    with pytest.raises(UserError, match="2 classes are given, and .* has 3 logits"):
+    with pytest.raises(UserError, match="classes has 2 names, but .* has 3 logits"):
         pipeline.open_model(tmp_path / "three.safetensors", classes=["a", "b"])
     save_file({"fc.weight": torch.zeros(3, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="holds the weights of none of these models: densenet121, "):
+    with pytest.raises(UserError, match="does not match any of these models: densenet121, "):
         pipeline.open_model(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="MODEL=.*gone is no model"):
         pipeline.open_model(tmp_path / "gone")
 
 
-def test_a_corrupt_card_is_named(tmp_path):
-    place = write_model(tmp_path / "model")
+def test_a_corrupt_model_card_is_reported(tmp_path):
+    folder = write_model(tmp_path / "model")
     for content in ("{", "[]", '{"name": "densenet_tiny"}'):
-        (place / "model.json").write_text(content)
-        with pytest.raises(UserError, match=r"model.json is no model card of this project \(\w+: "):
-            pipeline.open_model(place)
+        (folder / "model.json").write_text(content)
+        with pytest.raises(UserError, match=r"model.json is not a model card of this project \(\w+: "):
+            pipeline.open_model(folder)

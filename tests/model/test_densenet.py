@@ -1,4 +1,4 @@
-"""The models: DESIGN's counts, timm's registry, the stem for small images, near names."""
+"""The models: published parameter counts, timm's registry, the CIFAR stem, suggestions for misspelled names."""
 
 import math
 
@@ -23,7 +23,7 @@ from pipeline.model.densenet import create
         ("densenet264", 33_337_704, 5.752),
     ],
 )
-def test_parameters_and_multiply_adds_equal_the_published_ones(name, parameters, giga):
+def test_parameters_and_multiply_adds_match_the_published_values(name, parameters, giga):
     counted = size(name, 1000, 224)
     assert counted.parameters == parameters
     assert round(counted.multiply_adds / 1e9, 3) == giga
@@ -33,14 +33,14 @@ def test_parameters_and_multiply_adds_equal_the_published_ones(name, parameters,
     ("name", "millions"),
     [("densenet_bc_l100_k12", 0.8), ("densenet_bc_l250_k24", 15.3), ("densenet_bc_l190_k40", 25.6)],
 )
-def test_parameters_of_the_papers_nets_for_cifar(name, millions):
+def test_parameters_of_the_cifar_models_match_the_paper(name, millions):
     assert round(size(name, 10, 32).parameters / 1e6, 1) == millions
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sizes_by_arithmetic_are_those_that_torch_counts(name):
+def test_arithmetic_counts_equal_torchs_flop_counter(name):
     if name in ("densenet_bc_l250_k24", "densenet_bc_l190_k40"):
-        pytest.skip("750 and 570 layers take torch a minute; the table above has the paper's numbers")
+        pytest.skip("torch takes a minute for 750 and 570 layers; the table above has the paper's counts")
     for side, options in ((32, {}), (75, {"in_chans": 1, "global_pool": "catavgmax"})):
         model = Model(name=name, **options)
         with torch.device("meta"):
@@ -52,13 +52,13 @@ def test_sizes_by_arithmetic_are_those_that_torch_counts(name):
         assert size(model, 7, side) == counted
 
 
-def test_additions_are_in_timms_registry():
+def test_additional_models_are_in_timms_registry():
     model = timm.create_model("densenet264", num_classes=7)
     assert type(model).__module__ == "timm.models.densenet"
     assert model.num_classes == 7
 
 
-def test_the_stem_for_small_images_keeps_their_size_and_timms_features():
+def test_the_cifar_stem_keeps_the_image_size_and_timms_feature_info():
     images_NCHW = torch.randn(2, 3, 32, 32)
     assert create("densenet_bc_l40_k12", 10)(images_NCHW).shape == (2, 10)
     pyramid = timm.create_model("densenet_bc_l40_k12", features_only=True)
@@ -79,7 +79,7 @@ def test_convolutions_are_he_initialized():
             assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05)
 
 
-def test_the_state_dict_is_timms_and_torchvisions():
+def test_the_state_dict_equals_timms_and_torchvisions():
     ours, theirs = create("densenet121", 10), timm.create_model("densenet121", num_classes=10)
     images_NCHW = torch.randn(1, 3, 64, 64)
     for other in (theirs, densenet121(num_classes=10)):
@@ -88,6 +88,6 @@ def test_the_state_dict_is_timms_and_torchvisions():
             assert torch.allclose(ours.eval()(images_NCHW), other.eval()(images_NCHW), rtol=1e-5, atol=1e-6)
 
 
-def test_an_unknown_name_is_refused_with_the_nearest():
+def test_an_unknown_name_is_rejected_with_the_closest_match():
     with pytest.raises(ConfigError, match=r"model.name='densnet121' is not known. Did you mean 'densenet121'"):
         create("densnet121", 10)

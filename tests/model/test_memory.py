@@ -1,4 +1,4 @@
-"""Memory modes: the plain model's results, gradients and running statistics, with less kept for the backward pass."""
+"""Memory modes (activation checkpointing): same losses, gradients and running statistics, fewer stored activations."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NAME, STEPS = "densenet_bc_l40_k12", 2
 
 
 def trained(memory: str, dtype: torch.dtype, freeze: bool = False) -> tuple[list[torch.Tensor], nn.Module]:
-    """WorkerFailureCallback of a few steps, and the model after them, which still has the last step's gradients."""
+    """Losses of a few steps, and the model after them with the last step's gradients."""
     torch.manual_seed(0)
     model = create(Model(name=NAME, memory=memory), 10).to(dtype)
     if freeze:
@@ -33,8 +33,8 @@ def trained(memory: str, dtype: torch.dtype, freeze: bool = False) -> tuple[list
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["training", "frozen norms"])
-@pytest.mark.parametrize("memory", ["checkpoint", "shared-stats"])
-def test_a_mode_equals_the_plain_model(memory, freeze):
+@pytest.mark.parametrize("memory", ["activation-checkpointing", "shared-stats"])
+def test_a_memory_mode_equals_the_plain_model(memory, freeze):
     expected, plain = trained("none", torch.float64, freeze)
     losses, model = trained(memory, torch.float64, freeze)
     assert torch.allclose(torch.stack(losses), torch.stack(expected), rtol=1e-12)
@@ -49,8 +49,8 @@ def test_a_mode_equals_the_plain_model(memory, freeze):
         assert torch.allclose(model.eval()(images_NCHW), plain.eval()(images_NCHW), rtol=1e-9)
 
 
-def kept_bytes(memory: str) -> int:
-    """Bytes of the tensors that a forward pass keeps for the backward pass, each storage counted once."""
+def activation_bytes(memory: str) -> int:
+    """Bytes of the tensors that a forward pass stores for the backward pass, each storage counted once."""
     model = create(Model(name=NAME, memory=memory), 10)
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -63,14 +63,14 @@ def kept_bytes(memory: str) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def test_both_modes_keep_much_less():
-    plain = kept_bytes("none")
-    assert kept_bytes("checkpoint") < 0.7 * plain
-    assert kept_bytes("shared-stats") < 0.7 * plain
+def test_both_modes_store_fewer_activations():
+    plain = activation_bytes("none")
+    assert activation_bytes("activation-checkpointing") < 0.7 * plain
+    assert activation_bytes("shared-stats") < 0.7 * plain
 
 
-@pytest.mark.parametrize("memory", ["checkpoint", "shared-stats"])
-def test_half_precision_stays_close(memory):
+@pytest.mark.parametrize("memory", ["activation-checkpointing", "shared-stats"])
+def test_mixed_precision_stays_close(memory):
     torch.manual_seed(0)
     images_NCHW = torch.randn(8, 3, 32, 32)
     logits = {}

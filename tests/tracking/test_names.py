@@ -1,4 +1,4 @@
-"""Names by our rules against MLflow's validators: what the config takes, MLflow takes, and the rest is told."""
+"""Name rules compared with MLflow's validators: MLflow accepts every name that the config accepts."""
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,7 @@ ALIASES = ["latest", "LATEST", "v1", "V12", "v", "va1", "candidate", "a-b_c", "1
 NAMES = ["a:b", "a/b", "a", "..", ".", " ", "", "a b", "densenet121", "é", "a@b"]
 
 
-def takes(check, *values) -> bool:
+def accepts(check, *values) -> bool:
     try:
         check(*values)
     except MlflowException:
@@ -22,24 +22,24 @@ def takes(check, *values) -> bool:
     return True
 
 
-def takes_alias(alias: str) -> bool:
+def accepts_alias(alias: str) -> bool:
     checks = (validation._validate_model_alias_name, validation._validate_model_alias_name_reserved)
-    return all(takes(check, alias) for check in checks)
+    return all(accepts(check, alias) for check in checks)
 
 
 @given(st.one_of(TEXT, st.sampled_from([*ALIASES, *NAMES])))
-def test_what_we_take_mlflow_takes(name):
+def test_mlflow_accepts_every_name_that_the_config_accepts(name):
     if alias_error(name) is None:
-        assert takes_alias(name)
+        assert accepts_alias(name)
     if model_name_error(name) is None:
-        assert takes(validation._validate_model_name, name)
+        assert accepts(validation._validate_model_name, name)
     if experiment_name_error(name) is None:
-        assert takes(validation._validate_experiment_name, name)
+        assert accepts(validation._validate_experiment_name, name)
 
 
-def test_what_mlflow_reserves_is_refused_and_usual_names_are_not():
+def test_reserved_names_are_rejected_and_common_names_are_not():
     for alias in ALIASES:
-        if not takes_alias(alias):
+        if not accepts_alias(alias):
             assert alias_error(alias) is not None, alias
     for alias in ("candidate", "champion", "v", "va1", "latest-one", "a" * 255):
         assert alias_error(alias) is None, alias
@@ -60,6 +60,6 @@ def test_what_mlflow_reserves_is_refused_and_usual_names_are_not():
         ("registry_uri", "http://me:secret@host", "must not contain a password"),
     ],
 )
-def test_the_config_says_what_is_wrong(key, value, message):
+def test_the_config_rejects_invalid_names(key, value, message):
     with pytest.raises(ValueError, match=message):
         Tracking.model_validate({key: value})

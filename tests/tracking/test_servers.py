@@ -1,4 +1,4 @@
-"""MLflow's server as teams run it: PostgreSQL, artifacts in S3 through the server, several runs at once, log-in."""
+"""MLflow servers in team setups: PostgreSQL, S3 artifacts proxied by the server, concurrent runs, authentication."""
 
 import threading
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.export.package import register
+from pipeline.tracking.client import connect
 from pipeline.tracking.queries import metric_history, read_artifact
 from pipeline.tracking.run import Tracker
-from pipeline.tracking.store import connect
 from pipeline.tracking.stores import Stores
 from pipeline.train.locate import locate
 from tests.models import write_model
@@ -25,34 +25,34 @@ RECORDS = 150
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
-    """On PostgreSQL, with artifacts in an S3 store that clients do not know."""
+    """A server on PostgreSQL that proxies artifacts to an S3 store; clients have no S3 credentials."""
     with postgres(tmp_path) as backend, s3_store(monkeypatch):
-        made = MlflowServer(tmp_path, backend, ["--artifacts-destination", "s3://bucket/artifacts"])
+        started = MlflowServer(tmp_path, backend, ["--artifacts-destination", "s3://bucket/artifacts"])
         for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)
         try:
-            yield made
+            yield started
         finally:
-            made.stop()
+            started.stop()
 
 
-def started(tmp_path: Path, uri: str, name: str, told=print) -> Tracker:
+def start_tracker(tmp_path: Path, uri: str, name: str, warn=print) -> Tracker:
     config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": name}, "tracking": {"uri": uri}})
-    return Tracker(config, tmp_path / name, name, told)
+    return Tracker(config, tmp_path / name, name, warn)
 
 
-def test_two_runs_at_once_over_a_restart_of_the_server_and_a_model_in_s3(server, tmp_path):
+def test_concurrent_runs_survive_a_server_restart_and_models_are_stored_in_s3(server, tmp_path):
     half = threading.Barrier(3)
     ids: dict[str, str] = {}
 
     def train(name: str) -> None:
-        with started(tmp_path, server.uri, name) as tracker:
+        with start_tracker(tmp_path, server.uri, name) as tracker:
             ids[name] = str(tracker.run_id)
-            tracker.attach(write_model(tmp_path / f"model-{name}") / "model.json")
+            tracker.log_artifact(write_model(tmp_path / f"model-{name}") / "model.json")
             for i in range(RECORDS):
                 if i == RECORDS // 2:
                     half.wait(PATIENCE_S)
-                tracker.log({"train/loss": float(i), "train/lr": 0.1}, i)
+                tracker.log_metrics({"train/loss": float(i), "train/lr": 0.1}, i)
             assert tracker.flush(PATIENCE_S)
 
     threads = [threading.Thread(target=train, args=(name,)) for name in ("one", "two")]
@@ -72,24 +72,24 @@ def test_two_runs_at_once_over_a_restart_of_the_server_and_a_model_in_s3(server,
 
     names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
     register(tmp_path / "model-one", stores=Stores(server.uri, server.uri), run_id=ids["one"], **names)
-    for place in ("models:/tiny@candidate", f"runs:/{ids['one']}/model"):
-        found = locate(place, "MODEL", tmp_path / "cache", Stores(server.uri, server.uri))
-        assert (found / "model.safetensors").read_bytes() == (tmp_path / "model-one/model.safetensors").read_bytes()
+    for model_uri in ("models:/tiny@candidate", f"runs:/{ids['one']}/model"):
+        folder = locate(model_uri, "MODEL", tmp_path / "cache", Stores(server.uri, server.uri))
+        assert (folder / "model.safetensors").read_bytes() == (tmp_path / "model-one/model.safetensors").read_bytes()
 
 
-def test_an_artifact_store_that_refuses_is_told_and_the_rest_is_stored(server, tmp_path, monkeypatch):
-    told: list[str] = []
-    with started(tmp_path, server.uri, "one", told.append) as tracker:
+def test_a_failing_artifact_store_causes_a_warning_and_metrics_are_stored(server, tmp_path, monkeypatch):
+    warnings: list[str] = []
+    with start_tracker(tmp_path, server.uri, "one", warnings.append) as tracker:
         assert tracker.flush(PATIENCE_S)
         delete_bucket(server, monkeypatch)
         model = write_model(tmp_path / "model")
-        tracker.attach(model / "model.json")
-        tracker.log({"train/loss": 1.0}, 1)
+        tracker.log_artifact(model / "model.json")
+        tracker.log_metrics({"train/loss": 1.0}, 1)
         assert tracker.flush(PATIENCE_S)
         with pytest.raises(UserError, match=r"the model could not be registered in .* The checkpoint is .*/model"):
             names = {"name": "tiny", "alias": "a", "data_fingerprint": "f00d"}
             register(model, stores=tracker.stores, run_id=str(tracker.run_id), **names)
-    assert any("model.json was not stored with the run in MLflow" in text for text in told), told
+    assert any("model.json was not stored with the run in MLflow" in text for text in warnings), warnings
     assert metric_history(server.uri, str(tracker.run_id), ["train/loss"]) == {"train/loss": [(1, 1.0)]}
 
 
@@ -100,7 +100,7 @@ def delete_bucket(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None
         fsspec.filesystem("s3", skip_instance_cache=True).rm("bucket", recursive=True)
 
 
-def test_who_may_not_enter_is_told_how_to(tmp_path, monkeypatch):
+def test_denied_access_names_the_authentication_variables(tmp_path, monkeypatch):
     secrets = {"MLFLOW_FLASK_SERVER_SECRET_KEY": "x" * 32, "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini")}
     (tmp_path / "auth.ini").write_text(
         "[mlflow]\ndefault_permission = READ\nadmin_username = admin\nadmin_password = a-long-password\n"
@@ -109,12 +109,12 @@ def test_who_may_not_enter_is_told_how_to(tmp_path, monkeypatch):
     )
     server = MlflowServer(tmp_path, options=["--app-name", "basic-auth"], env=secrets)
     try:
-        with pytest.raises(UserError, match="refuses this user: .* Set MLFLOW_TRACKING_USERNAME and"):
+        with pytest.raises(UserError, match="denies access: .* Set MLFLOW_TRACKING_USERNAME and"):
             connect(server.uri)
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
-        with started(tmp_path, server.uri, "one") as tracker:
-            tracker.log({"loss": 1.0}, 1)
+        with start_tracker(tmp_path, server.uri, "one") as tracker:
+            tracker.log_metrics({"loss": 1.0}, 1)
         assert tracker.unsent == 0
         assert MlflowClient(server.uri).get_run(str(tracker.run_id)).info.status == "FINISHED"
         files = [file for file in (tmp_path / "one").rglob("*") if file.is_file()]
@@ -123,7 +123,7 @@ def test_who_may_not_enter_is_told_how_to(tmp_path, monkeypatch):
         server.stop()
 
 
-def test_a_server_under_a_name_that_it_does_not_allow_is_told(tmp_path):
+def test_a_host_name_that_the_server_does_not_allow_is_reported(tmp_path):
     server = MlflowServer(tmp_path, options=["--allowed-hosts", "mlflow.example"])
     try:
         with pytest.raises(UserError, match=r"Invalid Host header.* start the server with --allowed-hosts"):

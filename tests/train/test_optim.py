@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from pipeline.config import Finetune, Optim, RunConfig
 from pipeline.model.densenet import create
-from pipeline.model.weights import rate_factors
+from pipeline.model.weights import lr_scales
 from pipeline.train.engine import Engine
 from pipeline.train.optim import create_optimizer, parameter_groups
 from tests.train.test_engine import CPU, batches, settings
@@ -85,7 +85,7 @@ def test_rates_by_layer_and_of_the_classifier_reach_the_optimizer(one_rank):
     finetune = Finetune(layer_decay=0.5, head_lr_mult=10)
     config = config.model_copy(update={"finetune": finetune})
     model = create("densenet_tiny", d.num_classes)
-    factors = rate_factors(model, finetune)
+    factors = lr_scales(model, finetune)
     assert factors["classifier.weight"] == 10
     assert factors["features.norm5.weight"] == 1
     assert factors["features.denseblock3.denselayer1.conv1.weight"] == 0.5
@@ -98,7 +98,7 @@ def test_rates_by_layer_and_of_the_classifier_reach_the_optimizer(one_rank):
 
 
 def test_without_fine_tuning_all_have_the_one_rate():
-    assert rate_factors(create("densenet_tiny", 5), Finetune()) == {}
+    assert lr_scales(create("densenet_tiny", 5), Finetune()) == {}
 
 
 @pytest.mark.parametrize(("scaling", "peak"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])

@@ -51,7 +51,7 @@ def test_a_new_run_goes_on_from_another_ones_checkpoint(config, one_rank, tmp_pa
     assert find_checkpoint(str(older), second) == older
     assert find_checkpoint(str(run_dir), second) == newest
     with Tracker(config, run_dir, "first", print) as tracker:
-        tracker.params(config.model_dump(mode="json"))
+        tracker.log_params(config.model_dump(mode="json"))
     assert find_checkpoint(tracker.run_id, second) == newest
     assert prepare(second, HERE, str(older)).resume == older
     assert prepare(second, HERE, "auto").resume is None

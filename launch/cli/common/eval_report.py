@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipeline.config import Interpolation
-from pipeline.evaluation.counts import accuracy
+from pipeline.evaluation.counts import format_accuracy
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.scores import Scores
 from pipeline.export.open import TrainedModel, open_model
@@ -54,15 +54,14 @@ def eval_command(console: Console, model: str, root: Path, options: Options, sto
 
 def _print(console: Console, model: TrainedModel, found: Evaluation) -> None:
     lines = [
-        ("model", f"{model.place} ({model.weights})"),
+        ("model", f"{model.model_uri} ({model.weights})"),
         ("data", f"{found.total:,} images in {Path(found.data).absolute()}"),
         ("as", found.transform),
     ]
     for name, scores in found.scores.items():
         if isinstance(scores, Scores):
-            text = (
-                f"{accuracy(scores)}, loss {number(scores.loss)}, calibration error {number(scores.calibration_error)}"
-            )
+            accuracies, calibration_error = format_accuracy(scores), number(scores.calibration_error)
+            text = f"{accuracies}, loss {number(scores.loss)}, calibration error {calibration_error}"
             lines.append((name, text))
         else:
             share = f"{scores.top1_correct}/{scores.total} = {100 * scores.top1_correct / max(1, scores.total):.2f} %"

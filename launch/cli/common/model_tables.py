@@ -11,7 +11,7 @@ from launch.cli.common.tables import print_table
 from launch.run.promote import BEFORE, PROMOTED, Candidate
 from pipeline.errors import UserError
 from pipeline.tracking.queries import differences, get_run
-from pipeline.tracking.registry import REGISTRY, Version, registered_names, resolve, versions
+from pipeline.tracking.registry import REGISTRY, ModelVersion, registered_names, resolve, versions
 from pipeline.tracking.stores import Stores, redacted, sqlite_file
 
 
@@ -88,7 +88,7 @@ def _names(stores: Stores) -> list[str]:
     return [] if file is not None and not file.exists() else registered_names(stores)
 
 
-def _find(model: str, stores: Stores) -> tuple[str, Version]:
+def _find(model: str, stores: Stores) -> tuple[str, ModelVersion]:
     """A version by NAME@ALIAS, NAME/VERSION, either with `models:/` before it, or NAME for the newest one."""
     text = model.removeprefix(REGISTRY)
     if "@" not in text and "/" not in text:
@@ -100,11 +100,11 @@ def _find(model: str, stores: Stores) -> tuple[str, Version]:
     return resolved.name, next(v for v in versions(resolved.name, stores) if v.version == resolved.version)
 
 
-def _aliases(version: Version) -> str:
+def _aliases(version: ModelVersion) -> str:
     return ", ".join(f"@{alias}" for alias in version.aliases)
 
 
-def _hits(version: Version) -> str:
+def _hits(version: ModelVersion) -> str:
     """`349/360 = 96.94 %` of the evaluation that the version was registered with."""
     hits, total = version.tags.get("top1_correct"), version.tags.get("total")
     if hits is None or total is None:

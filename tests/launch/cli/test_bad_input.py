@@ -104,7 +104,7 @@ def test_weights_and_teachers_that_do_not_fit(refused, images, tmp_path):
     message = refused(*train(images, f"model.weights={file}"))
     assert "features.conv0.weight [8, 3, 7, 7] for [24, 3, 7, 7]" in message
     assert "model.weights=/nowhere is no model" in refused(*train(images, "model.weights=/nowhere"))
-    assert "is a file of weights alone" in refused(*train(images, f"loss.teacher={file}"))
+    assert "is a weights file without class names" in refused(*train(images, f"loss.teacher={file}"))
     assert "no model named 'big' in" in refused(*train(images, "loss.teacher=models:/big@champion"))
 
 
@@ -145,7 +145,7 @@ def test_an_address_where_no_cluster_answers(refused, images):
 
 def test_a_tracking_server_that_does_not_answer(refused, images):
     message = refused(*train(images, "tracking.uri=http://127.0.0.1:9"))
-    assert "no MLflow store answers at http://127.0.0.1:9" in message
+    assert "the MLflow store at http://127.0.0.1:9 is unreachable" in message
 
 
 def test_more_cores_than_there_are_is_a_warning_with_an_embedded_ray(densenet, images):

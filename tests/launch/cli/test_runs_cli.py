@@ -15,12 +15,12 @@ def runs(tmp_path: Path, densenet) -> Callable[..., tuple[int, str]]:
     """Two runs of which the second was restarted; `runs(*arguments)` returns an exit code and what was printed."""
     for name, rate, top1 in (("one", 0.1, 90.0), ("two", 0.2, 95.5)):
         with start_run(tmp_path, name) as tracker:
-            tracker.params({"optim": {"lr": rate, "momentum": 0.9}, "model.name": "densenet121"})
-            tracker.tags({"eval.transform": "resize 256", "version.torch": "2.14"})
-            tracker.log({"val/top1": top1, "train/epoch": 3.0}, 64)
+            tracker.log_params({"optim": {"lr": rate, "momentum": 0.9}, "model.name": "densenet121"})
+            tracker.set_tags({"eval.transform": "resize 256", "version.torch": "2.14"})
+            tracker.log_metrics({"val/top1": top1, "train/epoch": 3.0}, 64)
             if name == "two":
-                tracker.tags({"restart.1": "worker 0: its process or its node has gone"})
-                tracker.log({"restarts": 1, "lost_samples": 32}, 64)
+                tracker.set_tags({"restart.1": "worker 0: its process or its node has gone"})
+                tracker.log_metrics({"restarts": 1, "lost_samples": 32}, 64)
     return lambda *arguments: densenet("runs", *arguments, "--uri", tracker.uri)
 
 
@@ -60,8 +60,8 @@ def test_what_there_is_not_is_told(runs):
     code, printed = runs("show", "three")
     assert code == 2
     assert "there is no run 'three'" in printed
-    assert "the newest: two, one" in printed
+    assert "newest runs: two, one" in printed
     code, printed = runs("list", "--experiment", "densnet")
     assert code == 2
     assert "there is no experiment 'densnet'" in printed
-    assert "densenet" in printed.split("there are:")[1]
+    assert "densenet" in printed.split("existing experiments:")[1]

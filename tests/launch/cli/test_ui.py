@@ -10,8 +10,8 @@ import requests
 
 from launch.cluster.ports import free_port
 from pipeline.config import RunConfig
-from pipeline.tracking.store import connect
-from pipeline.tracking.stores import stores_of
+from pipeline.tracking.client import connect
+from pipeline.tracking.stores import stores_from_config
 from tests.conftest import BIN
 from tests.launch.conftest import PATIENCE_S
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_ui_shows_the_runs_of_a_sqlite_file(tmp_path):
-    uri = stores_of(RunConfig.model_validate({"run": {"output": str(tmp_path)}})).tracking
+    uri = stores_from_config(RunConfig.model_validate({"run": {"output": str(tmp_path)}})).tracking
     connect(uri).create_experiment("visible")
     port = free_port()
     with (tmp_path / "ui.log").open("w") as log:

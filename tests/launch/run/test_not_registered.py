@@ -28,7 +28,7 @@ def test_a_model_that_gives_nan_is_no_candidate(shell, tmp_path):
     assert re.search(r"step 10/12  loss [\d.]+  9 steps skipped  lr", printed), printed
     assert re.search(r"step 12/12  loss -  2 steps skipped  lr", printed), printed
     assert "top-1 0/360 = 0.00 %, top-5 0/360 = 0.00 %, NaN or infinities for 360 of 360, loss -" in printed
-    assert "warning: the model is not registered: it gives NaN or infinities for 360 of 360 evaluation" in printed
+    assert "warning: the model is not registered: it outputs NaN or infinities for 360 of 360 evaluation" in printed
     assert re.search(r"^model +not registered$", printed, re.MULTILINE)
     assert len(re.findall("^warning: the training loss is NaN or infinite", printed, re.MULTILINE)) == 1
     assert "warning: 10 more like this, in the workers' logs: the training loss is NaN or infinite at step 2" in printed

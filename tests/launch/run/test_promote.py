@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from pipeline.data.dataset import open_split
-from pipeline.evaluation.paired import compare
+from pipeline.evaluation.mcnemar import mcnemar_test
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.package import register
 from tests.models import CLASSES, make_outputs_nan, start_run, write_model
@@ -22,11 +22,11 @@ def test_mcnemars_test_by_hand():
     """Of ten images that one alone hits, nine are the new one's: (10 + 1) / 2^10."""
     new_N = np.array([True] * 9 + [False] + [True] * 5 + [False] * 5)
     old_N = np.array([False] * 9 + [True] + [True] * 5 + [False] * 5)
-    paired = compare(new_N, old_N)
+    paired = mcnemar_test(new_N, old_N)
     assert (paired.total, paired.new, paired.old, paired.only_new, paired.only_old) == (20, 14, 6, 9, 1)
     assert paired.gain == pytest.approx(40)
     assert paired.p_value == pytest.approx(11 / 1024)
-    assert compare(new_N, new_N).p_value == 1
+    assert mcnemar_test(new_N, new_N).p_value == 1
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def run_dir(tmp_path: Path) -> Path:
     config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
     folder = tmp_path / "one"
     with Tracker(config, folder, "one", print) as tracker:
-        tracker.tags({"data.train.fingerprint": "f00d"})
+        tracker.set_tags({"data.train.fingerprint": "f00d"})
     checkpoint = checkpoint_root(folder) / folder_name(123)
     write_model(partial(checkpoint), name="densenet_tiny")
     (partial(checkpoint) / "state.json").write_text(json.dumps({"best_at": 123}))
@@ -38,7 +38,7 @@ def test_a_finished_run_is_registered_once(run_dir, densenet):
     for bad, message in {
         ("--alias", "v1"): "is reserved by MLflow",
         ("--as", "a:b"): "must not be blank",
-        ("--registry-uri", "carrier-pigeon://x"): "knows no store of the kind of",
+        ("--registry-uri", "carrier-pigeon://x"): "does not support stores like",
     }.items():
         code, printed = densenet("models", "register", run_dir, "--alias", "candidate", *bad)
         assert code == 2
@@ -89,5 +89,5 @@ def test_a_registry_that_is_away_names_the_command(run_dir, densenet):
     away = ("--registry-uri", "http://127.0.0.1:9", "--timeout", 0)
     code, printed = densenet("models", "register", run_dir, "--alias", "candidate", *away)
     assert code == 2
-    assert "no MLflow store answers at http://127.0.0.1:9" in printed
+    assert "the MLflow store at http://127.0.0.1:9 is unreachable" in printed
     assert f"`densenet models register {run_dir}` registers it without training again" in printed

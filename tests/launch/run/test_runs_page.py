@@ -29,15 +29,15 @@ def uri(tmp_path: Path) -> str:
     (tmp_path / "checkpoints.json").write_text(json.dumps([record]))
     write_confusion(tmp_path / "confusion.csv", ["cat", "dog"], np.array([[1, 0], [2, 0]]))
     with start_run(tmp_path, "one") as tracker:
-        tracker.params({"optim": {"lr": 0.1}, "model.name": "densenet121"})
+        tracker.log_params({"optim": {"lr": 0.1}, "model.name": "densenet121"})
         for seen in (16, 32, 64):
-            tracker.log({"train/loss": 1 / seen, "val/top1": 90.0 + seen / 16, "train/lr": 0.1}, seen)
-        tracker.tags({"restart.1": "worker 0: gone"})
+            tracker.log_metrics({"train/loss": 1 / seen, "val/top1": 90.0 + seen / 16, "train/lr": 0.1}, seen)
+        tracker.set_tags({"restart.1": "worker 0: gone"})
         for name in ("samples.json", "checkpoints.json", "confusion.csv"):
-            tracker.attach(tmp_path / name)
+            tracker.log_artifact(tmp_path / name)
     with pytest.raises(RuntimeError), start_run(tmp_path, "two") as tracker:
-        tracker.params({"optim": {"lr": 0.2, "name": "<b>sgd</b>"}, "model.name": "densenet121"})
-        tracker.log({"train/loss": 0.5}, 16)
+        tracker.log_params({"optim": {"lr": 0.2, "name": "<b>sgd</b>"}, "model.name": "densenet121"})
+        tracker.log_metrics({"train/loss": 0.5}, 16)
         raise RuntimeError
     return tracker.uri
 

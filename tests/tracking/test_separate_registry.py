@@ -1,4 +1,4 @@
-"""A registry that is not the tracking store: version, tags, alias and files go there, and all commands find them."""
+"""A registry separate from the tracking store: version, tags, alias and files go there; all commands use it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ from PIL import Image
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.export.package import Registered, register
-from pipeline.tracking.registry import check_rights, tag_version
+from pipeline.export.package import RegisteredModel, register
+from pipeline.tracking.registry import check_permissions, tag_version
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores
 from pipeline.train.locate import locate
@@ -32,18 +32,18 @@ ELSEWHERE = {
 NAMES = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
 
 
-def trained(folder: Path, registry: str, seed: int = 1) -> Tracker:
-    """A run whose models are registered at `registry`."""
+def log_run(folder: Path, registry: str, seed: int = 1) -> Tracker:
+    """Logs a run whose models go to the registry `registry`."""
     tracking = {"uri": f"sqlite:///{folder}/mlflow.db", "registry_uri": registry}
     config = RunConfig.model_validate({"run": {"output": str(folder), "name": f"run{seed}"}, "tracking": tracking})
     with Tracker(config, folder / f"run{seed}", f"run{seed}", print) as tracker:
-        tracker.params({"optim.lr": 0.1 * seed})
-        tracker.log({"loss": 1.0}, 1)
+        tracker.log_params({"optim.lr": 0.1 * seed})
+        tracker.log_metrics({"loss": 1.0}, 1)
     assert not tracker.unsent
     return tracker
 
 
-def registered(folder: Path, tracker: Tracker, seed: int = 1, **changes: str) -> Registered:
+def registered(folder: Path, tracker: Tracker, seed: int = 1, **changes: str) -> RegisteredModel:
     checkpoint = folder / f"checkpoint{seed}"
     if not checkpoint.exists():
         write_model(checkpoint, seed=seed)
@@ -52,7 +52,7 @@ def registered(folder: Path, tracker: Tracker, seed: int = 1, **changes: str) ->
 
 @pytest.fixture(scope="module", params=["file", pytest.param("server", marks=[pytest.mark.slow, pytest.mark.long])])
 def registry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a registry: a SQLite file, or a server that has its own artifacts."""
+    """The URI of a registry: a SQLite file, or a server with its own artifact store."""
     folder = tmp_path_factory.mktemp("registry")
     if request.param == "file":
         yield f"sqlite:///{folder}/registry.db"
@@ -64,21 +64,21 @@ def registry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def stores(registry: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Stores, Path]:
-    """Two runs' models in the registry, made while the environment named other places; and the folder."""
+    """Models of two runs in the registry, registered while the environment named other stores; and the folder."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ELSEWHERE.items():
             patch.setenv(name, value)
         for seed in (1, 2):
-            tracker = trained(folder, registry, seed)
-            check_rights("tiny", tracker.stores)
+            tracker = log_run(folder, registry, seed)
+            check_permissions("tiny", tracker.stores)
             assert registered(folder, tracker, seed).version == str(seed)
     return tracker.stores, folder
 
 
-def test_version_tags_and_alias_are_in_the_registry_and_nothing_is_in_the_tracking_store(stores):
+def test_version_tags_and_alias_are_in_the_registry_only(stores):
     (at, _), client = stores, MlflowClient(stores[0].tracking, stores[0].registry)
-    assert at.apart
+    assert at.separate_registry
     version = client.get_model_version_by_alias("tiny", "candidate")
     assert (str(version.version), version.tags["samples_seen"]) == ("2", "123")
     assert client.get_run(version.run_id).info.run_name == "run2"
@@ -87,7 +87,7 @@ def test_version_tags_and_alias_are_in_the_registry_and_nothing_is_in_the_tracki
     assert MlflowClient(at.tracking, at.tracking).search_registered_models() == []
 
 
-def test_the_model_of_each_run_is_found_through_the_registry_and_through_its_run(stores, tmp_path, monkeypatch):
+def test_models_are_located_through_the_registry_and_through_their_run(stores, tmp_path, monkeypatch):
     at, folder = stores
     run_id = MlflowClient(at.tracking, at.registry).get_model_version("tiny", "1").run_id
     for name, value in ELSEWHERE.items():
@@ -97,13 +97,14 @@ def test_the_model_of_each_run_is_found_through_the_registry_and_through_its_run
         assert (locate(name, "MODEL", tmp_path / "cache", at) / "model.safetensors").read_bytes() == weights
     tracking = {"uri": at.tracking, "registry_uri": at.registry}
     tree = {"run": {"output": str(tmp_path)}, "model": {"weights": "models:/tiny@candidate"}, "tracking": tracking}
-    found = find_sources(RunConfig.model_validate(tree)).weights
-    assert (found / "model.safetensors").read_bytes() == (folder / "checkpoint2" / "model.safetensors").read_bytes()
+    checkpoint = find_sources(RunConfig.model_validate(tree)).weights
+    expected = (folder / "checkpoint2" / "model.safetensors").read_bytes()
+    assert (checkpoint / "model.safetensors").read_bytes() == expected
 
 
 @pytest.fixture
 def command(stores, densenet) -> Callable[..., str]:
-    """`command(*arguments)` runs `densenet` with the two addresses; returns what it prints."""
+    """`command(*arguments)` runs `densenet` with both URIs and returns its output."""
 
     def run(*arguments: object) -> str:
         code, printed = densenet(*arguments, "--uri", stores[0].tracking, "--registry-uri", stores[0].registry)
@@ -113,7 +114,7 @@ def command(stores, densenet) -> Callable[..., str]:
     return run
 
 
-def test_all_commands_work_with_the_two_addresses(stores, command, tmp_path):
+def test_all_commands_work_with_two_uris(stores, command, tmp_path):
     at, _ = stores
     assert "@candidate" in command("models", "list")
     assert set(json.loads(command("models", "list", "--json"))) == {"tiny"}
@@ -126,26 +127,26 @@ def test_all_commands_work_with_the_two_addresses(stores, command, tmp_path):
     assert "%" in command("predict", "models:/tiny@candidate", image)
     assert "plain" in command("eval", "models:/tiny/1", "--data", tmp_path / "set")
     assert "tiny@champion is version 1 now" in command("models", "promote", "tiny/1", "--data", tmp_path / "set")
-    told = command("export", "models:/tiny@champion", "--to", "timm", "--out", tmp_path / "out", "--attach")
+    printed = command("export", "models:/tiny@champion", "--to", "timm", "--out", tmp_path / "out", "--attach")
     version = MlflowClient(at.tracking, at.registry).get_model_version_by_alias("tiny", "champion")
-    assert version.tags["export.timm"] in " ".join(told.split())
+    assert version.tags["export.timm"] in " ".join(printed.split())
 
 
-def test_what_was_made_before_its_alias_was_refused_is_gone_on_with(stores):
+def test_registering_again_after_a_rejected_alias_reuses_the_version(stores):
     at, folder = stores
     client = MlflowClient(at.tracking, at.registry)
     run_id = str(client.get_model_version("tiny", "1").run_id)
 
-    def make(alias: str) -> Registered:
+    def make(alias: str) -> RegisteredModel:
         names = NAMES | {"name": "small", "alias": alias}
         return register(folder / "checkpoint1", stores=at, run_id=run_id, **names)
 
     with pytest.raises(UserError, match=r"does not move small@latest to version 1: .*reserved"):
         make("latest")
-    assert make("candidate") == Registered("small", "1", "candidate")
+    assert make("candidate") == RegisteredModel("small", "1", "candidate")
     assert [str(version.version) for version in client.search_model_versions("name='small'")] == ["1"]
 
 
-def test_a_registry_that_refuses_says_so(stores):
-    with pytest.raises(UserError, match=r"the registry at .* does not take a tag of tiny version 99: "):
+def test_a_registry_error_names_the_registry(stores):
+    with pytest.raises(UserError, match=r"the registry at .* rejects a tag of tiny version 99: "):
         tag_version("tiny", "99", "a", "b", stores[0])

@@ -1,4 +1,4 @@
-"""What the end of a run needs is tried at its start: room on the disk, registry, artifact store, second storage."""
+"""Checks at the start of what the end of a run needs: disk space, registry, artifact store, checkpoint storage."""
 
 import shutil
 from collections import namedtuple
@@ -22,38 +22,38 @@ HERE = Resources("this machine", 1, 0, embedded=True)
 
 @pytest.fixture
 def prepared(tmp_path):
-    """`prepared(*overrides)` is a run that is ready, on four images."""
+    """`prepared(*overrides)` prepares a run on four images."""
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             (tmp_path / "set" / split / name).mkdir(parents=True)
             for i in range(2):
                 Image.new("RGB", (40, 40), (60 * i, 9, 50)).save(tmp_path / "set" / split / name / f"{i}.jpg")
 
-    def make(*overrides: str) -> PreparedRun:
-        places = [f"data.root={tmp_path / 'set'}", f"run.output={tmp_path / 'out'}", "run.name=one"]
+    def prepare_run(*overrides: str) -> PreparedRun:
+        paths = [f"data.root={tmp_path / 'set'}", f"run.output={tmp_path / 'out'}", "run.name=one"]
         small = ["train.global_batch_size=4", "cluster.workers=1", "device=cpu"]
-        return prepare(read_config(DEMO, [*places, *small, *overrides]), HERE)
+        return prepare(read_config(DEMO, [*paths, *small, *overrides]), HERE)
 
-    return make
+    return prepare_run
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused(prepared, monkeypatch):
-    """A full disk cannot be had in a test: what it says of itself is replaced."""
+def test_too_little_disk_space_for_the_checkpoints_is_rejected(prepared, monkeypatch):
+    """Replaces `shutil.disk_usage`, since a test cannot fill the disk."""
     run = prepared("model.name=densenet121", "train.epochs=10", "schedule.warmup_epochs=0", "optim.name=adamw")
     parameters = 6_955_906  # of DenseNet-121 with two classes
     assert checkpoint_bytes(run.config, parameters) == 4 * 3 * parameters
     assert kept_checkpoints(run.config) == 4
     check_disk_space(run)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 7 * 10**8, 3 * 10**8))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 7 * 10**8, 3 * 10**8))
     with pytest.raises(UserError, match=r"has 300.0 MB free, this run needs about 3\d\d.\d MB there: 4 checkpoints"):
         check_disk_space(run)
 
 
-def test_a_registry_that_will_not_take_the_model_is_refused(prepared, tmp_path):
+def test_a_registry_that_rejects_the_model_is_reported_at_the_start(prepared, tmp_path):
     run = prepared(f"tracking.registry_uri=sqlite:///{tmp_path}/other.db", "tracking.registered_model_name=mine")
-    told: list[str] = []
-    check_registry(run.config, told.append)
+    warnings: list[str] = []
+    check_registry(run.config, warnings.append)
     client = MlflowClient(f"sqlite:///{tmp_path}/other.db", f"sqlite:///{tmp_path}/other.db")
     assert [model.name for model in client.search_registered_models()] == ["mine"]
     client.register_prompt("question", "why?")
@@ -62,17 +62,17 @@ def test_a_registry_that_will_not_take_the_model_is_refused(prepared, tmp_path):
             prepared(
                 f"tracking.registry_uri=sqlite:///{tmp_path}/other.db", "tracking.registered_model_name=question"
             ).config,
-            told.append,
+            warnings.append,
         )
-    away = "tracking.registry_uri=http://127.0.0.1:9"
-    with pytest.raises(UserError, match="no MLflow store answers at http://127.0.0.1:9"):
-        check_registry(prepared(away).config, told.append)
-    assert not told
-    check_registry(prepared(away, "tracking.on_unreachable=spool").config, told.append)
-    assert "The registry at http://127.0.0.1:9 is needed at the end of the run" in told[0]
+    unreachable = "tracking.registry_uri=http://127.0.0.1:9"
+    with pytest.raises(UserError, match="the MLflow store at http://127.0.0.1:9 is unreachable"):
+        check_registry(prepared(unreachable).config, warnings.append)
+    assert not warnings
+    check_registry(prepared(unreachable, "tracking.on_unreachable=spool").config, warnings.append)
+    assert "The registry at http://127.0.0.1:9 is needed at the end of the run" in warnings[0]
 
 
-def test_an_artifact_store_that_takes_no_files_is_refused(prepared, tmp_path):
+def test_an_artifact_store_that_rejects_files_is_reported_at_the_start(prepared, tmp_path):
     config = prepared().config
     with Tracker(config, tmp_path / "out" / "one", "one", print) as tracker:
         file = tmp_path / "notes.txt"
@@ -80,11 +80,11 @@ def test_an_artifact_store_that_takes_no_files_is_refused(prepared, tmp_path):
         tracker.check_store(file)
         shutil.rmtree(tmp_path / "out" / "mlartifacts")
         (tmp_path / "out" / "mlartifacts").write_text("in the way")
-        with pytest.raises(UserError, match=r"the artifact store of sqlite:///.*, file://.*, takes no files: "):
+        with pytest.raises(UserError, match=r"the artifact store of sqlite:///.*, file://.*, rejects files: "):
             tracker.check_store(file)
 
 
-def test_a_second_storage_that_cannot_be_written_is_refused(prepared, tmp_path):
+def test_a_checkpoint_storage_that_is_not_writable_is_rejected(prepared, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"checkpoint.storage=.*/file"):
         prepared(f"checkpoint.storage={tmp_path / 'file'}")
