@@ -78,7 +78,7 @@ def _rendered(config: Path, overlay: str, image: str, overrides: list[str] | Non
         name = key.replace("-", "_")
         if not sign or name not in Settings.__annotations__ or name == "image":
             known = ", ".join(n.replace("_", "-") for n in Settings.__annotations__ if n != "image")
-            raise UserError(f"--set {text} is unknown: use KEY=VALUE with a KEY of {known}.")
+            raise UserError(f"--set {text} is not known: use KEY=VALUE with a KEY of {known}.")
         is_count = name in ("nodes", "gpus_per_node", "cpus_per_node")
         if is_count and (not value.isdecimal() or int(value) < 1):
             raise UserError(f"--set {text}: {key} must be an integer of at least 1.")

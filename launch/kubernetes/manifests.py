@@ -62,7 +62,7 @@ def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -
         UserError: The overlay is unknown, the config does not fit its nodes or volumes, or a setting is wrong.
     """
     if overlay not in overlays():
-        raise UserError(f"--overlay={overlay} is unknown: use {', '.join(overlays())}.")
+        raise UserError(f"--overlay={overlay} is not known: use {', '.join(overlays())}.")
     image = _IMAGE.fullmatch(settings.image)
     if image is None or image["tag"] == "latest":
         raise UserError(f"--image={settings.image} needs a fixed tag, for example REPOSITORY:1.0, or a digest.")

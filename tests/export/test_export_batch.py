@@ -99,7 +99,7 @@ def test_linked_folders_are_followed_and_what_is_no_file_is_a_row(densenet, imag
     code, printed = densenet("predict", write_model(tmp_path / "model"), "--batch", images, "--out", out)
     assert code == 0, printed
     assert "10 images in" in printed
-    assert "left out: 1 hidden files and folders: .hidden.jpg" in printed
+    assert "ignored: 1 hidden files and folders: .hidden.jpg" in printed
     assert {row["image"]: row["error"] for row in pq.read_table(out).to_pylist() if row["error"]} == {
         "dog/broken.jpg": "is a broken link to gone.jpg",
         "dog/fifo.jpg": "is a FIFO, not a file",

@@ -30,7 +30,7 @@ def export_command(
         TrainingError: The exported model's logits differ from torch's.
     """
     if to not in FORMATS:  # before anything is downloaded
-        raise UserError(f"--to={to} is unknown: use {', '.join(FORMATS)}.")
+        raise UserError(f"--to={to} is not known: use {', '.join(FORMATS)}.")
     if to == "int8" and data is None:
         raise UserError("--to int8 needs --data, a data set to calibrate and measure with.")
     if attach and not model.startswith("models:/"):

@@ -65,9 +65,9 @@ def test_a_run_over_two_nodes_resumes_when_one_is_lost_and_returns(cluster: Clus
         restarts = dict(store.execute("select key, value from tags where key like 'restart.%'").fetchall())
         query = "select value from metrics where key = 'lost_samples' order by timestamp"
         lost, lost_in_all = (int(value) for (value,) in store.execute(query).fetchall())
-    went_on = r"; went on at \d+ samples, {} samples were trained again"
-    assert re.search(r"worker \d: its .*" + went_on.format(lost), restarts["restart.1"])
-    assert re.search("the cluster has changed" + went_on.format(lost_in_all - lost), restarts["restart.2"])
+    resumed = r"; went on at \d+ samples, {} samples were trained again"
+    assert re.search(r"worker \d: its .*" + resumed.format(lost), restarts["restart.1"])
+    assert re.search("the cluster has changed" + resumed.format(lost_in_all - lost), restarts["restart.2"])
 
 
 NODES = """

@@ -270,7 +270,7 @@ def test_diff_shows_the_changes_of_apply(densenet, rendered, tmp_path, monkeypat
     [
         (
             ("--overlay", "cloud"),
-            "--overlay=cloud is unknown: use kueue, local-cpu, multi-node",
+            "--overlay=cloud is not known: use kueue, local-cpu, multi-node",
         ),
         (("--image", "densenet"), "--image=densenet needs a fixed tag"),
         (("--image", "densenet:latest"), "--image=densenet:latest needs a fixed tag"),
@@ -290,7 +290,7 @@ def test_diff_shows_the_changes_of_apply(densenet, rendered, tmp_path, monkeypat
         (("data.stage=/tmp/stage",), "data.stage=/tmp/stage must be below /stage, the node's local disk."),
         (("data.stage=/stage",), "data.stage=/stage needs a local disk on each node: use --set stage-class=NAME"),
         (("--set=stage-class=nvme",), "--set stage-class needs data.stage=/stage, which is not set"),
-        (("--set", "node=4"), "--set node=4 is unknown: use KEY=VALUE with a KEY of nodes, gpus-per-node"),
+        (("--set", "node=4"), "--set node=4 is not known: use KEY=VALUE with a KEY of nodes, gpus-per-node"),
         (("--set", "nodes=none"), "--set nodes=none: nodes must be an integer of at least 1"),
         (
             ("cluster.workers={min: 8, max: 16, step: 8}", "--set", "nodes=2"),
