@@ -65,7 +65,7 @@ def test_corrupt_files_are_rows_with_what_is_wrong(densenet, images, tmp_path):
     model, out = write_model(tmp_path / "model"), tmp_path / "answers.parquet"
     code, printed = densenet("predict", model, "--batch", images, "--out", out)
     assert code == 0, printed
-    assert "3 files are no valid images (column `error`)" in printed
+    assert "3 files are not valid images (column `error`)" in printed
     rows = pq.read_table(out).to_pylist()
     problems = {row["image"]: row["error"] for row in rows if row["error"]}
     assert set(problems) == {"notes.txt", "cat/cut.jpg", "dog/1.png"}
