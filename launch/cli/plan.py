@@ -61,7 +61,10 @@ def _print_estimate(config: RunConfig, cluster: str) -> None:
     rows = [
         ("cluster", f"{e.nodes} nodes with {d.workers // e.nodes} {e.gpu_type} each, {d.workers} workers"),
         ("data", f"{IMAGENET[0]:,} training images of {IMAGENET[3] / 1e3:.0f} kB"),
-        ("batch", f"{d.global_batch_size} = {d.device_batch_size} per device x {d.gradient_accumulation_steps} x {d.workers}"),
+        (
+            "batch",
+            f"{d.global_batch_size} = {d.device_batch_size} per device x {d.gradient_accumulation_steps} x {d.workers}",
+        ),
         ("speed", f"{e.img_per_s:,.0f} img/s, {1000 * e.step_s:.1f} ms a step, bound by {e.bottleneck}"),
         ("communication", f"{e.communication:.0%} of a step"),
         ("an epoch", duration(e.epoch_s)),

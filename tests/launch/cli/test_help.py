@@ -93,7 +93,10 @@ def test_a_plan_as_json_is_complete(densenet, tmp_path):
     plan = json.loads(printed)
     assert plan["config"]["run"]["name"] == "x"
     d = plan["derived"]
-    assert d["device_batch_size"] * d["accumulation"] * d["workers"] == plan["config"]["train"]["global_batch_size"]
+    assert (
+        d["device_batch_size"] * d["gradient_accumulation_steps"] * d["workers"]
+        == plan["config"]["train"]["global_batch_size"]
+    )
     assert plan["start"] == "random, from seed 0"
     code, printed = densenet("plan", DEMO, "--cluster", "1x1xH100", "--json")
     assert (code, "omit one" in printed) == (2, True)
