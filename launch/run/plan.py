@@ -101,5 +101,5 @@ def _learning_rate(config: RunConfig, d: Derived) -> str:
     if optim.lr_scaling != "none":
         ratio = f"{d.global_batch_size} / {optim.lr_base_batch}"
         scaled = f" = {optim.lr:g} x {ratio if optim.lr_scaling == 'linear' else f'sqrt({ratio})'}"
-    warmup = f", after {schedule.warmup_epochs:g} epochs of warm-up" if schedule.warmup_epochs else ""
+    warmup = f", after {schedule.warmup_epochs:g} epochs of warmup" if schedule.warmup_epochs else ""
     return f"{d.peak_lr:g}{scaled}, {optim.name}, schedule {schedule.name}{warmup}"
