@@ -1,1 +1,1 @@
-"""The command line, and Ray: how runs are started and watched."""
+"""The command line and Ray: starts and monitors runs."""

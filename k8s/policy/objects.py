@@ -1,4 +1,4 @@
-"""Writes the objects of `k8s/` as a policy linter reads them: a RayJob's pod templates as Pods, a file per folder.
+"""Writes the objects of `k8s/` for a policy linter, one file per folder, with a RayJob's pod templates as Pods.
 
 python k8s/policy/objects.py TARGET
 """
@@ -15,16 +15,16 @@ from launch.kubernetes.manifests import K8S
 
 
 def main() -> None:
-    """Writes one file for each overlay, and for MLflow and the data Job."""
+    """Writes a file for each overlay, MLflow and the data Job."""
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
     for folder in [*sorted((K8S / "overlays").iterdir()), K8S / "mlflow", K8S / "data"]:
-        objects = [seen for document in kustomize(folder) for seen in as_seen(document)]
+        objects = [pod for document in kustomize(folder) for pod in with_pods(document)]
         (target / f"{folder.name}.yaml").write_text(yaml.safe_dump_all(objects), encoding="utf-8")
 
 
-def as_seen(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An object as it is, or in a RayJob's place a Pod for each of its templates."""
+def with_pods(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Returns the object, or for a RayJob a Pod for each of its pod templates."""
     if document["kind"] != "RayJob":
         yield document
         return

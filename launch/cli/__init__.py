@@ -1,8 +1,8 @@
 """The `densenet` command.
 
-Each module of this room has an `app`: a group of commands, with its name, or one command alone. A command parses what
-it is given, calls the rooms below or the library, and prints what it gets. What takes long to import is imported when
-it runs.
+Each module of this package has an `app`: a named group of commands, or one command. A command parses its arguments,
+calls `launch.run`, `launch.kubernetes`, `launch.cluster` or the library, and prints the result. It imports slow
+packages when it runs.
 """
 
 import logging
@@ -30,7 +30,7 @@ from launch.cli import (
     train,
     ui,
 )
-from launch.cli.common.output import console, errors, write_any_text
+from launch.cli.common.output import console, errors, escape_unencodable
 from launch.cli.common.tmpdir import short_tmpdir
 from pipeline.errors import TrainingError, UserError
 
@@ -44,12 +44,12 @@ _EXIT_CODES = "0 done, 1 training failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM a
 
 
 def names(group: str) -> list[str]:
-    """The names of a group's commands, in their order in the help."""
+    """Returns the names of a group's commands, in the order of the help."""
     return [str(typer.main.get_command(module.app).name) for module in GROUPS[group]]
 
 
 class _Grouped(TyperGroup):
-    """The commands by what they are for."""
+    """Lists the commands by group."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for group in GROUPS:
@@ -75,27 +75,25 @@ log = logging.getLogger(__name__)
 
 @app.callback()
 def settings(
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="print library logs, and what lies behind an error")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print library logs, and tracebacks of errors")] = False,
 ) -> None:
-    """Comes before every command."""
+    """Handles the options before the command."""
     if verbose:
         logging.basicConfig(level=logging.INFO)
 
 
 def main() -> None:
-    """Runs the command line; exit codes as its help lists them."""
-    write_any_text(sys.stdout, sys.stderr)
-    console.file = sys.stdout  # held on to: while Ray runs, what it prints to sys.stdout goes to a log file
+    """Runs the command line; its help lists the exit codes."""
+    escape_unencodable(sys.stdout, sys.stderr)
+    console.file = sys.stdout  # fixed here: while Ray runs, sys.stdout is redirected to a log file
     try:
         with short_tmpdir():
             app()
     except UserError as error:
-        log.info("where the error comes from:", exc_info=True)
+        log.info("traceback of the error:", exc_info=True)
         errors.print(f"error: {error}", style="red")
         sys.exit(2)
     except TrainingError as error:
-        log.info("where the error comes from:", exc_info=True)
+        log.info("traceback of the error:", exc_info=True)
         errors.print(f"training failed: {error}", style="red")
         sys.exit(1)

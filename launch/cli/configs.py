@@ -1,4 +1,4 @@
-"""`densenet configs`: the configs that come with the package."""
+"""`densenet configs`: lists, prints and copies the built-in configs."""
 
 import re
 import sys
@@ -15,30 +15,30 @@ app = typer.Typer(
     name="configs", help="List, show and copy the built-in configs.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Name = Annotated[str, typer.Argument(help="as `densenet configs list` shows it")]
+Name = Annotated[str, typer.Argument(help="name from `densenet configs list`")]
 
 
 @app.command("list")
 def list_configs() -> None:
-    """List the built-in configs, and the recipes that they include.
+    """List the built-in configs and recipes.
 
     Example: densenet configs list
     """
-    found = built_in_configs()
-    width = max(map(len, found)) + 2
-    for name, file in found.items():
-        print(f"{name:{width}}{_about(file)}")
+    configs = built_in_configs()
+    width = max(map(len, configs)) + 2
+    for name, file in configs.items():
+        print(f"{name:{width}}{_summary(file)}")
 
 
-def _about(file: Path) -> str:
-    """The first clause of the comment at a config's head."""
+def _summary(file: Path) -> str:
+    """Returns the first clause of a config's leading comment."""
     lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
     return re.split(r": |\. |\.$", " ".join(line.removeprefix("# ") for line in lines), maxsplit=1)[0]
 
 
 @app.command()
 def show(name: Name) -> None:
-    """Print a built-in config as it is written.
+    """Print a built-in config file.
 
     Example: densenet configs show densenet121
     """
@@ -46,16 +46,18 @@ def show(name: Name) -> None:
 
 
 @app.command()
-def copy(name: Name, folder: Annotated[Path, typer.Argument(help="made if missing")] = Path()) -> None:
-    """Copy a built-in config, and the recipes that it includes, to change them.
+def copy(
+    name: Name, folder: Annotated[Path, typer.Argument(help="target folder, created if missing")] = Path()
+) -> None:
+    """Copy a built-in config and its recipes, to edit them.
 
     Example: densenet configs copy densenet121 my-configs
     """
     root = BUILT_IN.resolve()
     copies = {file: folder / file.relative_to(root) for file in included_files(find_config(name))}
-    there = [str(file) for file in copies.values() if file.exists()]
-    if there:
-        raise UserError(f"{', '.join(there)} exists: remove it, or copy to another folder.")
+    existing = [str(file) for file in copies.values() if file.exists()]
+    if existing:
+        raise UserError(f"{', '.join(existing)} exists: remove it, or copy to another folder.")
     try:
         for source, target in copies.items():
             target.parent.mkdir(parents=True, exist_ok=True)

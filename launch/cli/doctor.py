@@ -1,4 +1,4 @@
-"""`densenet doctor`: does each part of the installation work, and what to do where it does not."""
+"""`densenet doctor`: tests the installation, and prints a fix for each failure."""
 
 import os
 import platform
@@ -14,24 +14,23 @@ app = typer.Typer()
 
 @app.command()
 def doctor() -> None:
-    """Test the installation.
+    """Test each component of the installation.
 
-    Versions, devices, and a second's work of each part.
+    Prints versions and devices, and runs a short self-test of each component.
 
     Example: densenet doctor
     """
-    from launch.run.doctor import findings
+    from launch.run.doctor import run_checks
 
     console.print(
         f"Python {platform.python_version()} on {platform.platform()}, {len(os.sched_getaffinity(0))} CPU cores"
     )
-    found = list(findings())
+    findings = list(run_checks())
     rows = [
-        (part.name, part.version, Text(part.seen, style="red" if part.fix else "green"), f"{part.seconds:.1f}")
-        for part in found
+        (f.name, f.version, Text(f.result, style="red" if f.fix else "green"), f"{f.seconds:.1f}") for f in findings
     ]
-    print_table(console, ("part", "version", "result", "seconds"), rows, right=("seconds",))
-    for part in found:
-        if part.fix:
-            console.print(f"{part.name}: {part.fix}", style="yellow", soft_wrap=True)
-    raise typer.Exit(1 if any(part.fix for part in found) else 0)
+    print_table(console, ("component", "version", "result", "seconds"), rows, right=("seconds",))
+    for finding in findings:
+        if finding.fix:
+            console.print(f"{finding.name}: {finding.fix}", style="yellow", soft_wrap=True)
+    raise typer.Exit(1 if any(finding.fix for finding in findings) else 0)

@@ -1,4 +1,4 @@
-"""`densenet eval`: a model's accuracy on a split, and what lies behind it."""
+"""`densenet eval`: evaluates a model on a split."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,20 +15,30 @@ app = typer.Typer()
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="a data set's folder, or a folder with class folders")],
-    split: Annotated[str, typer.Option(help="of the data set")] = "val",
-    crop: Annotated[int | None, typer.Option(min=8, max=1024, help="center crop's side; default: the model's")] = None,
-    resize: Annotated[int | None, typer.Option(min=8, max=2048, help="shorter side; default: by the crop")] = None,
+    data: Annotated[Path, typer.Option(help="data set folder, or a folder with class folders")],
+    split: Annotated[str, typer.Option(help="split of the data set")] = "val",
+    crop: Annotated[
+        int | None, typer.Option(min=8, max=1024, help="center crop side, pixels; default: the model's")
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(min=8, max=2048, help="shorter side, pixels; default: from the crop")
+    ] = None,
     interpolation: Annotated[str | None, typer.Option(help="bilinear or bicubic; default: the model's")] = None,
-    tta: Annotated[str | None, typer.Option(help="flip or ten-crop: averaged views, as a second result")] = None,
-    labels: Annotated[Path | None, typer.Option(help="JSON with the classes that count as right, as ReaL's")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for classes, confusion and predictions as CSV")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    tta: Annotated[
+        str | None, typer.Option(help="test-time augmentation, as a second result: flip or ten-crop")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON with each image's correct classes, such as ReaL labels")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for CSV files: classes, confusion matrix, predictions")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images per batch")] = 64,
     uri: Uri = None,
     registry_uri: RegistryUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count a model's hits on a data set.
+    """Evaluate a model on a data set: top-1, top-5, loss.
 
     Example: densenet eval models:/densenet121@champion --data /data/imagenet --tta flip
     """

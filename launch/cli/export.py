@@ -1,4 +1,4 @@
-"""`densenet export`: a model as ONNX, torch.export, a timm folder, or quantized to int8."""
+"""`densenet export`: exports a model to ONNX, torch.export or timm, or quantizes it to int8."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,19 +16,21 @@ app = typer.Typer()
 @app.command()
 def export(
     model: Model,
-    to: Annotated[str, typer.Option(help="onnx, torch (torch.export), timm (a hub-style folder) or int8 (ONNX)")],
-    out: Annotated[Path, typer.Option(help="folder")],
-    data: Annotated[Path | None, typer.Option(help="for int8: a data set to calibrate and measure with")] = None,
-    split: Annotated[str, typer.Option(help="for int8: the split to measure on")] = "val",
-    calibrate: Annotated[str, typer.Option(help="for int8: the split to take ranges from")] = "train",
-    images: Annotated[int, typer.Option(min=1, help="for int8: images to take ranges from")] = 512,
-    attach: Annotated[bool, typer.Option("--attach", help="store it with the model version")] = False,
+    to: Annotated[
+        str, typer.Option(help="format: onnx, torch (torch.export), timm (a hub-style folder) or int8 (ONNX)")
+    ],
+    out: Annotated[Path, typer.Option(help="output folder")],
+    data: Annotated[Path | None, typer.Option(help="int8: data set for calibration and accuracy")] = None,
+    split: Annotated[str, typer.Option(help="int8: split for accuracy")] = "val",
+    calibrate: Annotated[str, typer.Option(help="int8: split for calibration")] = "train",
+    images: Annotated[int, typer.Option(min=1, help="int8: number of calibration images")] = 512,
+    attach: Annotated[bool, typer.Option("--attach", help="upload the export to the model version")] = False,
     uri: Uri = None,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """Write a model for other programs.
+    """Export a model to ONNX, torch.export, timm or int8.
 
-    Its logits are compared with torch's first.
+    Compares the exported model's logits with PyTorch's first.
 
     Example: densenet export models:/densenet121@champion --to onnx --out exported
     """

@@ -1,4 +1,4 @@
-"""`densenet jobs`: what runs on a cluster."""
+"""`densenet jobs`: lists, follows and stops Ray jobs."""
 
 import json
 import time
@@ -15,24 +15,24 @@ app = typer.Typer(
     name="jobs", help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Job = Annotated[str, typer.Argument(help="as `densenet jobs list` shows it")]
+Job = Annotated[str, typer.Argument(help="job id from `densenet jobs list`")]
 
 
 @app.command("list")
 def list_jobs(address: Dashboard = None, as_json: AsJson = False) -> None:
-    """Show the jobs, newest first.
+    """List the jobs, newest first.
 
     Example: densenet jobs list --address http://head:8265
     """
-    where = dashboard_address(address)
-    from launch.cluster.jobs import submitted
+    dashboard = dashboard_address(address)
+    from launch.cluster import jobs
 
-    jobs = submitted(where)
+    found = jobs.list_jobs(dashboard)
     if as_json:
-        print(json.dumps([job.model_dump(mode="json") for job in jobs], indent=2))
+        print(json.dumps([job.model_dump(mode="json") for job in found], indent=2))
         return
     rows = []
-    for job in jobs:
+    for job in found:
         began = (job.start_time or 0) / 1000
         ended = (job.end_time or time.time() * 1000) / 1000
         rows.append(
@@ -49,27 +49,29 @@ def list_jobs(address: Dashboard = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def logs(
-    job: Job, follow: Annotated[bool, typer.Option("--follow", help="to its end")] = False, address: Dashboard = None
+    job: Job,
+    follow: Annotated[bool, typer.Option("--follow", help="until the job ends")] = False,
+    address: Dashboard = None,
 ) -> None:
-    """Show a job's output.
+    """Print a job's logs.
 
-    With --follow to its end, and exit as it did.
+    With --follow until its end, and with its exit code.
 
     Example: densenet jobs logs first --follow
     """
-    where = dashboard_address(address)
+    dashboard = dashboard_address(address)
     from launch.cluster.jobs import print_logs
 
-    raise typer.Exit(print_logs(where, job, follow))
+    raise typer.Exit(print_logs(dashboard, job, follow))
 
 
 @app.command()
 def stop(job: Job, address: Dashboard = None) -> None:
-    """End a job; a training writes a checkpoint first.
+    """Stop a job; a training run writes a checkpoint first.
 
     Example: densenet jobs stop first
     """
-    where = dashboard_address(address)
+    dashboard = dashboard_address(address)
     from launch.cluster.jobs import stop_job
 
-    stop_job(where, job, console.print)
+    stop_job(dashboard, job, console.print)

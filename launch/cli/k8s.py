@@ -1,4 +1,4 @@
-"""`densenet k8s`: manifests for KubeRay."""
+"""`densenet k8s`: renders, compares and validates manifests for KubeRay."""
 
 import sys
 from pathlib import Path
@@ -11,24 +11,24 @@ from pipeline.errors import UserError
 from pipeline.extras import requires_extra
 
 app = typer.Typer(
-    name="k8s", help="Render, check and compare Kubernetes manifests.", no_args_is_help=True, rich_markup_mode=None
+    name="k8s", help="Render, compare and validate Kubernetes manifests.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Overlay = Annotated[str, typer.Option(help="a folder of k8s/overlays, as multi-node")]
-Image = Annotated[str, typer.Option(help="REPOSITORY:TAG or a digest")]
+Overlay = Annotated[str, typer.Option(help="local-cpu, single-node-8gpu, multi-node, spot or kueue")]
+Image = Annotated[str, typer.Option(help="REPOSITORY:TAG or REPOSITORY@DIGEST")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="nodes, gpus-per-node, cpus-per-node, memory, storage-class, stage-class, secret or namespace, "
-        "as nodes=4; repeatable",
+        help="cluster setting, KEY=VALUE, for example nodes=4: nodes, gpus-per-node, cpus-per-node, memory, "
+        "storage-class, stage-class, secret or namespace; repeatable",
     ),
 ]
 
 
 @app.command()
 def render(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
-    """Print the manifests of a training.
+    """Print the manifests of a training run.
 
     Example: densenet k8s render densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
     """
@@ -37,9 +37,9 @@ def render(config: Config, overlay: Overlay, image: Image, overrides: Overrides 
 
 @app.command()
 def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
-    """Show what applying them would change in the cluster.
+    """Show what applying the manifests would change in the cluster.
 
-    The cluster is that of kubectl's context. Exit code 1 where something would change, 2 where it cannot be asked.
+    Uses the cluster of kubectl's context. Exit code 1 if something would change, 2 if the cluster is unreachable.
 
     Example: densenet k8s diff densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
     """
@@ -51,9 +51,9 @@ def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = 
 @app.command()
 def validate(
     files: Annotated[list[Path], typer.Argument(help="YAML files")],
-    crds: Annotated[Path | None, typer.Option(help="folder with definitions of custom kinds")] = None,
+    crds: Annotated[Path | None, typer.Option(help="folder with CustomResourceDefinitions")] = None,
 ) -> None:
-    """Check manifests against the schemas of their kinds.
+    """Validate manifests against the schemas of their kinds.
 
     Unknown fields are errors.
 
@@ -72,15 +72,15 @@ def validate(
 def _rendered(config: Path, overlay: str, image: str, overrides: list[str] | None, settings: list[str] | None) -> str:
     from launch.kubernetes.manifests import Settings, render
 
-    given: dict[str, int | str] = {}
+    values: dict[str, int | str] = {}
     for text in settings or []:
         key, sign, value = text.partition("=")
         name = key.replace("-", "_")
         if not sign or name not in Settings.__annotations__ or name == "image":
             known = ", ".join(n.replace("_", "-") for n in Settings.__annotations__ if n != "image")
             raise UserError(f"--set {text} is not known: use KEY=VALUE with a KEY of {known}.")
-        number = name in ("nodes", "gpus_per_node", "cpus_per_node")
-        if number and (not value.isdecimal() or int(value) < 1):
-            raise UserError(f"--set {text}: {key} is a whole number of at least 1.")
-        given[name] = int(value) if number else value
-    return render(config, overrides or [], overlay, Settings(image=image, **given))  # type: ignore[arg-type]
+        is_count = name in ("nodes", "gpus_per_node", "cpus_per_node")
+        if is_count and (not value.isdecimal() or int(value) < 1):
+            raise UserError(f"--set {text}: {key} must be an integer of at least 1.")
+        values[name] = int(value) if is_count else value
+    return render(config, overrides or [], overlay, Settings(image=image, **values))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`densenet models`: which models there are, and the gate in front of the registry's aliases."""
+"""`densenet models`: lists, compares, registers and promotes models."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,18 +11,18 @@ from launch.cli.common.tables import print_table
 from pipeline.tracking.stores import stores_from_options
 
 app = typer.Typer(
-    name="models", help="DenseNets by name, and registered ones.", no_args_is_help=True, rich_markup_mode=None
+    name="models", help="List, register, promote and roll back models.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Name = Annotated[str, typer.Argument(help="of a registered model")]
+Name = Annotated[str, typer.Argument(help="registered model name")]
 Version = Annotated[str, typer.Argument(help="NAME@ALIAS, NAME/VERSION, or NAME for the newest")]
 
 
 @app.command("list")
 def list_models(uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJson = False) -> None:
-    """Show the models by name, and the models that are registered.
+    """List the built-in and the registered models.
 
-    As JSON the registered ones alone, with all their versions.
+    With --json only the registered ones, with all their versions.
 
     Example: densenet models list
     """
@@ -49,7 +49,7 @@ def list_models(uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJs
 
 @app.command()
 def show(model: Version, uri: Uri = None, registry_uri: RegistryUri = None, as_json: AsJson = False) -> None:
-    """Show what is known of a registered model.
+    """Show a registered model's aliases, results, tags and run.
 
     Example: densenet models show densenet121@champion
     """
@@ -60,9 +60,9 @@ def show(model: Version, uri: Uri = None, registry_uri: RegistryUri = None, as_j
 
 @app.command()
 def diff(first: Version, second: Version, uri: Uri = None, registry_uri: RegistryUri = None) -> None:
-    """Show what two registered models differ in.
+    """Show the differences of two registered models.
 
-    Results, transform, and the parameters of their runs.
+    Compares tags, and the parameters of their runs.
 
     Example: densenet models diff densenet121@champion densenet121@candidate
     """
@@ -73,23 +73,23 @@ def diff(first: Version, second: Version, uri: Uri = None, registry_uri: Registr
 
 @app.command()
 def register(
-    folder: Annotated[Path, typer.Argument(help="a finished run's folder, as outputs/RUN")],
-    name: Annotated[str | None, typer.Option("--as", help="registered model name; default: as in the run")] = None,
-    alias: Annotated[str | None, typer.Option(help="moved to the new version; default: as in the run")] = None,
+    folder: Annotated[Path, typer.Argument(help="folder of a finished run, for example outputs/RUN")],
+    name: Annotated[str | None, typer.Option("--as", help="registered model name; default: the run's")] = None,
+    alias: Annotated[str | None, typer.Option(help="alias for the new version; default: the run's")] = None,
     timeout: Annotated[float, typer.Option(min=0, help="seconds to wait for the stores")] = 60,
-    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI; default: as in the run")] = None,
-    registry_uri: Annotated[str | None, typer.Option(help="MLflow registry URI; default: as in the run")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI; default: the run's")] = None,
+    registry_uri: Annotated[str | None, typer.Option(help="MLflow registry URI; default: the run's")] = None,
 ) -> None:
     """Register a finished run's best checkpoint.
 
-    For a registry that did not take it at the end of the training.
+    For a model that the registry did not accept at the end of training.
 
     Example: densenet models register outputs/first --alias candidate
     """
     from launch.run.register import register_run
 
-    given = {"registered_model_name": name, "alias": alias, "uri": uri, "registry_uri": registry_uri}
-    overrides = [f"tracking.{key}={value}" for key, value in given.items() if value is not None]
+    options = {"registered_model_name": name, "alias": alias, "uri": uri, "registry_uri": registry_uri}
+    overrides = [f"tracking.{key}={value}" for key, value in options.items() if value is not None]
     registered, registry = register_run(folder, overrides, console.print, timeout)
     about = f"{registered.name} version {registered.version} in {registry}, alias {registered.alias}"
     console.print(f"{about} ({registered.uri})", soft_wrap=True, markup=False)
@@ -97,58 +97,57 @@ def register(
 
 @app.command()
 def promote(
-    model: Annotated[str, typer.Argument(help="NAME@ALIAS or models:/NAME/VERSION, as densenet121@candidate")],
-    data: Annotated[Path, typer.Option(help="a data set's folder, or a folder with class folders")],
-    to: Annotated[str, typer.Option(help="the alias that moves")] = "champion",
-    split: Annotated[str, typer.Option(help="of the data set")] = "val",
-    min_gain: Annotated[float, typer.Option(help="least gain of top-1, percentage points")] = 0.0,
-    max_p: Annotated[float, typer.Option(min=0, max=1, help="largest p-value of McNemar's test")] = 0.05,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="compare alone")] = False,
+    model: Annotated[str, typer.Argument(help="NAME@ALIAS or models:/NAME/VERSION, for example densenet121@candidate")],
+    data: Annotated[Path, typer.Option(help="data set folder, or a folder with class folders")],
+    to: Annotated[str, typer.Option(help="alias to move")] = "champion",
+    split: Annotated[str, typer.Option(help="split of the data set")] = "val",
+    min_gain: Annotated[float, typer.Option(help="minimum top-1 gain, percentage points")] = 0.0,
+    max_p: Annotated[float, typer.Option(min=0, max=1, help="maximum p-value of McNemar's test")] = 0.05,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="compare only, move no alias")] = False,
     uri: Uri = None,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """Move an alias to a model that is better on the same images.
+    """Move an alias to a model if it is better on the same images.
 
-    Exit code 1 where it is not.
+    Exit code 1 if it is not.
 
     Example: densenet models promote densenet121@candidate --data /data/imagenet
     """
     from launch.cli.common.model_tables import print_candidate
-    from launch.run.promote import move, weigh
+    from launch.run import promote
 
     stores = stores_from_options(uri, registry_uri)
-    found = weigh(model, to, data, split, stores, will_move=not dry_run)
-    holds = found.holds(min_gain, max_p)
-    print_candidate(console, found)
-    if found.paired is not None:
-        console.print(
-            f"asked for: a gain of {min_gain:g} points or more at p {max_p:g} or less: {'yes' if holds else 'no'}"
-        )
-    if not holds:
-        console.print(f"{found.name}@{to} stays version {found.old}", style="yellow")
+    candidate = promote.evaluate_candidate(model, to, data, split, stores, will_promote=not dry_run)
+    passes = candidate.passes(min_gain, max_p)
+    print_candidate(console, candidate)
+    if candidate.paired is not None:
+        result = "yes" if passes else "no"
+        console.print(f"required: a gain of at least {min_gain:g} points with p of at most {max_p:g}: {result}")
+    if not passes:
+        console.print(f"{candidate.name}@{to} stays version {candidate.old}", style="yellow")
     elif dry_run:
-        console.print(f"{found.name}@{to} would become version {found.new} (dry run)")
+        console.print(f"{candidate.name}@{to} would become version {candidate.new} (dry run)")
     else:
-        move(found, stores)
-        console.print(f"{found.name}@{to} is version {found.new} now", style="green")
-    raise typer.Exit(0 if holds else 1)
+        promote.promote(candidate, stores)
+        console.print(f"{candidate.name}@{to} is version {candidate.new} now", style="green")
+    raise typer.Exit(0 if passes else 1)
 
 
 @app.command()
 def rollback(
     name: Name,
-    alias: Annotated[str, typer.Option(help="the alias that moves")] = "champion",
+    alias: Annotated[str, typer.Option(help="alias to move")] = "champion",
     uri: Uri = None,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """Move an alias back to the version that it was before.
+    """Move an alias back to its previous version.
 
     Example: densenet models rollback densenet121
     """
     from launch.run import promote
 
-    now, before = promote.rollback(name, alias, stores_from_options(uri, registry_uri))
-    console.print(f"{name}@{alias} is version {now} again, {before} before")
+    restored, replaced = promote.rollback(name, alias, stores_from_options(uri, registry_uri))
+    console.print(f"{name}@{alias} is version {restored} again, it was version {replaced}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`densenet predict`: the classes of images."""
+"""`densenet predict`: classifies images."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,10 +16,10 @@ app = typer.Typer()
 def predict(
     model: Model,
     images: Annotated[list[Path] | None, typer.Argument(help="image files")] = None,
-    top: Annotated[int, typer.Option(min=1, help="classes to show")] = 5,
-    batch: Annotated[Path | None, typer.Option(help="classify all files below a folder instead, with DALI")] = None,
-    out: Annotated[Path | None, typer.Option(help="Parquet file for --batch")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    top: Annotated[int, typer.Option(min=1, help="number of classes per image")] = 5,
+    batch: Annotated[Path | None, typer.Option(help="folder: classify all images below it, with DALI")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the predictions of --batch")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images per batch, for --batch")] = 64,
     uri: Uri = None,
     registry_uri: RegistryUri = None,
     as_json: AsJson = False,

@@ -1,4 +1,4 @@
-"""`densenet report`: runs as one HTML page."""
+"""`densenet report`: writes a report of runs as one HTML page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +14,12 @@ app = typer.Typer()
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(help="names or ids of runs")],
-    out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
+    runs: Annotated[list[str], typer.Argument(help="run names or MLflow run ids")],
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
     uri: Uri = None,
     experiment: Experiment = "densenet",
 ) -> None:
-    """Write runs as one HTML page.
+    """Write a report of runs as one HTML page.
 
     It has curves, differences, checkpoints and sample predictions.
 

@@ -1,4 +1,4 @@
-"""`densenet runs`: past runs in the terminal."""
+"""`densenet runs`: lists, shows and compares MLflow runs."""
 
 import json
 import time
@@ -13,9 +13,11 @@ from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
 from pipeline.tracking.stores import redacted, stores_from_options
 
-app = typer.Typer(name="runs", help="List, show and compare past runs.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="runs", help="List, show, compare and sync MLflow runs.", no_args_is_help=True, rich_markup_mode=None
+)
 
-_LAST = (
+_METRICS = (
     "val/top1",
     "val/top5",
     "val/loss",
@@ -26,17 +28,17 @@ _LAST = (
     "lost_samples",
 )
 _TAGS = ("restart.", "checkpoint.", "data.", "eval.", "machine.", "version.", "mlflow.source.git", "git.", "changed.")
-_SHOWN = 40  # characters of a value in a comparison
+_MAX_CHARACTERS = 40  # of a value in a comparison
 
 
 @app.command("list")
 def list_runs(
-    limit: Annotated[int, typer.Option(min=1, help="newest runs to show")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="number of runs")] = 20,
     uri: Uri = None,
     experiment: Experiment = "densenet",
     as_json: AsJson = False,
 ) -> None:
-    """Show the newest runs.
+    """List the newest runs.
 
     Example: densenet runs list --limit 5
     """
@@ -65,14 +67,12 @@ def list_runs(
 
 @app.command()
 def show(
-    run: Annotated[str, typer.Argument(help="name or id")],
+    run: Annotated[str, typer.Argument(help="run name or MLflow run id")],
     uri: Uri = None,
     experiment: Experiment = "densenet",
     as_json: AsJson = False,
 ) -> None:
-    """Show a run.
-
-    Results, what it was trained on, restarts, versions.
+    """Show a run's results, data, restarts and versions.
 
     Example: densenet runs show first
     """
@@ -84,7 +84,7 @@ def show(
         return
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.started))
     rows: list[tuple[str, Any]] = [("run", found.name), ("id", found.id), ("status", found.status), ("started", began)]
-    rows += [(key, _number(found.metrics[key])) for key in _LAST if key in found.metrics]
+    rows += [(key, _number(found.metrics[key])) for key in _METRICS if key in found.metrics]
     rows += [(key, value) for key, value in sorted(found.tags.items()) if key.startswith(_TAGS)]
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
@@ -93,13 +93,13 @@ def show(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="names or ids of two runs or more")],
+    runs: Annotated[list[str], typer.Argument(help="run names or MLflow run ids, two or more")],
     uri: Uri = None,
     experiment: Experiment = "densenet",
 ) -> None:
-    """Show what differs between runs.
+    """Show the differences of runs.
 
-    Parameters, and the last results.
+    Compares parameters and the last results.
 
     Example: densenet runs compare first second
     """
@@ -108,19 +108,19 @@ def compare(
     found = [find_run(_uri(uri), experiment, run) for run in runs]
     rows = [
         (key, *(_number(run.metrics.get(key)) for run in found))
-        for key in _LAST
+        for key in _METRICS
         if any(key in run.metrics for run in found)
     ]
-    rows += [(key, *(value[:_SHOWN] for value in values)) for key, values in differences(found)]
+    rows += [(key, *(value[:_MAX_CHARACTERS] for value in values)) for key, values in differences(found)]
     print_table(console, ("", *(run.name for run in found)), rows)
 
 
 @app.command()
 def sync(
-    folder: Annotated[Path, typer.Argument(help="a run's folder, as outputs/RUN")],
+    folder: Annotated[Path, typer.Argument(help="run folder, for example outputs/RUN")],
     timeout: Annotated[float, typer.Option(min=0, help="seconds to wait for the store")] = 60,
 ) -> None:
-    """Send a run's records that its tracking store did not take.
+    """Send a run's unsent records to its tracking store.
 
     Example: densenet runs sync outputs/first
     """
@@ -132,8 +132,8 @@ def sync(
     console.print(f"all records of {folder} are in {redacted(tracker.uri)}, run {tracker.run_id}", soft_wrap=True)
 
 
-def _uri(given: str | None) -> str:
-    return stores_from_options(given, None).tracking
+def _uri(option: str | None) -> str:
+    return stores_from_options(option, None).tracking
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`densenet submit`: a training as a Ray job."""
+"""`densenet submit`: submits a training run as a Ray job."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -20,33 +20,38 @@ def submit(
     config: Config,
     overrides: Overrides = None,
     address: Dashboard = None,
-    no_env: Annotated[bool, typer.Option("--no-env", help="the nodes have the environment: install nothing")] = False,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the job; repeatable")] = None,
-    secret: Annotated[list[str] | None, typer.Option(help="NAME that must be set on the nodes; repeatable")] = None,
+    no_env: Annotated[bool, typer.Option("--no-env", help="do not install the locked packages on the nodes")] = False,
+    env: Annotated[
+        list[str] | None, typer.Option(help="environment variable of the job, NAME=VALUE; repeatable")
+    ] = None,
+    secret: Annotated[
+        list[str] | None, typer.Option(help="name of a variable that must be set on the nodes; repeatable")
+    ] = None,
     wait: Wait = False,
-    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job's logs")] = False,
 ) -> None:
-    """Train as a Ray job on a cluster.
+    """Submit a training run as a Ray job to a cluster.
 
-    Sends the code and the config, follows the output, exits as the job does.
+    Sends the code and the config, follows the job's logs, and exits with its exit code.
 
     Example: densenet submit densenet121 data.root=/data/imagenet --address http://head:8265
     """
-    where = dashboard_address(address)
+    dashboard = dashboard_address(address)
     from launch.cluster.submit import JobOptions, submit
-    from launch.run.prepare import named_config
+    from launch.run.prepare import load_named_config
 
-    named = named_config(config, overrides or [])
-    client, job = submit(named, JobOptions(where, not no_env, tuple(env or ()), tuple(secret or ()), wait))
+    named = load_named_config(config, overrides or [])
+    client, job = submit(named, JobOptions(dashboard, not no_env, tuple(env or ()), tuple(secret or ()), wait))
     console.print(
-        f"job {job} trains {named.run.name}; `densenet jobs logs {job} --follow` shows it, `jobs stop` ends it"
+        f"job {job} trains {named.run.name}; `densenet jobs logs {job} --follow` shows it, `densenet jobs stop {job}` "
+        f"stops it"
     )
     if not detach:
         raise typer.Exit(_follow(client, job))
 
 
 def _follow(client: "JobSubmissionClient", job: str) -> int:
-    """Follows the job to its end; Ctrl-C stops it, where the user says so, or leaves it to itself."""
+    """Follows the job until its end; after Ctrl-C stops it if the user confirms, else lets it run."""
     from launch.cluster.jobs import follow_job, stop
 
     try:
@@ -56,6 +61,6 @@ def _follow(client: "JobSubmissionClient", job: str) -> int:
             stop(client, job, console.print)
             return 130
         console.print(
-            f"{job} goes on; `densenet jobs logs {job} --follow` shows it, `densenet jobs stop {job}` ends it"
+            f"{job} continues; `densenet jobs logs {job} --follow` shows it, `densenet jobs stop {job}` stops it"
         )
         return 130

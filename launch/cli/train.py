@@ -1,11 +1,11 @@
-"""`densenet train`."""
+"""`densenet train`: trains, evaluates and registers a model."""
 
 from typing import Annotated
 
 import typer
 
 from launch.cli.common.options import Address, Config, Overrides, Wait
-from launch.cli.common.output import console, outlive_readers
+from launch.cli.common.output import console, ignore_closed_output
 
 app = typer.Typer()
 
@@ -16,10 +16,11 @@ def train(
     overrides: Overrides = None,
     address: Address = None,
     resume: Annotated[
-        str, typer.Option(help="auto: the run's own newest checkpoint; or a folder, or an MLflow run id")
+        str,
+        typer.Option(help="auto: the run's latest checkpoint; else a checkpoint or run folder, or an MLflow run id"),
     ] = "auto",
     wait: Wait = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print warnings and the summary alone")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print only warnings and the summary")] = False,
 ) -> None:
     """Train, evaluate, and register the model.
 
@@ -27,5 +28,5 @@ def train(
     """
     from launch.run.train import train_command
 
-    outlive_readers(console)
+    ignore_closed_output(console)
     train_command(console, config, overrides or [], address, resume, wait, quiet)

@@ -1,5 +1,5 @@
-"""All that knows Ray: clusters, workers, jobs. No other room imports it."""
+"""Ray clusters, workers and jobs. Only this package imports Ray."""
 
 import os
 
-os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # the interface that this room is written for, whatever the shell says
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # this package uses the Ray Train V2 API, whatever the shell sets

@@ -1,4 +1,4 @@
-"""What the machine or the cluster offers, and what a run takes of it."""
+"""Resources of a machine or cluster, and their allocation to the workers of a run."""
 
 import ctypes
 import os
@@ -11,29 +11,40 @@ from pipeline.errors import ConfigError
 
 
 class InsufficientResources(ConfigError):
-    """A cluster has too little for the run now, and may have more later; `why` is without the advice to wait."""
+    """The cluster has too few resources for the run now, and may have more later.
 
-    def __init__(self, why: str) -> None:
-        super().__init__(f"{why}{',' if ': ' in why else ':'} or wait for more with --wait.")
-        self.why = why
+    `reason` is the message without the advice to wait.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}{',' if ': ' in reason else ':'} or wait for more with --wait.")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Resources:
-    """CPU cores, GPUs and Ray's further resources of `where`; `embedded` when this run starts the Ray that has them."""
+    """CPU cores, GPUs and Ray custom resources of a machine or cluster.
 
-    where: str
+    Attributes:
+        name: How messages call it: `this machine`, `the cluster at ADDRESS`.
+        cpus: Number of CPU cores.
+        gpus: Number of GPUs.
+        embedded: Whether this run starts a local Ray on them.
+        custom: Ray custom resources, `accelerator_type:...` included.
+    """
+
+    name: str
     cpus: int
     gpus: int
     embedded: bool
-    further: Mapping[str, float] = field(default_factory=dict)
+    custom: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What the workers of a run take, and what the user should know about it.
+    """Resources that the workers of a run take, with warnings for the user.
 
-    `workers` is how many there is room for now; `bounds` says how few and how many there may be later.
+    `workers` is the number of workers that fit now; `bounds` are the fewest and the most that elastic training allows.
     """
 
     device: Device
@@ -44,123 +55,126 @@ class Allocation:
 
     @property
     def gpus_per_worker(self) -> int:
-        """One GPU each: NCCL refuses two ranks on the same one."""
+        """One GPU per worker: NCCL refuses two ranks on the same GPU."""
         return 1 if self.device == "cuda" else 0
 
 
-def this_machine() -> Resources:
-    """The cores that this process may use, and the CUDA devices that torch sees."""
+def machine_resources() -> Resources:
+    """Returns the CPU cores that this process may use, and the CUDA devices that torch finds."""
     devices = 0
     try:
-        ctypes.CDLL("libcuda.so.1")  # the driver's library, which torch opens too: without it there is no CUDA device
+        ctypes.CDLL("libcuda.so.1")  # torch opens the driver's library too: without it there is no CUDA device
     except OSError:
         pass
     else:
-        import torch  # takes seconds, so only where there may be one
+        import torch  # takes seconds to import, so only where there may be a GPU
 
         devices = torch.cuda.device_count()
     return Resources("this machine", len(os.sched_getaffinity(0)), devices, embedded=True)
 
 
-def allocate(config: RunConfig, offered: Resources) -> Allocation:
-    """Settles device, workers and cores.
+def allocate(config: RunConfig, available: Resources) -> Allocation:
+    """Determines the device, the number of workers and the CPU cores per worker.
 
     Raises:
-        ConfigError: more is asked for than there is, which Ray would wait for without end, or the global batch cannot
-            be split among some allowed number of workers.
+        ConfigError: The run needs more resources than there are, for which Ray would wait forever, or the global batch
+            cannot be divided among an allowed number of workers.
     """
-    device, wanted = config.device, config.cluster.workers
+    device, requested = config.device, config.cluster.workers
     if device == "auto":
-        device = "cuda" if offered.gpus else "cpu"
-    if device == "cuda" and not offered.gpus:
+        device = "cuda" if available.gpus else "cpu"
+    if device == "cuda" and not available.gpus:
         raise _insufficient(
-            offered, f"device=cuda needs GPUs, and {offered.where} has none: set device=auto or device=cpu"
+            available, f"device=cuda needs GPUs, and {available.name} has none: set device=auto or device=cpu"
         )
-    if isinstance(wanted, Elastic):
-        _check_each(config, wanted)
-        room = _room(config, offered, device)
-        if room < wanted.min:
+    if isinstance(requested, Elastic):
+        _check_elastic_batches(config, requested)
+        fitting = _fitting_workers(config, available, device)
+        if fitting < requested.min:
             raise _insufficient(
-                offered,
-                f"cluster.workers={{min: {wanted.min}, max: {wanted.max}}}: {offered.where} has room for {room}: set a "
-                f"smaller min",
+                available,
+                f"cluster.workers={{min: {requested.min}, max: {requested.max}}}: {available.name} has resources for "
+                f"{fitting}: set a smaller min",
             )
-        workers, bounds = min(room, wanted.max) // wanted.step * wanted.step, (wanted.min, wanted.max)
+        workers = min(fitting, requested.max) // requested.step * requested.step
+        bounds = (requested.min, requested.max)
     else:
-        workers = wanted if wanted != "auto" else offered.gpus if device == "cuda" else 1
+        workers = requested if requested != "auto" else available.gpus if device == "cuda" else 1
         bounds = (workers, workers)
-    if device == "cuda" and workers > offered.gpus:
+    if device == "cuda" and workers > available.gpus:
         raise _insufficient(
-            offered,
-            f"cluster.workers={workers} needs {workers} GPUs, and {offered.where} has {offered.gpus}"
-            f"{_fewer(config, offered.gpus)}",
+            available,
+            f"cluster.workers={workers} needs {workers} GPUs, and {available.name} has {available.gpus}"
+            f"{_smaller_workers(config, available.gpus)}",
         )
-    cpus = _cpus_per_worker(config, offered, bounds[1])
+    cpus = _cpus_per_worker(config, available, bounds[1])
     warnings = []
-    if workers * cpus > offered.cpus:
-        needs = (
-            f"{workers} workers with {cpus} CPU cores each need {workers * cpus}, {offered.where} has {offered.cpus}"
+    if workers * cpus > available.cpus:
+        shortage = (
+            f"{workers} workers with {cpus} CPU cores each need {workers * cpus}, {available.name} has {available.cpus}"
         )
-        if not offered.embedded:
-            raise _insufficient(offered, f"{needs}: set fewer cluster.workers or a smaller cluster.cpus_per_worker")
-        warnings.append(f"{needs}: they will share the cores and be slower.")
+        if not available.embedded:
+            raise _insufficient(
+                available, f"{shortage}: set fewer cluster.workers or a smaller cluster.cpus_per_worker"
+            )
+        warnings.append(f"{shortage}: the workers share the cores and are slower.")
     for name, amount in config.cluster.resources.items():
-        has = offered.further.get(name, 0)
+        has = available.custom.get(name, 0)
         if workers * amount > has:
             raise _insufficient(
-                offered,
+                available,
                 f"cluster.resources: {workers} workers with {amount:g} {name} each need {workers * amount:g}, "
-                f"{offered.where} has {has:g}: change it",
+                f"{available.name} has {has:g}: change it",
             )
-    kind = config.cluster.accelerator_type
-    if kind is not None and f"accelerator_type:{kind}" not in offered.further:
-        kinds = [name.split(":")[1] for name in offered.further if name.startswith("accelerator_type:")]
+    accelerator = config.cluster.accelerator_type
+    if accelerator is not None and f"accelerator_type:{accelerator}" not in available.custom:
+        accelerators = [name.split(":")[1] for name in available.custom if name.startswith("accelerator_type:")]
         raise _insufficient(
-            offered,
-            f"cluster.accelerator_type={kind}: {offered.where} has {', '.join(kinds) or 'none that Ray knows'}: change "
-            f"it",
+            available,
+            f"cluster.accelerator_type={accelerator}: {available.name} has "
+            f"{', '.join(accelerators) or 'none that Ray knows'}: change it",
         )
     return Allocation(device, workers, bounds, cpus, tuple(warnings))
 
 
-def _cpus_per_worker(config: RunConfig, offered: Resources, workers: int) -> int:
-    asked = config.cluster.cpus_per_worker
-    return max(1, offered.cpus // workers) if asked == "auto" else asked
+def _cpus_per_worker(config: RunConfig, available: Resources, workers: int) -> int:
+    cpus = config.cluster.cpus_per_worker
+    return max(1, available.cpus // workers) if cpus == "auto" else cpus
 
 
-def _room(config: RunConfig, offered: Resources, device: Device) -> int:
-    """The workers that fit now."""
-    asked = config.cluster.cpus_per_worker
-    by_cores = offered.cpus // (1 if asked == "auto" else asked)
-    return min(by_cores, offered.gpus) if device == "cuda" else by_cores
+def _fitting_workers(config: RunConfig, available: Resources, device: Device) -> int:
+    """Returns the number of workers that the CPU cores, and on CUDA the GPUs, allow."""
+    cpus = config.cluster.cpus_per_worker
+    by_cores = available.cpus // (1 if cpus == "auto" else cpus)
+    return min(by_cores, available.gpus) if device == "cuda" else by_cores
 
 
-def _check_each(config: RunConfig, wanted: Elastic) -> None:
-    """Raises where the global batch cannot be split among some number of workers within the bounds."""
-    for workers in range(wanted.min, wanted.max + 1, wanted.step):
+def _check_elastic_batches(config: RunConfig, requested: Elastic) -> None:
+    """Raises `ConfigError` if an allowed number of workers does not divide the global batch."""
+    for workers in range(requested.min, requested.max + 1, requested.step):
         try:
             split_batch(config, workers)
         except ConfigError as error:
             raise ConfigError(
-                f"cluster.workers={{min: {wanted.min}, max: {wanted.max}}} allows {workers} workers: {error}"
+                f"cluster.workers={{min: {requested.min}, max: {requested.max}}} allows {workers} workers: {error}"
             ) from error
 
 
-def _fewer(config: RunConfig, most: int) -> str:
-    """Advice for a cluster with fewer GPUs than asked for, if there is any."""
-    for workers in range(most, 0, -1):
+def _smaller_workers(config: RunConfig, gpus: int) -> str:
+    """Returns the advice to use the most workers that `gpus` allow, or an empty string."""
+    for workers in range(gpus, 0, -1):
         try:
             _, accumulation = split_batch(config, workers)
         except ConfigError:
             continue
         return (
-            f": set cluster.workers={workers} (accumulation becomes {accumulation}, the global batch stays "
+            f": set cluster.workers={workers} (gradient accumulation becomes {accumulation}, the global batch stays "
             f"{config.train.global_batch_size})"
         )
     return ""
 
 
-def _insufficient(offered: Resources, why: str) -> ConfigError:
-    if offered.embedded:
-        return ConfigError(f"{why}.")
-    return InsufficientResources(why)
+def _insufficient(available: Resources, reason: str) -> ConfigError:
+    if available.embedded:
+        return ConfigError(f"{reason}.")
+    return InsufficientResources(reason)

@@ -1,4 +1,4 @@
-"""What workers and controller tell the driver, and what it asks of them: a small actor in between."""
+"""The event channel, a small actor: workers and controller send events to the driver, which can request a stop."""
 
 import textwrap
 import threading
@@ -15,13 +15,13 @@ from pipeline.train.events import Event, Failed, Report, WorkersLost, WorkersSta
 
 _POLL_S = 0.2
 _NAMESPACE = "densenet"
-_LONGEST_CAUSE = 160
-_GONE_S = 20  # an ended driver's actors may be there for some seconds
+_MAX_CAUSE_LENGTH = 160
+_STALE_ACTOR_S = 20  # an ended driver's actors may exist for some seconds
 
 
 @ray.remote(num_cpus=0)
 class EventChannel:
-    """Carries events to the driver, and remembers the first error."""
+    """Queues events for the driver, and stores the first error."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -29,64 +29,64 @@ class EventChannel:
         self._stop = False
 
     def push(self, event: Event) -> None:
-        """Takes an event from a worker; of errors the first is kept."""
+        """Adds an event of a worker; stores the message of the first `Failed`."""
         self._events.append(event)
         if isinstance(event, Failed) and self._error is None:
             self._error = event.message
 
     def drain(self) -> list[Event]:
-        """The events since the last call."""
+        """Returns the events since the last call."""
         events, self._events = self._events, []
         return events
 
     def error(self) -> str | None:
-        """The first worker's error that the user can fix, if there was one."""
+        """Returns the first error of a worker that the user can fix, or None."""
         return self._error
 
-    def ask_to_stop(self) -> None:
-        """Makes the workers end after a checkpoint, when they next look."""
+    def request_stop(self) -> None:
+        """Makes the workers end after a checkpoint, at their next check."""
         self._stop = True
 
-    def stop_asked(self) -> bool:
-        """Whether the workers are to end."""
+    def stop_requested(self) -> bool:
+        """Returns whether the workers must end."""
         return self._stop
 
 
 class WorkerFailureCallback(UserCallback):
-    """Tells the hub which workers were lost, and why; runs in Ray Train's controller."""
+    """Sends worker failures, with their causes, to the event channel; runs in Ray Train's controller."""
 
-    def __init__(self, hub: Any) -> None:
-        self._hub = hub
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Tells the hub which workers were lost, and why; Ray Train calls it before it starts them again."""
-        if ray.get(self._hub.error.remote()) is not None:
-            return  # the user's to fix, and told as that
-        causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
-        ray.get(self._hub.push.remote(WorkersLost(causes)))
+        """Sends the failed workers and the causes; Ray Train calls this before it restarts the workers."""
+        if ray.get(self._channel.error.remote()) is not None:
+            return  # an error that the user must fix, reported already
+        causes = {rank: _failure_cause(error) for rank, error in worker_exceptions.items()}
+        ray.get(self._channel.push.remote(WorkersLost(causes)))
 
 
-def _cause(error: Exception) -> str:
-    """The last line of an error's text, in short; Ray's own tell of a lost process in many words."""
+def _failure_cause(error: Exception) -> str:
+    """Returns the last line of an error's text, shortened, or a short text for Ray's long ones of a lost process."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, ray.exceptions.RayActorError) or "The actor" in str(error):
-        return "its process or its node has gone"
+        return "its process or node died"
     if any(word in lines[-1] for word in ("gloo", "NCCL", "by peer")):
         return "its connection to another worker broke"
-    return textwrap.shorten(lines[-1], _LONGEST_CAUSE, placeholder=" ...")
+    return textwrap.shorten(lines[-1], _MAX_CAUSE_LENGTH, placeholder=" ...")
 
 
 def open_event_channel(run_name: str) -> Any:
-    """A hub under the run's name, on the driver's node: it must not go with another one.
+    """Creates the run's event channel on the driver's node, so that the loss of another node does not end it.
 
     Raises:
-        UserError: another driver on the cluster trains a run of this name.
+        UserError: Another driver on the cluster trains a run of this name.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    deadline = time.monotonic() + _GONE_S
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    deadline = time.monotonic() + _STALE_ACTOR_S
     while True:
         try:
-            options = {"name": run_name, "namespace": _NAMESPACE, "scheduling_strategy": here}
+            options = {"name": run_name, "namespace": _NAMESPACE, "scheduling_strategy": driver_node}
             return EventChannel.options(**options).remote()  # type: ignore[attr-defined]
         except ValueError as error:
             if time.monotonic() > deadline:
@@ -97,27 +97,29 @@ def open_event_channel(run_name: str) -> Any:
             time.sleep(_POLL_S)
 
 
-def pump(hub: Any, on_event: Report, done: threading.Event, timeout_s: float, late: Callable[[], None]) -> None:
-    """Passes the hub's events on until `done` is set and the hub is empty, or has gone with its node.
+def forward_events(
+    channel: Any, on_event: Report, done: threading.Event, timeout_s: float, on_timeout: Callable[[], None]
+) -> None:
+    """Passes the channel's events to `on_event` until `done` is set and the channel is empty or lost with its node.
 
-    `late` is called once when workers were wanted for so long and have not come.
+    Calls `on_timeout` once if the workers do not start, or restart, within `timeout_s`.
     """
-    wanted_at: float | None = time.monotonic()
+    waiting_since: float | None = time.monotonic()
     while True:
         finished = done.wait(_POLL_S)
         try:
-            events = ray.get(hub.drain.remote())
+            events = ray.get(channel.drain.remote())
         except ray.exceptions.RayError:
             return
         for event in events:
             match event:
                 case WorkersLost():
-                    wanted_at = time.monotonic()
+                    waiting_since = time.monotonic()
                 case WorkersStarted():
-                    wanted_at = None
+                    waiting_since = None
             on_event(event)
         if finished:
             return
-        if wanted_at is not None and time.monotonic() > wanted_at + timeout_s:
-            wanted_at = None
-            late()
+        if waiting_since is not None and time.monotonic() > waiting_since + timeout_s:
+            waiting_since = None
+            on_timeout()

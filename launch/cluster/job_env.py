@@ -1,15 +1,15 @@
-"""What the driver of a submitted job finds around it; known without Ray."""
+"""The environment of a submitted job's driver. Needs no Ray."""
 
 import os
 from pathlib import Path
 
 from pipeline.errors import UserError
 
-SECRETS = "DENSENET_SECRETS"  # names of variables that a submitted job must find on the cluster
+SECRETS = "DENSENET_SECRETS"  # names of environment variables that must be set on the cluster
 
 
 def check_secrets() -> None:
-    """Raises `UserError` where a variable that the submitter named is not set here, in the job's driver."""
+    """Raises `UserError` if an environment variable that `submit --secret` named is not set in the job's driver."""
     names = [name for name in os.environ.get(SECRETS, "").split(",") if name]
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
@@ -20,6 +20,9 @@ def check_secrets() -> None:
 
 
 def base_folder() -> Path:
-    """Where a relative `run.output` lies: here, or in the home folder when here is a Ray job's throw-away copy."""
-    here = Path.cwd()
-    return Path.home() / "densenet" if "_ray_pkg_" in str(here) else here
+    """Returns the folder that a relative `run.output` is in: the current folder, or in a Ray job `~/densenet`.
+
+    Ray deletes a job's working folder at its end.
+    """
+    current = Path.cwd()
+    return Path.home() / "densenet" if "_ray_pkg_" in str(current) else current

@@ -1,4 +1,4 @@
-"""Addresses and ports; known without Ray."""
+"""Addresses and ports. Needs no Ray."""
 
 import os
 import socket
@@ -7,19 +7,19 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 HOST = "127.0.0.1"
-DASHBOARD = f"http://{HOST}:8265"  # where Ray puts it
+DASHBOARD = f"http://{HOST}:8265"  # Ray's default
 _TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
 
 def cluster_address(option: str | None) -> str | None:
-    """The address of the Ray cluster to join: the option, else RAY_ADDRESS (set inside a Ray job), else None."""
+    """Returns the address of the Ray cluster to join: the option, else RAY_ADDRESS (set in a Ray job), else None."""
     return option or os.environ.get("RAY_ADDRESS") or None
 
 
 def dashboard_address(option: str | None) -> str:
-    """The address of a cluster's dashboard: the option, else RAY_API_SERVER_ADDRESS, else Ray's own default.
+    """Returns the URL of the dashboard: the option, else RAY_API_SERVER_ADDRESS, else Ray's default.
 
-    Also makes Ray use a token where there is one, which it looks at on import: to be called before that.
+    Also enables Ray's token authentication if a token exists. Ray reads that setting on import: call this before.
     """
     if os.environ.keys() & _TOKENS or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -27,14 +27,14 @@ def dashboard_address(option: str | None) -> str:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nothing uses at this moment."""
+    """Returns a port of 127.0.0.1 that is free at this moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
 
 
 def check_port(port: int, option: str) -> None:
-    """Raises `UserError` naming `option` when `port` of 127.0.0.1 cannot be listened on."""
+    """Raises `UserError`, which names `option`, if `port` of 127.0.0.1 is in use or not allowed."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -46,8 +46,8 @@ def check_port(port: int, option: str) -> None:
             ) from error
 
 
-def answers(host: str, port: int, timeout_s: float) -> bool:
-    """Whether something accepts connections at `host`:`port`."""
+def is_reachable(host: str, port: int, timeout_s: float) -> bool:
+    """Returns whether `host`:`port` accepts TCP connections."""
     try:
         socket.create_connection((host, port), timeout_s).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a cluster trains: a run that is ready to start, and what it takes of the cluster."""
+"""A run that is ready to start, with the cluster resources for it."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,6 @@ from pipeline.train.setup import RunSetup
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun(RunSetup):
-    """A run that is ready to start, and its share of what the cluster offers."""
+    """A run that is ready to start, and its allocation of the cluster's resources."""
 
     allocation: Allocation

@@ -1,4 +1,4 @@
-"""Several trainings with values from a space, the poor ones ended early: Ray Tune with ASHA."""
+"""Hyperparameter search: training runs with values from a search space, with Ray Tune and ASHA early stopping."""
 
 import re
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from ray.tune.schedulers import ASHAScheduler
 
 from pipeline.errors import TrainingError, UserError
 
-_FORM = re.compile(r"(?P<key>[\w.]+)=(?P<kind>log|uniform|choice)\((?P<values>.*)\)")
+_DIMENSION = re.compile(r"(?P<key>[\w.]+)=(?P<kind>log|uniform|choice)\((?P<values>.*)\)")
 _TRIAL_CPUS = 0.01  # a trial's own process only waits
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a search: its values by config key, and the best it came to, top-1 in %."""
+    """A training run of a search: its values by config key, its best top-1 accuracy in %, and the last epoch."""
 
     values: dict[str, Any]
     top1: float
@@ -25,98 +25,101 @@ class Trial:
 
 
 def parse_space(space: list[str]) -> dict[str, Any]:
-    """Ray Tune's form of `key=log(low,high)`, `key=uniform(low,high)` and `key=choice(a,b,...)`.
+    """Parses `key=log(low,high)`, `key=uniform(low,high)` and `key=choice(a,b,...)` into Ray Tune's search space.
 
     Raises:
-        UserError: it is of no such form.
+        UserError: An item has another form.
     """
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for text in space:
-        form = _FORM.fullmatch(text.replace(" ", ""))
-        values = form["values"].split(",") if form else []
+        match = _DIMENSION.fullmatch(text.replace(" ", ""))
+        values = match["values"].split(",") if match else []
         try:
-            if form is None or not values:
+            if match is None or not values:
                 raise ValueError
-            if form["kind"] == "choice":
-                found[form["key"]] = tune.choice(values)
+            if match["kind"] == "choice":
+                parsed[match["key"]] = tune.choice(values)
             else:
                 low, high = map(float, values)
-                if not low < high or (form["kind"] == "log" and low <= 0):
+                if not low < high or (match["kind"] == "log" and low <= 0):
                     raise ValueError
-                found[form["key"]] = (tune.loguniform if form["kind"] == "log" else tune.uniform)(low, high)
+                parsed[match["key"]] = (tune.loguniform if match["kind"] == "log" else tune.uniform)(low, high)
         except ValueError:
             raise UserError(
                 f"--space {text} is not of the form KEY=log(LOW,HIGH), KEY=uniform(LOW,HIGH) or KEY=choice(A,B,...), "
                 f"with LOW below HIGH, and above 0 for log."
             ) from None
-    if not found:
+    if not parsed:
         raise UserError("give at least one --space, for example --space 'optim.lr=log(0.01,1)'.")
-    return found
+    return parsed
 
 
-def edges(searched: dict[str, Any]) -> list[list[str]]:
-    """Overrides at the ends of the space, and for each choice."""
-    found: list[list[str]] = []
-    for key, domain in searched.items():
+def boundary_overrides(search_space: dict[str, Any]) -> list[list[str]]:
+    """Returns config overrides for the lowest and highest value of each range, and for each choice."""
+    overrides: list[list[str]] = []
+    for key, domain in search_space.items():
         values = domain.categories if hasattr(domain, "categories") else (domain.lower, domain.upper)
-        found += [[f"{key}={value}"] for value in values]
-    return found
+        overrides += [[f"{key}={value}"] for value in values]
+    return overrides
 
 
 def search(
     trial: Callable[..., None],
-    task: dict[str, Any],
-    searched: dict[str, Any],
+    settings: dict[str, Any],
+    search_space: dict[str, Any],
     *,
     trials: int,
-    at_once: int,
+    max_concurrent: int,
     evaluations: int,
     folder: Path,
 ) -> list[Trial]:
-    """Calls `trial(values, task=task)` on the connected cluster for values of the space; returns the best first.
+    """Calls `trial(values, settings=settings)` on the connected cluster for sampled values.
 
     Args:
-        trial: A training that calls `tell` after each evaluation.
-        task: What all trials are given besides their values.
-        searched: The space, of `parse_space`.
-        trials: How many there are in all.
-        at_once: How many run at one time.
-        evaluations: How many a trial makes that is not ended early.
-        folder: Where Ray Tune keeps its own files, in `tune`.
+        trial: A training run that calls `report_evaluation` after each evaluation.
+        settings: Settings that all trials share.
+        search_space: The search space, from `parse_space`.
+        trials: Number of trials.
+        max_concurrent: Most trials that run at the same time.
+        evaluations: Number of evaluations in a trial that is not stopped early.
+        folder: Ray Tune stores its files in the folder `tune` below it.
+
+    Returns:
+        The trials, best first.
 
     Raises:
-        TrainingError: no trial came to an evaluation.
+        TrainingError: No trial reached an evaluation.
     """
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, task=task), {"CPU": _TRIAL_CPUS}),
-        param_space=searched,
+        tune.with_resources(tune.with_parameters(trial, settings=settings), {"CPU": _TRIAL_CPUS}),
+        param_space=search_space,
         tune_config=tune.TuneConfig(
             metric="top1",
             mode="max",
             num_samples=trials,
-            max_concurrent_trials=at_once,
-            # A trial that comes to its end ends by itself, not by max_t.
+            max_concurrent_trials=max_concurrent,
+            # max_t is out of reach: a complete trial ends by itself.
             scheduler=ASHAScheduler(time_attr="evaluations", max_t=evaluations + 1, grace_period=1),
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
     )
     results = tuner.fit()
-    found = [
+    completed = [
         Trial(result.config or {}, result.metrics["top1"], result.metrics["epoch"])
         for result in results
         if result.metrics and "top1" in result.metrics
     ]
-    if not found:
+    if not completed:
         errors = [str(result.error).strip().splitlines()[-1] for result in results if result.error]
-        raise TrainingError(f"no trial came to an evaluation: {errors[0] if errors else 'no error is known'}")
-    return sorted(found, key=lambda one: one.top1, reverse=True)
+        raise TrainingError(f"no trial reached an evaluation: {errors[0] if errors else 'no error is known'}")
+    return sorted(completed, key=lambda trial: trial.top1, reverse=True)
 
 
 def trial_id() -> str:
-    """Ray Tune's id of the trial that this process is."""
+    """Returns Ray Tune's id of the trial in this process."""
     return tune.get_context().get_trial_id()
 
 
-def tell(top1: float, loss: float | None, epoch: float, evaluations: int) -> None:
-    """Tells Ray Tune of a trial's evaluation, which may end the trial's process at once."""
+def report_evaluation(top1: float, loss: float | None, epoch: float, evaluations: int) -> None:
+    """Reports a trial's evaluation to Ray Tune, which may end the trial's process at once."""
     tune.report({"top1": top1, "loss": loss, "epoch": epoch, "evaluations": evaluations})

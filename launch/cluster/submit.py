@@ -1,4 +1,4 @@
-"""A training as a Ray job, with exactly the code and the config that it needs."""
+"""Submits a training run as a Ray job, with its code and resolved config."""
 
 import datetime
 import os
@@ -23,29 +23,37 @@ from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
 PROJECT = Path(__file__).parents[2]
 _CODE = ("pipeline", "launch")
 _CONFIG = "job.yaml"
-_MOST_BYTES = 20_000_000
-_STOP_WAIT_S = "120"  # between a job's SIGTERM and its SIGKILL; Ray's 3 s are too short for a checkpoint
+_MAX_BYTES = 20_000_000
+_STOP_WAIT_S = "120"  # from SIGTERM to SIGKILL; Ray's default of 3 s is too short for a checkpoint
 
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What the user asked for besides the config."""
+    """Options of `densenet submit`.
+
+    Attributes:
+        address: The dashboard's URL.
+        install_environment: Whether the nodes install the locked packages.
+        env: `NAME=VALUE` pairs for the job.
+        secrets: Names of environment variables that must be set on the cluster.
+        wait: Whether the job waits for its resources.
+    """
 
     address: str
-    environment: bool
+    install_environment: bool
     env: tuple[str, ...]
     secrets: tuple[str, ...]
     wait: bool
 
 
 def submit(config: RunConfig, options: JobOptions) -> tuple[JobSubmissionClient, str]:
-    """Submits the training of a config that has its run's name; returns the cluster's client, and the job's id.
+    """Submits the training run of a config whose `run.name` is set; returns the cluster's client and the job's id.
 
     Raises:
-        UserError: bad input, no cluster, or a job there that trains the same run.
+        UserError: Bad input, an unreachable cluster, or another job that trains the same run.
     """
     _check_locations(config)
-    variables = _variables(options.env)
+    env = _job_env(options.env)
     client = connect(options.address)
     run_name = str(config.run.name)
     for details in client.list_jobs():
@@ -57,11 +65,11 @@ def submit(config: RunConfig, options: JobOptions) -> tuple[JobSubmissionClient,
     job = f"{run_name}-{datetime.datetime.now():%m%d%H%M%S}"
     with tempfile.TemporaryDirectory() as folder:
         package(Path(folder), config)
-        variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", _STOP_WAIT_S)
+        env.setdefault("RAY_JOB_STOP_WAIT_TIME_S", _STOP_WAIT_S)
         if options.secrets:
-            variables[SECRETS] = ",".join(options.secrets)
-        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": variables}
-        if options.environment:
+            env[SECRETS] = ",".join(options.secrets)
+        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": env}
+        if options.install_environment:
             runtime_env["pip"] = {"packages": locked_requirements(), "pip_check": False}
         wait = " --wait" if options.wait else ""
         try:
@@ -77,10 +85,10 @@ def submit(config: RunConfig, options: JobOptions) -> tuple[JobSubmissionClient,
 
 
 def package(folder: Path, config: RunConfig) -> None:
-    """Copies what a job needs: the code, files of plugins, which are modules there, and the config as one file.
+    """Copies the job's code, its plugin files as modules, and its config as one file to `folder`.
 
     Raises:
-        UserError: it is larger than a job's code ought to be; the largest files are named.
+        UserError: The files exceed the limit; the message names the largest.
     """
     for name in _CODE:
         for source in (PROJECT / name).rglob("*.py"):
@@ -95,32 +103,32 @@ def package(folder: Path, config: RunConfig) -> None:
     write_commit(folder)
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size, reverse=True)
     total = sum(file.stat().st_size for file in files)
-    if total > _MOST_BYTES:
+    if total > _MAX_BYTES:
         largest = listed([f"{p.relative_to(folder)} ({p.stat().st_size:,} bytes)" for p in files])
-        raise UserError(f"the job's code has {total:,} bytes, {_MOST_BYTES:,} are allowed; the largest: {largest}.")
+        raise UserError(f"the job's code has {total:,} bytes, {_MAX_BYTES:,} are allowed; the largest: {largest}.")
 
 
 def locked_requirements() -> list[str]:
-    """The lock file's packages with their versions."""
+    """Returns the packages of the lock file as `NAME==VERSION`."""
     text = Path(__file__).with_name("requirements.lock").read_text(encoding="utf-8")
     return [match.strip() for match in re.findall(r"^[A-Za-z0-9][^\\\n]*", text, re.MULTILINE)]
 
 
 def _check_locations(config: RunConfig) -> None:
-    """Raises where a path does not say where it begins: it is of the cluster's nodes."""
-    for key, mark, place in locations(config):
-        path_of = place.removeprefix("sqlite:///") if mark.kind == "store" else place
-        if key != "run.plugins" and not is_uri(path_of) and not Path(path_of).is_absolute():
+    """Raises `UserError` if a path is relative: the nodes open it, in other working folders."""
+    for key, mark, location in locations(config):
+        path = location.removeprefix("sqlite:///") if mark.kind == "store" else location
+        if key != "run.plugins" and not is_uri(path) and not Path(path).is_absolute():
             raise UserError(
-                f"{key}={place} must be an absolute path, or an address: it is looked for on the nodes, and a job's "
-                f"own folder is thrown away at its end."
+                f"{key}={location} must be an absolute path or a URI: the cluster's nodes open it, and Ray deletes a "
+                f"job's working folder at its end."
             )
 
 
-def _variables(given: tuple[str, ...]) -> dict[str, str]:
-    """KEY=VALUE pairs for the job, and the addresses of MLflow in this shell."""
+def _job_env(pairs: tuple[str, ...]) -> dict[str, str]:
+    """Returns the job's environment variables: the NAME=VALUE pairs, and this shell's MLflow URIs."""
     variables = {}
-    for pair in given:
+    for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign or not name:
             raise UserError(f"--env {pair} is not of the form NAME=VALUE.")
@@ -128,7 +136,7 @@ def _variables(given: tuple[str, ...]) -> dict[str, str]:
     try:
         Cluster(env=variables)
     except ValueError as error:
-        raise UserError(f"--env: {listed(sorted(variables))}: use --secret NAME for what must not be shown.") from error
+        raise UserError(f"--env: {listed(sorted(variables))}: use --secret NAME for passwords and tokens.") from error
     for name in (TRACKING_VARIABLE, REGISTRY_VARIABLE):
         uri = os.environ.get(name)
         if uri and uri.startswith("http"):

@@ -1,4 +1,4 @@
-"""One training on the cluster that this process is connected to."""
+"""Runs a training on the connected Ray cluster."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ import ray.train
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from launch.cluster.connect import ray_logs
-from launch.cluster.event_channel import WorkerFailureCallback, open_event_channel, pump
+from launch.cluster.connect import ray_log_folder
+from launch.cluster.event_channel import WorkerFailureCallback, forward_events, open_event_channel
 from launch.cluster.prepared_run import PreparedRun
 from launch.cluster.worker import Task, code_version, train_worker
 from pipeline.errors import TrainingError, UserError
@@ -23,23 +23,22 @@ from pipeline.train.checkpoint import checkpoint_root, newest_valid, samples_of
 from pipeline.train.events import Event, Report, Stopped, Warned
 from pipeline.train.storage import StorageError, fetch
 
-_ABORT_S = 5
+_ABORT_S = 5  # between two SIGINTs
 
 
-def run(prepared: PreparedRun, on_event: Report) -> None:
+def run_training(prepared: PreparedRun, on_event: Report) -> None:
     """Trains on the connected cluster until the run is complete; `on_event` gets the events in order, in a thread.
 
-    SIGTERM and SIGHUP ask the workers to end after a checkpoint; they tell so by the event `Stopped`, which gets the
-    signal's number.
+    On SIGTERM or SIGHUP the workers end after a checkpoint; the event `Stopped` then has the signal's number.
 
     Raises:
-        UserError: a worker met an error that the user can fix, or another driver trains this run.
-        TrainingError: the workers failed more often than `cluster.max_failures`, or there was no room for them for
+        UserError: A worker met an error that the user can fix, or another driver trains this run.
+        TrainingError: The workers failed more often than `cluster.max_failures`, or their resources were missing for
             `cluster.replacement_timeout_s`.
     """
-    config, share, run_dir = prepared.config, prepared.allocation, prepared.run_dir
-    hub = open_event_channel(str(config.run.name))
-    low, high = share.bounds
+    config, allocation, run_dir = prepared.config, prepared.allocation, prepared.run_dir
+    channel = open_event_channel(str(config.run.name))
+    low, high = allocation.bounds
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -52,108 +51,108 @@ def run(prepared: PreparedRun, on_event: Report) -> None:
                 train_index=ray.put(prepared.train_index),
                 val_index=ray.put(prepared.val_index),
                 code=code_version(config.run.plugins),
-                hub=hub,
+                channel=channel,
             )
         },
         scaling_config=ScalingConfig(
             num_workers=high if low == high else (low, high),
-            use_gpu=share.device == "cuda",
-            resources_per_worker={"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
+            use_gpu=allocation.device == "cuda",
+            resources_per_worker={"CPU": allocation.cpus_per_worker, "GPU": allocation.gpus_per_worker}
             | config.cluster.resources,
             placement_strategy=config.cluster.placement.upper(),
             accelerator_type=config.cluster.accelerator_type,
             elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
-        torch_config=TorchConfig(backend="nccl" if share.device == "cuda" else "gloo"),
-        # Ray's own restore is not used (a fresh name each time): workers find the newest valid checkpoint themselves.
+        torch_config=TorchConfig(backend="nccl" if allocation.device == "cuda" else "gloo"),
+        # A new name each time, which disables Ray's own restore: workers find the latest valid checkpoint themselves.
         run_config=ray.train.RunConfig(
             name=f"{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             worker_runtime_env={"env_vars": config.cluster.env},
-            callbacks=[WorkerFailureCallback(hub)],
+            callbacks=[WorkerFailureCallback(channel)],
         ),
     )
-    done, late = threading.Event(), threading.Event()
+    done, timed_out = threading.Event(), threading.Event()
 
-    def give_up() -> None:
-        """Ends `fit` as Ctrl-C does: Ray's controller, which may be deep in waiting, at once with the third one."""
-        late.set()
+    def abort() -> None:
+        """Ends `fit` as Ctrl-C does; the third SIGINT ends Ray's controller at once, even while it waits."""
+        timed_out.set()
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
             if done.wait(_ABORT_S):
                 return
 
-    asked: list[int] = []
+    signals: list[int] = []
 
-    def ask_to_stop(number: int, frame: object) -> None:
-        asked.append(number)
-        hub.ask_to_stop.remote()
+    def request_stop(number: int, frame: object) -> None:
+        signals.append(number)
+        channel.request_stop.remote()
 
     def with_signal(event: Event) -> None:
-        on_event(replace(event, signal=asked[0]) if isinstance(event, Stopped) and asked else event)
+        on_event(replace(event, signal=signals[0]) if isinstance(event, Stopped) and signals else event)
 
-    arguments = (hub, with_signal, done, config.cluster.replacement_timeout_s, give_up)
-    thread = threading.Thread(target=pump, args=arguments, daemon=True)
+    arguments = (channel, with_signal, done, config.cluster.replacement_timeout_s, abort)
+    thread = threading.Thread(target=forward_events, args=arguments, daemon=True)
     thread.start()
     failure: Exception | None = None
     try:
-        with _answered_by(ask_to_stop):
+        with _signal_handler(request_stop):
             trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
-    except (SystemExit, KeyboardInterrupt):  # Ray's own handling of Ctrl-C, after it has ended the workers
-        if not late.is_set():
+    except (SystemExit, KeyboardInterrupt):  # how Ray handles Ctrl-C, after it has ended the workers
+        if not timed_out.is_set():
             raise KeyboardInterrupt from None
         failure = TimeoutError(
-            f"there was no room for {low} workers for {config.cluster.replacement_timeout_s:g} s "
+            f"the cluster had no resources for {low} workers for {config.cluster.replacement_timeout_s:g} s "
             f"(cluster.replacement_timeout_s)."
         )
     finally:
         done.set()
         thread.join()
-    message = _error(hub)
+    message = _worker_error(channel)
     if message is not None:
         raise UserError(message)
     if failure is not None:
-        what = str(failure)
-        if isinstance(failure, ray.exceptions.RayError):  # its text is about actors and objects alone
-            what = "Ray lost the node that the driver is on, or its own processes there."
+        cause = str(failure)
+        if isinstance(failure, ray.exceptions.RayError):  # whose text names only actors and objects
+            cause = "Ray lost the node that the driver is on, or its own processes there."
         if _is_complete(prepared):
-            on_event(Warned(f"after the last checkpoint Ray failed: {what.splitlines()[-1]}"))
+            on_event(Warned(f"after the last checkpoint Ray failed: {cause.splitlines()[-1]}"))
             return
         raise TrainingError(
-            f"{what}\nThe same command with run.name={config.run.name} goes on from the newest checkpoint. The "
-            f"workers' own logs are in {run_dir / 'logs'}, Ray's in {ray_logs()}."
+            f"{cause}\nThe same command with run.name={config.run.name} resumes from the latest checkpoint. The "
+            f"workers' logs are in {run_dir / 'logs'}, Ray's in {ray_log_folder()}."
         ) from failure
 
 
 def _is_complete(prepared: PreparedRun) -> bool:
-    """Whether the checkpoint at the end of the run is there: what fails afterwards has cost nothing."""
+    """Returns whether the run's last checkpoint exists: a later failure loses nothing."""
     with suppress(StorageError):
         fetch(prepared.config, prepared.run_dir)
-    newest = newest_valid(checkpoint_root(prepared.run_dir), lambda skipped: None)
-    return newest is not None and samples_of(newest) >= prepared.derived.total_samples
+    latest = newest_valid(checkpoint_root(prepared.run_dir), lambda skipped: None)
+    return latest is not None and samples_of(latest) >= prepared.derived.total_samples
 
 
 @contextmanager
-def _answered_by(ask_to_stop: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handles the signals that ask a run to end; SIGHUP not where it is ignored, as under `nohup`."""
+def _signal_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Sets the handler of SIGTERM and SIGHUP, except for a signal that is ignored, as SIGHUP under `nohup`."""
     if threading.current_thread() is not threading.main_thread():  # a trial of a sweep
         yield
         return
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, ask_to_stop) for number in numbers}
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
-def _error(hub: Any) -> str | None:
-    """The first error that a worker has told the hub; None too when the hub has gone with its node."""
+def _worker_error(channel: Any) -> str | None:
+    """Returns the first error that a worker reported, or None; None too if the channel was lost with its node."""
     try:
-        return ray.get(hub.error.remote())
+        return ray.get(channel.error.remote())
     except ray.exceptions.RayError:
         return None

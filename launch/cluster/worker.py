@@ -1,4 +1,4 @@
-"""The function that every Ray Train worker runs, wherever the cluster is."""
+"""The training function of every Ray Train worker."""
 
 import hashlib
 import io
@@ -24,15 +24,19 @@ from pipeline.plugins import module_name
 from pipeline.train.events import Event, Failed, Report, Skipped, Warned, WorkersStarted
 from pipeline.train.run_lock import PROBE
 
-_PROBED = 1000  # images or shards that each node looks for before training
+_CHECKED_FILES = 1000  # images or shards whose presence each node checks before training
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is to do.
+    """Settings of a worker.
 
-    `resume` is another run's checkpoint to go on from, where this run has none of its own. The indexes are Ray's
-    references to a `DatasetIndex`; `hub` is the handle of a `EventChannel`, `code` the `code_version` of the driver.
+    Attributes:
+        resume: Another run's checkpoint to resume from if this run has none.
+        train_index: Ray reference to a `DatasetIndex`.
+        val_index: Ray reference to a `DatasetIndex`.
+        code: The driver's `code_version`.
+        channel: Handle of the `EventChannel`.
     """
 
     config: RunConfig
@@ -43,29 +47,29 @@ class Task:
     train_index: Any
     val_index: Any
     code: str
-    hub: Any
+    channel: Any
 
 
-def train_worker(given: dict[str, Task]) -> None:
-    """Trains one rank; its `task` comes from `launch.cluster.training.run`.
+def train_worker(train_loop_config: dict[str, Task]) -> None:
+    """Trains one rank; `launch.cluster.training.run_training` sets the `task`.
 
-    A `UserError` is told to the hub and not to Ray alone: a restart would only meet it again, so the restarted
-    workers find it there and return at once.
+    Reports a `UserError` to the event channel as well as to Ray. A restart would meet the same error, so restarted
+    workers that find one there return at once.
     """
-    task = given["task"]
-    hub = task.hub
-    if ray.get(hub.error.remote()) is not None:
+    task = train_loop_config["task"]
+    channel = task.channel
+    if ray.get(channel.error.remote()) is not None:
         return
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    _log_to(task.run_dir / "logs" / f"rank{rank}.log")
+    _redirect_output(task.run_dir / "logs" / f"rank{rank}.log")
     gauges = Gauges(str(task.config.run.name))
 
     def report(event: Event) -> None:
         if isinstance(event, Skipped | Warned):
             print(event.message)
         if rank == 0 or isinstance(event, Skipped):
-            hub.push.remote(event)
+            channel.push.remote(event)
         if rank == 0:
             gauges.set(event)
 
@@ -73,7 +77,7 @@ def train_worker(given: dict[str, Task]) -> None:
     try:
         _train(task, report)
     except UserError as error:
-        ray.get(hub.push.remote(Failed(str(error))))
+        ray.get(channel.push.remote(Failed(str(error))))
         raise
 
 
@@ -85,7 +89,7 @@ def _train(task: Task, report: Report) -> None:
         derived = derive_for_workers(derived, config, context.get_world_size())
     _check_code(task.code, config.run.plugins)
     _check_output(config, run_dir)
-    train_index, val_index = (_on_this_node(config, ray.get(index)) for index in (task.train_index, task.val_index))
+    train_index, val_index = (_node_index(config, ray.get(index)) for index in (task.train_index, task.val_index))
     train_rank(
         config,
         derived,
@@ -96,14 +100,14 @@ def _train(task: Task, report: Report) -> None:
         report=report,
         sources=task.sources,
         resume=task.resume,
-        should_stop=_stop_asked(task.hub),
-        should_save=_preemption(report),
+        should_stop=_stop_check(task.channel),
+        should_save=_preemption_check(report),
         hang_timeout_s=config.cluster.hang_timeout_s,
     )
 
 
 def code_version(plugins: Sequence[str]) -> str:
-    """A hash of this project's code, and of the modules of plugins, as this process finds it."""
+    """Returns a hash of this project's code and of the plugins' modules on this node."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
     for folder in ("launch", "pipeline"):
@@ -114,76 +118,76 @@ def code_version(plugins: Sequence[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _node() -> str:
+def _node_name() -> str:
     return f"node {ray.util.get_node_ip_address()}"
 
 
 def _check_code(expected: str, plugins: Sequence[str]) -> None:
     if code_version(plugins) != expected:
         raise UserError(
-            f"{_node()} has other code in {Path(__file__).parents[2]} or of a plugin than the driver: bring all "
-            f"nodes to the same version, or submit the run as a job, which carries its code."
+            f"{_node_name()} has other code in {Path(__file__).parents[2]} or of a plugin than the driver: install the "
+            f"same version on all nodes, or submit the run as a job, which brings its code."
         )
 
 
 def _check_output(config: RunConfig, run_dir: Path) -> None:
-    """Raises where this node sees no run folder of the driver's, and checkpoints would be lost with their nodes."""
+    """Raises `UserError` if this node does not see the driver's run folder, and would lose checkpoints with a node."""
     if not (run_dir / PROBE).is_file() and config.checkpoint.storage is None:
         raise UserError(
-            f"{_node()} does not see the driver's files in run.output={config.run.output}: put it on a file system "
-            f"that all nodes share under one path, or set checkpoint.storage to an address that all nodes reach."
+            f"{_node_name()} does not see the driver's files in run.output={config.run.output}: put it on a file "
+            f"system that all nodes share under one path, or set checkpoint.storage to a URI that all nodes can reach."
         )
 
 
-def _on_this_node(config: RunConfig, index: DatasetIndex) -> DatasetIndex:
-    """The index of the data as this node reads them: where they are, or of the copy on its own disk.
+def _node_index(config: RunConfig, index: DatasetIndex) -> DatasetIndex:
+    """Returns the index of the data that this node reads: in data.root, or the copy on its own disk (data.stage).
 
     Raises:
-        DataError: this node sees other data than the driver, or none.
+        DataError: This node sees no data, or other data than the driver.
     """
     if config.data.stage is not None:
         return stage(index, str(config.data.root), Path(config.data.stage))
-    reason = index.find_difference(_PROBED, compare_sizes=config.data.on_corrupt == "error")
+    reason = index.find_difference(_CHECKED_FILES, compare_sizes=config.data.on_corrupt == "error")
     if reason is not None:
         raise DataError(
-            f"{_node()} does not see the data that the driver sees in data.root={config.data.root}: {reason}. Put them "
-            f"where all nodes see them under one path, or set data.stage."
+            f"{_node_name()} does not see the data that the driver sees in data.root={config.data.root}: {reason}. Put "
+            f"the data under one path that all nodes see, or set data.stage."
         )
     return index
 
 
-def _stop_asked(hub: Any) -> Callable[[], bool]:
-    """A function that says whether the driver wants the run to stop, as the hub knew some moments ago; never waits."""
-    asked = hub.stop_asked.remote()
+def _stop_check(channel: Any) -> Callable[[], bool]:
+    """Returns a function that checks, without waiting, whether the driver requested a stop moments ago."""
+    pending = channel.stop_requested.remote()
 
-    def look() -> bool:
-        nonlocal asked
-        if not ray.wait([asked], timeout=0)[0]:
+    def stop_requested() -> bool:
+        nonlocal pending
+        if not ray.wait([pending], timeout=0)[0]:
             return False
-        answer = ray.get(asked)
-        asked = hub.stop_asked.remote()
-        return answer
+        requested = ray.get(pending)
+        pending = channel.stop_requested.remote()
+        return requested
 
-    return look
+    return stop_requested
 
 
-def _preemption(report: Report) -> Callable[[], bool]:
-    """A function that is true once when Ray tells that a node of the run will be taken away; a collective."""
-    told = False
+def _preemption_check(report: Report) -> Callable[[], bool]:
+    """Returns a function that is true once, when Ray announces the preemption of a node; all ranks call it together."""
+    reported = False
 
-    def look() -> bool:
-        nonlocal told
-        if told or ray.train.get_preemption_info() is None:
+    def preempted() -> bool:
+        nonlocal reported
+        if reported or ray.train.get_preemption_info() is None:
             return False
-        told = True
-        report(Warned("a node of this run will be taken away; a checkpoint is written now"))
+        reported = True
+        report(Warned("a node of this run will be preempted; a checkpoint is written now"))
         return True
 
-    return look
+    return preempted
 
 
-def _log_to(file: Path) -> None:
-    """Sends this process's standard output and error, those of C libraries too, to the end of a file."""
+def _redirect_output(file: Path) -> None:
+    """Appends this process's standard output and error, those of C libraries too, to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -191,6 +195,6 @@ def _log_to(file: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    for stream in (sys.stdout, sys.stderr):  # file names, for one, in whatever locale the node has
+    for stream in (sys.stdout, sys.stderr):  # file names, for example, in the node's locale
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -1,1 +1,1 @@
-"""Manifests for KubeRay, and what pods run besides the training."""
+"""Kubernetes manifests for KubeRay, and the pods' preStop hook."""

@@ -1,4 +1,4 @@
-"""kubectl: what makes manifests of kustomizations, and asks a cluster what they would change."""
+"""kubectl: builds kustomizations, and compares manifests with a cluster."""
 
 import shutil
 import subprocess
@@ -13,43 +13,50 @@ from pipeline.extras import install_hint
 
 
 def kubectl() -> str:
-    """The program.
+    """Returns the path of kubectl.
 
     Raises:
-        UserError: there is none.
+        UserError: kubectl is not installed.
     """
-    found = shutil.which("kubectl") or shutil.which("kubectl", path=str(Path(sys.executable).parent))
-    if found is None:
+    path = shutil.which("kubectl") or shutil.which("kubectl", path=str(Path(sys.executable).parent))
+    if path is None:
         raise UserError(f"there is no kubectl on this machine: install it, or {install_hint('kubernetes')}")
-    return found
+    return path
 
 
-def kustomized(folder: Path) -> str:
-    """The objects that a kustomization makes, as YAML.
+def kustomize_yaml(folder: Path) -> str:
+    """Builds a kustomization; returns its objects as YAML.
 
     Raises:
-        UserError: it is wrong, or there is no kubectl.
+        UserError: The kustomization is wrong, or kubectl is not installed.
     """
     done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"kubectl kustomize refuses {folder}: {done.stderr.strip()}")
+        raise UserError(f"kubectl kustomize {folder} failed: {done.stderr.strip()}")
     return done.stdout
 
 
 def kustomize(folder: Path) -> list[dict[str, Any]]:
-    """The same, as trees."""
-    return list(yaml.safe_load_all(kustomized(folder)))
+    """Builds a kustomization; returns its objects as dicts.
+
+    Raises:
+        UserError: The kustomization is wrong, or kubectl is not installed.
+    """
+    return list(yaml.safe_load_all(kustomize_yaml(folder)))
 
 
 def diff(manifests: str) -> int:
-    """Prints what applying manifests would change in the cluster of kubectl's context; returns 1 for something, else 0.
+    """Prints what `kubectl apply` of the manifests would change in the cluster of kubectl's context.
+
+    Returns:
+        1 if something would change, else 0.
 
     Raises:
-        UserError: the cluster cannot be asked.
+        UserError: The cluster is unreachable, or refuses the request.
     """
     done = subprocess.run([kubectl(), "diff", "-f", "-"], input=manifests, text=True, stderr=subprocess.PIPE)
     if done.returncode > 1:
-        why = done.stderr.strip().splitlines()[-1:]
-        raise UserError(f"kubectl diff failed: {''.join(why)}. Which cluster is asked: kubectl config current-context.")
+        reason = "".join(done.stderr.strip().splitlines()[-1:])
+        raise UserError(f"kubectl diff failed: {reason}. To see the cluster: kubectl config current-context.")
     sys.stderr.write(done.stderr)
     return done.returncode

@@ -1,4 +1,4 @@
-"""Does each part of the installation work, and what to do where it does not."""
+"""Self-tests of the installation, with a fix for each failure."""
 
 import importlib.metadata
 import io
@@ -18,9 +18,9 @@ _REINSTALL = "run `make clean test` in the project's folder, or `pip install --r
 
 @dataclass(frozen=True)
 class Check:
-    """One part: its distribution (for the version), its self-test and the fix when that fails.
+    """A component's check: its distribution, for the version, its self-test, and the fix if that fails.
 
-    The self-test returns a few words on what it saw, and raises on any problem.
+    The self-test returns a short result, and raises on any problem.
     """
 
     name: str
@@ -31,28 +31,28 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found; `fix` is None where the part works."""
+    """The result of a check; `fix` is None if the component works."""
 
     name: str
     version: str
-    seen: str
+    result: str
     seconds: float
     fix: str | None
 
 
-def findings() -> Iterator[Finding]:
-    """Runs all checks, one after the other."""
+def run_checks() -> Iterator[Finding]:
+    """Runs all checks, one after another."""
     for check in CHECKS:
         started, works = time.perf_counter(), False
         try:
             version = importlib.metadata.version(check.distribution)
             with redirect_stdout(io.StringIO()):  # DeepSpeed's log
-                seen, works = f"ok: {check.test()}", True
+                result, works = f"ok: {check.test()}", True
         except importlib.metadata.PackageNotFoundError:
-            version, seen = "-", "missing"
-        except Exception as error:  # whatever is wrong with an installation is what this command reports
-            seen = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        yield Finding(check.name, version, seen, time.perf_counter() - started, None if works else check.fix)
+            version, result = "-", "missing"
+        except Exception as error:  # this command reports any problem of an installation
+            result = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        yield Finding(check.name, version, result, time.perf_counter() - started, None if works else check.fix)
 
 
 def _torch() -> str:
@@ -128,10 +128,10 @@ def _deepspeed() -> str:
 
 
 def _ray() -> str:
-    from launch.cluster.connect import embedded, try_task
+    from launch.cluster.connect import embedded_ray, run_test_task
 
-    with tempfile.TemporaryDirectory() as folder, embedded(1, free_port(), Path(folder, "ray.log")):
-        return f"a task ran in process {try_task()} of an embedded cluster"
+    with tempfile.TemporaryDirectory() as folder, embedded_ray(1, free_port(), Path(folder, "ray.log")):
+        return f"a task ran in process {run_test_task()} of an embedded Ray"
 
 
 def _mlflow() -> str:
@@ -144,7 +144,7 @@ def _mlflow() -> str:
         with Tracker(config, Path(folder, "run"), "doctor", print) as tracker:
             tracker.log_metrics({"self-test": 1.0}, samples_seen=1)
         if tracker.unsent:
-            raise RuntimeError(f"{tracker.unsent} records were not stored")
+            raise RuntimeError(f"{tracker.unsent} records were not sent")
     return "a run stored in SQLite"
 
 
@@ -155,6 +155,6 @@ CHECKS = (
         "DALI", "nvidia-dali-cuda130", _dali, "DALI needs Linux and, on a GPU, a driver for CUDA 13; else " + _REINSTALL
     ),
     Check("DeepSpeed", "deepspeed", _deepspeed),
-    Check("Ray", "ray", _ray, "look at the log that the error names; else " + _REINSTALL),
+    Check("Ray", "ray", _ray, "read the log that the error names; else " + _REINSTALL),
     Check("MLflow", "mlflow", _mlflow),
 )

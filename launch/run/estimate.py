@@ -1,14 +1,14 @@
-"""What a run would take on a cluster that is not here, NODESxGPUSxTYPE, on paper.
+"""Performance estimate of a training run on a hypothetical cluster, NODESxGPUSxTYPE.
 
-A small model, in the order in which it is applied:
+The model, in the order in which it is applied:
 
-- Each layer takes the larger of its arithmetic over the GPU's peak and its memory traffic over the GPU's bandwidth
-  (the roofline model, Williams et al. 2009), both times `REACHED`; a backward pass takes twice the forward pass.
-- A micro-batch takes at least `LAUNCH_S` for each layer and pass, which is what bounds small batches.
-- Gradients go round in rings: 2 (n - 1) / n of their bytes over the slowest link, and 2 (n - 1) hops (Thakur et al.
-  2005). They are not overlapped with the backward pass, as DeepSpeed's ZeRO 1 does not.
-- Memory is what the paper of ZeRO says (Rajbhandari et al. 2020, arXiv 1910.02054) for fp32 weights, gradients and
-  optimizer, one bucket as large as the gradients, and every layer's output in half precision for a device batch.
+- Roofline (Williams et al. 2009): each layer takes the larger of its arithmetic over the GPU's peak FLOP/s and its
+  memory traffic over the GPU's bandwidth, both times `EFFICIENCY`; a backward pass takes twice the forward pass.
+- Each layer and pass of a micro-batch takes at least `LAUNCH_S`, which bounds small batches.
+- Gradients are reduced by a ring all-reduce: 2 (n - 1) / n of their bytes over the slowest link, and 2 (n - 1) hops
+  (Thakur et al. 2005). It does not overlap with the backward pass, as in DeepSpeed's ZeRO 1.
+- Memory follows the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054) for fp32 weights, gradients and optimizer
+  state, one bucket as large as the gradients, and the 16-bit activations of all layers for a micro-batch.
 """
 
 import re
@@ -25,18 +25,18 @@ from pipeline.model.densenet import create
 from pipeline.train.disk_space import checkpoint_bytes, moments
 from pipeline.train.mfu import peak_flops
 
-REACHED = 0.6  # share of peak and bandwidth that convolution models reach; an assumption
-LAUNCH_S = 5e-6  # from one kernel's start to the next; an assumption
-HOP_S = 5e-6  # from one GPU to the next in a ring; an assumption
-CORE_IMG_PER_S = 335.0  # decoded and cropped by one CPU core: benchmarks/loader.py, originals, AMD EPYC
+EFFICIENCY = 0.6  # fraction of peak FLOP/s and bandwidth that convolutional networks reach; an assumption
+LAUNCH_S = 5e-6  # kernel launch latency; an assumption
+HOP_S = 5e-6  # latency from one GPU to the next in a ring; an assumption
+CORE_IMG_PER_S = 335.0  # decode and crop on one CPU core: benchmarks/loader.py, originals, AMD EPYC
 IMAGENET = (1_281_167, 50_000, 1000, 110_000.0)  # training and evaluation images, classes, mean bytes
 _HALF_BYTES, _FULL_BYTES = 2, 4
-_FORM = re.compile(r"(?P<nodes>\d+)x(?P<gpus>\d+)x(?P<kind>[A-Za-z0-9 ]+)")
+_CLUSTER = re.compile(r"(?P<nodes>\d+)x(?P<gpus>\d+)x(?P<type>[A-Za-z0-9 ]+)")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """NVIDIA's data sheets; links in one direction, the network's as in NVIDIA's reference systems."""
+    """A GPU by NVIDIA's data sheets: bandwidths in one direction, the network's as in NVIDIA's reference systems."""
 
     bandwidth: float  # bytes/s
     memory: float  # bytes
@@ -56,25 +56,35 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's forward pass for one image: multiply-adds, and numbers read and written."""
+    """A layer's forward pass for one image: multiply-adds, values read and written, and values written."""
 
     multiply_adds: float
-    moved: float
+    traffic: float
     written: float
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, bytes and images per second; `share` is that of communication in a step."""
+    """Estimated speed, time and memory of a run.
+
+    Attributes:
+        communication: Fraction of a step that the all-reduce takes.
+        bottleneck: What takes most of a step.
+        total_s: Seconds for all epochs and evaluations.
+        read_per_node: Bytes/s of images that a node reads.
+        cores_per_node: CPU cores that decode a node's images.
+        checkpoint: Bytes of a checkpoint.
+        memory: Bytes per GPU, by ZeRO stage.
+    """
 
     nodes: int
-    kind: str
+    gpu_type: str
     gpu: Gpu
     derived: Derived
     img_per_s: float
     step_s: float
-    share: float
-    bound: str
+    communication: float
+    bottleneck: str
     epoch_s: float
     total_s: float
     read_per_node: float
@@ -84,39 +94,44 @@ class Estimate:
 
 
 def estimate(config: RunConfig, cluster: str, data: tuple[int, int, int, float] = IMAGENET) -> Estimate:
-    """What the run takes on `cluster`, as `8x8xH100`.
+    """Estimates the run on `cluster`, for example `8x8xH100`.
+
+    Args:
+        config: The run's config.
+        cluster: `NODESxGPUSxTYPE`.
+        data: Training and evaluation images, classes, mean bytes per image.
 
     Raises:
-        UserError: no such cluster can be estimated, or the batch cannot be split among its GPUs.
+        UserError: The form or GPU type is unknown, or the global batch cannot be divided among the GPUs.
     """
-    nodes, gpus, kind = _parse(cluster)
+    nodes, gpus, gpu_type = _parse_cluster(cluster)
     train_samples, val_samples, classes, image_bytes = data
-    workers, gpu = nodes * gpus, GPUS[kind]
+    workers, gpu = nodes * gpus, GPUS[gpu_type]
     sizes = {"train_samples": train_samples, "val_samples": val_samples, "num_classes": classes}
     d = derive(config, workers=workers, cpus_per_worker=1, device="cuda", **sizes)
-    peak = peak_flops(kind, d.precision)
-    assert peak is not None, kind
-    layers, parameters = layers_of(config, d.num_classes)
+    peak = peak_flops(gpu_type, d.precision)
+    assert peak is not None, gpu_type
+    layers, parameters = count_layers(config, d.num_classes)
     width = _FULL_BYTES if d.precision == "fp32" else _HALF_BYTES
-    forward_s, bound = micro_batch_s(layers, d.device_batch_size, peak, gpu.bandwidth, width)
+    forward_s, bottleneck = micro_batch_s(layers, d.device_batch_size, peak, gpu.bandwidth, width)
     compute_s = 3 * forward_s * d.gradient_accumulation_steps
     ring_s = all_reduce_s(_FULL_BYTES * parameters, workers, gpu.link if nodes == 1 else gpu.network)
     step_s = compute_s + ring_s
     img_per_s = d.global_batch_size / step_s
-    evaluated = val_samples / workers / d.eval_batch_size * forward_s
+    evaluation_s = val_samples / workers / d.eval_batch_size * forward_s
     epochs, evaluations = config.train.epochs, config.train.epochs / config.eval.every_epochs
     activations = width * sum(layer.written for layer in layers) * d.device_batch_size
     return Estimate(
         nodes=nodes,
-        kind=kind,
+        gpu_type=gpu_type,
         gpu=gpu,
         derived=d,
         img_per_s=img_per_s,
         step_s=step_s,
-        share=ring_s / step_s,
-        bound="communication" if ring_s > compute_s else bound,
+        communication=ring_s / step_s,
+        bottleneck="communication" if ring_s > compute_s else bottleneck,
         epoch_s=train_samples / img_per_s,
-        total_s=epochs * train_samples / img_per_s + evaluations * evaluated,
+        total_s=epochs * train_samples / img_per_s + evaluations * evaluation_s,
         read_per_node=img_per_s / nodes * image_bytes,
         cores_per_node=img_per_s / nodes / CORE_IMG_PER_S,
         checkpoint=checkpoint_bytes(config, parameters),
@@ -125,12 +140,12 @@ def estimate(config: RunConfig, cluster: str, data: tuple[int, int, int, float] 
 
 
 def micro_batch_s(layers: list[Layer], batch: int, peak: float, bandwidth: float, width: int) -> tuple[float, str]:
-    """Seconds of a forward pass, and what bounds most of it."""
+    """Returns the seconds of a forward pass, and the bottleneck of most of them."""
     spent = {"arithmetic": 0.0, "memory traffic": 0.0, "kernel launches": 0.0}
     for layer in layers:
         times = {
-            "arithmetic": 2 * layer.multiply_adds * batch / (peak * REACHED),
-            "memory traffic": width * layer.moved * batch / (bandwidth * REACHED),
+            "arithmetic": 2 * layer.multiply_adds * batch / (peak * EFFICIENCY),
+            "memory traffic": width * layer.traffic * batch / (bandwidth * EFFICIENCY),
             "kernel launches": LAUNCH_S,
         }
         longest = max(times, key=lambda name: times[name])
@@ -139,14 +154,14 @@ def micro_batch_s(layers: list[Layer], batch: int, peak: float, bandwidth: float
 
 
 def all_reduce_s(size: float, ranks: int, bandwidth: float) -> float:
-    """Seconds to sum `size` bytes over a ring of ranks."""
+    """Returns the seconds of a ring all-reduce of `size` bytes."""
     return 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * HOP_S
 
 
 def memory(parameters: int, moments_each: int, stage: int, ranks: int) -> float:
-    """Bytes per device for weights, gradients and the optimizer; what a stage shards is divided by the ranks.
+    """Returns the bytes per GPU for weights, gradients and optimizer state; the ranks share what the stage shards.
 
-    From stage 1 on DeepSpeed keeps an fp32 part of its own to step, and a bucket.
+    From stage 1 on DeepSpeed also stores its own fp32 partition of the weights, and a bucket.
     """
     weights = gradients = optimizer = 1.0
     optimizer *= moments_each
@@ -160,19 +175,20 @@ def memory(parameters: int, moments_each: int, stage: int, ranks: int) -> float:
     return _FULL_BYTES * parameters * (weights + gradients + optimizer + extra)
 
 
-def layers_of(config: RunConfig, classes: int) -> tuple[list[Layer], int]:
-    """The model's layers, counted on an image without data, and its number of parameters."""
-    found: list[Layer] = []
+def count_layers(config: RunConfig, classes: int) -> tuple[list[Layer], int]:
+    """Counts the model's layers on a meta tensor; returns them, and the number of parameters."""
+    layers: list[Layer] = []
 
     def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         read = sum(t.numel() for t in _tensors(inputs))
         written = sum(t.numel() for t in _tensors(output))
-        work = 0.0
+        multiply_adds = 0.0
         if isinstance(layer, nn.Conv2d):
-            work = written * layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+            kernel = layer.kernel_size[0] * layer.kernel_size[1]
+            multiply_adds = written * layer.in_channels // layer.groups * kernel
         elif isinstance(layer, nn.Linear):
-            work = written * layer.in_features
-        found.append(Layer(work, read + written, written))
+            multiply_adds = written * layer.in_features
+        layers.append(Layer(multiply_adds, read + written, written))
 
     with torch.device("meta"):
         model = create(config.model, classes).eval()
@@ -183,7 +199,7 @@ def layers_of(config: RunConfig, classes: int) -> tuple[list[Layer], int]:
             layer.register_forward_hook(count)
     with torch.no_grad():
         model(image_1CHW)
-    return found, sum(p.numel() for p in model.parameters())
+    return layers, sum(p.numel() for p in model.parameters())
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -193,24 +209,25 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def scaling(config: RunConfig, cluster: str) -> list[tuple[int, Estimate | None]]:
-    """Estimates for smaller and larger clusters of this kind, by GPUs; None where the batch cannot be split."""
-    _, gpus, kind = _parse(cluster)
-    found: list[tuple[int, Estimate | None]] = []
+    """Returns estimates for 1 to 512 GPUs of this type, by their number; None if the batch cannot be divided."""
+    _, gpus, gpu_type = _parse_cluster(cluster)
+    estimates: list[tuple[int, Estimate | None]] = []
     for workers in (1, 8, 64, 512):
-        shape = f"1x{workers}x{kind}" if workers <= gpus else f"{-(-workers // gpus)}x{gpus}x{kind}"
+        shape = f"1x{workers}x{gpu_type}" if workers <= gpus else f"{-(-workers // gpus)}x{gpus}x{gpu_type}"
         try:
-            of = estimate(config, shape)
+            result = estimate(config, shape)
         except UserError:
-            found.append((workers, None))
+            estimates.append((workers, None))
             continue
-        found.append((of.derived.workers, of))
-    return found
+        estimates.append((result.derived.workers, result))
+    return estimates
 
 
-def _parse(cluster: str) -> tuple[int, int, str]:
-    form = _FORM.fullmatch(cluster)
-    if form is None or not int(form["nodes"]) or not int(form["gpus"]) or form["kind"] not in GPUS:
+def _parse_cluster(cluster: str) -> tuple[int, int, str]:
+    match = _CLUSTER.fullmatch(cluster)
+    if match is None or not int(match["nodes"]) or not int(match["gpus"]) or match["type"] not in GPUS:
         raise UserError(
-            f"--cluster {cluster} is not of the form NODESxGPUSxTYPE, as 8x8xH100; the types are {', '.join(GPUS)}."
+            f"--cluster {cluster} is not of the form NODESxGPUSxTYPE, for example 8x8xH100, with a TYPE of "
+            f"{', '.join(GPUS)}."
         )
-    return int(form["nodes"]), int(form["gpus"]), form["kind"]
+    return int(match["nodes"]), int(match["gpus"]), match["type"]

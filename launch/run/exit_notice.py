@@ -1,4 +1,4 @@
-"""A small process beside the driver that tells of an end that the driver itself can no longer tell."""
+"""The exit notice: a small process that prints a message after the driver was killed."""
 
 import subprocess
 import sys
@@ -10,13 +10,13 @@ _CODE = "import sys; sys.stdin.buffer.read() or sys.stderr.write(sys.argv[1])"
 
 @contextmanager
 def exit_notice(message: str) -> Iterator[None]:
-    """Prints `message` to the standard error if this process ends inside, killed or ended by Ray's core."""
+    """Prints `message` to standard error if this process is killed, or ended by Ray's core, in the context."""
     child = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", _CODE, f"{message}\n"],
         stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is not for it
+        start_new_session=True,  # Ctrl-C must not reach it
     )
     try:
         yield
     finally:
-        child.communicate(b"still here")
+        child.communicate(b"no message")

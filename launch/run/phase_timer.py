@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Wall time of a run, by phase."""
 
 import time
 
@@ -6,14 +6,14 @@ from pipeline.formatting import duration
 
 
 class PhaseTimer:
-    """Wall time of each phase of a run, in the order in which they ended."""
+    """Measures the wall time of each phase of a run, in seconds."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
         self.phases: dict[str, float] = {}
 
-    def ended(self, phase: str) -> None:
-        """Ends `phase`; the next one begins."""
+    def end_phase(self, phase: str) -> None:
+        """Ends `phase` and starts the next."""
         now = time.monotonic()
         self.phases[phase] = now - self._last
         self._last = now

@@ -1,11 +1,11 @@
-"""Everything that a run will do, before it does anything."""
+"""The plan of a run: its config, derived values and warnings, before anything starts."""
 
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from launch.cluster.allocation import this_machine
+from launch.cluster.allocation import machine_resources
 from launch.cluster.ports import cluster_address
 from launch.cluster.prepared_run import PreparedRun
 from launch.run.prepare import prepare
@@ -17,24 +17,24 @@ from pipeline.train.setup import check_writable
 
 
 def plan(config: RunConfig, address: str | None) -> PreparedRun:
-    """Prepares a run as its training would; starts nothing but a look at the cluster.
+    """Prepares a run as `densenet train` does, and starts nothing; reads the resources of the cluster at `address`.
 
     Raises:
-        UserError: anything that would stop the run, or no cluster answers at `address`.
+        UserError: Anything that would stop the run, or an unreachable cluster.
     """
     address = cluster_address(address)
     if address is None:
-        return prepare(config, this_machine())
-    from launch.cluster.connect import joined, offered_by_cluster  # Ray takes seconds to import
+        return prepare(config, machine_resources())
+    from launch.cluster.connect import cluster_resources, connected_ray  # Ray takes seconds to import
 
     output = Path(config.run.output)
     check_writable(output)
-    with joined(address, output / "ray.log"):
-        return prepare(config, offered_by_cluster(address))
+    with connected_ray(address, output / "ray.log"):
+        return prepare(config, cluster_resources(address))
 
 
-def as_tree(prepared: PreparedRun) -> dict[str, Any]:
-    """The whole plan, for JSON."""
+def plan_as_dict(prepared: PreparedRun) -> dict[str, Any]:
+    """Returns the whole plan, for JSON."""
     return {
         "config": prepared.config.model_dump(mode="json"),
         "derived": prepared.derived.model_dump(mode="json"),
@@ -45,7 +45,7 @@ def as_tree(prepared: PreparedRun) -> dict[str, Any]:
 
 
 def print_plan(console: Console, prepared: PreparedRun) -> None:
-    """Prints the derived values, one a line."""
+    """Prints the derived values, one per line."""
     config, d = prepared.config, prepared.derived
     model = size(config.model, d.num_classes, config.data.image_size)
     rows = [
@@ -68,7 +68,7 @@ def print_plan(console: Console, prepared: PreparedRun) -> None:
             f"{d.total_steps:,} in all = {config.train.epochs:g} epochs of {d.steps_per_epoch:,.2f}, "
             f"{d.total_samples:,} samples",
         ),
-        ("peak rate", _learning_rate(config, d)),
+        ("peak LR", _learning_rate(config, d)),
         ("precision", f"{d.precision}, ZeRO stage {d.zero_stage}"),
         ("evaluation", config.eval.description),
         *_stores(config).items(),
@@ -80,7 +80,7 @@ def print_plan(console: Console, prepared: PreparedRun) -> None:
 
 
 def _stores(config: RunConfig) -> dict[str, str]:
-    """Where the run is recorded, and where its model is registered."""
+    """Returns the tracking store of the run, and the registry of its model."""
     stores, tracking = stores_from_config(config), config.tracking
     model = f"{tracking.registered_model_name or config.model.name}@{tracking.alias}"
     return {
@@ -90,7 +90,7 @@ def _stores(config: RunConfig) -> dict[str, str]:
 
 
 def print_warnings(console: Console, prepared: PreparedRun) -> None:
-    """Prints what the user may not have meant."""
+    """Prints the warnings."""
     for warning in prepared.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
@@ -101,5 +101,5 @@ def _learning_rate(config: RunConfig, d: Derived) -> str:
     if optim.lr_scaling != "none":
         ratio = f"{d.global_batch_size} / {optim.lr_base_batch}"
         scaled = f" = {optim.lr:g} x {ratio if optim.lr_scaling == 'linear' else f'sqrt({ratio})'}"
-    warmup = f", after {schedule.warmup_epochs:g} epochs of warm-up" if schedule.warmup_epochs else ""
+    warmup = f", after {schedule.warmup_epochs:g} epochs of warmup" if schedule.warmup_epochs else ""
     return f"{d.peak_lr:g}{scaled}, {optim.name}, schedule {schedule.name}{warmup}"

@@ -1,4 +1,4 @@
-"""What is settled on the driver before any worker starts: the config here, resources, and the run's setup."""
+"""Prepares a run on the driver, before any worker starts: config, resources and setup."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from pipeline.model.timm_models import check_model
 from pipeline.train.setup import absolute, check_writable, new_name, set_up
 
 
-def named_config(path: Path, overrides: list[str]) -> RunConfig:
-    """Loads a config, and gives the run its name."""
+def load_named_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Loads a config, and sets `run.name` if it is missing."""
     config = load_config(path, *overrides)
     check_model(config)
     name = config.run.name or new_name(path.stem)
@@ -20,25 +20,25 @@ def named_config(path: Path, overrides: list[str]) -> RunConfig:
 
 
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
-    """Loads a config, gives the run its name, and makes its paths absolute on this machine."""
-    return absolute(named_config(path, overrides), base_folder())
+    """Loads a config, sets `run.name` if it is missing, and makes its paths absolute on this machine."""
+    return absolute(load_named_config(path, overrides), base_folder())
 
 
-def prepare(config: RunConfig, offered: Resources, resume: str | None = None) -> PreparedRun:
-    """Checks the output folder, takes a share of the resources and sets the run up, see `pipeline.train.setup`.
+def prepare(config: RunConfig, available: Resources, resume: str | None = None) -> PreparedRun:
+    """Checks the output folder, allocates resources and sets the run up, see `pipeline.train.setup`.
 
     Raises:
-        UserError: anything that would stop the run later and can be known now.
+        UserError: Anything that would stop the run later and can be known now.
     """
     check_writable(Path(config.run.output))
-    taken = allocate(config, offered)
+    allocation = allocate(config, available)
     setup = set_up(
         config,
-        device=taken.device,
-        workers=taken.workers,
-        cpus_per_worker=taken.cpus_per_worker,
-        embedded=offered.embedded,
+        device=allocation.device,
+        workers=allocation.workers,
+        cpus_per_worker=allocation.cpus_per_worker,
+        embedded=available.embedded,
         resume=resume,
-        warnings=taken.warnings,
+        warnings=allocation.warnings,
     )
-    return PreparedRun(**vars(setup), allocation=taken)
+    return PreparedRun(**vars(setup), allocation=allocation)

@@ -1,4 +1,4 @@
-"""The gate in front of a registry's alias, and the way back."""
+"""Model promotion: the evaluation gate of a registry's alias, and rollback."""
 
 import datetime
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.evaluation.labels import map_labels
-from pipeline.evaluation.mcnemar import McNemarResult, mcnemar_test
+from pipeline.evaluation.mcnemar import McNemarResult
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.mlflow_names import alias_error
@@ -28,39 +28,49 @@ from pipeline.tracking.registry import (
 )
 from pipeline.tracking.stores import Stores
 
-PROMOTED, BEFORE = "promoted.at", "promoted.before"
+PROMOTED_AT, PREVIOUS_VERSION = "promoted.at", "promoted.before"  # tags of a model version
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model version beside the one that an alias has now, on the same images.
+    """A model version, and the alias's current version, evaluated on the same images.
 
-    `old` and what belongs to it are None where the alias has no version yet; `old_non_finite` counts the images for
-    which the old version gives NaN or infinities, which are misses.
+    Attributes:
+        name: Registered model name.
+        alias: The alias to move.
+        new: Version to promote.
+        new_correct_N: Whether `new` predicts each image's class.
+        old: The alias's current version; None, like `old_correct_N` and `paired`, if it has none.
+        old_correct_N: Whether `old` predicts each image's class.
+        old_non_finite: Images for which `old` gives NaN or infinities, which count as wrong.
+        paired: McNemar's test of both.
+        evidence: Tags for the promoted version.
     """
 
     name: str
     alias: str
     new: str
-    new_N: NDArray[np.bool_]
+    new_correct_N: NDArray[np.bool_]
     old: str | None
-    old_N: NDArray[np.bool_] | None
+    old_correct_N: NDArray[np.bool_] | None
     old_non_finite: int
     paired: McNemarResult | None
     evidence: dict[str, str]
 
-    def holds(self, min_gain: float, max_p: float) -> bool:
-        """Whether it gains at least `min_gain` percentage points of top-1, at a p-value of at most `max_p`."""
+    def passes(self, min_gain: float, max_p: float) -> bool:
+        """Returns whether it gains at least `min_gain` percentage points of top-1, with a p-value up to `max_p`."""
         return self.paired is None or (self.paired.gain >= min_gain and self.paired.p_value <= max_p)
 
 
-def weigh(model: str, alias: str, root: Path, split: str, stores: Stores, *, will_move: bool) -> Candidate:
-    """Evaluates the model and the alias's present one on the same images.
+def evaluate_candidate(
+    model: str, alias: str, root: Path, split: str, stores: Stores, *, will_promote: bool
+) -> Candidate:
+    """Evaluates the model and the alias's current version on the same images.
 
-    With `will_move` the right to move the alias is looked at before.
+    With `will_promote` it first checks the permission to move the alias.
 
     Raises:
-        UserError: there is no such model or split, its classes do not fit, or it gives NaN or infinities.
+        UserError: The model or split does not exist, its classes do not match, or the model gives NaN or infinities.
     """
     check_alias("--to", alias)
     outputs = Path("outputs").absolute()
@@ -68,77 +78,84 @@ def weigh(model: str, alias: str, root: Path, split: str, stores: Stores, *, wil
     old = alias_version(new.name, alias, stores)
     if old == new.version:
         raise UserError(f"{new.name}@{alias} is version {old} already.")
-    if will_move:
-        check_permissions(new.name, stores)  # not after evaluating for an hour
+    if will_promote:
+        check_permissions(new.name, stores)  # before an evaluation of perhaps an hour
     limit = ModelCard.read(download(new.uri, stores, outputs / "models")).max_pixels
     index = open_split(root, split, outputs / "index", limit)
-    new_N, transform, non_finite = _hits(new.uri, stores, index, outputs)
+    new_correct_N, transform, non_finite = _correct_predictions(new.uri, stores, index, outputs)
     if non_finite:
         raise UserError(
-            f"{new.name} version {new.version} gives NaN or infinities for {non_finite} of {len(new_N)} images of "
-            f"{root}/{split}: it is not promoted. Choose another version; its training has diverged."
+            f"{new.name} version {new.version} gives NaN or infinities for {non_finite} of {len(new_correct_N)} images "
+            f"of {root}/{split}: it is not promoted. Choose another version; the training of this one diverged."
         )
     evidence = {
-        PROMOTED: _now(),
+        PROMOTED_AT: _now(),
         "promoted.to": alias,
         "promoted.data": f"{split} of {index.fingerprint[:16]}",
         "promoted.transform": transform,
-        "promoted.top1": f"{new_N.sum()}/{len(new_N)}",
+        "promoted.top1": f"{new_correct_N.sum()}/{len(new_correct_N)}",
     }
     if old is None:
-        return Candidate(new.name, alias, new.version, new_N, None, None, 0, None, evidence)
-    old_N, _, non_finite = _hits(f"{REGISTRY}{new.name}/{old}", stores, index, outputs)
-    paired = mcnemar_test(new_N, old_N)
+        return Candidate(new.name, alias, new.version, new_correct_N, None, None, 0, None, evidence)
+    old_correct_N, _, non_finite = _correct_predictions(f"{REGISTRY}{new.name}/{old}", stores, index, outputs)
+    paired = mcnemar_test(new_correct_N, old_correct_N)
     evidence |= {
-        BEFORE: old,
+        PREVIOUS_VERSION: old,
         "promoted.gain": f"{paired.gain:.4f}",
         "promoted.p": f"{paired.p_value:.3g}",
         "promoted.only": f"{paired.only_new} against {paired.only_old}",
     }
-    return Candidate(new.name, alias, new.version, new_N, old, old_N, non_finite, paired, evidence)
+    return Candidate(new.name, alias, new.version, new_correct_N, old, old_correct_N, non_finite, paired, evidence)
 
 
-def move(candidate: Candidate, stores: Stores) -> None:
-    """Moves the alias to the candidate's version, with the evidence as its tags."""
+def promote(candidate: Candidate, stores: Stores) -> None:
+    """Moves the alias to the candidate's version, and tags that version with the evidence."""
     for key, value in candidate.evidence.items():
         tag_version(candidate.name, candidate.new, key, value, stores)
     move_alias(candidate.name, candidate.alias, candidate.new, stores)
 
 
 def rollback(name: str, alias: str, stores: Stores) -> tuple[str, str]:
-    """Moves the alias back to the version that it was before; returns that, and the one that it has left.
+    """Moves the alias back to its previous version; returns that version, and the one that had the alias until now.
 
     Raises:
-        UserError: it is not known, or has gone.
+        UserError: The previous version is unknown or deleted.
     """
     version = alias_version(name, alias, stores)
     if version is None:
-        raise UserError(f"{name}@{alias} is no version: there is nothing to roll back.")
+        raise UserError(f"{name}@{alias} does not exist: there is nothing to roll back.")
     tags = next(v.tags for v in versions(name, stores) if v.version == version)
-    before = tags.get(BEFORE) if tags.get("promoted.to") == alias else None
-    if before is None:
-        raise UserError(f"{name} version {version} does not tell what @{alias} was before: nothing is changed.")
-    resolve(f"{REGISTRY}{name}/{before}", stores)
+    previous = tags.get(PREVIOUS_VERSION) if tags.get("promoted.to") == alias else None
+    if previous is None:
+        raise UserError(f"{name} version {version} has no record of the previous @{alias}: nothing is changed.")
+    resolve(f"{REGISTRY}{name}/{previous}", stores)
     tag_version(name, version, "rolled_back.at", _now(), stores)
-    move_alias(name, alias, before, stores)
-    return before, version
+    move_alias(name, alias, previous, stores)
+    return previous, version
 
 
 def check_alias(option: str, alias: str) -> None:
-    """Raises `UserError` where MLflow takes no such alias."""
-    wrong = alias_error(alias)
-    if wrong is not None:
-        raise UserError(f"{option}={alias} {wrong}.")
+    """Raises `UserError` if MLflow does not allow the alias."""
+    problem = alias_error(alias)
+    if problem is not None:
+        raise UserError(f"{option}={alias} {problem}.")
 
 
-def _hits(model: str, stores: Stores, index: DatasetIndex, outputs: Path) -> tuple[NDArray[np.bool_], str, int]:
-    """Which images a model hits, by its own transform, that transform in words, and for how many it gives NaN."""
+def _correct_predictions(
+    model: str, stores: Stores, index: DatasetIndex, outputs: Path
+) -> tuple[NDArray[np.bool_], str, int]:
+    """Evaluates a model with its own transform.
+
+    Returns:
+        Whether each prediction is correct, [N]; the transform's description; the number of non-finite predictions.
+    """
     folder = download(model, stores, outputs / "models")
     card = ModelCard.read(folder)
     labels_N = map_labels(index, card.classes)
-    given_NK, _ = model_probabilities(folder, index)
-    best_N = best_class(given_NK)
-    return best_N == labels_N, card.transform.description, int((best_N == NO_CLASS).sum())
+    probabilities_NK, _ = model_probabilities(folder, index)
+    predictions_N = best_class(probabilities_NK)
+    non_finite = int((predictions_N == NO_CLASS).sum())
+    return predictions_N == labels_N, card.transform.description, non_finite
 
 
 def _now() -> str:

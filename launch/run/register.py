@@ -1,4 +1,4 @@
-"""A finished run's records and best checkpoint reach their stores: at the end of its training, or later."""
+"""Registers a finished run's best checkpoint, and sends its unsent tracking records."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from pipeline.train.storage import fetch
 
 
 def register_run(
-    folder: Path, overrides: Sequence[str], told: Callable[[str], None], wait_timeout_s: float
+    folder: Path, overrides: Sequence[str], log: Callable[[str], None], wait_timeout_s: float
 ) -> tuple[RegisteredModel, str]:
-    """Registers the best checkpoint of a run that was trained before; returns it, and the registry's address.
+    """Registers the best checkpoint of a finished run; returns it, and the registry's URI.
 
     Raises:
-        UserError: it is no run's folder, has no checkpoint, is being trained, or a store refuses it.
+        UserError: `folder` is not a run folder, has no checkpoint, or is being trained, or a store refuses the model.
     """
     config = run_config(folder, overrides)
     folder = folder.absolute()
@@ -37,54 +37,54 @@ def register_run(
         reason = reason_not_to_register(best_checkpoint(folder))
         if reason is not None:
             raise UserError(f"the model of {folder} is not registered: {reason}. Train again with a lower optim.lr.")
-        tracker = Tracker(config, folder, folder.name, told, running=False)
+        tracker = Tracker(config, folder, folder.name, log, running=False)
         try:
-            registered = send_and_register(config, folder, tracker, told, wait_timeout_s)
+            registered = send_and_register(config, folder, tracker, log, wait_timeout_s)
         finally:
             tracker.close(wait_timeout_s)
     return registered, redacted(tracker.stores.registry)
 
 
 def send_records(
-    folder: Path, wait_timeout_s: float, told: Callable[[str], None], warn: Callable[[str], None]
+    folder: Path, wait_timeout_s: float, log: Callable[[str], None], warn: Callable[[str], None]
 ) -> Tracker:
-    """Sends a run's records that its tracking store did not take; returns the tracker, which is closed.
+    """Sends a run's unsent records to its tracking store; returns the closed tracker.
 
     Raises:
-        UserError: it is no run's folder, is being trained, or the store does not take them in time.
+        UserError: `folder` is not a run folder, or is being trained, or the store does not accept the records in time.
     """
     config = run_config(folder)
     uri = stores_from_config(config).tracking
     wait_for_stores(Stores(uri, uri), wait_timeout_s, warn)
     with run_lock(folder, config):
-        tracker = Tracker(config, folder, str(config.run.name or folder.name), told, running=False)
+        tracker = Tracker(config, folder, str(config.run.name or folder.name), log, running=False)
         tracker.close(wait_timeout_s)
     if tracker.unsent:
-        raise UserError(f"{redacted(tracker.uri)} did not take {tracker.unsent} records within {wait_timeout_s:g} s.")
+        raise UserError(f"{redacted(tracker.uri)} did not accept {tracker.unsent} records within {wait_timeout_s:g} s.")
     return tracker
 
 
 def run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a run's folder, with overrides, and the stores that it has used.
+    """Returns the config in a run folder, with overrides, and with the stores that the run used.
 
     Raises:
-        UserError: it is none, or an override is wrong.
+        UserError: `folder` is not a run folder, or an override is wrong.
     """
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run's folder: it has no config.yaml. Give one as outputs/RUN.")
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml. Give a folder such as outputs/RUN.")
     config = load_config(folder / "config.yaml", *overrides)
-    return config.model_copy(update={"tracking": config.tracking.model_copy(update=_addresses(config, folder))})
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update=_store_uris(config, folder))})
 
 
-def _addresses(config: RunConfig, folder: Path) -> dict[str, str]:
-    """The stores that the run has used, where neither its config nor this environment names others."""
+def _store_uris(config: RunConfig, folder: Path) -> dict[str, str]:
+    """Returns the URIs of the stores that the run used, unless its config or the environment sets them."""
     file = folder / STATE
     used = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if used.get("registry") == used.get("uri"):
-        used.pop("registry", None)  # it follows the tracking store
-    found = {}
-    for key, kept, variable in (("uri", "uri", TRACKING_VARIABLE), ("registry_uri", "registry", REGISTRY_VARIABLE)):
-        place = used.get(kept)
-        if getattr(config.tracking, key) is None and not os.environ.get(variable) and place and ":***@" not in place:
-            found[key] = place
-    return found
+        used.pop("registry", None)  # the default: the tracking store
+    uris = {}
+    for key, name, variable in (("uri", "uri", TRACKING_VARIABLE), ("registry_uri", "registry", REGISTRY_VARIABLE)):
+        uri = used.get(name)
+        if getattr(config.tracking, key) is None and not os.environ.get(variable) and uri and ":***@" not in uri:
+            uris[key] = uri
+    return uris

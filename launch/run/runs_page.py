@@ -1,4 +1,4 @@
-"""Runs as one HTML page that needs nothing else."""
+"""Report of runs as one self-contained HTML page."""
 
 import base64
 import datetime
@@ -16,7 +16,7 @@ from pipeline.tracking.plots import confusion_image, curves
 from pipeline.tracking.queries import TrackedRunInfo, differences, find_run, metric_history, read_artifact
 from pipeline.tracking.stores import redacted
 
-_MOST_POINTS = 1500
+_MAX_POINTS = 1500
 _CURVES = {
     "training loss": ("train/loss",),
     "evaluation loss": ("val/loss", "val_ema/loss"),
@@ -28,10 +28,13 @@ _CURVES = {
 
 
 def write_page(names: list[str], out: Path, uri: str, experiment: str) -> int:
-    """Writes a page with results, curves, differences, checkpoints and sample predictions of runs; returns its size.
+    """Writes a page with results, curves, differences, checkpoints and sample predictions of runs.
+
+    Returns:
+        Its length in characters.
 
     Raises:
-        UserError: there is no such run, or the page cannot be written.
+        UserError: A run does not exist, or the page cannot be written.
     """
     runs = [find_run(uri, experiment, name) for name in names]
     if len({run.id for run in runs}) < len(runs):
@@ -53,7 +56,7 @@ def _page(runs: list[TrackedRunInfo], uri: str) -> str:
     return template.render(
         title=f"Training of {names}",
         store=redacted(uri),
-        made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        created=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         runs=runs,
         curves=_curves(runs, uri),
         differences=differences(runs),
@@ -65,20 +68,20 @@ def _page(runs: list[TrackedRunInfo], uri: str) -> str:
 
 
 def _curves(runs: list[TrackedRunInfo], uri: str) -> list[tuple[str, str]]:
-    """Images as SVG in base64, over samples seen; those that no run has values for are left out."""
-    keys = {key for of in _CURVES.values() for key in of}
+    """Returns each plot's label and SVG in base64, over samples seen; omits plots without values."""
+    keys = {key for metrics in _CURVES.values() for key in metrics}
     histories = {run.id: metric_history(uri, run.id, keys) for run in runs}
     longest = max((p[-1][0] for history in histories.values() for p in history.values()), default=0)
     unit, size = ("millions", 1e6) if longest >= 1e6 else ("thousands", 1e3)
     images = []
-    for label, of in _CURVES.items():
+    for label, metrics in _CURVES.items():
         lines = {}
         for run in runs:
-            for key in of:
+            for key in metrics:
                 points = histories[run.id].get(key, [])
-                stride = 1 + len(points) // _MOST_POINTS
+                stride = 1 + len(points) // _MAX_POINTS
                 if points:
-                    suffix = " (average)" if key.startswith("val_ema") else ""
+                    suffix = " (EMA)" if key.startswith("val_ema") else ""
                     lines[f"{run.name}{suffix}"] = [(seen / size, value) for seen, value in points[::stride]]
         if lines:
             images.append((label, _svg(curves(lines, f"samples seen, {unit}", label))))

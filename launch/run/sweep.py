@@ -1,4 +1,4 @@
-"""The driver of a sweep: several trainings with other values, as many at once as there is room for."""
+"""The driver of a hyperparameter sweep: parallel training runs with values from a search space."""
 
 import math
 import os
@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from launch.cluster.allocation import Resources, this_machine
-from launch.cluster.connect import embedded, joined, offered_by_cluster
+from launch.cluster.allocation import Resources, machine_resources
+from launch.cluster.connect import cluster_resources, connected_ray, embedded_ray
 from launch.cluster.ports import cluster_address, free_port
-from launch.cluster.search import Trial, edges, parse_space, search, tell, trial_id
-from launch.cluster.training import run
+from launch.cluster.search import Trial, boundary_overrides, parse_space, report_evaluation, search, trial_id
+from launch.cluster.training import run_training
 from launch.run.prepare import prepare, read_config
 from pipeline.config_file import find_config
 from pipeline.errors import UserError
@@ -32,74 +32,80 @@ def sweep(
     space: list[str],
     trials: int,
     address: str | None,
-    told: Callable[[str], None],
+    log: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> list[Trial]:
-    """Runs the trials, and returns them, the best first.
+    """Runs the trials; returns them, best first.
 
     Raises:
-        UserError: bad input.
-        TrainingError: no trial came to an evaluation.
+        UserError: Bad input.
+        TrainingError: No trial reached an evaluation.
     """
-    searched = parse_space(space)
+    search_space = parse_space(space)
     config = read_config(path, overrides)
     check_writable(Path(config.run.output))
     name = str(config.run.name)
     folder, address = Path(config.run.output) / name, cluster_address(address)
     log_file = folder / "logs" / "ray.log"
     with ExitStack() as stack:
-        offered = this_machine()
+        available = machine_resources()
         if address is not None:
-            stack.enter_context(joined(address, log_file))
-            offered = offered_by_cluster(address)
-        for edge in edges(searched):  # what is wrong with the space is known before anything runs
-            prepared = prepare(read_config(path, [*overrides, *edge]), offered)
+            stack.enter_context(connected_ray(address, log_file))
+            available = cluster_resources(address)
+        for boundary in boundary_overrides(search_space):  # finds errors in the space before a trial starts
+            prepared = prepare(read_config(path, [*overrides, *boundary]), available)
         with Tracker(config, folder, name, warn) as parent:
             parent.log_params(config.model_dump(mode="json") | {"space": " ".join(space), "trials": trials})
             if not parent.flush(_FLUSH_S):
-                raise UserError(f"MLflow at {redacted(parent.uri)} does not take records, which the trials need.")
+                raise UserError(f"MLflow at {redacted(parent.uri)} does not accept records, which the trials need.")
             per_trial = prepared.derived.workers * prepared.derived.cpus_per_worker
             if address is None:
-                cpus = max(per_trial, offered.cpus) + 1
-                stack.enter_context(embedded(cpus, free_port(), log_file))
-            most = max(1, offered.cpus // per_trial)
-            if offered.gpus:
-                most = max(1, offered.gpus // prepared.derived.workers)
-            told(f"{trials} trials of {name}, up to {most} at once; MLflow's run {parent.run_id} holds them")
-            task = {
+                cpus = max(per_trial, available.cpus) + 1
+                stack.enter_context(embedded_ray(cpus, free_port(), log_file))
+            max_concurrent = max(1, available.cpus // per_trial)
+            if available.gpus:
+                max_concurrent = max(1, available.gpus // prepared.derived.workers)
+            log(f"{trials} trials of {name}, up to {max_concurrent} at once; parent run in MLflow: {parent.run_id}")
+            settings = {
                 "path": str(find_config(path).absolute()),
-                "overrides": [*overrides, f"run.output={folder}", *_addresses(parent.stores)],
-                "offered": offered,
+                "overrides": [*overrides, f"run.output={folder}", *_store_overrides(parent.stores)],
+                "available": available,
                 "parent": parent.run_id,
                 "cwd": os.getcwd(),
             }
             evaluations = math.ceil(config.train.epochs / config.eval.every_epochs)
             try:
                 return search(
-                    trial, task, searched, trials=trials, at_once=most, evaluations=evaluations, folder=folder
+                    trial,
+                    settings,
+                    search_space,
+                    trials=trials,
+                    max_concurrent=max_concurrent,
+                    evaluations=evaluations,
+                    folder=folder,
                 )
             finally:
                 end_child_runs(parent.uri, str(parent.run_id))
 
 
-def _addresses(stores: Stores) -> list[str]:
-    """Overrides by which trials use the stores of the sweep; one with a password is in their environment already."""
-    addresses = {"tracking.uri": stores.tracking, "tracking.registry_uri": stores.registry}
-    return [f"{key}={uri}" for key, uri in addresses.items() if redacted(uri) == uri]
+def _store_overrides(stores: Stores) -> list[str]:
+    """Returns overrides that set the sweep's stores; trials read a URI with a password from their environment."""
+    uris = {"tracking.uri": stores.tracking, "tracking.registry_uri": stores.registry}
+    return [f"{key}={uri}" for key, uri in uris.items() if redacted(uri) == uri]
 
 
-def trial(values: dict[str, Any], task: dict[str, Any]) -> None:
-    """One trial: a training with these values, whose evaluations Ray Tune hears of."""
-    os.chdir(task["cwd"])
+def trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Runs a trial: trains with these values, and reports the evaluations to Ray Tune."""
+    os.chdir(settings["cwd"])
     name = f"trial-{trial_id()}"
-    given = [f"{key}={value}" for key, value in values.items()]
-    offered: Resources = task["offered"]
-    prepared = prepare(read_config(Path(task["path"]), [*task["overrides"], *given, f"run.name={name}"]), offered)
-    best: dict[float, float] = {}  # by epoch: of the weights and their average, the better one's accuracy
+    overrides = [*settings["overrides"], *(f"{key}={value}" for key, value in values.items()), f"run.name={name}"]
+    available: Resources = settings["available"]
+    prepared = prepare(read_config(Path(settings["path"]), overrides), available)
+    best: dict[float, float] = {}  # by epoch: the better top-1 of the weights and their EMA
 
     with (
         run_lock(prepared.run_dir, prepared.config),
-        Tracker(prepared.config, prepared.run_dir, name, print, task["parent"]) as tracker,
+        Tracker(prepared.config, prepared.run_dir, name, print, settings["parent"]) as tracker,
     ):
         tracker.log_params(prepared.config.model_dump(mode="json"))
         recorder = Recorder(tracker, prepared.config, prepared.run_dir)
@@ -113,6 +119,6 @@ def trial(values: dict[str, Any], task: dict[str, Any]) -> None:
             best[epoch] = max(result.top1, best.get(epoch, 0.0))
             if event.weights == last:
                 tracker.flush(_FLUSH_S)  # the trial's process may be ended at once
-                tell(best[epoch], result.loss, epoch, len(best))
+                report_evaluation(best[epoch], result.loss, epoch, len(best))
 
-        run(prepared, on_event)
+        run_training(prepared, on_event)

@@ -1,4 +1,4 @@
-"""The driver of one training: prepare, track, run on Ray, register, sum up."""
+"""The driver of a training run: prepares, tracks, trains on Ray, registers the model, prints the summary."""
 
 import os
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.cluster.allocation import this_machine
+from launch.cluster.allocation import machine_resources
 from launch.cluster.job_env import check_secrets
 from launch.cluster.ports import check_port, cluster_address, free_port
 from launch.cluster.prepared_run import PreparedRun
@@ -19,7 +19,7 @@ from launch.run.plan import print_plan, print_warnings
 from launch.run.prepare import prepare, read_config
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.counts import EvalResult, format_accuracy
+from pipeline.evaluation.counts import EvalResult
 from pipeline.export.package import RegisteredModel
 from pipeline.export.tracked import TrackedRun, tracked
 from pipeline.formatting import speed
@@ -45,19 +45,19 @@ def train_command(
     wait: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Trains as `densenet train` does, and prints the summary; with `wait` once the cluster has room.
+    """Runs `densenet train`, and prints the summary.
 
-    With `quiet` only warnings and the summary are printed.
+    With `wait` it waits until the cluster has the resources; with `quiet` it prints only warnings and the summary.
 
     Raises:
-        UserError: bad input; nothing is left running.
-        TrainingError: the workers failed for another reason.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM or 129 after SIGHUP, and the checkpoint that follows it.
+        UserError: Bad input; nothing is left running.
+        TrainingError: The workers failed for another reason.
+        SystemExit: 130 after Ctrl-C; after a checkpoint, 143 for SIGTERM or 129 for SIGHUP.
     """
     try:
         _train_command(console, path, overrides, address, resume, wait, quiet)
     except KeyboardInterrupt:
-        console.print("interrupted: checkpoints and records so far are kept", style="yellow")
+        console.print("interrupted: the checkpoints and records so far are saved", style="yellow")
         raise SystemExit(130) from None
 
 
@@ -70,36 +70,35 @@ def _train_command(
     wait: bool,
     quiet: bool,
 ) -> None:
-    clock = PhaseTimer()
+    timer = PhaseTimer()
     check_secrets()
     config = read_config(path, overrides)
     check_writable(Path(config.run.output))
     address = cluster_address(address)
     if wait and address is None:
-        raise UserError("--wait waits for room on a cluster: give its --address, or leave --wait out.")
+        raise UserError("--wait waits for resources of a cluster: set --address, or omit --wait.")
     log_file = Path(config.run.output) / str(config.run.name) / "logs" / "ray.log"
-    ended = (
-        f"training failed: the driver was killed, or Ray's core has ended it. The same command with "
-        f"run.name={config.run.name} goes on from the newest checkpoint."
+    notice = (
+        f"training failed: the driver was killed, or Ray's core ended it. The same command with "
+        f"run.name={config.run.name} resumes from the latest checkpoint."
     )
     with ExitStack() as stack:
-        stack.enter_context(
-            exit_notice(ended)
-        )  # the last to leave: Ray's core may also end the driver while it shuts down
+        # The outermost context: Ray's core may also end the driver while it shuts down.
+        stack.enter_context(exit_notice(notice))
         if address is None:
             dashboard_port = _dashboard_port(config)
-            prepared = prepare(config, this_machine(), resume)
+            prepared = prepare(config, machine_resources(), resume)
         else:
             from launch.cluster.connect import (  # Ray takes seconds to import
-                joined,
-                offered_by_cluster,
+                cluster_resources,
+                connected_ray,
                 wait_for_resources,
             )
 
-            dashboard = stack.enter_context(joined(address, log_file))
+            dashboard = stack.enter_context(connected_ray(address, log_file))
             if wait:
                 wait_for_resources(config, address, lambda text: console.print(text, style="yellow", soft_wrap=True))
-            prepared = prepare(config, offered_by_cluster(address), resume)
+            prepared = prepare(config, cluster_resources(address), resume)
         config, run_dir = prepared.config, prepared.run_dir
         if not quiet:
             print_plan(console, prepared)
@@ -109,36 +108,36 @@ def _train_command(
         display = _display(console, prepared, quiet)
         run = stack.enter_context(tracked(prepared, display.warning))
         tracker = run.tracker
-        clock.ended("prepare")
+        timer.end_phase("prepare")
         with display:
             if address is None:
                 display.status("starting Ray")
-                from launch.cluster.connect import embedded
+                from launch.cluster.connect import embedded_ray
 
-                cpus = max(prepared.derived.workers * prepared.derived.cpus_per_worker, this_machine().cpus)
-                dashboard = stack.enter_context(embedded(cpus, dashboard_port, log_file))
-                clock.ended("Ray start")
+                cpus = max(prepared.derived.workers * prepared.derived.cpus_per_worker, machine_resources().cpus)
+                dashboard = stack.enter_context(embedded_ray(cpus, dashboard_port, log_file))
+                timer.end_phase("Ray start")
             display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
             try:
-                img_per_s = _train(prepared, run, display, clock)
-            except Exception:  # whatever it is, it goes on up: the logs are for whoever looks for its cause
+                img_per_s = _train(prepared, run, display, timer)
+            except Exception:  # raised again; the logs help to find the cause of any error
                 run.attach_logs()
                 raise
-            clock.ended("training")
+            timer.end_phase("training")
             run.attach_curves()
             if display.stopped_at is None:
                 display.status("registering the model")
                 best, registered = run.register()
-                clock.ended("registration")
+                timer.end_phase("registration")
         if display.stopped_at is not None:
             console.print(
                 f"stopped by {display.stopped_by.name} at {display.stopped_at:,} samples, after a checkpoint; the same "
-                f"command with run.name={config.run.name} goes on",
+                f"command with run.name={config.run.name} resumes",
                 style="yellow",
                 soft_wrap=True,
             )
             raise SystemExit(128 + display.stopped_by)
-        results, commands = _summary(prepared, tracker.stores, best, registered, img_per_s, clock)
+        results, commands = _summary(prepared, tracker.stores, best, registered, img_per_s, timer)
         tracker.set_tags({"mlflow.note.content": "\n".join(f"- **{name}**: {text}" for name, text in results)})
     _print_end(console, run_dir, results + commands, tracker, display)
 
@@ -156,36 +155,36 @@ def _display(console: Console, prepared: PreparedRun, quiet: bool) -> Display:
     return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers, quiet)
 
 
-def _train(prepared: PreparedRun, tracked_run: TrackedRun, display: Display, clock: PhaseTimer) -> float | None:
-    """Trains on the connected cluster; returns the mean speed in images/s, or None when nothing was left to train."""
+def _train(prepared: PreparedRun, tracked_run: TrackedRun, display: Display, timer: PhaseTimer) -> float | None:
+    """Trains on the connected cluster; returns the mean images/s, or None if the run was complete already."""
     img_per_s: float | None = None
 
     def on_event(event: Event) -> None:
         nonlocal img_per_s
         tracked_run.on_event(event)
         phase = _PHASES.get(type(event))
-        if phase is not None and phase not in clock.phases:
-            clock.ended(phase)
+        if phase is not None and phase not in timer.phases:
+            timer.end_phase(phase)
         if isinstance(event, Trained):
             img_per_s = event.img_per_s
         display.on_event(event)
 
-    from launch.cluster.training import run
+    from launch.cluster.training import run_training
 
-    run(prepared, on_event)
+    run_training(prepared, on_event)
     return img_per_s
 
 
 def _print_end(
     console: Console, run_dir: Path, lines: list[tuple[str, str]], tracker: Tracker, display: Display
 ) -> None:
-    """Prints the summary, and warnings of what the run has borne."""
+    """Prints the summary, and warnings of skipped images and unsent records."""
     console.rule("done")
     for name, text in lines:
         console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
     if display.skipped:
         console.print(
-            f"warning: {len(display.skipped)} corrupt training images were replaced by others; they are named in "
+            f"warning: {len(display.skipped)} corrupt training images were replaced by others; their names are in "
             f"{run_dir / 'logs'}",
             style="yellow",
             soft_wrap=True,
@@ -205,11 +204,11 @@ def _summary(
     best: Path,
     registered: RegisteredModel | None,
     img_per_s: float | None,
-    clock: PhaseTimer,
+    timer: PhaseTimer,
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The run in a few named lines: results and where things are, and the two commands that come next."""
-    newest = checkpoint.checkpoints(checkpoint_root(prepared.run_dir))[-1]
-    state = read_state(newest)
+    """Returns the summary as named lines: results and locations, then the next commands."""
+    latest = checkpoint.checkpoints(checkpoint_root(prepared.run_dir))[-1]
+    state = read_state(latest)
     program = shlex.quote(sys.argv[0]) if shutil.which("densenet") is None else "densenet"
     image = "IMAGE"
     if not prepared.val_index.in_shards:
@@ -217,23 +216,22 @@ def _summary(
         image = shlex.quote(min(str(file), os.path.relpath(file), key=len))
     results = [
         (
-            when,
-            f"{format_accuracy(EvalResult(**state[when]))}, "
-            f"{WEIGHTS[state[f'{when}_of']]}at {state[f'{when}_at']:,} samples",
+            key,
+            f"{format_accuracy(EvalResult(**state[key]))}, {WEIGHTS[state[f'{key}_of']]}at {state[f'{key}_at']:,} samples",
         )
-        for when in ("best", "last")
+        for key in ("best", "last")
     ]
     results += [
         ("evaluated as", prepared.config.eval.description),
         ("speed", "nothing was left to train" if img_per_s is None else f"{speed(img_per_s)} in training"),
-        ("time", str(clock)),
+        ("time", str(timer)),
         ("checkpoint", str(best)),
     ]
     commands = [("MLflow UI", f"{program} ui{stores.options()}")]
     if registered is None:
         return [*results, ("model", "not registered")], commands
-    where = f" in {redacted(stores.registry)}" if stores.separate_registry else ""
-    about = f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri}){where}"
+    registry = f" in {redacted(stores.registry)}" if stores.separate_registry else ""
+    about = f"{registered.name} version {registered.version}, alias {registered.alias} ({registered.uri}){registry}"
     results += [("model", about)]
     commands += [
         ("predict", f"{program} predict {shlex.quote(registered.uri)} {image}{stores.options()}"),

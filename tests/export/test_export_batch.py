@@ -65,7 +65,7 @@ def test_corrupt_files_are_rows_with_an_error(densenet, images, tmp_path):
     model, out = write_model(tmp_path / "model"), tmp_path / "predictions.parquet"
     code, printed = densenet("predict", model, "--batch", images, "--out", out)
     assert code == 0, printed
-    assert "3 files are no valid images (column `error`)" in printed
+    assert "3 files are not valid images (column `error`)" in printed
     rows = pq.read_table(out).to_pylist()
     problems = {row["image"]: row["error"] for row in rows if row["error"]}
     assert set(problems) == {"notes.txt", "cat/cut.jpg", "dog/1.png"}
@@ -99,7 +99,7 @@ def test_linked_folders_are_followed_and_special_files_are_rows_with_an_error(de
     code, printed = densenet("predict", write_model(tmp_path / "model"), "--batch", images, "--out", out)
     assert code == 0, printed
     assert "10 images in" in printed
-    assert "left out: 1 hidden files and folders: .hidden.jpg" in printed
+    assert "ignored: 1 hidden files and folders: .hidden.jpg" in printed
     assert {row["image"]: row["error"] for row in pq.read_table(out).to_pylist() if row["error"]} == {
         "dog/broken.jpg": "is a broken link to gone.jpg",
         "dog/fifo.jpg": "is a FIFO, not a file",

@@ -1,4 +1,4 @@
-"""A Ray cluster of one or more nodes, each a process group of its own with a temporary folder of its own."""
+"""A Ray cluster of one or more nodes, each a process group with its own temporary folder."""
 
 import os
 import shutil
@@ -14,23 +14,23 @@ import psutil
 import pytest
 import ray
 
-from launch.cluster.ports import answers, free_port
+from launch.cluster.ports import free_port, is_reachable
 from tests.conftest import BIN
 
-PATIENCE_S = 300  # a condition that holds ends a wait at once; a busy machine needs minutes for what takes seconds
-_STARTS = 3
+WAIT_TIMEOUT_S = 300  # seconds suffice on an idle machine, a busy one needs minutes
+_START_ATTEMPTS = 3
 
 
-def wait_until(condition: Callable[[], object], told: Callable[[], str], wait_timeout_s: float = PATIENCE_S) -> None:
-    """Waits for a condition; fails with what `told` returns."""
-    deadline = time.monotonic() + wait_timeout_s
+def wait_until(condition: Callable[[], object], describe: Callable[[], str], timeout_s: float = WAIT_TIMEOUT_S) -> None:
+    """Waits for a condition; after the timeout fails with the text that `describe` returns."""
+    deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, told()
+        assert time.monotonic() < deadline, describe()
         time.sleep(0.2)
 
 
 class Cluster:
-    """A head and the nodes that were added: where jobs are submitted, and where drivers connect."""
+    """A Ray cluster: a head and any number of nodes."""
 
     def __init__(self, cpus: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="dn", dir="/tmp"))  # short: socket paths have at most 107 characters
@@ -52,14 +52,14 @@ class Cluster:
             "ray-client-server-port": free_port(),
         }
         self._start(cpus, options)
-        wait_until(lambda: answers("127.0.0.1", dashboard, 1), self._logs)
+        wait_until(lambda: is_reachable("127.0.0.1", dashboard, 1), self._logs)
         self.address = f"{ray.util.get_node_ip_address()}:{port}"
 
     def add_node(self, cpus: int) -> None:
-        """Starts a node; one that Ray gives up on, after 30 s on a busy machine, is started again as a pod would be."""
+        """Starts a node; restarts one that Ray ends after 30 s on a busy machine, as Kubernetes restarts a pod."""
         number = len(self.nodes)
         log = self.folder / f"{number}.log"
-        for _ in range(_STARTS):
+        for _ in range(_START_ATTEMPTS):
             self._start(cpus, {"address": self.address})
             node = self.nodes[number]
             wait_until(
@@ -70,19 +70,19 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
             shutil.rmtree(self.folder / f"{number}", ignore_errors=True)
-            told = self._logs()
+            logs = self._logs()
             self.nodes.pop()
-        raise AssertionError(told)
+        raise AssertionError(logs)
 
     def kill_node(self, number: int) -> None:
-        """Ends all of a node's processes at once, as a power cut does."""
+        """Kills all processes of a node at once, as a power failure does."""
         node = psutil.Process(self.nodes[number].pid)
         for process in [node, *node.children(recursive=True)]:
             process.kill()
         self.nodes[number].wait()
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """The cluster's own processes with this in their title; other tests' clusters have such, too."""
+        """Returns this cluster's processes with `name` in their title, without those of other tests' clusters."""
         running = [node for node in self.nodes if node.poll() is None]
         family = [child for node in running for child in psutil.Process(node.pid).children(recursive=True)]
         found = []
@@ -95,7 +95,7 @@ class Cluster:
     def close(self) -> None:
         for node in self.nodes:
             if node.poll() is None:
-                node.send_signal(signal.SIGTERM)  # it ends the processes that it has started
+                node.send_signal(signal.SIGTERM)  # it ends its child processes
         for node in self.nodes:
             node.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -127,7 +127,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head with two cores and one node with none yet."""
-    made = Cluster(cpus=2)
-    yield made
-    made.close()
+    """A cluster of a head with two cores, without further nodes."""
+    started = Cluster(cpus=2)
+    yield started
+    started.close()

@@ -1,1 +1,1 @@
-"""What the commands are made of: options, consoles, tables, and what is shown of longer results."""
+"""Shared parts of the commands: options, consoles, tables and reports."""

@@ -1,4 +1,4 @@
-"""`densenet eval`: a model's accuracy on a split, and what lies behind it."""
+"""Report of `densenet eval`: a model's accuracy on a split."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from pipeline.tracking.stores import Stores
 
 @dataclass(frozen=True)
 class Options:
-    """What `densenet eval` may be told; None: as in the model's card."""
+    """Options of `densenet eval`; None: the value in the model's card."""
 
     split: str
     crop: int | None
@@ -34,38 +34,38 @@ def eval_command(console: Console, model: str, root: Path, options: Options, sto
     """Prints the scores of a checkpoint, a run or a registered model, and writes the tables to `options.out`.
 
     Raises:
-        UserError: there is no such model or split, or its classes, sizes or labels do not fit.
+        UserError: The model or split does not exist, or the classes, sizes or labels do not match.
     """
     opened = open_model(model, stores=stores)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=None)
-        found = opened.evaluate(
+        evaluation = opened.evaluate(
             root,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **vars(options),
         )
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(asdict(evaluation), indent=2))
         return
-    _print(console, opened, found)
+    _print(console, opened, evaluation)
     if options.out is not None:
         console.print(f"tables in {options.out}", markup=False, soft_wrap=True)
 
 
-def _print(console: Console, model: TrainedModel, found: Evaluation) -> None:
+def _print(console: Console, model: TrainedModel, evaluation: Evaluation) -> None:
     lines = [
         ("model", f"{model.model_uri} ({model.weights})"),
-        ("data", f"{found.total:,} images in {Path(found.data).absolute()}"),
-        ("as", found.transform),
+        ("data", f"{evaluation.total:,} images in {Path(evaluation.data).absolute()}"),
+        ("transform", evaluation.transform),
     ]
-    for name, scores in found.scores.items():
+    for name, scores in evaluation.scores.items():
         if isinstance(scores, Scores):
             accuracies, calibration_error = format_accuracy(scores), number(scores.calibration_error)
             text = f"{accuracies}, loss {number(scores.loss)}, calibration error {calibration_error}"
             lines.append((name, text))
         else:
-            share = f"{scores.top1_correct}/{scores.total} = {100 * scores.top1_correct / max(1, scores.total):.2f} %"
-            without = found.total - scores.total
-            lines.append((name, f"top-1 {share} by {scores.file}, {without} images without label"))
+            top1 = f"{scores.top1_correct}/{scores.total} = {100 * scores.top1_correct / max(1, scores.total):.2f} %"
+            unlabeled = evaluation.total - scores.total
+            lines.append((name, f"top-1 {top1} by {scores.file}, {unlabeled} images without label"))
     for name, text in lines:
         console.print(f"{name:10}{text}", markup=False, soft_wrap=True)

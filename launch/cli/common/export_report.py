@@ -1,4 +1,4 @@
-"""`densenet export`: a model as ONNX, torch.export, a timm folder, or quantized to int8."""
+"""Report of `densenet export`: a model as ONNX, torch.export, a timm folder, or quantized to int8."""
 
 from pathlib import Path
 
@@ -26,8 +26,8 @@ def export_command(
     """Writes the model to the folder `out`; int8 is calibrated and measured on `data`.
 
     Raises:
-        UserError: bad input.
-        TrainingError: the exported model does not give torch's logits.
+        UserError: Bad input.
+        TrainingError: The exported model's logits differ from torch's.
     """
     if to not in FORMATS:  # before anything is downloaded
         raise UserError(f"--to={to} is not known: use {', '.join(FORMATS)}.")
@@ -40,8 +40,8 @@ def export_command(
     done = open_model(model, stores=stores).export(to, out, data=data, split=split, calibrate=calibrate, images=images)
     _print(console, done)
     if attach:
-        place = attach_to_version(model, to, Path(done.file), stores)
-        console.print(f"attached to {model} as {place}", soft_wrap=True)
+        location = attach_to_version(model, to, Path(done.file), stores)
+        console.print(f"attached to {model} as {location}", soft_wrap=True)
 
 
 def _print(console: Console, done: Exported) -> None:
@@ -49,8 +49,8 @@ def _print(console: Console, done: Exported) -> None:
         about = "" if done.opset is None else f", opset {done.opset}"
         console.print(f"{done.file}{about}: logits equal torch's to {done.tolerance:g}", soft_wrap=True)
         return
-    for name, found in (("fp32", done.fp32), ("int8", done.int8)):
-        share = f"{found.top1_correct}/{found.total} = {found.top1:.2f} %"
-        console.print(f"{name}: top-1 {share}, {speed(found.img_per_s)}, {found.bytes / 1e6:.1f} MB")
+    for name, scores in (("fp32", done.fp32), ("int8", done.int8)):
+        top1 = f"{scores.top1_correct}/{scores.total} = {scores.top1:.2f} %"
+        console.print(f"{name}: top-1 {top1}, {speed(scores.img_per_s)}, {scores.bytes / 1e6:.1f} MB")
     lost, ratio = done.fp32.top1 - done.int8.top1, done.int8.img_per_s / done.fp32.img_per_s
     console.print(f"{done.file}: {lost:.2f} points of top-1 lost, {ratio:.2f} times the speed", soft_wrap=True)

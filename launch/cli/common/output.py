@@ -1,4 +1,4 @@
-"""The consoles of all commands, which nobody may read any longer, or whose terminal cannot show a character."""
+"""Consoles of the commands; output survives a closed terminal or pipe, and characters that it cannot encode."""
 
 import io
 import os
@@ -10,44 +10,44 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-def write_any_text(*streams: object) -> None:
-    """Lets streams whose encoding lacks a character, as in the C locale, write it as an escape sequence."""
+def escape_unencodable(*streams: object) -> None:
+    """Makes streams write an escape sequence for a character that their encoding lacks, as in the C locale."""
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def outlive_readers(console: Console) -> None:
-    """Lets a console print into nothing instead of failing, once its terminal is closed or its pipe has no reader."""
-    console.file = cast(IO[str], LastingStream(console.file))
+def ignore_closed_output(console: Console) -> None:
+    """Makes a console drop its output, instead of raising, once its terminal is closed or its pipe has no reader."""
+    console.file = cast(IO[str], ClosedOutputStream(console.file))
 
 
-class LastingStream:
-    """A text stream whose writes are lost once its terminal is closed or its pipe has no reader, instead of failing."""
+class ClosedOutputStream:
+    """A text stream that drops writes, instead of raising, once its terminal is closed or its pipe has no reader."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes text, or nothing; returns its length, characters."""
+        """Writes text, or drops it; returns its length in characters."""
         try:
             return self._stream.write(text)
         except OSError:
-            self._to_nowhere()
+            self._redirect_to_null()
         return len(text)
 
     def flush(self) -> None:
-        """Flushes what was written."""
+        """Flushes the stream."""
         try:
             self._stream.flush()
         except OSError:
-            self._to_nowhere()
+            self._redirect_to_null()
 
-    def _to_nowhere(self) -> None:
-        """What is left in buffers, also at the interpreter's end, goes there too."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+    def _redirect_to_null(self) -> None:
+        """Redirects the file descriptor to /dev/null, so that buffered text does not fail at the interpreter's exit."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -1,4 +1,4 @@
-"""`densenet predict`: the classes of images."""
+"""Report of `densenet predict`: the predicted classes of images."""
 
 import json
 from dataclasses import asdict
@@ -24,22 +24,22 @@ def predict_command(
     stores: Stores,
     as_json: bool,
 ) -> None:
-    """Prints each image's most probable classes with their probabilities, or writes those of a whole folder.
+    """Prints each image's top classes with their probabilities, or writes those of a folder's images to a table.
 
     Raises:
-        UserError: there is no such model, or a file is missing or is not an image.
+        UserError: The model does not exist, or a file is missing or is not an image.
     """
     if (batch is None) != (out is None) or bool(images) == (batch is not None):
         raise UserError("give image files, or a folder with --batch DIR --out FILE.parquet.")
     if as_json and batch is not None:
-        raise UserError("--json prints the classes of image files; --batch writes a table: leave one out.")
+        raise UserError("--json prints the classes of image files, --batch writes a table: omit one.")
     opened = open_model(model, stores=stores)
     if batch is None or out is None:
-        found = opened.predict(images, top)
+        predictions = opened.predict(images, top)
         if as_json:
-            print(json.dumps([asdict(prediction) for prediction in found], indent=2))
+            print(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
             return
-        for prediction in found:
+        for prediction in predictions:
             console.print(prediction.image, markup=False, soft_wrap=True)
             for name, probability in prediction.classes.items():
                 console.print(f"  {probability:8.2%}  {name}", markup=False, soft_wrap=True)
@@ -51,11 +51,11 @@ def predict_command(
             out,
             topk=top,
             batch_size=batch_size,
-            progress=lambda seen, total: bar.update(task, completed=seen, total=total),
+            progress=lambda completed, total: bar.update(task, completed=completed, total=total),
         )
-    corrupt = f", {done.corrupt} files are no valid images (column `error`)" if done.corrupt else ""
+    problems = f", {done.corrupt} files are not valid images (column `error`)" if done.corrupt else ""
     if done.non_finite:
-        corrupt += f", for {done.non_finite} the model gives NaN or infinities (column `error`)"
-    console.print(f"{done.classified:,} images in {done.out}, {speed(done.img_per_s)}{corrupt}", soft_wrap=True)
+        problems += f", for {done.non_finite} the model gives NaN or infinities (column `error`)"
+    console.print(f"{done.classified:,} images in {done.out}, {speed(done.img_per_s)}{problems}", soft_wrap=True)
     for line in done.ignored:
-        console.print(f"left out: {line}", markup=False, soft_wrap=True)
+        console.print(f"ignored: {line}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Tables on the terminal: each row is one line, however narrow the terminal, so that ids can be copied."""
+"""Tables on the terminal: each row is one line at any width, so that ids can be copied."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,15 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-_BETWEEN = "  "
+_SEPARATOR = "  "
 
 
 def print_table(
     console: Console, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], right: Sequence[str] = ()
 ) -> None:
-    """Prints rows under the names of their columns; those of the columns `right` end where their column does.
+    """Prints rows below the column names, the columns `right` right-aligned.
 
-    A row with fewer cells than columns is empty in the others. Nothing is cut or broken: a terminal wraps what it has
-    no room for, and a pipe gets whole lines.
+    Cells that a row lacks are empty. No line is cut: a terminal wraps long ones, and a pipe gets whole lines.
     """
     table: list[list[Text]] = [[Text(name, style="bold") for name in columns]]
     for row in rows:
@@ -25,8 +24,8 @@ def print_table(
     for row in table:
         line = Text()
         for i, (name, cell) in enumerate(zip(columns, row, strict=True)):
-            blank = " " * (widths[i] - cell_len(cell.plain))
-            line += Text(blank) + cell if name in right else cell + Text(blank)
-            line += Text(_BETWEEN)
+            padding = " " * (widths[i] - cell_len(cell.plain))
+            line += Text(padding) + cell if name in right else cell + Text(padding)
+            line += Text(_SEPARATOR)
         line.rstrip()
         console.print(line, soft_wrap=True)

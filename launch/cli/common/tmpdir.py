@@ -1,4 +1,4 @@
-"""A long TMPDIR, as batch systems give: the paths of Unix sockets below it would be longer than Linux allows."""
+"""A short link to a long TMPDIR, as batch systems set it: Linux limits the path length of Ray's Unix sockets."""
 
 import os
 import shutil
@@ -10,21 +10,21 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 # A Unix socket's path has at most 107 bytes; 68 are Ray's: /ray/session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store
-LONGEST = 39
+MAX_BYTES = 39
 _VARIABLES = ("TMPDIR", "RAY_TMPDIR", "TEMP", "TMP")
-_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+_LINK_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 @contextmanager
 def short_tmpdir() -> Iterator[None]:
-    """Puts a short link to the temporary folder in the place of a path of more than `LONGEST` bytes.
+    """Replaces temporary folders whose path has more than `MAX_BYTES` bytes by short links.
 
-    What is written there, Ray's logs for one, still lies in the folder that the user chose.
+    Files, for example Ray's logs, are still written to the folder that the user set.
 
     Raises:
-        UserError: no short link can be made.
+        UserError: No short link can be created.
     """
-    long = {name: path for name in _VARIABLES if len(os.fsencode(path := os.environ.get(name, ""))) > LONGEST}
+    long = {name: path for name in _VARIABLES if len(os.fsencode(path := os.environ.get(name, ""))) > MAX_BYTES}
     if not long:
         yield
         return
@@ -32,10 +32,10 @@ def short_tmpdir() -> Iterator[None]:
     try:
         for name, path in long.items():
             link = links / name
-            _make(name, path)
+            _create_folder(name, path)
             link.symlink_to(path)
             os.environ[name] = str(link)
-        tempfile.tempdir = None  # Python remembers the folder
+        tempfile.tempdir = None  # clears Python's cached folder
         yield
     finally:
         os.environ.update(long)
@@ -43,20 +43,20 @@ def short_tmpdir() -> Iterator[None]:
         shutil.rmtree(links, ignore_errors=True)
 
 
-def _make(name: str, path: str) -> None:
-    """Makes the folder where it is missing, as Ray would."""
+def _create_folder(name: str, path: str) -> None:
+    """Creates the folder if it is missing, as Ray does."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{name}={path} cannot be made: {error.strerror}. Set {name} to another folder.") from error
+        raise UserError(f"{name}={path} cannot be created: {error.strerror}. Set {name} to another folder.") from error
 
 
 def _folder_for_links(long: dict[str, str]) -> Path:
-    for base in _SHORT:
+    for base in _LINK_FOLDERS:
         with suppress(OSError):
             return Path(tempfile.mkdtemp(prefix="dn-", dir=base))
     name, path = next(iter(long.items()))
     raise UserError(
-        f"{name}={path} has {len(os.fsencode(path))} bytes, Ray's sockets allow {LONGEST}, and no short link to it can "
-        f"be made in {', '.join(_SHORT)}: set {name} to a folder with a shorter path."
+        f"{name}={path} has {len(os.fsencode(path))} bytes, Ray's sockets allow {MAX_BYTES}, and no short link to it "
+        f"can be created in {', '.join(_LINK_FOLDERS)}: set {name} to a folder with a shorter path."
     )

@@ -1,4 +1,4 @@
-"""Bad input at the command line: one short message that says what to do, exit code 2, and nothing started."""
+"""Bad input at the command line: one short message with a fix, exit code 2, and nothing started."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ DEMO = str(CONFIGS / "demo.yaml")
 
 @pytest.fixture
 def refused(densenet) -> Callable[..., str]:
-    """Like `densenet`, for calls that must be refused before anything is started; returns the message."""
+    """Like `densenet`, for commands that must fail before anything starts; returns the message."""
 
     def run(*arguments: str) -> str:
         code, printed = densenet(*arguments)
@@ -70,7 +70,7 @@ def test_one_class_and_images_with_their_labels_in_a_file(refused, images):
     assert "labels.csv may hold them" in message
 
 
-def test_a_fifo_and_a_link_that_leads_nowhere_in_a_class_folder(refused, images):
+def test_a_fifo_and_a_broken_link_in_a_class_folder(refused, images):
     os.mkfifo(images / "train" / "cat" / "fifo.jpg")
     (images / "train" / "cat" / "lost.jpg").symlink_to("gone.jpg")
     message = refused(*train(images))
@@ -83,12 +83,12 @@ def test_a_val_class_that_train_lacks(refused, images):
     assert "classes that the training split lacks: eel" in refused(*train(images))
 
 
-def test_a_file_that_is_no_image_and_one_cut_short(refused, images):
+def test_a_file_that_is_not_an_image_and_a_truncated_one(refused, images):
     (images / "train" / "cat" / "notes.txt").write_text("feed the cat")
-    whole = (images / "val" / "cat" / "0.jpg").read_bytes()
+    content = (images / "val" / "cat" / "0.jpg").read_bytes()
     assert "cat/notes.txt: is not an image" in refused(*train(images))
     (images / "train" / "cat" / "notes.txt").unlink()
-    (images / "val" / "cat" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "val" / "cat" / "0.jpg").write_bytes(content[: len(content) // 2])
     assert "cat/0.jpg: is a truncated JPEG" in refused(*train(images))
 
 
@@ -98,7 +98,7 @@ def test_a_typo_and_a_value_of_the_wrong_type(refused, images):
     assert "Did you mean 'densenet121'?" in refused(*train(images, "model.name=densenet12"))
 
 
-def test_weights_and_teachers_that_do_not_fit(refused, images, tmp_path):
+def test_weights_and_teachers_that_do_not_match(refused, images, tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"features.conv0.weight": torch.zeros(8, 3, 7, 7)}, file)
     message = refused(*train(images, f"model.weights={file}"))
@@ -108,7 +108,7 @@ def test_weights_and_teachers_that_do_not_fit(refused, images, tmp_path):
     assert "no model named 'big' in" in refused(*train(images, "loss.teacher=models:/big@champion"))
 
 
-def test_more_epochs_of_schedule_than_of_training(refused, images):
+def test_milestones_after_the_last_epoch(refused, images):
     message = refused("plan", str(CONFIGS / "densenet121.yaml"), f"data.root={images}", "train.epochs=20")
     assert "schedule.milestones=[30.0, 60.0] must be less than train.epochs=20" in message
     message = refused(*train(images, "model.num_classes=1"))
@@ -132,30 +132,30 @@ def test_an_output_folder_that_cannot_be_written(refused, images):
     assert f"run.output={file} cannot be written" in refused(*train(images, f"run.output={file}"))
 
 
-def test_batches_and_workers_that_do_not_fit(refused, images):
+def test_batches_workers_and_devices_that_do_not_match(refused, images):
     assert "cannot be divided among 3 workers" in refused(*train(images, "cluster.workers=3"))
     assert "more than the 8 training images" in refused(*train(images, "train.global_batch_size=16"))
     assert "device=cuda needs GPUs" in refused(*train(images, "device=cuda"))
 
 
-def test_an_address_where_no_cluster_answers(refused, images):
+def test_an_unreachable_cluster(refused, images):
     message = refused(*train(images), "--address", "127.0.0.1:9")
-    assert "nothing answers at the Ray address 127.0.0.1:9" in message
+    assert "the Ray address 127.0.0.1:9 is unreachable" in message
 
 
-def test_a_tracking_server_that_does_not_answer(refused, images):
+def test_an_unreachable_tracking_server(refused, images):
     message = refused(*train(images, "tracking.uri=http://127.0.0.1:9"))
     assert "the MLflow store at http://127.0.0.1:9 is unreachable" in message
 
 
-def test_more_cores_than_there_are_is_a_warning_with_an_embedded_ray(densenet, images):
+def test_too_few_cores_are_a_warning_with_an_embedded_ray(densenet, images):
     code, printed = densenet("plan", *train(images, "cluster.workers=4", "cluster.cpus_per_worker=64")[1:])
     assert code == 0
     assert "warning: 4 workers with 64 CPU cores each need 256" in printed
     assert "global batch 4 = 1 per device x 1 accumulated x 4 workers" in printed
 
 
-def test_unknown_options_and_commands_are_explained(densenet):
+def test_an_unknown_command_gets_a_suggestion(densenet):
     code, printed = densenet("trian")
     assert code == 2
     assert "No such command 'trian'" in printed

@@ -1,4 +1,4 @@
-"""Shell manners: help that fits and groups, examples that parse, JSON for scripts."""
+"""The command line's help, examples, tracebacks, import time and JSON output."""
 
 import json
 import pkgutil
@@ -14,6 +14,7 @@ import typer
 
 from launch import cli
 from launch.cli import GROUPS, app, names
+from launch.kubernetes.manifests import overlays
 from tests.conftest import PROJECT
 
 DEMO = PROJECT / "configs" / "demo.yaml"
@@ -21,7 +22,7 @@ ROOT = typer.main.get_command(app)
 
 
 def commands(group: typer.core.TyperGroup = ROOT, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The paths of all commands."""
+    """Returns the paths of all commands."""
     for name, command in group.commands.items():
         if isinstance(command, typer.core.TyperGroup):
             yield from commands(command, (*path, name))
@@ -34,7 +35,7 @@ def test_every_command_is_in_a_group_and_the_help_fits_a_screen(densenet):
     code, printed = densenet("--help")
     assert code == 0
     assert len(printed.splitlines()) <= 40
-    assert "..." not in printed.partition("Data and plan")[2], "a line is cut short"
+    assert "..." not in printed.partition("Data and plan")[2], "a line is truncated"
     assert "Exit codes: 0 done, 1 training failed, 2 bad input" in printed
 
 
@@ -55,12 +56,17 @@ def test_every_command_has_an_example_that_parses(path):
     command.make_context(path[-1], words[len(path) :])
 
 
-def test_verbose_tells_what_lies_behind_an_error(shell):
-    for more in ([], ["--verbose"]):
-        done = shell("densenet", *more, "plan", "missing.yaml")
+def test_the_overlay_option_lists_all_overlays():
+    (option,) = [p for p in ROOT.commands["k8s"].commands["render"].params if p.name == "overlay"]
+    assert sorted(re.findall(r"[a-z0-9-]{4,}", option.help.replace(" or ", " "))) == overlays()
+
+
+def test_verbose_prints_the_traceback_of_an_error(shell):
+    for options in ([], ["--verbose"]):
+        done = shell("densenet", *options, "plan", "missing.yaml")
         assert done.returncode == 2
         assert "error: " in done.stdout
-        assert ("in load_config" in done.stdout) == bool(more)
+        assert ("in load_config" in done.stdout) == bool(options)
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(densenet, monkeypatch):
@@ -71,8 +77,8 @@ def test_ctrl_c_ends_a_command_without_a_traceback(densenet, monkeypatch):
     assert densenet("plan", DEMO) == (130, "")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch is asked for its CUDA devices")
-def test_a_plan_imports_nothing_that_takes_seconds(tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, plan imports torch to count the CUDA devices")
+def test_a_plan_imports_no_slow_packages(tmp_path):
     program = "import sys; from launch.cli import app\n"
     program += "app(sys.argv[1:], standalone_mode=False); print(*sys.modules, file=sys.stderr)"
     words = ["plan", str(DEMO), f"run.output={tmp_path}"]
@@ -81,13 +87,16 @@ def test_a_plan_imports_nothing_that_takes_seconds(tmp_path):
     assert not {"torch", "timm", "nvidia.dali", "ray", "mlflow", "deepspeed"} & set(done.stderr.split())
 
 
-def test_a_plan_as_json_is_the_whole_plan(densenet, tmp_path):
+def test_a_plan_as_json_is_complete(densenet, tmp_path):
     code, printed = densenet("plan", DEMO, f"run.output={tmp_path}", "run.name=x", "--json")
     assert code == 0
     plan = json.loads(printed)
     assert plan["config"]["run"]["name"] == "x"
     d = plan["derived"]
-    assert d["device_batch_size"] * d["accumulation"] * d["workers"] == plan["config"]["train"]["global_batch_size"]
+    assert (
+        d["device_batch_size"] * d["gradient_accumulation_steps"] * d["workers"]
+        == plan["config"]["train"]["global_batch_size"]
+    )
     assert plan["start"] == "random, from seed 0"
     code, printed = densenet("plan", DEMO, "--cluster", "1x1xH100", "--json")
-    assert (code, "leave one out" in printed) == (2, True)
+    assert (code, "omit one" in printed) == (2, True)

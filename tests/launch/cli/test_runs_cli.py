@@ -1,4 +1,4 @@
-"""`densenet runs`: what the store knows, in the terminal."""
+"""`densenet runs`: lists, shows and compares runs."""
 
 import json
 import re
@@ -12,14 +12,14 @@ from tests.models import start_run
 
 @pytest.fixture
 def runs(tmp_path: Path, densenet) -> Callable[..., tuple[int, str]]:
-    """Two runs of which the second was restarted; `runs(*arguments)` returns an exit code and what was printed."""
-    for name, rate, top1 in (("one", 0.1, 90.0), ("two", 0.2, 95.5)):
+    """Two runs, the second with a restart; `runs(*arguments)` returns the exit code and the output."""
+    for name, lr, top1 in (("one", 0.1, 90.0), ("two", 0.2, 95.5)):
         with start_run(tmp_path, name) as tracker:
-            tracker.log_params({"optim": {"lr": rate, "momentum": 0.9}, "model.name": "densenet121"})
+            tracker.log_params({"optim": {"lr": lr, "momentum": 0.9}, "model.name": "densenet121"})
             tracker.set_tags({"eval.transform": "resize 256", "version.torch": "2.14"})
             tracker.log_metrics({"val/top1": top1, "train/epoch": 3.0}, 64)
             if name == "two":
-                tracker.set_tags({"restart.1": "worker 0: its process or its node has gone"})
+                tracker.set_tags({"restart.1": "worker 0: its process or node died"})
                 tracker.log_metrics({"restarts": 1, "lost_samples": 32}, 64)
     return lambda *arguments: densenet("runs", *arguments, "--uri", tracker.uri)
 
@@ -34,7 +34,7 @@ def test_runs_are_listed_shown_and_compared(runs):
     code, shown = runs("show", "two")
     assert code == 0, shown
     assert re.search(r"^val/top1 +95\.5$", shown, re.MULTILINE)
-    assert re.search(r"^restart\.1 +worker 0: its process or its node has gone$", shown, re.MULTILINE)
+    assert re.search(r"^restart\.1 +worker 0: its process or node died$", shown, re.MULTILINE)
     assert re.search(r"^lost_samples +32$", shown, re.MULTILINE)
     assert re.search(r"^version\.torch +\d", shown, re.MULTILINE)
     run_id = re.search(r"^id +([0-9a-f]{32})$", shown, re.MULTILINE)[1]
@@ -47,7 +47,7 @@ def test_runs_are_listed_shown_and_compared(runs):
     assert "optim.momentum" not in compared
 
 
-def test_runs_as_json_are_whole(runs):
+def test_runs_as_json_are_complete(runs):
     listed = json.loads(runs("list", "--json")[1])
     assert [(run["name"], run["metrics"]["val/top1"], run["params"]["optim.lr"]) for run in listed] == [
         ("two", 95.5, "0.2"),
@@ -56,7 +56,7 @@ def test_runs_as_json_are_whole(runs):
     assert json.loads(runs("show", "two", "--json")[1]) == listed[0]
 
 
-def test_what_there_is_not_is_told(runs):
+def test_missing_runs_and_experiments_are_named(runs):
     code, printed = runs("show", "three")
     assert code == 2
     assert "there is no run 'three'" in printed

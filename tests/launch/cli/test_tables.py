@@ -1,4 +1,4 @@
-"""Tables of the command line: whole lines, whatever the terminal's width."""
+"""Tables of the command line: whole lines at any terminal width."""
 
 import io
 
@@ -17,7 +17,7 @@ ROWS = [
 
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("width", [20, 200])
-def test_each_row_is_one_line_and_columns_stand_below_their_names(terminal, width):
+def test_each_row_is_one_line_and_columns_are_aligned(terminal, width):
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=terminal, color_system=None, highlight=False)
     print_table(console, ("run", "id", "n"), ROWS, right=("n",))

@@ -1,4 +1,4 @@
-"""`densenet ui`: MLflow's pages on loopback."""
+"""`densenet ui`: the MLflow UI on loopback."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.tracking.client import connect
 from pipeline.tracking.stores import stores_from_config
 from tests.conftest import BIN
-from tests.launch.conftest import PATIENCE_S
+from tests.launch.conftest import WAIT_TIMEOUT_S
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def test_the_ui_shows_the_runs_of_a_sqlite_file(tmp_path):
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
         while True:
             try:
                 page = requests.get(f"http://127.0.0.1:{port}/", timeout=5)

@@ -1,4 +1,4 @@
-"""A training over two Ray nodes: one is lost and comes back, elastic workers shrink and grow, all is recorded."""
+"""Elastic training over two Ray nodes: one is lost and returns, the run shrinks and grows, and MLflow records it."""
 
 import re
 import sqlite3
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.launch.conftest import PATIENCE_S, Cluster, wait_until
+from tests.launch.conftest import WAIT_TIMEOUT_S, Cluster, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
-def test_a_run_over_two_nodes_goes_on_while_one_is_lost_and_comes_back(cluster: Cluster, shell, tmp_path: Path):
-    """Three workers, then as many as the head has room for, then three again."""
+def test_a_run_over_two_nodes_resumes_when_one_is_lost_and_returns(cluster: Cluster, shell, tmp_path: Path):
+    """Three workers, then the two that fit on the head, then three again."""
     cluster.add_node(cpus=1)
     where = ["--address", cluster.dashboard]
     elastic = ["cluster.workers={min: 1, max: 3}", "cluster.cpus_per_worker=1", "cluster.resize_interval_s=15"]
@@ -28,36 +28,36 @@ def test_a_run_over_two_nodes_goes_on_while_one_is_lost_and_comes_back(cluster: 
         return shell("densenet", "jobs", "logs", job, *where, env=cluster.env).stdout
 
     def until(text: str, times: int = 1) -> None:
-        def look() -> bool:
+        def printed_often_enough() -> bool:
             printed = output()
             assert "training failed" not in printed, printed
             return printed.count(text) >= times
 
-        wait_until(look, output, PATIENCE_S)
+        wait_until(printed_often_enough, output, WAIT_TIMEOUT_S)
 
     checkpoints = tmp_path / "elastic" / "checkpoints"
-    wait_until(lambda: list(checkpoints.glob("samples-*/manifest.json")), output, PATIENCE_S)
+    wait_until(lambda: list(checkpoints.glob("samples-*/manifest.json")), output, WAIT_TIMEOUT_S)
     assert "workers      3 on cpu" in output()
 
     cluster.kill_node(1)
     until("resumed at")
     assert "there are 2 workers now, 3 before" in output()
-    assert re.search(r"warning: worker \d was lost: its (process or its node has gone|connection to another)", output())
+    assert re.search(r"warning: worker \d was lost: its (process or node died|connection to another)", output())
 
     cluster.add_node(cpus=1)
     until("resumed at", times=2)
     assert "warning: the cluster has changed, all were started again (start 3)" in output()
     assert "there are 3 workers now, 2 before" in output()
 
-    wait_until(lambda: "densenet_loss" in exported(cluster, shell), output, PATIENCE_S)
-    assert 'run="elastic"' in exported(cluster, shell)
-    assert "densenet_img_per_s" in exported(cluster, shell)
+    wait_until(lambda: "densenet_loss" in exported_metrics(cluster, shell), output, WAIT_TIMEOUT_S)
+    assert 'run="elastic"' in exported_metrics(cluster, shell)
+    assert "densenet_img_per_s" in exported_metrics(cluster, shell)
 
-    (added,) = [node for node, _, is_head in alive(cluster, shell) if not is_head]
-    leave = ["-m", "launch.kubernetes.pre_stop", str(tmp_path), "--node-id", added]
-    left = shell("python", *leave, env=cluster.env | {"RAY_ADDRESS": cluster.address})
-    assert re.search(r"^the checkpoint .*/samples-\d+ is written$", left.stdout, re.MULTILINE), left.stdout
-    until("warning: a node of this run will be taken away; a checkpoint is written now")
+    (added,) = [node for node, _, is_head in live_nodes(cluster, shell) if not is_head]
+    hook = ["-m", "launch.kubernetes.pre_stop", str(tmp_path), "--node-id", added]
+    drained = shell("python", *hook, env=cluster.env | {"RAY_ADDRESS": cluster.address})
+    assert re.search(r"^wrote checkpoint .*/samples-\d+$", drained.stdout, re.MULTILINE), drained.stdout
+    until("warning: a node of this run will be preempted; a checkpoint is written now")
 
     shell("densenet", "jobs", "stop", job, *where, env=cluster.env)
     assert "stopped by SIGTERM at" in output()
@@ -65,9 +65,9 @@ def test_a_run_over_two_nodes_goes_on_while_one_is_lost_and_comes_back(cluster: 
         restarts = dict(store.execute("select key, value from tags where key like 'restart.%'").fetchall())
         query = "select value from metrics where key = 'lost_samples' order by timestamp"
         lost, lost_in_all = (int(value) for (value,) in store.execute(query).fetchall())
-    went_on = r"; went on at \d+ samples, {} samples were trained again"
-    assert re.search(r"worker \d: its .*" + went_on.format(lost), restarts["restart.1"])
-    assert re.search("the cluster has changed" + went_on.format(lost_in_all - lost), restarts["restart.2"])
+    resumed = r"; went on at \d+ samples, {} samples were trained again"
+    assert re.search(r"worker \d: its .*" + resumed.format(lost), restarts["restart.1"])
+    assert re.search("the cluster has changed" + resumed.format(lost_in_all - lost), restarts["restart.2"])
 
 
 NODES = """
@@ -81,13 +81,13 @@ for node in ray.nodes():
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def alive(cluster: Cluster, shell: Shell) -> list[tuple[str, str, bool]]:
-    """Id, address of the metrics, and whether it is the head, of each node that lives."""
+def live_nodes(cluster: Cluster, shell: Shell) -> list[tuple[str, str, bool]]:
+    """Returns the id, the URL of the metrics, and whether it is the head, of each live node."""
     lines = shell("python", "-c", NODES, cluster.address, env=cluster.env).stdout.splitlines()
     rows = [line.split()[1:] for line in lines if line.startswith("node ")]
     return [(node, metrics, head == "1") for node, metrics, head in rows]
 
 
-def exported(cluster: Cluster, shell: Shell) -> str:
-    """What Prometheus would read from all nodes."""
-    return "".join(requests.get(f"{url}/metrics", timeout=10).text for _, url, _ in alive(cluster, shell))
+def exported_metrics(cluster: Cluster, shell: Shell) -> str:
+    """Returns the metrics that Prometheus would read from all nodes."""
+    return "".join(requests.get(f"{url}/metrics", timeout=10).text for _, url, _ in live_nodes(cluster, shell))

@@ -1,4 +1,4 @@
-"""A failure of Ray's after the run's last checkpoint costs nothing; one before it does."""
+"""A failure of Ray after the run's last checkpoint is a warning; an earlier one is an error."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import ray.train
 
 from launch.cluster import training
 from launch.cluster.allocation import Resources
-from launch.cluster.connect import embedded
+from launch.cluster.connect import embedded_ray
 from launch.cluster.ports import free_port
 from launch.run.prepare import prepare, read_config
 from pipeline.errors import TrainingError
@@ -19,7 +19,7 @@ from tests.train.settings import new_trainer
 pytestmark = pytest.mark.slow
 
 
-def test_what_fails_after_the_last_checkpoint_is_a_warning(tmp_path, one_rank, monkeypatch):
+def test_a_failure_after_the_last_checkpoint_is_a_warning(tmp_path, one_rank, monkeypatch):
     def fails(trainer: Any) -> None:
         raise ray.train.TrainingFailedError("controller error:\nthe placement group could not be removed")
 
@@ -28,11 +28,11 @@ def test_what_fails_after_the_last_checkpoint_is_a_warning(tmp_path, one_rank, m
     config = read_config(PROJECT / "configs" / "demo.yaml", [*few, "run.name=run", f"run.output={tmp_path}"])
     prepared = prepare(config, Resources("this machine", 2, 0, embedded=True))
     events: list[Event] = []
-    with embedded(1, free_port(), Path(tmp_path, "logs", "ray.log")):
+    with embedded_ray(1, free_port(), Path(tmp_path, "logs", "ray.log")):
         with pytest.raises(TrainingError, match="the placement group could not be removed"):
-            training.run(prepared, events.append)
+            training.run_training(prepared, events.append)
         assert not events
         indexes = prepared.train_index, prepared.val_index
         new_trainer(prepared.config, prepared.derived, indexes, prepared.run_dir, lambda event: None).fit()
-        training.run(prepared, events.append)
+        training.run_training(prepared, events.append)
     assert events == [Warned("after the last checkpoint Ray failed: the placement group could not be removed")]

@@ -1,15 +1,15 @@
-"""Following a job's output over connections that break."""
+"""Following a job's logs over lost connections."""
 
 import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 
-from launch.cluster.jobs import _Output
+from launch.cluster.jobs import _LogFollower
 
 
 class Flaky:
-    """A dashboard whose connection breaks in the middle of a line the first time; each one begins anew."""
+    """A dashboard whose first connection breaks in a line; each connection sends the logs from their start."""
 
     def __init__(self) -> None:
         self.connections = 0
@@ -24,9 +24,9 @@ class Flaky:
 
 
 def test_each_character_is_printed_once(capsys):
-    dashboard, output = Flaky(), _Output()
+    dashboard, follower = Flaky(), _LogFollower()
     with pytest.raises(ConnectionError):
-        asyncio.run(output.follow(dashboard, "job"))
-    asyncio.run(output.follow(dashboard, "job"))
-    asyncio.run(output.follow(dashboard, "job"))
+        asyncio.run(follower.follow(dashboard, "job"))
+    asyncio.run(follower.follow(dashboard, "job"))
+    asyncio.run(follower.follow(dashboard, "job"))
     assert capsys.readouterr().out == "one\ntwo\nthree\n"

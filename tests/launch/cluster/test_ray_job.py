@@ -1,4 +1,4 @@
-"""Jobs on a cluster on loopback: what is sent, what is seen, exit codes, lists, logs and stops."""
+"""Ray jobs on a local cluster: submitted files, exit codes, lists, logs and stops."""
 
 import io
 import json
@@ -12,13 +12,13 @@ import pexpect
 import pytest
 
 from tests.conftest import BIN, PROJECT
-from tests.launch.conftest import PATIENCE_S, Cluster, wait_until
+from tests.launch.conftest import WAIT_TIMEOUT_S, Cluster, wait_until
 
 pytestmark = pytest.mark.slow
 
 
 def uploaded_files(cluster: Cluster) -> set[str]:
-    """Names of all files in the working folders that the cluster's jobs got."""
+    """Returns the names of all files in the working folders of the cluster's jobs."""
     packages = (cluster.folder / "0" / "session_latest" / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*/")
     return {file.relative_to(package).as_posix() for package in packages for file in package.rglob("*")}
 
@@ -50,23 +50,23 @@ def test_the_demo_by_ray_job_submit_and_a_job_that_fails(cluster, shell, tmp_pat
     assert "has 2: set fewer cluster.workers" in failed.stdout
 
 
-def test_a_driver_beside_the_cluster_joins_it_and_asks_what_it_has(cluster, shell, tmp_path):
+def test_a_driver_joins_a_cluster_and_reads_its_resources(cluster, shell, tmp_path):
     arguments = ["configs/demo.yaml", f"run.output={tmp_path}", "--address", cluster.address]
-    asked = shell("densenet", "plan", *arguments, "cluster.workers=4", env=cluster.env)
-    assert asked.returncode == 2
-    assert f"the cluster at {cluster.address} has 2: set fewer cluster.workers" in asked.stdout
-    find_batch_size = shell("densenet", "plan", *arguments, env=cluster.env)
-    assert find_batch_size.returncode == 0, find_batch_size.stdout
-    assert "workers      2 on cpu, 1 CPU cores each" in find_batch_size.stdout
+    too_many = shell("densenet", "plan", *arguments, "cluster.workers=4", env=cluster.env)
+    assert too_many.returncode == 2
+    assert f"the cluster at {cluster.address} has 2: set fewer cluster.workers" in too_many.stdout
+    fitting = shell("densenet", "plan", *arguments, env=cluster.env)
+    assert fitting.returncode == 0, fitting.stdout
+    assert "workers      2 on cpu, 1 CPU cores each" in fitting.stdout
 
 
-def left_by_ctrl_c(arguments: list[str], env: dict[str, str], answer: str) -> tuple[int, str]:
-    """Types Ctrl-C at the command's terminal once training has begun, and answers the question that follows."""
+def interrupt_submit(arguments: list[str], env: dict[str, str], answer: str) -> tuple[int, str]:
+    """Presses Ctrl-C after the start of training, and answers the question; returns the exit code and the output."""
     printed = io.StringIO()
     environment = os.environ | env | {"COLUMNS": "200"}
-    options = {"cwd": PROJECT, "env": environment, "encoding": "utf-8", "timeout": PATIENCE_S}
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # xdist's workers ignore it, and what they start
-    with pexpect.spawn(str(BIN / "densenet"), arguments, preexec_fn=heed, **options) as child:
+    options = {"cwd": PROJECT, "env": environment, "encoding": "utf-8", "timeout": WAIT_TIMEOUT_S}
+    default_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # child processes of xdist ignore SIGINT
+    with pexpect.spawn(str(BIN / "densenet"), arguments, preexec_fn=default_sigint, **options) as child:
         child.logfile_read = printed
         child.expect("loading the model")
         child.sendintr()
@@ -76,17 +76,17 @@ def left_by_ctrl_c(arguments: list[str], env: dict[str, str], answer: str) -> tu
     return child.exitstatus, printed.getvalue()
 
 
-def test_submit_sends_the_code_alone_and_a_job_is_listed_followed_and_stopped(cluster, shell, tmp_path):
-    """A long training that is stopped: after a checkpoint, and no worker is left."""
+def test_submit_sends_only_the_code_and_a_job_is_listed_followed_and_stopped(cluster, shell, tmp_path):
+    """A long training run stops after a checkpoint, and no worker is left."""
     before = uploaded_files(cluster)
     where = ["--address", cluster.dashboard]
     submit = ["submit", "configs/demo.yaml", f"run.output={tmp_path}", "--no-env", *where]
     long = [*submit, "run.name=long", "train.epochs=500", "cluster.workers=1"]
-    code, printed = left_by_ctrl_c(long, cluster.env, answer="n")
+    code, printed = interrupt_submit(long, cluster.env, answer="n")
     assert code == 130, printed
     job = re.search(r"job (long-\d+) trains long", printed)[1]
     assert f"stop {job}? [y/N] n" in printed
-    assert f"{job} goes on; `densenet jobs logs {job} --follow` shows it" in " ".join(printed.split())
+    assert f"{job} continues; `densenet jobs logs {job} --follow` shows it" in " ".join(printed.split())
 
     again = shell("densenet", *long, env=cluster.env)
     assert again.returncode == 2
@@ -128,9 +128,9 @@ def test_submit_sends_the_code_alone_and_a_job_is_listed_followed_and_stopped(cl
     assert "error: NOT_THERE: not set on the cluster" in failed.stdout
 
 
-def test_jobs_that_cannot_be_submitted_are_told_why(cluster, shell, tmp_path, monkeypatch):
+def test_errors_of_submit_and_jobs(cluster, shell, tmp_path, monkeypatch):
     where = ["--address", cluster.dashboard]
-    told = {
+    messages = {
         ("submit", "configs/demo.yaml", "run.output=here", *where): "run.output=here must be an absolute path",
         (
             "submit",
@@ -138,13 +138,13 @@ def test_jobs_that_cannot_be_submitted_are_told_why(cluster, shell, tmp_path, mo
             f"run.output={tmp_path}",
             "data.root=x",
             *where,
-        ): "data.root=x must be an absolute path, or an address",
+        ): "data.root=x must be an absolute path or a URI",
         ("submit", "configs/demo.yaml", f"run.output={tmp_path}", "--env", "A_TOKEN=3", *where): "use --secret NAME",
         ("submit", "configs/demo.yaml", f"run.output={tmp_path}", "--env", "A", *where): "not of the form NAME=VALUE",
-        ("jobs", "stop", "nothing", *where): "there is no job nothing; there are: ",
-        ("jobs", "list", "--address", "http://127.0.0.1:1"): "no Ray dashboard answers at http://127.0.0.1:1",
+        ("jobs", "stop", "nothing", *where): "there is no job nothing; the jobs are: ",
+        ("jobs", "list", "--address", "http://127.0.0.1:1"): "no Ray dashboard is reachable at http://127.0.0.1:1",
     }
-    for arguments, message in told.items():
+    for arguments, message in messages.items():
         done = shell("densenet", *arguments, env=cluster.env)
         assert done.returncode == 2, arguments
         assert message in done.stdout, done.stdout
@@ -152,4 +152,4 @@ def test_jobs_that_cannot_be_submitted_are_told_why(cluster, shell, tmp_path, mo
     no_token = {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
     done = shell("densenet", "jobs", "list", *where, env=cluster.env | no_token)
     assert done.returncode == 2
-    assert "wants a token: put the cluster's into ~/.ray/auth_token" in done.stdout
+    assert "requires a token: put the cluster's token into ~/.ray/auth_token" in done.stdout

@@ -1,4 +1,4 @@
-"""The form of a sweep's space."""
+"""Parsing of a sweep's search space."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from launch.cluster.search import parse_space
 from pipeline.errors import UserError
 
 
-def test_the_forms_of_a_space():
+def test_log_uniform_and_choice():
     space = parse_space(
         ["optim.lr=log(0.01, 1)", "model.drop_rate=uniform(0,0.5)", "schedule.name=choice(cosine,linear)"]
     )
@@ -18,6 +18,6 @@ def test_the_forms_of_a_space():
 @pytest.mark.parametrize(
     "wrong", ["optim.lr", "optim.lr=log(1)", "optim.lr=log(0,1)", "optim.lr=uniform(2,1)", "a=any(1)"]
 )
-def test_what_is_no_space(wrong):
+def test_other_forms_are_refused(wrong):
     with pytest.raises(UserError, match=r"is not of the form KEY=log\(LOW,HIGH\)"):
         parse_space([wrong])

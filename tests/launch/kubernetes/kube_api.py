@@ -1,4 +1,4 @@
-"""A server that answers what `kubectl diff` asks of Kubernetes' API, for objects that are kept in memory."""
+"""A fake Kubernetes API server for `kubectl diff`, with objects in memory."""
 
 import json
 import threading
@@ -16,17 +16,17 @@ def plural(kind: str) -> str:
 
 
 def path_of(document: dict[str, Any]) -> str:
-    """Where an object is in the API."""
+    """Returns an object's path in the API."""
     group = document["apiVersion"]
     prefix = f"/api/{group}" if "/" not in group else f"/apis/{group}"
     meta = document["metadata"]
-    inside = "" if document["kind"] in CLUSTER_WIDE else f"/namespaces/{meta['namespace']}"
-    return f"{prefix}{inside}/{plural(document['kind'])}/{meta['name']}"
+    scope = "" if document["kind"] in CLUSTER_WIDE else f"/namespaces/{meta['namespace']}"
+    return f"{prefix}{scope}/{plural(document['kind'])}/{meta['name']}"
 
 
 @contextmanager
 def kube_api(kinds: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The address of a server that knows the kinds of some documents, and the objects that it has, by path."""
+    """Runs a server for the kinds of some documents; yields its URL, and its objects by path."""
     objects: dict[str, Any] = {}
     versions = sorted({document["apiVersion"] for document in kinds})
     resources = {
@@ -47,10 +47,10 @@ def kube_api(kinds: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
             if path == "/api":
-                self.answer({"kind": "APIVersions", "versions": ["v1"]})
+                self.respond({"kind": "APIVersions", "versions": ["v1"]})
             elif path == "/apis":
                 groups = [version.split("/") for version in versions if "/" in version]
-                self.answer(
+                self.respond(
                     {
                         "kind": "APIGroupList",
                         "apiVersion": "v1",
@@ -66,20 +66,20 @@ def kube_api(kinds: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]
                 )
             elif path.removeprefix("/apis/").removeprefix("/api/") in resources:
                 version = path.removeprefix("/apis/").removeprefix("/api/")
-                self.answer({"kind": "APIResourceList", "groupVersion": version, "resources": resources[version]})
+                self.respond({"kind": "APIResourceList", "groupVersion": version, "resources": resources[version]})
             elif path in objects:
-                self.answer(objects[path])
+                self.respond(objects[path])
             else:
-                self.answer({"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}, 404)
+                self.respond({"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}, 404)
 
         def do_POST(self) -> None:
-            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))), 201)
+            self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))), 201)
 
         def do_PATCH(self) -> None:
             patch = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.answer(merged(objects[urlsplit(self.path).path], patch))
+            self.respond(merged(objects[urlsplit(self.path).path], patch))
 
-        def answer(self, content: dict[str, Any], status: int = 200) -> None:
+        def respond(self, content: dict[str, Any], status: int = 200) -> None:
             body = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -88,7 +88,7 @@ def kube_api(kinds: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing: the test's output is not the place."""
+            """Logs nothing, to keep the test output short."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -102,13 +102,13 @@ def kube_api(kinds: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def merged(old: Any, patch: Any) -> Any:
-    """JSON merge patch (RFC 7386)."""
+    """Applies a JSON merge patch (RFC 7386)."""
     if not isinstance(patch, dict):
         return patch
-    kept = dict(old) if isinstance(old, dict) else {}
+    result = dict(old) if isinstance(old, dict) else {}
     for key, value in patch.items():
         if value is None:
-            kept.pop(key, None)
+            result.pop(key, None)
         else:
-            kept[key] = merged(kept.get(key), value)
-    return kept
+            result[key] = merged(result.get(key), value)
+    return result

@@ -1,4 +1,4 @@
-"""Kubernetes manifests: every overlay is valid, keeps to the restricted pod security, and fits its config."""
+"""Kubernetes manifests: every overlay is valid, meets the restricted pod security standard, and fits its config."""
 
 import re
 import subprocess
@@ -30,22 +30,22 @@ GPU = "nvidia.com/gpu"
 
 
 def config_of(overlay: str) -> Path:
-    """The config that an overlay has in its repository form."""
+    """Returns the path of an overlay's own config."""
     own = K8S / "overlays" / overlay / "train.yaml"
     return own if own.is_file() else K8S / "base" / "train.yaml"
 
 
 @pytest.fixture
 def rendered(densenet) -> Callable[..., list[dict[str, Any]]]:
-    """`rendered(overlay, *arguments)`: the objects of an overlay's own config."""
+    """`rendered(overlay, *arguments)` renders an overlay with its own config; returns the objects."""
 
     def run(overlay: str, *arguments: object) -> list[dict[str, Any]]:
         if overlay != "local-cpu" and not any("storage-class=" in str(word) for word in arguments):
             arguments = (*arguments, "--set", "storage-class=default")
-        given = ("k8s", "render", config_of(overlay), *arguments, "--overlay", overlay, "--image", IMAGE)
-        code, printed = densenet(*given)
+        command = ("k8s", "render", config_of(overlay), *arguments, "--overlay", overlay, "--image", IMAGE)
+        code, printed = densenet(*command)
         assert code == 0, printed
-        assert densenet(*given) == (0, printed), "not the same again"
+        assert densenet(*command) == (0, printed), "the second output differs"
         return list(yaml.safe_load_all(printed))
 
     return run
@@ -57,7 +57,7 @@ def job_of(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pods(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The pod specs of a job, by what they are."""
+    """Returns the pod specs of a job, by role."""
     cluster = job["spec"]["rayClusterSpec"]
     yield "submitter", job["spec"]["submitterPodTemplate"]["spec"]
     yield "head", cluster["headGroupSpec"]["template"]["spec"]
@@ -66,7 +66,7 @@ def pods(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("overlay", overlays())
-def test_every_object_is_valid_as_it_lies_there_and_rendered(rendered, overlay):
+def test_every_object_is_valid_in_the_overlay_and_rendered(rendered, overlay):
     crds = CRDS if CRDS.is_dir() else None
     for documents in (kustomize(K8S / "overlays" / overlay), rendered(overlay)):
         problems = schema_errors(documents, crds)
@@ -76,7 +76,7 @@ def test_every_object_is_valid_as_it_lies_there_and_rendered(rendered, overlay):
 
 
 @pytest.mark.parametrize("folder", ["mlflow", "data"])
-def test_what_stands_beside_a_training_is_valid_and_restricted(folder):
+def test_mlflow_and_data_preparation_are_valid_and_restricted(folder):
     documents = kustomize(K8S / folder)
     assert schema_errors(documents, None) == []
     for document in documents:
@@ -115,16 +115,16 @@ def test_image_lock_file_and_manifests_have_the_same_versions():
             assert [c["image"].rpartition(":")[2] for c in pod["containers"]] == [project["version"]]
 
 
-def test_each_pod_of_the_preparation_writes_its_share(densenet, tmp_path):
+def test_each_pod_of_the_preparation_writes_its_part(densenet, tmp_path):
     (job,) = kustomize(K8S / "data")
     shares = job["spec"]["completions"]
     assert (job["spec"]["completionMode"], job["spec"]["parallelism"]) == ("Indexed", shares)
     program, *words = job["spec"]["template"]["spec"]["containers"][0]["command"]
     assert program == "densenet"
     synthetic.write_ilsvrc(tmp_path / "downloads", synthetic.images())
-    places = {"/downloads": str(tmp_path / "downloads"), "/data/imagenet": str(tmp_path / "data")}
+    paths = {"/downloads": str(tmp_path / "downloads"), "/data/imagenet": str(tmp_path / "data")}
     for index in range(shares):
-        command = [places.get(w, w).replace("$(JOB_COMPLETION_INDEX)", str(index)) for w in words]
+        command = [paths.get(w, w).replace("$(JOB_COMPLETION_INDEX)", str(index)) for w in words]
         code, printed = densenet(*command, "--workers", 1, "--shard-size", 0.01)
         assert code == 0, printed
         assert ("the last one completes the data set" in printed) == (index < shares - 1)
@@ -134,7 +134,7 @@ def test_each_pod_of_the_preparation_writes_its_share(densenet, tmp_path):
 
 def test_unknown_fields_and_wrong_types_are_found_in_custom_kinds_too(rendered):
     if not CRDS.is_dir():
-        pytest.skip("the definitions of KubeRay are not on this machine (../shared/k8s)")
+        pytest.skip("KubeRay's CustomResourceDefinitions are not on this machine (../shared/k8s)")
     documents = rendered("local-cpu")
     job = job_of(documents)
     job["spec"]["backofLimit"] = 3
@@ -146,14 +146,14 @@ def test_unknown_fields_and_wrong_types_are_found_in_custom_kinds_too(rendered):
     (claim, *_) = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
     claim["spec"]["acessModes"] = []
     assert "acessModes" in " ".join(schema_errors([claim], None))
-    assert "there is no schema for ray.io/v1 RayJob: give --crds DIR" in " ".join(schema_errors([job], None))
+    assert "there is no schema for ray.io/v1 RayJob: set --crds DIR" in " ".join(schema_errors([job], None))
 
 
 @pytest.mark.parametrize("overlay", overlays())
-def test_pods_keep_to_the_restricted_standard_and_say_what_they_need(rendered, overlay):
+def test_pods_meet_the_restricted_standard_and_set_resources(rendered, overlay):
     documents = rendered(overlay)
-    for what, pod in pods(job_of(documents)):
-        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0, what
+    for role, pod in pods(job_of(documents)):
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0, role
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["automountServiceAccountToken"] is False
         volumes = {volume["name"] for volume in pod["volumes"]}
@@ -166,7 +166,7 @@ def test_pods_keep_to_the_restricted_standard_and_say_what_they_need(rendered, o
                 "requests"
             ].keys()
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
-            if what != "submitter":
+            if role != "submitter":
                 assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
     for _, pod in list(pods(job_of(documents)))[2:]:
         (hook,) = [c["lifecycle"]["preStop"]["exec"]["command"] for c in pod["containers"]]
@@ -176,7 +176,7 @@ def test_pods_keep_to_the_restricted_standard_and_say_what_they_need(rendered, o
 
 
 @pytest.mark.parametrize("overlay", overlays())
-def test_the_entrypoint_and_its_config_are_this_projects(rendered, overlay, tmp_path):
+def test_the_entrypoint_is_a_command_and_its_config_loads(rendered, overlay, tmp_path):
     documents = rendered(overlay)
     job = job_of(documents)
     program, command, file = job["spec"]["entrypoint"].split()
@@ -205,11 +205,11 @@ def test_workers_follow_the_config(rendered):
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 4)
 
 
-def test_a_nodes_disk_a_bucket_and_a_server_that_is_there(rendered):
-    wanted = ("data.root=s3://bucket/imagenet", "data.stage=/stage/imagenet", "checkpoint.storage=s3://bucket/runs")
+def test_local_disks_buckets_and_an_existing_mlflow_server(rendered):
+    overrides = ("data.root=s3://bucket/imagenet", "data.stage=/stage/imagenet", "checkpoint.storage=s3://bucket/runs")
     settings = [f"--set={word}" for word in ("stage-class=nvme", "secret=keys")]
     server = "tracking.uri=https://mlflow.example:8443/tracking"
-    documents = rendered("multi-node", *wanted, server, *settings, "--set", "storage-class=nfs")
+    documents = rendered("multi-node", *overrides, server, *settings, "--set", "storage-class=nfs")
     assert schema_errors(documents, CRDS if CRDS.is_dir() else None) == [] or not CRDS.is_dir()
     job = job_of(documents)
     _, (_, head), (_, workers) = pods(job)
@@ -222,25 +222,25 @@ def test_a_nodes_disk_a_bucket_and_a_server_that_is_there(rendered):
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
     assert {"ports": [{"port": 8443}]} in policy["spec"]["egress"]
     registry = "tracking.registry_uri=http://registry.example:5555"
-    documents = rendered("multi-node", *wanted, server, registry, *settings, "--set", "storage-class=nfs")
+    documents = rendered("multi-node", *overrides, server, registry, *settings, "--set", "storage-class=nfs")
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
     assert {"ports": [{"port": 5555}, {"port": 8443}]} in policy["spec"]["egress"]
-    documents = rendered("multi-node", *wanted, "--set=stage-class=nvme", "--set=secret=none")
+    documents = rendered("multi-node", *overrides, "--set=stage-class=nvme", "--set=secret=none")
     assert [pod["containers"][0]["envFrom"] for _, pod in list(pods(job_of(documents)))[1:]] == [[], []]
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
-    assert policy["spec"]["egress"][-1] == {"ports": [{"port": 443}]}, "MLflow is the one in the namespace"
+    assert policy["spec"]["egress"][-1] == {"ports": [{"port": 443}]}, "MLflow is in the namespace"
 
 
-def test_what_applying_would_change_is_shown(densenet, rendered, tmp_path, monkeypatch):
-    """Against a stand-in for the API server: there is no cluster here."""
+def test_diff_shows_the_changes_of_apply(densenet, rendered, tmp_path, monkeypatch):
+    """Runs `kubectl diff` against a fake API server."""
     documents = rendered("local-cpu")
     command = ("k8s", "diff", config_of("local-cpu"), "--overlay", "local-cpu", "--image")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     with kube_api(documents) as (address, objects):
         parts = {"clusters": ("cluster", {"server": address}), "users": ("user", {})}
-        parts["contexts"] = ("context", {"cluster": "here", "user": "here"})
-        config = {key: [{"name": "here", name: value}] for key, (name, value) in parts.items()}
-        (tmp_path / "kubeconfig").write_text(yaml.safe_dump({"kind": "Config", "current-context": "here"} | config))
+        parts["contexts"] = ("context", {"cluster": "local", "user": "local"})
+        config = {key: [{"name": "local", name: value}] for key, (name, value) in parts.items()}
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump({"kind": "Config", "current-context": "local"} | config))
         diff = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())", *map(str, command)]
 
         def differences(image: str) -> tuple[int, str]:
@@ -272,26 +272,26 @@ def test_what_applying_would_change_is_shown(densenet, rendered, tmp_path, monke
             ("--overlay", "cloud"),
             "--overlay=cloud is not known: use kueue, local-cpu, multi-node",
         ),
-        (("--image", "densenet"), "--image=densenet needs a tag that stays the same"),
-        (("--image", "densenet:latest"), "--image=densenet:latest needs a tag that stays the same"),
+        (("--image", "densenet"), "--image=densenet needs a fixed tag"),
+        (("--image", "densenet:latest"), "--image=densenet:latest needs a fixed tag"),
         (("cluster.workers=12",), "cluster.workers=12 does not fill nodes with 8 GPUs each: use a multiple of 8"),
         (("cluster.workers=24",), "train.global_batch_size=256 cannot be divided among 24 workers"),
         (("cluster.workers=32", "--set", "nodes=2"), "cluster.workers=32 needs 32 GPUs, and overlay multi-node with 2"),
-        (("data.root=imagenet",), "data.root=imagenet is on no volume that all pods share: /data is"),
-        (("run.output=/data/runs",), "run.output=/data/runs is on no volume that all pods share: /runs is"),
+        (("data.root=imagenet",), "data.root=imagenet must be below /data, a volume that all pods share"),
+        (("run.output=/data/runs",), "run.output=/data/runs must be below /runs, a volume that all pods share"),
         (("run.name=Dense_Net",), "run.name=Dense_Net must be set"),
-        (("--set=storage-class=",), "--set storage-class= is no name of an object"),
-        (("--set=secret=My_Keys",), "--set secret=My_Keys is no name of an object: use small letters"),
-        (("--set=memory=lots",), "--set memory=lots is no amount of memory: use for example 200Gi"),
+        (("--set=storage-class=",), "--set storage-class= is not a Kubernetes object name"),
+        (("--set=secret=My_Keys",), "--set secret=My_Keys is not a Kubernetes object name: use lowercase letters"),
+        (("--set=memory=lots",), "--set memory=lots is not an amount of memory: use for example 200Gi"),
         (
             ("data.root=s3://bucket/set", "data.stage=/stage"),
-            "data.root=s3://bucket/set needs credentials: --set secret",
+            "data.root=s3://bucket/set needs credentials: use --set secret",
         ),
-        (("data.stage=/tmp/stage",), "data.stage=/tmp/stage is on no disk of a node's own: /stage is."),
-        (("data.stage=/stage",), "data.stage=/stage needs a disk on each node: --set stage-class=NAME"),
-        (("--set=stage-class=nvme",), "--set stage-class is for data.stage=/stage, which is not set"),
+        (("data.stage=/tmp/stage",), "data.stage=/tmp/stage must be below /stage, the node's local disk."),
+        (("data.stage=/stage",), "data.stage=/stage needs a local disk on each node: use --set stage-class=NAME"),
+        (("--set=stage-class=nvme",), "--set stage-class needs data.stage=/stage, which is not set"),
         (("--set", "node=4"), "--set node=4 is not known: use KEY=VALUE with a KEY of nodes, gpus-per-node"),
-        (("--set", "nodes=none"), "--set nodes=none: nodes is a whole number of at least 1"),
+        (("--set", "nodes=none"), "--set nodes=none: nodes must be an integer of at least 1"),
         (
             ("cluster.workers={min: 8, max: 16, step: 8}", "--set", "nodes=2"),
             "--set nodes is for a fixed number of workers",
@@ -299,30 +299,32 @@ def test_what_applying_would_change_is_shown(densenet, rendered, tmp_path, monke
         (("optim.rl=1",), "did you mean 'optim.lr'?"),
     ],
 )
-def test_bad_input_is_told_when_rendering(densenet, arguments, message):
-    usual = {"--overlay": "multi-node", "--image": IMAGE}
-    given = [word for pair in usual.items() if pair[0] not in arguments for word in pair]
+def test_render_refuses_bad_input(densenet, arguments, message):
+    defaults = {"--overlay": "multi-node", "--image": IMAGE}
+    options = [word for pair in defaults.items() if pair[0] not in arguments for word in pair]
     if "storage-class" not in message:
-        given.append("--set=storage-class=default")
-    code, printed = densenet("k8s", "render", config_of("multi-node"), *arguments, *given)
+        options.append("--set=storage-class=default")
+    code, printed = densenet("k8s", "render", config_of("multi-node"), *arguments, *options)
     assert code == 2, printed
     assert message in " ".join(printed.split())
 
 
-def test_shared_volumes_need_a_class_that_is_chosen(densenet):
+def test_shared_volumes_need_a_storage_class(densenet):
     code, printed = densenet(
         "k8s", "render", config_of("multi-node"), "--overlay=multi-node", "--image", IMAGE, "--set=nodes=4"
     )
     assert code == 2
-    assert "the volumes data and runs of overlay multi-node are read and written on several nodes: --set " in printed
+    assert (
+        "the volumes data and runs of overlay multi-node are read and written on several nodes: use --set " in printed
+    )
 
 
-def test_files_that_are_no_manifests_are_told(densenet, tmp_path):
+def test_validate_refuses_files_that_are_not_manifests(densenet, tmp_path):
     (tmp_path / "a.yaml").write_text("a: [")
     (tmp_path / "b.yaml").write_text("a: 1")
     for file, message in (
         ("a.yaml", "a.yaml cannot be read as YAML"),
-        ("b.yaml", "a document is no Kubernetes object"),
+        ("b.yaml", "a document is not a Kubernetes object"),
     ):
         code, printed = densenet("k8s", "validate", tmp_path / file)
         assert code == 2

@@ -1,4 +1,4 @@
-"""What KubeRay and Kueue do to a job, done to processes: the manifests' own commands, in a clean environment."""
+"""Rehearsal of KubeRay and Kueue: the manifests' commands, run as local processes in a clean environment."""
 
 import re
 import shlex
@@ -16,16 +16,16 @@ from launch.cluster.ports import free_port
 from launch.kubernetes.kubectl import kustomize
 from launch.kubernetes.manifests import K8S
 from tests.conftest import BIN
-from tests.launch.cluster.test_cluster import alive
-from tests.launch.conftest import PATIENCE_S, Cluster, wait_until
+from tests.launch.cluster.test_cluster import live_nodes
+from tests.launch.conftest import WAIT_TIMEOUT_S, Cluster, wait_until
 from tests.servers import postgres
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
-CLEAN = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": "/tmp"}  # what the image has
+CLEAN = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": "/tmp"}  # as in the image
 
 
 class Job:
-    """A RayJob of the overlay `local-cpu`: its pods are Ray nodes, its entrypoint is submitted as KubeRay does."""
+    """A RayJob of the overlay `local-cpu`: Ray nodes instead of pods, and an entrypoint submitted as KubeRay does."""
 
     def __init__(self, folder: Path, shell: Callable[..., Any]) -> None:
         self._shell, self.runs, self._tries = shell, folder / "runs", 0
@@ -44,7 +44,7 @@ class Job:
         self._hook = container["lifecycle"]["preStop"]["exec"]["command"]
 
     def start(self) -> None:
-        """A cluster of the job's own, and the entrypoint on it: the first start, a retry, or after a suspension."""
+        """Starts the job's cluster and submits the entrypoint: first start, retry, or resume after a suspension."""
         self._tries += 1
         self.cluster = Cluster(cpus=self._head_cpus)
         self.cluster.add_node(cpus=self._worker_cpus)
@@ -54,11 +54,11 @@ class Job:
         assert done.returncode == 0, done.stdout
 
     def delete_worker(self) -> str:
-        """As the kubelet does: the hook, SIGTERM, and what is left is killed; then KubeRay makes another pod."""
-        (node,) = [node for node, _, is_head in alive(self.cluster, self._shell) if not is_head]
+        """Deletes the worker as the kubelet does (hook, SIGTERM, SIGKILL), and starts another as KubeRay does."""
+        (node,) = [node for node, _, is_head in live_nodes(self.cluster, self._shell) if not is_head]
         hook = [word.replace("/runs", str(self.runs)) for word in self._hook[1:]]
         env = self.cluster.env | {"RAY_ADDRESS": self.cluster.address}
-        left = self._shell("python", *hook, "--node-id", node, env=env)
+        drained = self._shell("python", *hook, "--node-id", node, env=env)
         number = len(self.cluster.nodes) - 1
         self.cluster.nodes[number].terminate()
         try:
@@ -66,33 +66,33 @@ class Job:
         except subprocess.TimeoutExpired:
             self.cluster.kill_node(number)
         self.cluster.add_node(cpus=self._worker_cpus)
-        return left.stdout
+        return drained.stdout
 
     def output(self) -> str:
         return self._shell(
             "ray", "job", "logs", "--address", self.cluster.dashboard, self.id, env=self.cluster.env
         ).stdout
 
-    def wait_for(self, text: str, wait_timeout_s: float = PATIENCE_S) -> None:
-        def look() -> bool:
+    def wait_for(self, text: str, timeout_s: float = WAIT_TIMEOUT_S) -> None:
+        def is_printed() -> bool:
             printed = self.output()
             assert "training failed" not in printed, printed
             return text in printed
 
-        wait_until(look, self.output, wait_timeout_s)
+        wait_until(is_printed, self.output, timeout_s)
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.runs.glob("demo/checkpoints/samples-*/manifest.json"))
 
 
 @pytest.mark.timeout(2400)
-def test_a_job_over_a_deleted_worker_a_lost_head_and_a_suspension(shell, tmp_path):
+def test_a_job_resumes_after_a_deleted_worker_a_lost_head_and_a_suspension(shell, tmp_path):
     job = Job(tmp_path, shell)
     job.start()
     try:
-        wait_until(job.checkpoints, job.output, PATIENCE_S)
-        left = job.delete_worker()
-        assert re.search(r"^the checkpoint .*/samples-\d+ is written$", left, re.MULTILINE), left
+        wait_until(job.checkpoints, job.output, WAIT_TIMEOUT_S)
+        printed = job.delete_worker()
+        assert re.search(r"^wrote checkpoint .*/samples-\d+$", printed, re.MULTILINE), printed
         job.wait_for("resumed at")
 
         job.cluster.kill_node(0)  # the head: KubeRay ends the cluster and retries with a new one
@@ -103,7 +103,7 @@ def test_a_job_over_a_deleted_worker_a_lost_head_and_a_suspension(shell, tmp_pat
         job.cluster.close()  # Kueue suspends the job: all of its pods go
         job.start()
         job.wait_for("resumed at")
-        job.wait_for("models:/densenet_tiny@candidate", wait_timeout_s=900)
+        job.wait_for("models:/densenet_tiny@candidate", timeout_s=900)
     finally:
         job.cluster.close()
     client = MlflowClient(f"sqlite:///{job.runs}/mlflow.db")
@@ -116,7 +116,7 @@ def test_a_job_over_a_deleted_worker_a_lost_head_and_a_suspension(shell, tmp_pat
 
 
 def test_the_tracking_servers_commands_run_on_an_empty_database(tmp_path):
-    """The commands of `k8s/mlflow` as they are, on other ports: tables, server, and the names that it answers to."""
+    """The commands of `k8s/mlflow` on another port: database migration, server and allowed hosts."""
     (deployment,) = [d for d in kustomize(K8S / "mlflow") if d["kind"] == "Deployment"]
     pod = deployment["spec"]["template"]["spec"]
     (migrate,), (server,) = pod["initContainers"], pod["containers"]
@@ -130,22 +130,22 @@ def test_the_tracking_servers_commands_run_on_an_empty_database(tmp_path):
         ]
         with (tmp_path / "server.log").open("w") as log:
             started = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
-        address = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
 
-        def answers() -> bool:
+        def is_healthy() -> bool:
             assert started.poll() is None, (tmp_path / "server.log").read_text()
             try:
-                return requests.get(f"{address}/health", headers={"Host": "10.1.2.3:5000"}, timeout=5).ok
+                return requests.get(f"{url}/health", headers={"Host": "10.1.2.3:5000"}, timeout=5).ok
             except requests.ConnectionError:
                 return False
 
         try:
-            wait_until(answers, lambda: (tmp_path / "server.log").read_text(), PATIENCE_S)
+            wait_until(is_healthy, lambda: (tmp_path / "server.log").read_text(), WAIT_TIMEOUT_S)
             for host, status in (("mlflow:5000", 200), ("mlflow.densenet.svc:5000", 200), ("evil.example", 403)):
-                asked = requests.get(
-                    f"{address}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": host}, timeout=30
+                response = requests.get(
+                    f"{url}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": host}, timeout=30
                 )
-                assert asked.status_code == status, (host, asked.text)
+                assert response.status_code == status, (host, response.text)
         finally:
             subprocess.run(["kill", "-9", "--", f"-{started.pid}"], check=True)
             started.wait()

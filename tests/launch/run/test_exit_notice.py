@@ -1,4 +1,4 @@
-"""The exit_notice speaks when its process is killed, and is silent when that goes on or ends by itself."""
+"""The exit notice prints its message only if its process is killed or ended by Ray's core."""
 
 import subprocess
 import sys
@@ -7,23 +7,29 @@ import pytest
 
 from tests.conftest import PROJECT
 
-CODE = "import os, signal\nfrom launch.run.exit_notice import exit_notice\nwith exit_notice('it is gone'):\n    {}\nprint('after')"
+CODE = """
+import os, signal
+from launch.run.exit_notice import exit_notice
+with exit_notice("the process ended"):
+    {}
+print("after")
+"""
 
 
 @pytest.mark.parametrize(
-    ("inside", "told"),
+    ("statement", "printed"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "it is gone\n"),
-        ("os._exit(3)", "it is gone\n"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "the process ended\n"),
+        ("os._exit(3)", "the process ended\n"),
         ("pass", "after\n"),
         ("raise SystemExit(2)", ""),
     ],
 )
-def test_what_is_said_at_the_end(inside, told):
+def test_the_notice_is_printed_after_a_kill(statement, printed):
     done = subprocess.run(
-        [sys.executable, "-c", CODE.format(inside)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", CODE.format(statement)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert done.stdout == told
+    assert done.stdout == printed
 
 
 ENDS_WHILE_RAY_SHUTS_DOWN = """
@@ -36,26 +42,26 @@ from launch.run.train import train_command
 from pipeline.errors import TrainingError
 
 @contextmanager
-def embedded(*arguments):
+def embedded_ray(*arguments):
     try:
         yield "http://127.0.0.1"
     finally:
         os._exit(1)
 
-def run(*arguments):
+def run_training(*arguments):
     raise TrainingError("a worker was lost")
 
-launch.cluster.connect.embedded, launch.cluster.training.run = embedded, run
+launch.cluster.connect.embedded_ray, launch.cluster.training.run_training = embedded_ray, run_training
 settings = ["run.name=run", f"run.output={sys.argv[1]}"]
 train_command(Console(), Path("configs/demo.yaml"), settings, None, quiet=True)
 """
 
 
-def test_a_driver_that_ray_ends_while_its_error_is_on_the_way_out_is_told_of(tmp_path):
+def test_the_notice_is_printed_if_ray_ends_the_driver_during_shutdown(tmp_path):
     command = [sys.executable, "-c", ENDS_WHILE_RAY_SHUTS_DOWN, str(tmp_path)]
     done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 1, done.stdout
-    said = (
-        "the driver was killed, or Ray's core has ended it. The same command with run.name=run goes on from the newest"
+    assert done.stdout == (
+        "training failed: the driver was killed, or Ray's core ended it. The same command with run.name=run resumes "
+        "from the latest checkpoint.\n"
     )
-    assert done.stdout == f"training failed: {said} checkpoint.\n"

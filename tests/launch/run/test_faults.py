@@ -1,4 +1,4 @@
-"""What happens to a whole run when parts of it are killed, as a user sees it."""
+"""Fault tolerance of complete runs: killed workers, drivers and Ray processes, closed terminals, lost trackers."""
 
 import fcntl
 import json
@@ -30,7 +30,7 @@ from tests.train.settings import new_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 DEADLINE_S = 300
-# More for a long soak: KILLS=20 pytest --timeout=0 tests/launch/run/test_faults.py
+# For a soak test: KILLS=20 pytest --timeout=0 tests/launch/run/test_faults.py
 KILLS = int(os.environ.get("KILLS", "1"))
 OVERRIDES = [
     f"train.epochs={KILLS + 3}",
@@ -43,7 +43,7 @@ OVERRIDES = [
 
 
 class Started:
-    """`densenet train` on the demo, with its output so far."""
+    """A running `densenet train` on the demo, and its output so far."""
 
     def __init__(self, output: Path, *overrides: str) -> None:
         command = [BIN / "densenet", "train", "configs/demo.yaml", *OVERRIDES, *overrides, f"run.output={output}"]
@@ -67,7 +67,7 @@ class Started:
             time.sleep(0.1)
 
     def end(self) -> int:
-        """Waits for the end; returns the exit code."""
+        """Waits until the process ends; returns its exit code."""
         code = self.process.wait(DEADLINE_S)
         self._reader.join()
         assert self.process.stdout is not None
@@ -76,20 +76,24 @@ class Started:
 
 
 def process_of(driver: int, name: str) -> psutil.Process:
-    """The process of an embedded Ray, which descends from the driver, with this in its command."""
+    """Returns a process of the driver's embedded Ray by its title."""
     family = psutil.Process(driver).children(recursive=True)
     return next(process for process in family if name in " ".join(process.cmdline()[:1]))
 
 
-def finished(
+def trained_without_failures(
     output: Path, resume: Path | None = None, overrides: Sequence[str] = (), until: int = 10**9
 ) -> dict[str, torch.Tensor]:
-    """The weights at the end of the same run, or of its rest, without Ray and without problems; or soon after `until`."""
+    """Trains the same run without Ray and failures, from its start or `resume`, to its end or soon after `until`.
+
+    Returns:
+        The weights.
+    """
     settings = [*OVERRIDES, *overrides, f"run.output={output}", "device=cpu"]
     config = read_config(PROJECT / "configs" / "demo.yaml", settings)
     seen = 0
 
-    def look(event: Event) -> None:
+    def on_event(event: Event) -> None:
         nonlocal seen
         seen = getattr(event, "samples_seen", seen)
 
@@ -99,19 +103,19 @@ def finished(
     try:
         indexes = prepared.train_index, prepared.val_index
         options = {"resume": resume, "should_stop": lambda: seen >= until}
-        new_trainer(config, prepared.derived, indexes, prepared.run_dir, look, **options).fit()
+        new_trainer(config, prepared.derived, indexes, prepared.run_dir, on_event, **options).fit()
     finally:
         torch.set_num_threads(threads)
     return load_file(checkpoints(prepared.run_dir / "checkpoints")[-1] / "model.safetensors")
 
 
-def test_a_killed_worker_and_a_terminated_driver_change_nothing_about_the_end(tmp_path, one_rank):
+def test_a_killed_worker_and_a_terminated_driver_do_not_change_the_weights(tmp_path, one_rank):
     folder = tmp_path / "run" / "checkpoints"
     first = Started(tmp_path)
     chance = random.Random(0)
     for kill in range(KILLS):
-        there = len(checkpoints(folder))
-        first.wait_for(lambda there=there: len(checkpoints(folder)) > there)
+        before = len(checkpoints(folder))
+        first.wait_for(lambda before=before: len(checkpoints(folder)) > before)
         if KILLS > 1:
             time.sleep(chance.uniform(0, 3))  # to kill at any step of an epoch, or while a checkpoint is written
         process_of(first.process.pid, "RayTrainWorker").kill()
@@ -121,15 +125,16 @@ def test_a_killed_worker_and_a_terminated_driver_change_nothing_about_the_end(tm
     assert f"warning: a worker was lost, all were started again (start {KILLS + 1})" in first.output
     stopped = re.search(r"stopped by SIGTERM at ([\d,]+) samples, after a checkpoint; .* run.name=run", first.output)
     assert stopped, first.output
-    newest = checkpoints(folder)[-1]
-    assert int(stopped[1].replace(",", "")) == int(newest.name.removeprefix("samples-"))
+    latest = checkpoints(folder)[-1]
+    assert int(stopped[1].replace(",", "")) == int(latest.name.removeprefix("samples-"))
 
-    rest, whole = finished(tmp_path / "rest", newest), finished(tmp_path / "whole")
-    assert all(torch.equal(rest[key], whole[key]) for key in whole)
+    resumed = trained_without_failures(tmp_path / "rest", latest)
+    whole = trained_without_failures(tmp_path / "whole")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-def test_a_killed_driver_and_a_lost_ray_change_nothing_about_the_end(tmp_path, one_rank):
-    """The same command goes on each time; of the first start's Ray no worker is left."""
+def test_a_killed_driver_and_a_lost_ray_do_not_change_the_weights(tmp_path, one_rank):
+    """The same command resumes each time; no worker of the first start is left."""
     folder, long = tmp_path / "run" / "checkpoints", "train.epochs=99"
     first = Started(tmp_path, long)
     first.wait_for(lambda: checkpoints(folder))
@@ -139,37 +144,37 @@ def test_a_killed_driver_and_a_lost_ray_change_nothing_about_the_end(tmp_path, o
     worker = process_of(first.process.pid, "RayTrainWorker")
     first.process.kill()
     assert first.end() == -signal.SIGKILL
-    assert "training failed: the driver was killed, or Ray's core has ended it. " in first.output
+    assert "training failed: the driver was killed, or Ray's core ended it. " in first.output
     worker.wait(DEADLINE_S)
 
     second = Started(tmp_path, long)
     second.wait_for(lambda: "resumed at" in second.output and len(checkpoints(folder)) > 1)
     process_of(second.process.pid, "raylet").kill()
     assert second.end() == 1, second.output
-    # Ray's core may end the driver before it can say more; then its exit_notice does.
+    # Ray's core may end the driver before it prints its error; then the exit notice does.
     reasons = "Ray lost the node that the driver is on, or its own processes there|the driver was killed, or Ray's core"
     assert re.search(rf"^training failed: ({reasons})", second.output, re.MULTILINE), second.output
-    assert "The same command with run.name=run goes on from the newest checkpoint." in second.output
+    assert "The same command with run.name=run resumes from the latest checkpoint." in second.output
     assert "Traceback" not in second.output
 
-    newest = checkpoints(folder)[-1]
-    finished(tmp_path / "whole", overrides=[long], until=samples_of(newest))
-    same = load_file(tmp_path / "whole" / "run" / "checkpoints" / newest.name / "model.safetensors")
-    reached = load_file(newest / "model.safetensors")
-    assert all(torch.equal(reached[key], same[key]) for key in same)
+    latest = checkpoints(folder)[-1]
+    trained_without_failures(tmp_path / "whole", overrides=[long], until=samples_of(latest))
+    expected = load_file(tmp_path / "whole" / "run" / "checkpoints" / latest.name / "model.safetensors")
+    actual = load_file(latest / "model.safetensors")
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_a_terminal_that_closes_ends_a_run_after_a_checkpoint_and_one_under_nohup_goes_on(tmp_path):
-    """The kernel sends SIGHUP to the driver and to the processes of its Ray, and what is printed then has no place."""
+def test_a_closed_terminal_ends_a_run_after_a_checkpoint_but_not_under_nohup(tmp_path):
+    """The kernel sends SIGHUP to the driver and to the processes of its Ray; later output is lost."""
 
     def take_terminal() -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 
-    def started(name: str, *before: object) -> tuple[subprocess.Popen, int]:
+    def started(name: str, *prefix: object) -> tuple[subprocess.Popen, int]:
         ours, theirs = os.openpty()
         options = [*OVERRIDES, f"run.output={tmp_path}", f"run.name={name}", "train.epochs=99"]
-        command = [*before, BIN / "densenet", "train", PROJECT / "configs/demo.yaml", "--quiet", *options]
+        command = [*prefix, BIN / "densenet", "train", PROJECT / "configs/demo.yaml", "--quiet", *options]
         own_terminal = {"start_new_session": True, "preexec_fn": take_terminal}
         files = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
         process = subprocess.Popen(command, cwd=tmp_path, **files, **own_terminal)
@@ -185,29 +190,29 @@ def test_a_terminal_that_closes_ends_a_run_after_a_checkpoint_and_one_under_nohu
     os.close(terminal)
     assert run.wait(DEADLINE_S) == 128 + signal.SIGHUP
     worker.wait(DEADLINE_S)
-    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    assert verify(newest) is None
-    assert samples_of(newest) % 1437 > 64, "not one of those that come with an epoch's end"
+    latest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert verify(latest) is None
+    assert samples_of(latest) % 1437 > 64, "not a checkpoint of an epoch's end"
 
-    run, terminal = started("deaf", "nohup")
+    run, terminal = started("nohup-run", "nohup")
     try:
-        wait_until(has_checkpoints("deaf", 1), lambda: "no checkpoint")
-        there = len(checkpoints(tmp_path / "deaf" / "checkpoints"))
+        wait_until(has_checkpoints("nohup-run", 1), lambda: "no checkpoint")
+        before = len(checkpoints(tmp_path / "nohup-run" / "checkpoints"))
         os.close(terminal)
-        wait_until(has_checkpoints("deaf", there + 2), lambda: "nohup's run has not gone on")
+        wait_until(has_checkpoints("nohup-run", before + 2), lambda: "the run under nohup has stopped")
     finally:
         run.terminate()
         assert run.wait(DEADLINE_S) == 128 + signal.SIGTERM
 
 
-def test_a_tracking_server_that_is_away_for_the_middle_of_a_run_has_everything_at_its_end(tmp_path):
+def test_a_tracking_server_that_is_unreachable_in_mid_run_gets_all_records(tmp_path):
     folder, server = tmp_path / "run" / "checkpoints", MlflowServer(tmp_path)
     try:
         run = Started(tmp_path, f"tracking.uri={server.uri}", "train.epochs=8", "train.log_every_steps=1")
         run.wait_for(lambda: checkpoints(folder))
         server.stop()
-        there = len(checkpoints(folder))
-        run.wait_for(lambda: len(checkpoints(folder)) > there)
+        before = len(checkpoints(folder))
+        run.wait_for(lambda: len(checkpoints(folder)) > before)
         server.start()
         assert run.end() == 0, run.output
         client = MlflowClient(server.uri)

@@ -1,4 +1,4 @@
-"""A run whose model gives NaN is told as such, and leaves no candidate."""
+"""A run whose model gives NaN prints a warning, and registers no model."""
 
 import json
 import re
@@ -9,17 +9,17 @@ from mlflow.tracking import MlflowClient
 
 
 def strict(text: str) -> Any:
-    """The content of a JSON text; NaN and infinities are none of JSON's."""
+    """Parses JSON; refuses NaN and infinities, which JSON does not allow."""
 
     def refused(token: str) -> None:
-        raise AssertionError(f"{text} holds {token}")
+        raise AssertionError(f"{text} contains {token}")
 
     return json.loads(text, parse_constant=refused)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_model_that_gives_nan_is_no_candidate(shell, tmp_path):
+def test_a_model_that_gives_nan_is_not_registered(shell, tmp_path):
     short = ["train.epochs=0.5", "schedule.warmup_epochs=0", "cluster.workers=1", "optim.lr=1e30"]
     lenient = ["train.on_nan=skip", "train.nan_limit=1000", f"run.output={tmp_path}", "run.name=run"]
     done = shell("densenet", "train", "configs/demo.yaml", *short, *lenient)

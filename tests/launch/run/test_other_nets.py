@@ -1,4 +1,4 @@
-"""Models of timm that are no DenseNets: trained, gone on with, evaluated, exported and used as DenseNets are."""
+"""Other timm models than DenseNets: training, resuming, evaluation, export and prediction."""
 
 import json
 
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(2400)]
 
 
 @pytest.mark.parametrize("name", ["resnet50", "rdnet_tiny"])
-def test_they_train_the_demo_go_on_and_predict(name, shell, densenet, tmp_path):
+def test_a_model_trains_resumes_and_predicts(name, shell, densenet, tmp_path):
     output = tmp_path / "outputs"
     options = [f"model.name={name}", "optim.lr=0.01", "schedule.warmup_epochs=0", "cluster.workers=1"]
     options.append(f"run.output={output}")
@@ -27,13 +27,13 @@ def test_they_train_the_demo_go_on_and_predict(name, shell, densenet, tmp_path):
     measured = ModelCard.read(second).metrics
 
     digits = output / "data" / "digits"
-    code, told = densenet("eval", second, "--data", digits, "--json")
-    assert code == 0, told
-    scores = json.loads(told)["scores"]["plain"]
+    code, printed = densenet("eval", second, "--data", digits, "--json")
+    assert code == 0, printed
+    scores = json.loads(printed)["scores"]["plain"]
     assert [scores["top1_correct"], scores["total"]] == [measured["top1_correct"], measured["total"]]
 
-    code, told = densenet("predict", f"models:/{name}@candidate", min(digits.glob("val/3/*.jpg")), "--json")
-    assert code == 0, told
-    code, told = densenet("export", second, "--to", "timm", "--out", "exported")
-    assert code == 0, told
+    code, printed = densenet("predict", f"models:/{name}@candidate", min(digits.glob("val/3/*.jpg")), "--json")
+    assert code == 0, printed
+    code, printed = densenet("export", second, "--to", "timm", "--out", "exported")
+    assert code == 0, printed
     assert json.loads((tmp_path / "exported" / "timm" / "config.json").read_text())["architecture"] == name

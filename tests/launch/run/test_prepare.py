@@ -1,4 +1,4 @@
-"""Paths and names that are settled before anything starts."""
+"""Paths and names that the driver sets before workers start."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from launch.run.prepare import read_config
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
 
-def test_paths_become_absolute_from_where_the_command_was_given(monkeypatch, tmp_path):
+def test_relative_paths_become_absolute_in_the_current_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = read_config(DEMO, ["data.root=images", "run.output=runs/mine"])
     assert config.data.root == str(tmp_path / "images")
@@ -16,7 +16,7 @@ def test_paths_become_absolute_from_where_the_command_was_given(monkeypatch, tmp
     assert re.fullmatch(r"demo-\d{8}-\d{6}-[0-9a-f]{6}", str(config.run.name))
 
 
-def test_what_a_ray_job_writes_is_not_lost_with_the_jobs_own_folder(monkeypatch, tmp_path):
+def test_a_ray_job_writes_its_output_outside_its_working_folder(monkeypatch, tmp_path):
     copy = tmp_path / "working_dir_files" / "_ray_pkg_0123456789abcdef"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)

@@ -1,4 +1,4 @@
-"""The gate in front of an alias: a better model passes, another does not, evidence stays, and there is a way back."""
+"""Model promotion: a better model passes the gate, a worse one does not, evidence is stored, rollback works."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from pipeline.data.dataset import open_split
-from pipeline.evaluation.mcnemar import mcnemar_test
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.package import register
 from tests.models import CLASSES, make_outputs_nan, start_run, write_model
@@ -19,19 +18,19 @@ IMAGES = 24
 
 
 def test_mcnemars_test_by_hand():
-    """Of ten images that one alone hits, nine are the new one's: (10 + 1) / 2^10."""
-    new_N = np.array([True] * 9 + [False] + [True] * 5 + [False] * 5)
-    old_N = np.array([False] * 9 + [True] + [True] * 5 + [False] * 5)
-    paired = mcnemar_test(new_N, old_N)
+    """Of ten images that only one model predicts correctly, nine are the new model's: p = (10 + 1) / 2^10."""
+    new_correct_N = np.array([True] * 9 + [False] + [True] * 5 + [False] * 5)
+    old_correct_N = np.array([False] * 9 + [True] + [True] * 5 + [False] * 5)
+    paired = mcnemar_test(new_correct_N, old_correct_N)
     assert (paired.total, paired.new, paired.old, paired.only_new, paired.only_old) == (20, 14, 6, 9, 1)
     assert paired.gain == pytest.approx(40)
     assert paired.p_value == pytest.approx(11 / 1024)
-    assert mcnemar_test(new_N, new_N).p_value == 1
+    assert mcnemar_test(new_correct_N, new_correct_N).p_value == 1
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Versions 1 and 2 of a model, and images that are labeled as version 2 answers."""
+    """Versions 1 and 2 of a model, and images whose labels are the predictions of version 2."""
     folder = tmp_path_factory.mktemp("registry")
     with start_run(folder) as tracker:
         for seed in (1, 2):
@@ -45,9 +44,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (50, 60, 3), np.uint8)).resize((60, 50)).save(file)
     index = open_split(folder / "unsorted", "val", folder / "index")
-    answers_NK, _ = model_probabilities(folder / "checkpoint2", index)
-    for i, answer in enumerate(answers_NK.argmax(axis=1)):
-        source, target = index.path(i), folder / "set" / "val" / CLASSES[answer] / index.path(i).name
+    probabilities_NK, _ = model_probabilities(folder / "checkpoint2", index)
+    for i, label in enumerate(probabilities_NK.argmax(axis=1)):
+        source, target = index.path(i), folder / "set" / "val" / CLASSES[label] / index.path(i).name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
     return tracker.uri, folder / "set"
@@ -60,7 +59,7 @@ def models(registry, densenet) -> Callable[..., tuple[int, str]]:
 
 
 @pytest.mark.slow
-def test_the_gate_from_the_first_champion_to_the_way_back(registry, models):
+def test_promotion_from_the_first_champion_to_a_rollback(registry, models):
     uri, data = registry
     client = MlflowClient(uri, uri)
 
@@ -69,7 +68,7 @@ def test_the_gate_from_the_first_champion_to_the_way_back(registry, models):
 
     code, printed = models("promote", "models:/tiny/1", "--data", data)
     assert code == 0, printed
-    assert "champion is no version yet" in printed
+    assert "champion has no version yet" in printed
     assert champion() == "1"
 
     code, printed = models("promote", "tiny@candidate", "--data", data, "--dry-run")
@@ -111,19 +110,19 @@ def test_the_gate_from_the_first_champion_to_the_way_back(registry, models):
 
     code, printed = models("rollback", "tiny")
     assert code == 0, printed
-    assert "tiny@champion is version 1 again, 2 before" in printed
+    assert "tiny@champion is version 1 again, it was version 2" in printed
     assert champion() == "1"
     code, printed = models("rollback", "tiny")
     assert code == 2
-    assert "does not tell what @champion was before: nothing is changed" in printed
+    assert "has no record of the previous @champion: nothing is changed" in printed
 
 
-def test_what_there_is_not_is_told(models, registry):
+def test_missing_models_versions_and_aliases_are_named(models, registry):
     for arguments, message in {
         ("history", "tinny"): "no model named 'tinny'",
         ("show", "tinny"): "no model named 'tinny'",
         ("diff", "tiny/1", "tiny/9"): "versions: 2, 1",
-        ("rollback", "tiny", "--alias", "nobody"): "tiny@nobody is no version: there is nothing to roll back",
+        ("rollback", "tiny", "--alias", "nobody"): "tiny@nobody does not exist: there is nothing to roll back",
         ("promote", "tiny@nobody", "--data", registry[1]): "Aliases of tiny: ",
         ("promote", "tiny/2", "--data", registry[1], "--to", "latest"): "--to=latest is reserved by MLflow",
         ("promote", "tiny/2", "--data", registry[1], "--to", "V2"): "--to=V2 is reserved by MLflow",

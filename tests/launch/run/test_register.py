@@ -1,4 +1,4 @@
-"""`densenet models register`: what did not get into the registry at the end of a training gets there later."""
+"""`densenet models register` registers a finished run's model after a failed registration."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.models import write_model
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A finished run whose model is not registered; its alias was taken before `latest` was refused."""
+    """A finished run whose model is not registered; its config has the alias `latest`, which is refused."""
     config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
     folder = tmp_path / "one"
     with Tracker(config, folder, "one", print) as tracker:
@@ -63,7 +63,7 @@ def test_a_finished_run_is_registered_once(run_dir, densenet):
     assert str(MlflowClient(uri, other).get_model_version_by_alias("mine", "best").run_id) == version.run_id
 
 
-def test_a_registry_of_the_trainings_environment_is_that_of_the_command_later(run_dir, densenet, monkeypatch):
+def test_the_registry_of_the_training_environment_is_used_later(run_dir, densenet, monkeypatch):
     other = f"sqlite:///{run_dir.parent}/other.db"
     config = RunConfig.model_validate({"run": {"output": str(run_dir.parent), "name": "one"}})
     with monkeypatch.context() as patch:
@@ -75,19 +75,19 @@ def test_a_registry_of_the_trainings_environment_is_that_of_the_command_later(ru
     assert f"densenet_tiny version 1 in {other}" in printed
 
 
-def test_what_is_no_finished_run_is_told(run_dir, densenet, tmp_path):
+def test_folders_without_a_run_or_checkpoint_are_refused(run_dir, densenet, tmp_path):
     code, printed = densenet("models", "register", tmp_path / "gone")
     assert code == 2
-    assert "is no run's folder: it has no config.yaml" in printed
+    assert "is not a run folder: it has no config.yaml" in printed
     shutil.rmtree(checkpoint_root(run_dir))
     code, printed = densenet("models", "register", run_dir, "--alias", "candidate")
     assert code == 2
     assert "has no checkpoint to register: train the run first" in printed
 
 
-def test_a_registry_that_is_away_names_the_command(run_dir, densenet):
-    away = ("--registry-uri", "http://127.0.0.1:9", "--timeout", 0)
-    code, printed = densenet("models", "register", run_dir, "--alias", "candidate", *away)
+def test_an_unreachable_registry_names_the_command(run_dir, densenet):
+    unreachable = ("--registry-uri", "http://127.0.0.1:9", "--timeout", 0)
+    code, printed = densenet("models", "register", run_dir, "--alias", "candidate", *unreachable)
     assert code == 2
     assert "the MLflow store at http://127.0.0.1:9 is unreachable" in printed
     assert f"`densenet models register {run_dir}` registers it without training again" in printed

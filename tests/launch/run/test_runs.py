@@ -1,4 +1,4 @@
-"""Whole runs on an embedded Ray, as a user starts them."""
+"""Complete training runs on an embedded Ray."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_demo_from_training_to_prediction(shell, tmp_path):
-    """Three epochs of the demo: the summary's every line is true, and README's commands on its model work."""
+    """Three epochs of the demo: every line of the summary is correct, and README's commands on its model work."""
     done = shell("densenet", "train", "configs/demo.yaml", "train.epochs=3", f"run.output={tmp_path}")
     assert done.returncode == 0, done.stdout
     out = done.stdout
@@ -61,16 +61,16 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert run.data.metrics["val/top1"] > 94
     assert len(client.get_metric_history(version.run_id, "train/loss")) == 7
 
-    there = {file.path for file in client.list_artifacts(version.run_id)}
+    artifacts = {file.path for file in client.list_artifacts(version.run_id)}
     images = {"learning_rate.png", "loss.png", "accuracy.png", "confusion.png"}
     tables = {"config.yaml", "deepspeed.json", "packages.txt", "metrics.csv", "confusion.csv", "checkpoints.json"}
-    assert images | tables | {"samples.json"} <= there
+    assert images | tables | {"samples.json"} <= artifacts
     assert sorted(read.dataset.name for read in run.inputs.dataset_inputs) == ["digits/train", "digits/val"]
     assert f"- **best**: {summary['best']}" in run.data.tags["mlflow.note.content"]
     assert run.data.tags["checkpoint.best"] == summary["checkpoint"]
     assert run.data.metrics["train/grad_norm"] > 0
-    kept = json.loads(Path(client.download_artifacts(version.run_id, "checkpoints.json", str(tmp_path))).read_text())
-    (best,) = [record for record in kept if record["best"]]
+    records = json.loads(Path(client.download_artifacts(version.run_id, "checkpoints.json", str(tmp_path))).read_text())
+    (best,) = [record for record in records if record["best"]]
     assert best["sha256"] == hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
     assert best["top1"] == pytest.approx(100 * int(top1) / 360)
 
@@ -104,12 +104,12 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert predicted.returncode == 0, predicted.stdout
     label = Path(arguments[2]).parent.name
     assert re.search(rf"\d\d\.\d\d%  {label}$", predicted.stdout.splitlines()[1]), predicted.stdout
-    (answer,) = json.loads(shell(program, *arguments, "--json").stdout)
-    assert (answer["image"], next(iter(answer["classes"]))) == (arguments[2], label)
+    (prediction,) = json.loads(shell(program, *arguments, "--json").stdout)
+    assert (prediction["image"], next(iter(prediction["classes"]))) == (arguments[2], label)
 
 
 def test_densenet121_on_real_imagenet_images(shell, tmp_path, imagenet_samples):
-    """The paper's model and recipe at 224 pixels for a few steps, from shards that are staged and have rotted there."""
+    """The paper's model and recipe at 224 pixels for a few steps, from staged shards of which one is corrupt."""
     for split in ("train", "val"):
         for image in imagenet_samples.iterdir():
             folder = tmp_path / "imagenet" / split / image.name.split("_")[0]
@@ -149,8 +149,8 @@ def test_densenet121_on_real_imagenet_images(shell, tmp_path, imagenet_samples):
     assert "warning: 1 corrupt training images were replaced by others" in done.stdout
 
 
-def test_a_image_that_breaks_in_training_is_named(shell, tmp_path):
-    """Corruption that only decoding finds: start and end are in order, so the index accepts the file."""
+def test_an_image_that_fails_to_decode_in_training_is_named(shell, tmp_path):
+    """Corruption that only decoding finds: start and end are valid, so the index accepts the file."""
     for split in ("train", "val"):
         for i in range(8):
             file = tmp_path / "set" / split / "ab"[i % 2] / f"{i}.jpg"

@@ -1,4 +1,4 @@
-"""`densenet report`: one page that a browser shows with all its images, and nothing from elsewhere."""
+"""`densenet report`: a self-contained page that a browser shows with all its images."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from tests.models import start_run
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    """Two runs: one with all that a training leaves, and one that has failed early, with a value that is HTML."""
+    """Two runs: a complete one with all artifacts, and one that failed early, with HTML in a parameter."""
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20), (200, 30, 60)).save(buffer, "JPEG")
     image = base64.b64encode(buffer.getvalue()).decode()
@@ -46,15 +46,15 @@ def test_a_browser_shows_the_whole_page(densenet, uri, tmp_path):
     code, printed = densenet("report", "one", "two", "--out", "out/report.html", "--uri", uri)
     assert code == 0, printed
     page = tmp_path / "out" / "report.html"
-    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page.read_text()), "it needs nothing from elsewhere"
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page.read_text()), "it must not need other files"
     script = """
         const count = selector => document.querySelectorAll(selector).length;
         const loaded = [...document.images].filter(image => image.complete && image.naturalWidth > 0);
-        document.title = [loaded.length, count("img"), count("#runs tr"), count("figure.missed"),
+        document.title = [loaded.length, count("img"), count("#runs tr"), count("figure.wrong"),
           count("#differences b")].join(" ");
     """
     document = rendered(page, tmp_path, script)
-    images = 3 + 3 + 1  # curves of loss, top-1 and rate; samples; the confusion matrix
+    images = 3 + 3 + 1  # curves of loss, top-1 and learning rate; samples; the confusion matrix
     assert f"<title>{images} {images} 3 2 0</title>" in document
     differences = document.split('id="differences"')[1].split("</table>")[0]
     assert "optim.lr" in differences and "model.name" not in differences
@@ -62,7 +62,7 @@ def test_a_browser_shows_the_whole_page(densenet, uri, tmp_path):
     assert "f00df00df00df00d" in document
 
 
-def test_bad_input_is_told(densenet, uri):
+def test_bad_input_is_refused(densenet, uri):
     for arguments, message in (
         (("three",), "there is no run 'three'"),
         (("one", "one"), "the same run is named twice"),

@@ -1,4 +1,4 @@
-"""A real sweep over the demo's learning rate."""
+"""A sweep over the demo's learning rate."""
 
 import re
 
@@ -21,7 +21,7 @@ def test_a_sweep_over_the_learning_rate(shell, tmp_path):
     assert len(rows) == 3
     top1 = [float(row[0]) for row in rows]
     assert top1 == sorted(top1, reverse=True)
-    best = re.search(r"the best again: densenet train (.*)", done.stdout)[1]
+    best = re.search(r"to train with the best values: densenet train (.*)", done.stdout)[1]
     assert best.endswith(f"optim.lr={rows[0][2]}")
     assert "run.name" not in best
 
@@ -34,9 +34,9 @@ def test_a_sweep_over_the_learning_rate(shell, tmp_path):
     assert all("val/top1" in run.data.metrics for run in children)
     assert parent.info.status == "FINISHED"
     statuses = {float(run.data.params["optim.lr"]): run.info.status for run in children}
-    assert statuses[float(rows[0][2])] == "FINISHED", "the best one went to its end"
+    assert statuses[float(rows[0][2])] == "FINISHED", "the best trial is complete"
     assert set(statuses.values()) <= {"FINISHED", "KILLED"}
     for run in children:
-        told = [float(row[0]) for row in rows if float(row[2]) == float(run.data.params["optim.lr"])]
+        printed = [float(row[0]) for row in rows if float(row[2]) == float(run.data.params["optim.lr"])]
         values = [m.value for m in client.get_metric_history(run.info.run_id, "val/top1")]
-        assert any(values[-1] == pytest.approx(top1, abs=0.01) for top1 in told)
+        assert any(values[-1] == pytest.approx(top1, abs=0.01) for top1 in printed)
