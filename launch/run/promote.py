@@ -11,7 +11,7 @@ from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.evaluation.labels import map_labels
-from pipeline.evaluation.mcnemar import McNemarResult
+from pipeline.evaluation.mcnemar import McNemarResult, mcnemar_test
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.mlflow_names import alias_error

@@ -19,7 +19,7 @@ from launch.run.plan import print_plan, print_warnings
 from launch.run.prepare import prepare, read_config
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.counts import EvalResult
+from pipeline.evaluation.counts import EvalResult, format_accuracy
 from pipeline.export.package import RegisteredModel
 from pipeline.export.tracked import TrackedRun, tracked
 from pipeline.formatting import speed

@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from pipeline.data.dataset import open_split
+from pipeline.evaluation.mcnemar import mcnemar_test
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.package import register
 from tests.models import CLASSES, make_outputs_nan, start_run, write_model
