@@ -39,7 +39,7 @@ CORRUPTIONS = {
     "flipped": (flip_a_bit, "engine/state.pt does not match its SHA-256"),
     "gone": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
-    "half a manifest": (lambda f: (f / "manifest.json").write_text('{"format"'), "manifest.json cannot be read"),
+    "a truncated manifest": (lambda f: (f / "manifest.json").write_text('{"format"'), "manifest.json cannot be read"),
     "another format": (
         lambda f: (f / "manifest.json").write_text('{"format": 9, "files": {}}'),
         "has format 9, and this",

@@ -193,7 +193,8 @@ def test_out_of_memory_names_a_micro_batch_that_keeps_the_global_batch(one_rank,
         trainer.fit()
     assert str(error.value) == (
         "GPU out of memory with micro-batches of 8 images: set train.max_device_batch_size=4 (gradient accumulation "
-        "steps become 2, the global batch stays 8), or train.on_out_of_memory=halve, or model.memory=activation-checkpointing."
+        "steps become 2, the global batch stays 8), or train.on_out_of_memory=halve, or "
+        "model.memory=activation-checkpointing."
     )
 
 
