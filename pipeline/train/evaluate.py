@@ -74,11 +74,11 @@ def evaluate(
     """
     rank, workers = dist.get_rank(), dist.get_world_size()
     num_samples = len(loader.index)
-    shares = rank_eval_batches(num_samples, rank, workers, batch_size)
+    batches = rank_eval_batches(num_samples, rank, workers, batch_size)
     device = loader.device
     counter = AccuracyCounter(num_classes, device)
     done = 0
-    for batch in loader.run(plan.batch(ids_B) for ids_B in shares):
+    for batch in loader.run(plan.batch(ids_B) for ids_B in batches):
         counter.add(forward(batch.images_NCHW), batch.labels_N)
         done += 1
     if forward_is_collective:

@@ -156,7 +156,7 @@ def test_a_full_disk_gives_warnings_and_an_error_only_at_the_end(run_ranks, inde
         assert "File too large" in warning
         assert "training continues" in warning
     assert "the run's last checkpoint" in error
-    assert "start again" in error
+    assert "start the run again" in error
     assert left == []
 
 
