@@ -78,6 +78,6 @@ def check_disk_space(setup: RunSetup) -> None:
         if needed > free:
             raise UserError(
                 f"run.output={config.run.output}: the disk of {folder} has {format_bytes(free)} free, this run needs "
-                f"about {format_bytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Free disk space, keep "
-                f"fewer checkpoints, or choose another folder."
+                f"about {format_bytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Free disk space, "
+                f"keep fewer checkpoints, or choose another folder."
             )

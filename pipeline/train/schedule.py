@@ -9,8 +9,8 @@ def learning_rate(schedule: Schedule, derived: Derived, samples_seen: int) -> fl
     """Returns the learning rate of the step on samples `samples_seen ... samples_seen + global_batch_size - 1`.
 
     During warmup the learning rate rises linearly with the samples seen after the step, so that the first step never
-    has the peak learning rate, and the first step after the warmup does. Then `pipeline.lr_schedules` gives its fraction
-    of the peak.
+    has the peak learning rate, and the first step after the warmup does. Then `pipeline.lr_schedules` gives its
+    fraction of the peak.
     """
     peak, warmup = derived.peak_lr, schedule.warmup_epochs * derived.train_samples
     if samples_seen < warmup:
