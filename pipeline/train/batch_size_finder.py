@@ -36,8 +36,8 @@ def find_batch_size(config: RunConfig, derived: Derived, device: torch.device, w
     if tried is not derived:
         warn(
             f"out of memory with micro-batches of {derived.device_batch_size} images: using "
-            f"{tried.device_batch_size} per device and {tried.gradient_accumulation_steps} gradient accumulation steps; "
-            f"the global batch stays {tried.global_batch_size}, batch norm's statistics are over "
+            f"{tried.device_batch_size} per device and {tried.gradient_accumulation_steps} gradient accumulation "
+            f"steps; the global batch stays {tried.global_batch_size}, batch norm's statistics are over "
             f"{tried.device_batch_size} images"
         )
     return tried
