@@ -33,8 +33,8 @@ from pipeline.derived import derive
 from pipeline.model.densenet import create
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import evaluate
-from pipeline.train.group import process_group
 from pipeline.train.optim import create_optimizer, parameter_groups
+from pipeline.train.process_group import process_group
 
 BATCH, IMAGES, SIDE, CLASSES = 32, 512, 224, 8
 CORES = len(os.sched_getaffinity(0))

@@ -24,12 +24,12 @@ from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root
 from pipeline.train.engine import Engine
 from pipeline.train.events import Event, FirstStep, Saved, Step
-from pipeline.train.group import process_group
 from pipeline.train.inputs import Inputs
 from pipeline.train.loss import Criterion
 from pipeline.train.optim import create_optimizer, parameter_groups
+from pipeline.train.process_group import process_group
 from pipeline.train.trainer import Trainer
-from pipeline.train.writer import Contents, Writer
+from pipeline.train.writer import CheckpointFiles, CheckpointWriter
 
 CPU, CLASSES, SIDE = torch.device("cpu"), 1000, 224
 
@@ -139,12 +139,12 @@ def stall(name: str, batch: int, rounds: int) -> None:
     writes: list[float] = []
     copies: list[float] = []
     root = Path(tempfile.mkdtemp())
-    with Writer(root, lambda folder, spent: writes.append(spent), print) as writer:
+    with CheckpointWriter(root, lambda folder, spent: writes.append(spent), print) as writer:
         for number in range(rounds):
             started = time.perf_counter()
             tensors = {"model.safetensors": engine.full_state(), "optimizer.safetensors": engine.optimizer_state()}
             copies.append(time.perf_counter() - started)
-            contents = Contents(tensors, {}, {})
+            contents = CheckpointFiles(tensors, {}, {})
             writer.write(checkpoint.folder_name(number + 1), contents, lambda there: there[-1:])
             writer.wait()
     copy, write = statistics.median(copies), statistics.median(writes)

@@ -160,7 +160,7 @@ def compiled(options: argparse.Namespace) -> None:
 def stages(options: argparse.Namespace) -> None:
     """One rank: what the engine costs beside a bare loop, stage by stage."""
     from benchmarks.engine import engine_step
-    from pipeline.train.group import process_group
+    from pipeline.train.process_group import process_group
 
     name, batch = options.models[0], options.batch
     with (
@@ -295,7 +295,7 @@ def nccl(options: argparse.Namespace) -> None:
 
 def _rank(rank: int, workers: int, folder: Path, options: argparse.Namespace) -> None:
     from benchmarks.engine import engine_step
-    from pipeline.train.group import process_group
+    from pipeline.train.process_group import process_group
 
     if options.device == "cuda":
         torch.cuda.set_device(rank)

@@ -21,7 +21,7 @@ from pipeline.model.card import ModelCard, Transform
 from pipeline.model.densenet import create
 from pipeline.tracking.run import Tracker
 from pipeline.train.engine import Engine
-from pipeline.train.group import process_group
+from pipeline.train.process_group import process_group
 
 _METRICS = {f"train/metric{i}": 1.0 for i in range(10)}
 _CALLS = 2000

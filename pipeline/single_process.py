@@ -15,15 +15,15 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation.counts import EvalResult
 from pipeline.model.timm_models import check_model
 from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE
-from pipeline.train.alone import alone
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root, checkpoints, read_state
 from pipeline.train.disk_space import check_disk_space
 from pipeline.train.events import Evaluated, Event, Report, Step, Warned
+from pipeline.train.process_group import single_process_group
 from pipeline.train.progress import Display
 from pipeline.train.rank import train_rank
 from pipeline.train.run_lock import run_lock
-from pipeline.train.setup import RunSetup, absolute, check_writable, new_name, set_up
-from pipeline.train.storage import fetch_best
+from pipeline.train.setup import RunSetup, check_writable, new_run_name, set_up, with_absolute_paths
+from pipeline.train.storage import fetch_checkpoints_or_warn
 
 if TYPE_CHECKING:
     from pipeline.export.tracked import TrackedRun
@@ -90,7 +90,7 @@ def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report |
                 run.on_event(event)
             emit(event)
 
-        stack.enter_context(alone(device))
+        stack.enter_context(single_process_group(device))
         train_rank(
             config,
             setup.derived,
@@ -99,10 +99,10 @@ def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report |
             run_dir=run_dir,
             device=device,
             report=on_event,
-            sources=setup.sources,
+            pretrained=setup.pretrained,
             resume=setup.resume,
         )
-        fetch_best(config, run_dir, warn)
+        fetch_checkpoints_or_warn(config, run_dir, warn)
         registered = None
         if run is not None:
             run.attach_curves()
@@ -121,9 +121,9 @@ def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report |
 
 def _set_up(config: RunConfig, resume: str | Path | None) -> RunSetup:
     check_model(config)
-    name = config.run.name or new_name(config.model.name)
+    name = config.run.name or new_run_name(config.model.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    config = absolute(config, Path.cwd())
+    config = with_absolute_paths(config, Path.cwd())
     check_writable(Path(config.run.output))
     workers, cpus = config.cluster.workers, config.cluster.cpus_per_worker
     warnings = []

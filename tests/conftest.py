@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
-from pipeline.train.group import VARIABLES, process_group
+from pipeline.train.process_group import ENV_VARIABLES, process_group
 
 # Ranks are forked from a server that has imported the heavy packages once and started no threads.
 multiprocessing.set_forkserver_preload(["torch", "timm", "deepspeed", "pipeline.train.trainer"])
@@ -80,7 +80,7 @@ def indexes(tmp_path: Path) -> Callable[..., tuple[DatasetIndex, DatasetIndex]]:
 def _group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """One process group for all tests, since DeepSpeed caches groups; returns its environment variables."""
     with process_group(tmp_path_factory.mktemp("group") / "store"):
-        yield {name: os.environ.pop(name) for name in VARIABLES}
+        yield {name: os.environ.pop(name) for name in ENV_VARIABLES}
 
 
 @pytest.fixture

@@ -53,7 +53,9 @@ def run(file: Path, images: Path, output: Path, *overrides: str) -> tuple[list[E
     derived = prepared.derived.model_copy(update={"total_steps": 2, "total_samples": 8})
     events: list[Event] = []
     indexes = prepared.train_index, prepared.val_index
-    new_trainer(prepared.config, derived, indexes, prepared.run_dir, events.append, sources=prepared.sources).fit()
+    new_trainer(
+        prepared.config, derived, indexes, prepared.run_dir, events.append, pretrained=prepared.pretrained
+    ).fit()
     return events, prepared.run_dir, console.file.getvalue()
 
 

@@ -19,9 +19,9 @@ from launch.cluster.event_channel import WorkerFailureCallback, forward_events, 
 from launch.cluster.prepared_run import PreparedRun
 from launch.cluster.worker import Task, code_version, train_worker
 from pipeline.errors import TrainingError, UserError
-from pipeline.train.checkpoint import checkpoint_root, newest_valid, samples_of
+from pipeline.train.checkpoint import checkpoint_root, latest_valid, samples_of
 from pipeline.train.events import Event, Report, Stopped, Warned
-from pipeline.train.storage import StorageError, fetch
+from pipeline.train.storage import StorageError, fetch_checkpoints
 
 _ABORT_S = 5  # between two SIGINTs
 
@@ -45,7 +45,7 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
             "task": Task(
                 config=config,
                 derived=prepared.derived,
-                sources=prepared.sources,
+                sources=prepared.pretrained,
                 resume=prepared.resume,
                 run_dir=run_dir,
                 train_index=ray.put(prepared.train_index),
@@ -130,8 +130,8 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
 def _is_complete(prepared: PreparedRun) -> bool:
     """Returns whether the run's last checkpoint exists: a later failure loses nothing."""
     with suppress(StorageError):
-        fetch(prepared.config, prepared.run_dir)
-    latest = newest_valid(checkpoint_root(prepared.run_dir), lambda skipped: None)
+        fetch_checkpoints(prepared.config, prepared.run_dir)
+    latest = latest_valid(checkpoint_root(prepared.run_dir), lambda skipped: None)
     return latest is not None and samples_of(latest) >= prepared.derived.total_samples
 
 

@@ -98,7 +98,7 @@ def _train(task: Task, report: Report) -> None:
         run_dir=run_dir,
         device=ray.train.torch.get_device(),
         report=report,
-        sources=task.sources,
+        pretrained=task.sources,
         resume=task.resume,
         should_stop=_stop_check(task.channel),
         should_save=_preemption_check(report),

@@ -112,7 +112,7 @@ def _deepspeed() -> str:
 
     from pipeline.model.densenet import create
     from pipeline.train.engine import Engine
-    from pipeline.train.group import process_group
+    from pipeline.train.process_group import process_group
 
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if device == "cuda" else "gloo"

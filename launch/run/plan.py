@@ -39,7 +39,7 @@ def plan_as_dict(prepared: PreparedRun) -> dict[str, Any]:
         "config": prepared.config.model_dump(mode="json"),
         "derived": prepared.derived.model_dump(mode="json"),
         "stores": _stores(prepared.config),
-        "start": prepared.start,
+        "start": prepared.initial_weights,
         "warnings": prepared.warnings,
     }
 
@@ -55,7 +55,7 @@ def print_plan(console: Console, prepared: PreparedRun) -> None:
             f"{config.model.name}, {model.parameters:,} parameters, {d.num_classes} classes, "
             f"{model.multiply_adds / 1e9:.3g} G multiply-adds at {config.data.image_size} pixels",
         ),
-        ("weights", prepared.start),
+        ("weights", prepared.initial_weights),
         ("data", f"{d.train_samples:,} training and {d.val_samples:,} evaluation images in {config.data.root}"),
         ("workers", f"{d.workers} on {d.device}, {d.cpus_per_worker} CPU cores each"),
         (
@@ -73,8 +73,8 @@ def print_plan(console: Console, prepared: PreparedRun) -> None:
         ("evaluation", config.eval.description),
         *_stores(config).items(),
     ]
-    if prepared.sources.teacher is not None:
-        rows.append(("teacher", str(prepared.sources.teacher)))
+    if prepared.pretrained.teacher is not None:
+        rows.append(("teacher", str(prepared.pretrained.teacher)))
     for name, text in rows:
         console.print(f"{name:13}{text}", markup=False, soft_wrap=True)
 

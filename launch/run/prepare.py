@@ -8,20 +8,20 @@ from launch.cluster.prepared_run import PreparedRun
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.model.timm_models import check_model
-from pipeline.train.setup import absolute, check_writable, new_name, set_up
+from pipeline.train.setup import check_writable, new_run_name, set_up, with_absolute_paths
 
 
 def load_named_config(path: Path, overrides: list[str]) -> RunConfig:
     """Loads a config, and sets `run.name` if it is missing."""
     config = load_config(path, *overrides)
     check_model(config)
-    name = config.run.name or new_name(path.stem)
+    name = config.run.name or new_run_name(path.stem)
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
     """Loads a config, sets `run.name` if it is missing, and makes its paths absolute on this machine."""
-    return absolute(load_named_config(path, overrides), base_folder())
+    return with_absolute_paths(load_named_config(path, overrides), base_folder())
 
 
 def prepare(config: RunConfig, available: Resources, resume: str | None = None) -> PreparedRun:

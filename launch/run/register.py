@@ -17,7 +17,7 @@ from pipeline.tracking.stores import REGISTRY_VARIABLE, TRACKING_VARIABLE, Store
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.run_lock import folder_lock, run_lock
-from pipeline.train.storage import fetch
+from pipeline.train.storage import fetch_checkpoints
 
 
 def register_run(
@@ -31,7 +31,7 @@ def register_run(
     config = run_config(folder, overrides)
     folder = folder.absolute()
     with folder_lock(folder):
-        fetch(config, folder)
+        fetch_checkpoints(config, folder)
         if not checkpoint.checkpoints(checkpoint_root(folder)):
             raise UserError(f"{folder} has no checkpoint to register: train the run first.")
         reason = reason_not_to_register(best_checkpoint(folder))

@@ -21,7 +21,7 @@ from pipeline.model.densenet import create
 from pipeline.model.timm_files import card_from_weights
 from pipeline.model.weights import load_model, load_weights
 from pipeline.tracking.stores import Stores, stores_from_options
-from pipeline.train.locate import locate
+from pipeline.train.model_source import resolve_model
 
 if TYPE_CHECKING:
     from pipeline.export.int8 import OnnxResult
@@ -49,7 +49,7 @@ def open_model(
         UserError: There is no such model, or the model or class names of a weights file are unknown.
     """
     output = Path(cache).absolute()
-    path = locate(str(model_uri), "MODEL", output / "models", stores or stores_from_options(None, None, output))
+    path = resolve_model(str(model_uri), "MODEL", output / "models", stores or stores_from_options(None, None, output))
     if path.is_file():
         return TrainedModel(str(model_uri), path, card_from_weights(path, classes), output)
     card = ModelCard.read(path)

@@ -7,13 +7,13 @@ from pathlib import Path
 from pipeline.export.package import RegisteredModel
 from pipeline.export.registration import check_registry, reason_not_to_register, send_and_register
 from pipeline.tracking.run import Tracker
-from pipeline.train.artifacts import attach_curves, attach_samples, begin
+from pipeline.train.artifacts import attach_curves, attach_sample_predictions, record_setup
 from pipeline.train.checkpoint import best_checkpoint
 from pipeline.train.events import Event
 from pipeline.train.recorder import Recorder
 from pipeline.train.run_lock import PROBE
 from pipeline.train.setup import RunSetup
-from pipeline.train.storage import fetch_best
+from pipeline.train.storage import fetch_checkpoints_or_warn
 
 
 class TrackedRun:
@@ -46,11 +46,11 @@ class TrackedRun:
                 command that registers the model later.
         """
         config, run_dir = self._setup.config, self._setup.run_dir
-        fetch_best(config, run_dir, self._warn)
+        fetch_checkpoints_or_warn(config, run_dir, self._warn)
         self._recorder.checkpoints()
         best = best_checkpoint(run_dir)
         with _errors_as_warnings(self._warn):
-            attach_samples(self.tracker, self._setup, best)
+            attach_sample_predictions(self.tracker, self._setup, best)
         reason = reason_not_to_register(best)
         if reason is not None:
             self._warn(f"the model is not registered: {reason}; lower optim.lr or set optim.clip_grad_norm")
@@ -71,7 +71,7 @@ def tracked(setup: RunSetup, warn: Callable[[str], None]) -> Iterator[TrackedRun
     with Tracker(config, run_dir, str(config.run.name), warn) as tracker:
         tracker.check_store(run_dir / PROBE)
         with _errors_as_warnings(warn):
-            begin(tracker, setup)
+            record_setup(tracker, setup)
         yield TrackedRun(setup, tracker, warn)
 
 

@@ -1,1 +1,1 @@
-"""Training: the engine, the schedule, the loop, exact evaluation and checkpoints."""
+"""Training: the DeepSpeed engine, learning rate schedule, training loop, exact evaluation and checkpoints."""

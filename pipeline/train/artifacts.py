@@ -1,4 +1,4 @@
-"""What a run leaves in its MLflow run besides its events: what it was made from, and what came of it."""
+"""Artifacts, params, tags and data sets that a run logs to MLflow in addition to its events."""
 
 import json
 from pathlib import Path
@@ -25,8 +25,8 @@ _CURVES = {
 }
 
 
-def begin(tracker: Tracker, setup: RunSetup) -> None:
-    """Records the config, what follows from it, data, code, versions and machine."""
+def record_setup(tracker: Tracker, setup: RunSetup) -> None:
+    """Logs the config, the derived values, data, code, package versions and machine."""
     config, derived, run_dir = setup.config, setup.derived, setup.run_dir
     tracker.log_params(config.model_dump(mode="json") | {"derived": derived.model_dump(mode="json")})
     tracker.set_tags(
@@ -49,13 +49,13 @@ def begin(tracker: Tracker, setup: RunSetup) -> None:
         tracker.log_artifact(file)
     stride = max(1, derived.total_steps // _PLOTTED)
     samples = [step * derived.global_batch_size for step in range(0, derived.total_steps, stride)]
-    rates = [learning_rate(config.schedule, derived, seen) for seen in samples]
-    epochs = [seen / derived.train_samples for seen in samples]
-    _attach_image(tracker, curve(epochs, rates, "epoch", "learning rate"), run_dir / "learning_rate.png")
+    learning_rates = [learning_rate(config.schedule, derived, samples_seen) for samples_seen in samples]
+    epochs = [samples_seen / derived.train_samples for samples_seen in samples]
+    _attach_image(tracker, curve(epochs, learning_rates, "epoch", "learning rate"), run_dir / "learning_rate.png")
 
 
 def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
-    """Records all metrics as a table, and images of losses, accuracies and the best evaluation's confusion matrix."""
+    """Logs all metrics as a table, and plots of losses, accuracies and the best evaluation's confusion matrix."""
     run_dir = setup.run_dir
     rows = [
         (record["samples_seen"], record["time_ms"], key, value)
@@ -67,7 +67,7 @@ def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
     tracker.log_artifact(run_dir / "metrics.csv")
     for file, (label, keys) in _CURVES.items():
         lines = {
-            key: [(seen / setup.derived.train_samples, value) for seen, _, of, value in rows if of == key]
+            key: [(seen / setup.derived.train_samples, value) for seen, _, metric, value in rows if metric == key]
             for key in keys
         }
         lines = {key: points for key, points in lines.items() if points}
@@ -78,12 +78,12 @@ def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
         _attach_image(tracker, confusion_image(classes, matrix_KK), run_dir / "confusion.png")
 
 
-def attach_samples(tracker: Tracker, setup: RunSetup, best: Path) -> None:
-    """Records the best model's answers to some images, where the driver's node sees them."""
+def attach_sample_predictions(tracker: Tracker, setup: RunSetup, best: Path) -> None:
+    """Logs the best model's predictions for some images, where the driver can read the data."""
     index: DatasetIndex = setup.val_index
     if is_remote(str(setup.config.data.root)):
         return
-    from pipeline.evaluation.samples import sample_predictions  # torch, timm and DALI: not before the first step
+    from pipeline.evaluation.samples import sample_predictions  # torch, timm and DALI: imported only here
 
     file = setup.run_dir / SAMPLES
     write_text(file, json.dumps(sample_predictions(best, index)))

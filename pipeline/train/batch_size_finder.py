@@ -1,4 +1,4 @@
-"""Finds the device batch that the device's memory holds, before training."""
+"""Finds the largest micro-batch that fits into the device's memory before training (out-of-memory back-off)."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,17 +12,18 @@ from pipeline.errors import UserError
 from pipeline.model.densenet import create
 from pipeline.train.engine import autocast
 
-_COPIES = 6  # of the weights, besides weights and gradients: fp32 parts, a bucket, two moments, an average, slack
+_EXTRA_COPIES = 6  # of the weights: ZeRO's fp32 partitions, a bucket, two optimizer moments, the EMA, slack
 
 
 def find_batch_size(config: RunConfig, derived: Derived, device: torch.device, warn: Callable[[str], None]) -> Derived:
-    """`derived`, or the same global batch in smaller device batches where it does not fit (a collective).
+    """Halves the micro-batch per device until it fits, at the same global batch (a collective).
 
-    Tries a forward and a backward pass of the bare model, which all ranks can fail at without waiting for each other;
-    nothing where `train.on_out_of_memory` is not `halve`.
+    Returns `derived` unchanged unless `train.on_out_of_memory` is `halve`. Each try is a forward and a backward pass
+    of the model without DeepSpeed, so a rank that runs out of memory leaves no other rank in a collective. Gradient
+    accumulation makes up for smaller micro-batches.
 
     Raises:
-        UserError: no device batch fits.
+        UserError: not even the smallest micro-batch fits.
     """
     if config.train.on_out_of_memory != "halve":
         return derived
@@ -30,28 +31,29 @@ def find_batch_size(config: RunConfig, derived: Derived, device: torch.device, w
     while not _fits_all(config, tried, device):
         smaller = halve_device_batch(tried, config)
         if smaller is None:
-            raise UserError(f"{too_large(tried, config)} No smaller batch is left to try.")
+            raise UserError(f"{out_of_memory_message(tried, config)} No smaller batch is left to try.")
         tried = smaller
     if tried is not derived:
         warn(
-            f"the memory does not hold {derived.device_batch_size} images at once: {tried.device_batch_size} are "
-            f"taken, with {tried.gradient_accumulation_steps} accumulated; the global batch stays "
-            f"{tried.global_batch_size}, batch norm's statistics are of {tried.device_batch_size}"
+            f"out of memory with micro-batches of {derived.device_batch_size} images: using "
+            f"{tried.device_batch_size} per device and {tried.gradient_accumulation_steps} gradient accumulation "
+            f"steps; the global batch stays {tried.global_batch_size}, batch norm's statistics are over "
+            f"{tried.device_batch_size} images"
         )
     return tried
 
 
-def too_large(derived: Derived, config: RunConfig) -> str:
-    """What to do where the memory does not hold a batch, at the same global batch."""
+def out_of_memory_message(derived: Derived, config: RunConfig) -> str:
+    """Returns the error message for CUDA out of memory, with settings that keep the global batch."""
     smaller = halve_device_batch(derived, config)
     advice = "set model.memory=activation-checkpointing"
     if smaller is not None:
         advice = (
-            f"set train.max_device_batch_size={smaller.device_batch_size} (accumulation becomes "
+            f"set train.max_device_batch_size={smaller.device_batch_size} (gradient accumulation steps become "
             f"{smaller.gradient_accumulation_steps}, the global batch stays {derived.global_batch_size}), or "
             f"train.on_out_of_memory=halve, or model.memory=activation-checkpointing"
         )
-    return f"the GPU's memory does not hold {derived.device_batch_size} images at once: {advice}."
+    return f"GPU out of memory with micro-batches of {derived.device_batch_size} images: {advice}."
 
 
 def _fits_all(config: RunConfig, derived: Derived, device: torch.device) -> bool:
@@ -69,8 +71,8 @@ def _try(config: RunConfig, derived: Derived, device: torch.device) -> None:
     model = create(config.model, derived.num_classes).to(device)
     side = config.data.max_image_size
     shape_NCHW = (derived.device_batch_size, config.model.in_chans, side, side)
-    rest = torch.empty(_COPIES * sum(p.numel() for p in model.parameters()), device=device)
+    reserved = torch.empty(_EXTRA_COPIES * sum(p.numel() for p in model.parameters()), device=device)
     with autocast(derived, device):
         logits_NK = model(torch.zeros(shape_NCHW, device=device))
     logits_NK.float().sum().backward()
-    del rest
+    del reserved

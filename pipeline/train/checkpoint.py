@@ -1,9 +1,16 @@
-"""Checkpoints: folders that either verify in full or are passed over.
+"""Checkpoint folders with a manifest of checksums: a checkpoint either verifies in full or is skipped.
 
-A checkpoint named `samples-000123456` holds `model.safetensors` (the whole model in fp32, timm's names),
-`optimizer.safetensors` (its whole state, under the same names), `ema.safetensors` where an average is kept,
-`model.json` (what is needed to use it), `state.json` (clock, best result, tracking run), `config.yaml` and, written
-last, `manifest.json` with every other file's size and SHA-256. It is written to `NAME.partial` and renamed.
+A checkpoint named `samples-000123456` holds:
+
+- `model.safetensors`: the whole model in fp32, under timm's names
+- `optimizer.safetensors`: the whole optimizer state, under the same names
+- `ema.safetensors`: the exponential moving average of the weights, where the run has one
+- `model.json`: the model card, with all that inference needs
+- `state.json`: samples seen, best and last evaluation, loss scale
+- `config.yaml`: the run's config
+- `manifest.json`: size and SHA-256 of every other file; written last
+
+It is written to `NAME.partial` and renamed.
 """
 
 import hashlib
@@ -24,37 +31,37 @@ _PARTIAL = ".partial"
 
 
 def folder_name(samples_seen: int) -> str:
-    """The name of the checkpoint after so many samples; names sort as the samples do."""
+    """Returns the name of the checkpoint at `samples_seen`; names sort by samples."""
     return f"{PREFIX}{samples_seen:012d}"
 
 
 def samples_of(folder: Path) -> int:
-    """How many samples had been seen at a checkpoint, by its name."""
+    """Returns the samples seen at a checkpoint, from its name."""
     return int(folder.name.removeprefix(PREFIX))
 
 
 def checkpoint_root(run_dir: Path) -> Path:
-    """The folder that holds a run's checkpoints."""
+    """Returns the folder that holds a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
-def partial(folder: Path) -> Path:
-    """Where a checkpoint's files are written before it is complete."""
+def partial_folder(folder: Path) -> Path:
+    """Returns the folder for a checkpoint's files until it is complete."""
     return folder.with_name(folder.name + _PARTIAL)
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a whole file of JSON.
+    """Writes a JSON file atomically.
 
     Raises:
-        ValueError: the content holds NaN or infinities, which JSON does not know.
+        ValueError: the content holds NaN or infinities, which JSON does not support.
     """
     write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def commit(folder: Path) -> None:
-    """Completes a checkpoint whose files all ranks have written to `partial(folder)`: manifest, then rename."""
-    source = partial(folder)
+    """Commits a checkpoint whose files are in `partial_folder(folder)`: writes the manifest, then renames it."""
+    source = partial_folder(folder)
     files = sorted(p for p in source.rglob("*") if p.is_file())
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(_sha256, files))
@@ -68,8 +75,8 @@ def commit(folder: Path) -> None:
     source.rename(folder)
 
 
-def entries(folder: Path) -> dict[str, Any]:
-    """Size and hash of each file of a checkpoint but the manifest.
+def manifest_entries(folder: Path) -> dict[str, Any]:
+    """Reads the manifest: size and SHA-256 of each other file of a checkpoint.
 
     Raises:
         OSError, ValueError: the manifest is missing or corrupt.
@@ -79,19 +86,19 @@ def entries(folder: Path) -> dict[str, Any]:
     try:
         if manifest["format"] != FORMAT:
             raise CheckpointFormatError(
-                f"checkpoint {folder} has format {manifest['format']}, and this version reads format {FORMAT}: resume it "
-                f"with the version that wrote it, or start a new run under another run.name. `densenet evaluate`, `export` "
-                f"and model.weights still read its weights."
+                f"checkpoint {folder} has format {manifest['format']}, and this version reads format {FORMAT}: resume "
+                f"it with the version that wrote it, or start a new run under another run.name. `densenet evaluate`, "
+                f"`export` and model.weights still read its weights."
             )
         found = {
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
             for name, entry in manifest["files"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is another JSON: {error}") from error
+        raise ValueError(f"unexpected JSON content: {error}") from error
     outside = [name for name in found if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside or not found:
-        raise ValueError(f"it names no files of this folder: {outside}")
+        raise ValueError(f"no files, or files outside of the checkpoint's folder: {outside}")
     return found
 
 
@@ -102,32 +109,32 @@ def verify(folder: Path) -> str | None:
         CheckpointFormatError: another version of this project wrote it.
     """
     try:
-        written = entries(folder)
+        manifest = manifest_entries(folder)
     except (OSError, ValueError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
-    for name, entry in written.items():
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, entry in manifest.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written"
+            return f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}"
         if _sha256(file) != entry["sha256"]:
-            return f"{name} has changed since it was written"
+            return f"{name} does not match its SHA-256"
     return None
 
 
-def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """Returns the newest checkpoint below `root` that verifies; `warn` gets each newer one that does not."""
+def latest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
+    """Returns the latest checkpoint in `root` that verifies; warns of each later one that does not."""
     return first_valid(reversed(checkpoints(root)), verify, warn)
 
 
 def first_valid(
     folders: Iterable[Path], check: Callable[[Path], str | None], warn: Callable[[str], None]
 ) -> Path | None:
-    """Returns the first folder in which `check` finds nothing wrong, or None.
+    """Returns the first folder for which `check` returns no problem, or None; warns of each skipped folder.
 
     Raises:
-        CheckpointFormatError: none is valid, and another version of this project wrote some of them.
+        CheckpointFormatError: none is valid, and another version of this project wrote at least one of them.
     """
     other: CheckpointFormatError | None = None
     for folder in folders:
@@ -137,42 +144,42 @@ def first_valid(
             reason, other = str(error), error
         if reason is None:
             return folder
-        warn(f"checkpoint {folder} is skipped: {reason}")
+        warn(f"skipped checkpoint {folder}: {reason}")
     if other is not None:
         raise other
     return None
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The committed checkpoints below `root`, oldest first."""
+    """Returns the committed checkpoints in `root`, oldest first."""
     found = [p for p in root.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=samples_of)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's `state.json`."""
+    """Reads a checkpoint's `state.json`."""
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of the best evaluation so far, as the newest one knows it; the newest, if it could not be kept."""
+    """Returns the checkpoint of the best evaluation; the latest checkpoint where the best one does not exist."""
     root = checkpoint_root(run_dir)
-    newest = checkpoints(root)[-1]
-    folder = root / best_name(newest)
-    return folder if folder.is_dir() else newest
+    latest = checkpoints(root)[-1]
+    folder = root / best_checkpoint_name(latest)
+    return folder if folder.is_dir() else latest
 
 
-def best_name(newest: Path) -> str:
-    """The name of the checkpoint of the best evaluation, as the newest one knows it."""
-    best = read_state(newest)["best_at"]
-    return newest.name if best is None else folder_name(best)
+def best_checkpoint_name(latest: Path) -> str:
+    """Returns the name of the best evaluation's checkpoint, from the state of the latest checkpoint."""
+    best = read_state(latest)["best_at"]
+    return latest.name if best is None else folder_name(best)
 
 
 def prune(root: Path, keep: Callable[[list[Path]], list[Path]]) -> None:
-    """Removes what `keep` does not choose of all, oldest first, and what a crash left half-written."""
-    there = checkpoints(root)
-    kept = keep(there)
-    for folder in there:
+    """Removes partial checkpoints, and those that `keep` does not return; `keep` gets all, oldest first."""
+    existing = checkpoints(root)
+    kept = keep(existing)
+    for folder in existing:
         if folder not in kept:
             shutil.rmtree(folder)
     for leftover in root.glob(f"{PREFIX}*{_PARTIAL}"):

@@ -1,4 +1,4 @@
-"""What there is of a run's checkpoints, for the tracking store."""
+"""The list of a run's checkpoints for the tracking store."""
 
 import hashlib
 from pathlib import Path
@@ -9,22 +9,23 @@ from pipeline.train.checkpoint import MANIFEST, checkpoint_root, checkpoints, re
 
 
 def checkpoint_records(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:
-    """Each checkpoint that is kept here, oldest first.
+    """Returns one record per local checkpoint, oldest first.
 
-    `address` is its place in `checkpoint.storage` where there is one, else its folder; `sha256` is that of its
-    manifest, which holds the hashes of its files; `top1`, `top5` (%) and `loss` are those of an evaluation made at it.
+    `address` is the checkpoint's URI in `checkpoint.storage`, or its folder without such a storage. `sha256` is the
+    hash of its manifest, which holds the hashes of its files. `top1`, `top5` (%) and `loss` are the evaluation at this
+    checkpoint, where there was one.
     """
     storage, records = config.checkpoint.storage, []
-    newest_best = None
+    best_at = None
     for folder in checkpoints(checkpoint_root(run_dir)):
         try:
             state, manifest = read_state(folder), (folder / MANIFEST).read_bytes()
         except (OSError, ValueError):
-            continue  # the writer has removed it meanwhile, or it is corrupt
+            continue  # the writer has removed it since, or it is corrupt
         seen = samples_of(folder)
-        newest_best = state["best_at"]
-        address = str(folder) if storage is None else f"{storage.rstrip('/')}/{config.run.name}/{folder.name}"
-        record = {"address": address, "samples_seen": seen, "sha256": hashlib.sha256(manifest).hexdigest()}
+        best_at = state["best_at"]
+        uri = str(folder) if storage is None else f"{storage.rstrip('/')}/{config.run.name}/{folder.name}"
+        record = {"address": uri, "samples_seen": seen, "sha256": hashlib.sha256(manifest).hexdigest()}
         if state["last_at"] == seen:
             last = state["last"]
             record |= {
@@ -34,4 +35,4 @@ def checkpoint_records(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]
                 "weights": state["last_of"],
             }
         records.append(record)
-    return [record | {"best": record["samples_seen"] == newest_best} for record in records]
+    return [record | {"best": record["samples_seen"] == best_at} for record in records]

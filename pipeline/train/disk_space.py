@@ -1,4 +1,4 @@
-"""The room that a run's checkpoints and its registered model take on a disk, by arithmetic, and whether it is there."""
+"""Estimates the disk space of a run's checkpoints and its registered model, and checks that it is free."""
 
 import math
 import shutil
@@ -14,21 +14,21 @@ from pipeline.tracking.stores import sqlite_file, stores_from_config
 from pipeline.train.checkpoint import checkpoint_root, checkpoints
 from pipeline.train.setup import RunSetup
 
-_BYTES = 4  # of a number: checkpoints are in fp32 whatever the precision
+_FP32_BYTES = 4  # checkpoints are in fp32 at every training precision
 
 
 def moments(config: RunConfig) -> int:
-    """How many numbers the optimizer keeps for each parameter."""
+    """Returns how many fp32 values the optimizer stores per parameter (momentum: 1, Adam: 2)."""
     return OPTIMIZERS[config.optim.name].moments
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
-    """The size of a checkpoint: weights, the optimizer's state, and the average where there is one."""
-    return _BYTES * parameters * (1 + moments(config) + (config.ema.decay is not None))
+    """Returns the size of a checkpoint: weights, optimizer state, and EMA where the run has one."""
+    return _FP32_BYTES * parameters * (1 + moments(config) + (config.ema.decay is not None))
 
 
 def kept_checkpoints(config: RunConfig) -> int:
-    """The most checkpoints that a run has on the disk at once: those kept, the best, and the one being written."""
+    """Returns the most checkpoints on the disk at once: those kept, the best, and the one being written."""
     keep, epochs = config.checkpoint, config.train.epochs
     periodic = 0 if keep.keep_every_epochs is None else math.floor(epochs / keep.keep_every_epochs)
     kept = keep.keep_last + 1 + periodic
@@ -38,15 +38,15 @@ def kept_checkpoints(config: RunConfig) -> int:
 
 
 def package_bytes(parameters: int) -> int:
-    """The size of the model as it is registered."""
-    return _BYTES * parameters
+    """Returns the size of the registered model."""
+    return _FP32_BYTES * parameters
 
 
 def check_disk_space(setup: RunSetup) -> None:
-    """Looks whether the disks hold the run's checkpoints and the model's package.
+    """Checks that the disks have space for the run's checkpoints and the registered model.
 
     Raises:
-        UserError: one does not; the message says what takes how much.
+        UserError: a disk has too little; the message lists what needs how much.
     """
     config, run_dir = setup.config, setup.run_dir
     parameters = size(config.model, setup.derived.num_classes, config.data.image_size).parameters
@@ -54,7 +54,7 @@ def check_disk_space(setup: RunSetup) -> None:
     kept = max(1, kept_checkpoints(config) - len(checkpoints(checkpoint_root(run_dir))))
     file = sqlite_file(stores_from_config(config).tracking)
     artifacts = Path(config.run.output) if file is None else file.parent
-    wanted = [
+    required = [
         (
             Path(config.run.output),
             kept * each,
@@ -63,21 +63,21 @@ def check_disk_space(setup: RunSetup) -> None:
         (
             Path(tempfile.gettempdir()),
             package,
-            f"the model's package of {format_bytes(package)} while it is made (TMPDIR)",
+            f"the model's package of {format_bytes(package)} until it is registered (TMPDIR)",
         ),
     ]
     if file is not None:
-        wanted.append((artifacts, package, f"the registered model of {format_bytes(package)}"))
+        required.append((artifacts, package, f"the registered model of {format_bytes(package)}"))
     disks: dict[int, list[tuple[Path, int, str]]] = {}
-    for place, needed, what in wanted:
-        there = next(folder for folder in (place, *place.parents) if folder.exists())
-        disks.setdefault(there.stat().st_dev, []).append((there, needed, what))
+    for path, size_bytes, what in required:
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        disks.setdefault(existing.stat().st_dev, []).append((existing, size_bytes, what))
     for on_disk in disks.values():
-        place, needed = on_disk[0][0], sum(of for _, of, _ in on_disk)
-        free = shutil.disk_usage(place).free
+        folder, needed = on_disk[0][0], sum(size_bytes for _, size_bytes, _ in on_disk)
+        free = shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(
-                f"run.output={config.run.output}: the disk of {place} has {format_bytes(free)} free, this run needs "
-                f"about {format_bytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Make room, keep "
-                f"fewer checkpoints, or choose another place."
+                f"run.output={config.run.output}: the disk of {folder} has {format_bytes(free)} free, this run needs "
+                f"about {format_bytes(needed)} there: {'; '.join(what for _, _, what in on_disk)}. Free disk space, "
+                f"keep fewer checkpoints, or choose another folder."
             )

@@ -1,4 +1,4 @@
-"""Dropout as a function of the seed and the place in the run."""
+"""Dropout seeds as a function of the run's seed, step, micro-batch and rank."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from pipeline.model.timm_models import is_stochastic
 
 
 def seed_dropout(config: RunConfig, step: int, micro: int) -> None:
-    """Seeds torch for a micro-batch of this rank, where the model drops anything, so that resumed runs repeat it."""
+    """Seeds torch for a micro-batch of this rank, where the model has dropout, so that resumed runs repeat it."""
     if is_stochastic(config.model):
-        numbers = np.random.SeedSequence([config.run.seed, step, micro, dist.get_rank()])
-        torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
+        sequence = np.random.SeedSequence([config.run.seed, step, micro, dist.get_rank()])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -1,6 +1,7 @@
-"""What a training tells while it goes on: values, matched by their types (`match event: case Step(loss=loss): ...`).
+"""Events of a training run: plain dataclasses, matched by type (`match event: case Step(loss=loss): ...`).
 
-They travel through Ray, so they hold plain values alone.
+They travel through Ray, so they hold only plain values. `samples_seen` counts training samples since the start of the
+run, over all workers; `epoch` is the same in passes over the training split.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,14 @@ Weights = Literal["raw", "ema"]
 
 @dataclass(frozen=True)
 class WorkersStarted:
-    """All workers of the run run, so many; again after each restart."""
+    """Sent when all workers have started, also after each restart; `workers` is their number."""
 
     workers: int
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """Training goes on at so many samples, from a checkpoint."""
+    """Sent when training resumes from a checkpoint, at `samples_seen`."""
 
     samples_seen: int
     checkpoint: Path
@@ -30,20 +31,31 @@ class Resumed:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """The first step since the start, or a restart, is done."""
+    """Sent after the first optimizer step since the start or a restart."""
 
     samples_seen: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """A log line, after the optimizer's `step` (counted from 1): of all steps since the line before it.
+    """Sent every `train.log_every_steps` optimizer steps, and at the last one: metrics since the previous `Step`.
 
-    `loss` is the mean over all ranks; None where all of these steps were skipped, of which there were `skipped_steps`.
-    `lr` is the rate of the last step, and `grad_norm` the L2 norm of its gradient before clipping, where it is known.
-    `img_per_s` is of all workers together, `img_per_s_worker` of one; `data_wait` in [0, 1] is the time that the
-    slowest worker waited for data, and `eta_s` the seconds left in training. `loss_scale` is that of fp16,
-    `gpu_memory_gb` (1e9 bytes) and `mfu` (model FLOPs utilization in [0, 1]) are rank 0's.
+    Attributes:
+        step: Optimizer steps done, counted from 1.
+        samples_seen: Samples seen, over all workers.
+        epoch: Passes over the training split, with fraction.
+        lr: The learning rate of the last step.
+        loss: Mean training loss over all ranks; None if all of these steps were skipped.
+        skipped_steps: Steps skipped because of a non-finite loss or overflowed fp16 gradients.
+        img_per_s: Images per second, over all workers.
+        img_per_s_worker: Images per second and worker.
+        step_s: Seconds per optimizer step.
+        data_wait: Fraction of the time that the slowest worker waited for data, in [0, 1].
+        eta_s: Estimated seconds left in training.
+        grad_norm: L2 norm of the last step's gradient before clipping, where it is known.
+        loss_scale: The loss scale of fp16.
+        gpu_memory_gb: Peak allocated GPU memory of rank 0, in GB (1e9 bytes).
+        mfu: Model FLOPs utilization of rank 0, in [0, 1].
     """
 
     step: int
@@ -65,7 +77,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation of the weights (`raw`) or of their average (`ema`); `img_per_s` is of all workers together."""
+    """Sent after an evaluation of the weights (`raw`) or of their exponential moving average (`ema`).
+
+    `img_per_s` counts images per second over all workers.
+    """
 
     weights: Weights
     samples_seen: int
@@ -76,7 +91,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is complete; training stood still for `stall_s`, a thread wrote it in `write_s` seconds."""
+    """Sent when a checkpoint is committed: training waited `stall_s` seconds, a thread wrote for `write_s` seconds."""
 
     samples_seen: int
     checkpoint: Path
@@ -86,7 +101,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A corrupt training image, a sample of the index, was replaced by another; `message` names it and its problem."""
+    """Sent at the next log line after a corrupt training image was replaced by another one.
+
+    `sample` is the image's position in the index; `message` names the image and its problem.
+    """
 
     sample: int
     message: str
@@ -94,42 +112,42 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Diagnosed:
-    """What is known of a step whose loss was NaN or infinite is in a file."""
+    """Sent when a diagnosis file of a NaN or infinite loss is written."""
 
     file: Path
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """The trace of some steps is in a file."""
+    """Sent when the profiler's trace is written."""
 
     file: Path
 
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that the user may want to fix; the run goes on."""
+    """Sent for a problem that the user may want to fix; the run continues."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class WorkersLost:
-    """Workers were lost, by rank with the cause; all are started again."""
+    """Sent when workers failed, with the cause by rank; all workers restart."""
 
     causes: dict[int, str]
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker met an error that the user can fix; the run ends."""
+    """Sent when a worker met an error that the user can fix; the run ends."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run was asked to stop, by a signal's number where it was one, and has written a checkpoint."""
+    """Sent when the run stops on request, after a checkpoint; `signal` is the signal's number, if there was one."""
 
     samples_seen: int
     signal: int | None = None
@@ -137,7 +155,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Trained:
-    """The last step is done; the mean speed of training alone, of all workers together."""
+    """Sent after the last step; `img_per_s` is the mean training throughput over all workers."""
 
     img_per_s: float
 

@@ -1,4 +1,4 @@
-"""What a rank reads: the plans of the data and the loaders that follow them."""
+"""A rank's data: the training and evaluation plans (samplers) and their loaders."""
 
 from collections.abc import Generator, Iterator
 
@@ -16,7 +16,10 @@ from pipeline.derived import Derived
 
 
 class Inputs:
-    """A rank's micro-batches of the training split, and the loader and plan of the evaluation split; close it."""
+    """A rank's micro-batches of the training split, and the evaluation split's loader and plan.
+
+    Call `close` at the end.
+    """
 
     def __init__(
         self,
@@ -39,28 +42,28 @@ class Inputs:
             replacement_plan=self.plan if data.on_corrupt == "skip" else None,
         )
         self.eval_loader = self._loader(val_index, derived.eval_batch_size, config.eval.interpolation)
-        self._told = 0  # of the skipped samples
+        self._reported = 0  # skipped samples
 
     def close(self) -> None:
-        """Ends both loaders."""
+        """Closes both loaders."""
         self.eval_loader.close()
         self.loader.close()
 
     def batches(self, first_step: int) -> Generator[Batch]:
-        """This rank's micro-batches from `first_step` to the end of the run."""
+        """Yields this rank's micro-batches from `first_step` (counted from 0) to the end of the run."""
         return self.loader.run(self._planned(first_step))
 
     def images(self, step: int) -> list[str]:
-        """The images of this rank in a step, in words."""
+        """Returns this rank's images in a step (counted from 0), as paths, or shard and member."""
         positions = np.concatenate(
             [self._positions(step, micro) for micro in range(self._derived.gradient_accumulation_steps)]
         )
         return [self.train_index.describe(sample) for sample in self.plan.locate(positions)[1]]
 
     def newly_skipped(self) -> Iterator[tuple[int, str]]:
-        """The corrupt training images that were met and replaced since the last call, each with its problem."""
-        for sample in list(self.loader.skipped)[self._told :]:
-            self._told += 1
+        """Yields corrupt training images that were replaced since the last call: sample and problem."""
+        for sample in list(self.loader.skipped)[self._reported :]:
+            self._reported += 1
             yield sample, self.loader.skipped[sample]
 
     def _positions(self, step: int, micro: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Training losses: against labels or class shares, and against a teacher's answers."""
+"""Training losses: cross-entropy or binary cross-entropy, label smoothing and knowledge distillation."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Teacher = Callable[[torch.Tensor], torch.Tensor]
 class Criterion:
     """The mean loss of a micro-batch.
 
-    With a teacher, which maps the same images to logits without gradients, it is
+    With a teacher (knowledge distillation), which maps the same images to logits without gradients, the loss is
     `(1 - alpha) L(labels) + alpha T^2 KL(teacher / T || student / T)` (Hinton et al. 2015, arXiv 1503.02531).
     """
 
@@ -21,27 +21,27 @@ class Criterion:
         self._loss, self._num_classes, self._teacher = loss, num_classes, teacher
 
     def __call__(self, logits_NK: torch.Tensor, targets: torch.Tensor, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Returns a scalar; `targets` are labels (int64 [N]) or the classes' shares (fp32 [N, K])."""
+        """Returns a scalar; `targets` are labels (int64 [N]) or soft labels (fp32 [N, K], from mixup or CutMix)."""
         if self._loss.name == "bce":
             loss = self._binary(logits_NK, targets)
         else:
             loss = F.cross_entropy(logits_NK, targets, label_smoothing=self._loss.label_smoothing)
         if self._teacher is None:
             return loss
-        answers_NK = self._teacher(images_NCHW)
+        teacher_NK = self._teacher(images_NCHW)
         t, alpha = self._loss.distillation_temperature, self._loss.distillation_alpha
         divergence = F.kl_div(
             F.log_softmax(logits_NK / t, dim=1),
-            F.log_softmax(answers_NK / t, dim=1),
+            F.log_softmax(teacher_NK / t, dim=1),
             reduction="batchmean",
             log_target=True,
         )
         return (1 - alpha) * loss + alpha * t**2 * divergence
 
     def _binary(self, logits_NK: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Each class on its own, mean over images and classes (Wightman et al. 2021, arXiv 2110.00476)."""
-        shares_NK = F.one_hot(targets, self._num_classes).float() if targets.ndim == 1 else targets
+        """Binary cross-entropy per class, mean over images and classes (Wightman et al. 2021, arXiv 2110.00476)."""
+        targets_NK = F.one_hot(targets, self._num_classes).float() if targets.ndim == 1 else targets
         smoothing = self._loss.label_smoothing
         return F.binary_cross_entropy_with_logits(
-            logits_NK, shares_NK * (1 - smoothing) + smoothing / self._num_classes
+            logits_NK, targets_NK * (1 - smoothing) + smoothing / self._num_classes
         )

@@ -1,10 +1,10 @@
-"""The share of a GPU's peak arithmetic that training uses."""
+"""Model FLOPs utilization (MFU): the fraction of a GPU's peak FLOP/s that training uses."""
 
 from pipeline.config import Model, Precision
 from pipeline.model.timm_models import size
 
 # NVIDIA's data sheets, TFLOP/s of dense matrices: fp16 or bf16, and what fp32 convolutions use by default in PyTorch
-# (TF32 where there is one). The first name that the GPU's name contains counts.
+# (TF32 where the GPU has it). The first name that the GPU's name contains applies.
 _PEAKS = {
     "B200": (2250, 1125),
     "H200": (989, 494),
@@ -21,15 +21,15 @@ _PEAKS = {
 
 
 def peak_flops(gpu: str, precision: Precision) -> float | None:
-    """A GPU's peak, FLOP/s, by the name that CUDA gives it; None for one that is not in the list."""
+    """Returns a GPU's peak in FLOP/s, by its CUDA device name; None for GPUs that are not listed."""
     found = next((peaks for name, peaks in _PEAKS.items() if name in gpu), None)
     return None if found is None else 1e12 * found[precision == "fp32"]
 
 
-def utilization(img_per_s: float, model: Model, num_classes: int, side: int, peak: float) -> float:
-    """Model FLOPs utilization of one device (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+def model_flops_utilization(img_per_s: float, model: Model, num_classes: int, side: int, peak: float) -> float:
+    """Returns one device's model FLOPs utilization in [0, 1] (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
-    Forward and backward pass of an image are three times the forward pass, a multiply-add is two operations; what
-    `model.memory` computes anew does not count.
+    Forward and backward pass together cost three times the forward pass, and a multiply-add counts as two operations.
+    What activation checkpointing (`model.memory`) recomputes does not count. `peak` is in FLOP/s.
     """
     return img_per_s * 6 * size(model, num_classes, side).multiply_adds / peak

@@ -11,32 +11,32 @@ from pipeline.extension_points import OPTIMIZERS
 
 _DECAYED = (nn.Conv2d, nn.Linear)
 _FUSED = ("momentum", "adamw")
-_NO_FACTORS: Mapping[str, float] = {}
+_NO_LR_SCALES: Mapping[str, float] = {}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, factors: Mapping[str, float] = _NO_FACTORS) -> list[dict]:
-    """The trainable parameters: weights of convolutions and linear layers, and the rest, without weight decay.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] = _NO_LR_SCALES
+) -> list[dict]:
+    """Groups the trainable parameters: weight decay only for weights of convolutions and linear layers.
 
-    The choice goes by the type of the owning module: DenseNet's norms have names like `norm5`, `norm0`, and a
-    rule on names would miss them. Parameters with other `factors` (by name; 1 by default) are in other groups; the
-    factor is the group's `lr_scale`.
+    The type of the owning module decides, because a rule on names would miss DenseNet's norms (`norm5`, `norm0`).
+    `lr_scales` maps parameter names to learning rate multipliers (default 1), which become the groups' `lr_scale`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 decay = weight_decay if isinstance(module, _DECAYED) and name == "weight" else 0.0
-                factor = factors.get(f"{prefix}.{name}" if prefix else name, 1.0)
-                groups.setdefault((decay, factor), []).append(parameter)
-    return [{"params": p, "weight_decay": decay, "lr_scale": factor} for (decay, factor), p in groups.items()]
+                lr_scale = lr_scales.get(f"{prefix}.{name}" if prefix else name, 1.0)
+                groups.setdefault((decay, lr_scale), []).append(parameter)
+    return [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()]
 
 
 def create_optimizer(groups: list[dict], optim: Optim, fused: bool = False) -> torch.optim.Optimizer:
-    """The optimizer by its name; the loop sets the learning rate before every step.
+    """Creates the optimizer `optim.name`; the training loop sets the learning rate before every step.
 
-    SGD (without dampening), LARS and Muon take Nesterov's look-ahead where it is asked for. LAMB's own clipping is
-    off: `optim.clip_grad_norm` is the only one. `fused` asks for PyTorch's one kernel a
-    step, where it has one (SGD, AdamW).
+    SGD (without dampening), LARS and Muon use Nesterov momentum with `optim.nesterov`. LAMB's own gradient clipping is
+    off: only `optim.clip_grad_norm` clips. `fused` selects PyTorch's fused kernels, where they exist (SGD, AdamW).
     """
     kind = OPTIMIZERS[optim.name]
     if kind.build is not None:

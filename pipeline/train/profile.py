@@ -1,4 +1,4 @@
-"""A trace of some training steps, by torch's profiler."""
+"""Profiles some training steps with torch.profiler."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.files import atomic_file
 
 
-class Profile:
-    """Traces the steps `first` to `last` (counted from 1) into a file for chrome://tracing or Perfetto.
+class StepProfiler:
+    """Traces the steps `first` to `last` (counted from 1) into a JSON file for Perfetto or chrome://tracing.
 
-    Use it as a context manager around the run; a run that ends before `last` leaves no trace.
+    Use it as a context manager around the run; a run that ends before `last` writes no trace.
     """
 
     def __init__(self, steps: tuple[int, int] | None, run_dir: Path) -> None:
@@ -19,7 +19,7 @@ class Profile:
         self.file = run_dir / "profile" / "rank0.json"
         self._profiler: profile | None = None
 
-    def __enter__(self) -> "Profile":
+    def __enter__(self) -> "StepProfiler":
         if self._steps is not None and self._steps[0] == 1:
             self._begin()
         return self
@@ -29,7 +29,7 @@ class Profile:
             self._profiler.stop()
 
     def step(self, done: int) -> bool:
-        """To be called after each step, with the steps done; says whether the trace has been written now."""
+        """Call it after each step with the number of steps done; returns whether it has just written the trace."""
         if self._steps is None:
             return False
         first, last = self._steps
@@ -39,8 +39,8 @@ class Profile:
             return False
         self._profiler.stop()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.file) as aside:
-            self._profiler.export_chrome_trace(str(aside))
+        with atomic_file(self.file) as temporary:
+            self._profiler.export_chrome_trace(str(temporary))
         self._profiler = None
         return True
 

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+"""Prints a run's progress: a live line in a terminal, plain lines elsewhere."""
 
 import re
 import signal
@@ -23,28 +23,28 @@ from pipeline.train.events import (
     WorkersStarted,
 )
 
-WEIGHTS: dict[Weights, str] = {"raw": "", "ema": "averaged weights "}  # what an accuracy is of
-_SKIPPED_SHOWN = 10  # the workers' logs name all of them
+WEIGHTS: dict[Weights, str] = {"raw": "", "ema": "EMA weights "}  # before an accuracy
+_SKIPPED_SHOWN = 10  # the workers' logs list all of them
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def step_line(event: Step, epochs: float, total_steps: int, workers: int) -> str:
-    """One log line."""
+    """Formats one log line."""
     gpu = "" if event.gpu_memory_gb is None else f"{event.gpu_memory_gb:.1f} GB  "
     if event.mfu is not None:
         gpu += f"MFU {event.mfu:.0%}  "
     skipped = event.skipped_steps
-    told = f"{skipped} step{'s' * (skipped > 1)} skipped  " if skipped else ""
+    skipped_text = f"{skipped} step{'s' * (skipped > 1)} skipped  " if skipped else ""
     per_worker = f" ({speed(event.img_per_s_worker)} per worker)" if workers > 1 else ""
     return (
         f"epoch {event.epoch:.2f}/{epochs:g}  step {event.step}/{total_steps}  loss {number(event.loss)}  "
-        f"{told}lr {event.lr:.4g}  {speed(event.img_per_s)}{per_worker}  "
+        f"{skipped_text}lr {event.lr:.4g}  {speed(event.img_per_s)}{per_worker}  "
         f"data wait {event.data_wait:.0%}  {gpu}ETA {duration(event.eta_s)}"
     )
 
 
 class Display:
-    """Shows a run's events, or with `quiet` its warnings alone; use as a context manager around the run."""
+    """Prints a run's events, or with `quiet` only its warnings; use it as a context manager around the run."""
 
     def __init__(self, console: Console, epochs: float, total_steps: int, workers: int, quiet: bool = False) -> None:
         self._console, self._quiet = console, quiet
@@ -52,8 +52,8 @@ class Display:
         self._starts = 0
         self._lost = False
         self.skipped: set[int] = set()
-        self._alike: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
+        self._warning_counts: Counter[str] = Counter()  # by text without numbers
+        self._first_warnings: dict[str, str] = {}
         self.stopped_at: int | None = None
         self.stopped_by = signal.SIGTERM
         self._live = Live(
@@ -73,39 +73,39 @@ class Display:
     def __exit__(self, *exc: object) -> None:
         if self._live.is_started:
             self._live.stop()
-        for form, count in self._alike.items():
+        for form, count in self._warning_counts.items():
             if count > 1:
-                self._print_warning(f"{count - 1} more like this, in the workers' logs: {self._first[form]}")
-        self._alike.clear()
+                self._print_warning(f"{count - 1} more like this, in the workers' logs: {self._first_warnings[form]}")
+        self._warning_counts.clear()
 
     def status(self, text: str) -> None:
-        """Something that is going on: replaces the live line, or is printed as a line of its own."""
+        """Updates the live line, or prints a line where there is none."""
         if self._live.is_started:
             self._live.update(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
         else:
             self.line(text)
 
     def line(self, text: str) -> None:
-        """Something that stays."""
+        """Prints a permanent line."""
         if not self._quiet:
             self._console.print(Text(text), soft_wrap=True)
 
     def warning(self, text: str) -> None:
-        """Something that stays, in yellow, also where all else is quiet.
+        """Prints a warning in yellow, also with `quiet`.
 
-        Of those that differ in numbers alone the first is shown, and at the end how many more there were.
+        Prints only the first of warnings that differ only in numbers, and at the end how many more there were.
         """
         form = _NUMBER.sub("#", text)
-        self._first.setdefault(form, text)
-        self._alike[form] += 1
-        if self._alike[form] == 1:
+        self._first_warnings.setdefault(form, text)
+        self._warning_counts[form] += 1
+        if self._warning_counts[form] == 1:
             self._print_warning(text)
 
     def _print_warning(self, text: str) -> None:
         self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
     def on_event(self, event: Event) -> None:
-        """Shows one event; of a kind that is for others, nothing."""
+        """Prints an event; ignores events of other types."""
         match event:
             case Step():
                 self.status(step_line(event, self._epochs, self._total_steps, self._workers))
@@ -129,12 +129,12 @@ class Display:
                     self._print_warning(f"worker {rank} was lost: {cause}")
             case WorkersStarted():
                 self._starts += 1
-                workers, before = event.workers, self._workers
+                workers, previous = event.workers, self._workers
                 self._workers = workers
                 if self._starts > 1:
                     why = "a worker was lost" if self._lost else "the cluster has changed"
-                    self._print_warning(f"{why}, all were started again (start {self._starts})")
-                if workers != before:
-                    self.line(f"there are {workers} workers now, {before} before")
+                    self._print_warning(f"{why}: all workers were restarted (start {self._starts})")
+                if workers != previous:
+                    self.line(f"the run now has {workers} workers, previously {previous}")
                 self._lost = False
                 self.status("workers started; loading the model and the data")

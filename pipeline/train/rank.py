@@ -1,4 +1,4 @@
-"""One rank's part of a run, from its newest checkpoint to the end, wherever the process was started."""
+"""Trains one rank of a run, from its latest checkpoint to the end, under any launcher."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from pipeline.model.pretrained import NO_PRETRAINED, Pretrained
 from pipeline.train.batch_size_finder import find_batch_size
 from pipeline.train.events import Report, Warned
 from pipeline.train.inputs import Inputs
-from pipeline.train.state import newest_checkpoint
+from pipeline.train.state import latest_checkpoint
 from pipeline.train.trainer import Trainer
 from pipeline.train.watchdog import Watchdog
 
@@ -27,19 +27,19 @@ def train_rank(
     run_dir: Path,
     device: torch.device,
     report: Report,
-    sources: Pretrained = NO_PRETRAINED,
+    pretrained: Pretrained = NO_PRETRAINED,
     resume: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     should_save: Callable[[], bool] = lambda: False,
     hang_timeout_s: float | None = None,
 ) -> None:
-    """Trains in a process group that exists already; see `pipeline.train.trainer.Trainer`.
+    """Trains in an existing process group; see `pipeline.train.trainer.Trainer`.
 
-    The run goes on from its own newest checkpoint that verifies, where it has any, else from `resume`. With
-    `hang_timeout_s` a process that has no batch for so long ends, after it has told where it is.
+    The run resumes from its own latest valid checkpoint, or else from `resume`. With `hang_timeout_s`, a process
+    without a batch for so many seconds writes its threads' stacks and ends.
 
     Raises:
-        UserError: what the user can fix.
+        UserError: an error that the user can fix.
     """
     torch.set_num_threads(derived.cpus_per_worker)
     if device.type == "cuda":
@@ -48,7 +48,7 @@ def train_rank(
     def warn(message: str) -> None:
         report(Warned(message))
 
-    newest = newest_checkpoint(config, run_dir, warn)
+    latest = latest_checkpoint(config, run_dir, warn)
     with nullcontext() if hang_timeout_s is None else Watchdog(hang_timeout_s) as watchdog:
         derived = find_batch_size(config, derived, device, warn)
         Trainer(
@@ -58,9 +58,9 @@ def train_rank(
             run_dir=run_dir,
             device=device,
             report=report,
-            sources=sources,
-            resume=newest or resume,
+            pretrained=pretrained,
+            resume=latest or resume,
             should_stop=should_stop,
             should_save=should_save,
-            alive=watchdog.alive if watchdog is not None else lambda: None,
+            heartbeat=watchdog.heartbeat if watchdog is not None else lambda: None,
         ).fit()

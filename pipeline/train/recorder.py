@@ -1,4 +1,4 @@
-"""A run's events as records of its MLflow run."""
+"""Logs a run's events to its MLflow run."""
 
 import math
 from contextlib import suppress
@@ -30,9 +30,9 @@ _STEP_METRICS = (
 
 
 class Recorder:
-    """Writes steps, evaluations, checkpoints, files and restarts; the latter with causes and the samples lost.
+    """Logs steps, evaluations, checkpoints, files and restarts, with the restarts' causes and lost samples.
 
-    It goes on counting where an earlier driver of the run has stopped.
+    Restart counts continue from those of earlier drivers of the run.
     """
 
     def __init__(self, tracker: Tracker, config: RunConfig, run_dir: Path) -> None:
@@ -40,28 +40,28 @@ class Recorder:
         self._system = SystemMetrics()
         self._skipped: set[int] = set()
         self._restarts, self._lost, self._causes = 0, 0, ""
-        self._seen, self._farthest = 0, 0  # samples
+        self._samples_seen, self._max_samples_seen = 0, 0
         self._started = False
         for record in tracker.journal.records():
             if record["kind"] == "metrics":
                 values = record["values"]
-                if "restarts" not in values:  # those stand at the farthest place
-                    self._seen = record["samples_seen"]
-                    self._farthest = max(self._farthest, self._seen)
+                if "restarts" not in values:  # restarts are logged at the highest sample count
+                    self._samples_seen = record["samples_seen"]
+                    self._max_samples_seen = max(self._max_samples_seen, self._samples_seen)
                 self._restarts = int(values.get("restarts", self._restarts))
                 self._lost = int(values.get("lost_samples", self._lost))
                 self._started = True
         if self._started:
-            self._causes = "the driver was started again"
+            self._causes = "the driver was restarted"
 
     def on_event(self, event: Event) -> None:
-        """Tracks one event of a run; of a kind that is for others, nothing."""
+        """Logs an event; ignores events of other types."""
         match event:
             case Step() | Evaluated():
-                self._seen = event.samples_seen
-                self._farthest = max(self._farthest, self._seen)
-                more = {"data/skipped": len(self._skipped)} | self._system.read()
-                self._tracker.log_metrics(_metrics(event) | more, self._seen)
+                self._samples_seen = event.samples_seen
+                self._max_samples_seen = max(self._max_samples_seen, self._samples_seen)
+                extra = {"data/skipped": len(self._skipped)} | self._system.read()
+                self._tracker.log_metrics(_metrics(event) | extra, self._samples_seen)
             case Saved():
                 self.checkpoints()
             case Skipped():
@@ -75,17 +75,17 @@ class Recorder:
                     self._causes = "the cluster has changed"
                 self._started = True
             case Resumed():
-                self._went_on(event.samples_seen)
+                self._record_restart(event.samples_seen)
             case FirstStep():
-                self._went_on(0)  # without `Resumed` before it: from the beginning
+                self._record_restart(0)  # without `Resumed` before it: from scratch
 
     def checkpoints(self) -> None:
-        """Lists the checkpoints that there are now in the run: address, clock, results, hash."""
+        """Logs the list of the run's checkpoints: URI, samples seen, results, hash."""
         records = checkpoint_records(self._config, self._run_dir)
         if not records:
             return
         file = self._run_dir / "checkpoints.json"
-        with suppress(OSError):  # a full disk; the writer of the checkpoints tells of it
+        with suppress(OSError):  # a full disk, of which the checkpoint writer warns
             write_json(file, records)
             self._tracker.log_artifact(file)
         best = [record["address"] for record in records if record["best"]]
@@ -93,23 +93,23 @@ class Recorder:
             {"checkpoint.last": records[-1]["address"]} | ({"checkpoint.best": best[0]} if best else {})
         )
 
-    def _went_on(self, samples_seen: int) -> None:
+    def _record_restart(self, samples_seen: int) -> None:
         if not self._causes:
             return
-        lost = max(0, self._seen - samples_seen)
+        lost = max(0, self._samples_seen - samples_seen)
         self._restarts, self._lost = self._restarts + 1, self._lost + lost
-        told = f"{self._causes}; went on at {samples_seen} samples, {lost} samples were trained again"
-        self._tracker.set_tags({f"restart.{self._restarts}": told})
-        # MLflow takes the value at the largest step for the last one, and a step has one value: a restart that comes
-        # before any progress since the last one stands a sample after it.
-        at = max(self._farthest, self._tracker.last_step("restarts") + 1)
+        text = f"{self._causes}; resumed at {samples_seen} samples, {lost} samples are trained again"
+        self._tracker.set_tags({f"restart.{self._restarts}": text})
+        # MLflow shows the value at the largest step as the latest, and a step has one value: a restart before any
+        # progress since the previous restart is logged one sample later.
+        at = max(self._max_samples_seen, self._tracker.last_step("restarts") + 1)
         self._tracker.log_metrics({"restarts": self._restarts, "lost_samples": self._lost}, at)
         self._tracker.log_metrics({}, samples_seen)
-        self._seen, self._causes = samples_seen, ""
+        self._samples_seen, self._causes = samples_seen, ""
 
 
 def _metrics(event: Step | Evaluated) -> dict[str, float]:
-    """An event's numbers under their MLflow names; what is no finite number is left out."""
+    """Returns an event's metrics by MLflow name, without NaN and infinities."""
     values = _values(event)
     return {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
 

@@ -1,4 +1,4 @@
-"""One driver a run folder, and the file by which nodes know that they see the driver's folder."""
+"""The run lock, which allows one driver per run folder, and the probe file that shows nodes a shared folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +10,15 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.files import write_text
 
-PROBE = "config.yaml"  # in the run's folder, of the driver's making: a node that does not see it has another folder
+PROBE = "config.yaml"  # the driver writes it; a node that does not see it does not share the run folder
 
 
 @contextmanager
 def run_lock(run_dir: Path, config: RunConfig) -> Iterator[None]:
-    """Keeps other drivers from the run's folder, and leaves the config there, by which nodes know the folder.
+    """Locks the run folder, and writes the config into it, which serves as the probe file.
 
     Raises:
-        UserError: another driver has it.
+        UserError: another driver holds the lock.
     """
     with folder_lock(run_dir):
         write_text(run_dir / PROBE, config.to_yaml())
@@ -27,10 +27,10 @@ def run_lock(run_dir: Path, config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(run_dir: Path) -> Iterator[None]:
-    """Keeps other drivers from the run's folder.
+    """Locks the run folder against other drivers.
 
     Raises:
-        UserError: another driver has it.
+        UserError: another driver holds the lock.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -38,6 +38,6 @@ def folder_lock(run_dir: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise UserError(
-            f"run.name={run_dir.name} is being trained by another process in {run_dir}: wait for its end, or choose "
-            f"another run.name."
+            f"run.name={run_dir.name} is being trained by another process in {run_dir}: wait until it ends, or "
+            f"choose another run.name."
         ) from error

@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the samples seen, the run's one clock."""
+"""Learning rate schedules as pure functions of the samples seen."""
 
 from pipeline.config import Schedule
 from pipeline.derived import Derived
@@ -6,10 +6,11 @@ from pipeline.extension_points import SCHEDULES, RunPosition
 
 
 def learning_rate(schedule: Schedule, derived: Derived, samples_seen: int) -> float:
-    """The rate of the step that takes samples `samples_seen ... samples_seen + global_batch_size - 1`.
+    """Returns the learning rate of the step on samples `samples_seen ... samples_seen + global_batch_size - 1`.
 
-    During warm-up the rate rises linearly with the samples seen after the step, so that the first step is never
-    at the full rate and the first one past the warm-up is. Then it is a share of the peak (`pipeline.lr_schedules`).
+    During warmup the learning rate rises linearly with the samples seen after the step, so that the first step never
+    has the peak learning rate, and the first step after the warmup does. Then `pipeline.lr_schedules` gives its
+    fraction of the peak.
     """
     peak, warmup = derived.peak_lr, schedule.warmup_epochs * derived.train_samples
     if samples_seen < warmup:

@@ -1,4 +1,4 @@
-"""What is settled before a training starts: places, data, derived values, what it starts from."""
+"""Sets up a run before training: paths, data, derived values, pretrained weights, checks of the config."""
 
 import datetime
 import secrets
@@ -18,24 +18,25 @@ from pipeline.locations import is_uri, with_locations
 from pipeline.model.card import ModelCard
 from pipeline.model.pretrained import NO_PRETRAINED, Pretrained
 from pipeline.train.deepspeed_schema import check_deepspeed
-from pipeline.train.start import find_checkpoint, find_sources
-from pipeline.train.storage import StorageError, storage_of
+from pipeline.train.storage import StorageError, checkpoint_storage
+from pipeline.train.warm_start import find_checkpoint, find_pretrained
 from pipeline.unused_keys import unused_key_warnings
 
 
 @dataclass(frozen=True)
 class RunSetup:
-    """A training that is ready to start.
+    """A run that is ready to train.
 
-    `start` tells what its weights are at first; `resume` is another run's checkpoint to go on from, if any.
+    `initial_weights` describes where the initial weights come from; `resume` is another run's checkpoint to resume
+    from, if any.
     """
 
     config: RunConfig
     derived: Derived
     train_index: DatasetIndex
     val_index: DatasetIndex
-    sources: Pretrained
-    start: str
+    pretrained: Pretrained
+    initial_weights: str
     resume: Path | None
     warnings: tuple[str, ...] = ()
 
@@ -45,20 +46,20 @@ class RunSetup:
         return Path(self.config.run.output) / str(self.config.run.name)
 
 
-def new_name(stem: str) -> str:
-    """A name for a run that no other start gets, be it in the same second."""
+def new_run_name(stem: str) -> str:
+    """Returns a unique run name from a stem, the time and a random suffix."""
     return f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
-def absolute(config: RunConfig, base: Path) -> RunConfig:
-    """The config with its paths absolute on this machine; relative ones of what the run writes begin at `base`."""
+def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
+    """Makes the config's paths absolute; relative output paths are relative to `base`, others to the current folder."""
 
-    def of_this_machine(mark: Location, place: str) -> str:
-        if is_uri(place) or mark.kind == "store":  # these are made absolute where they are opened
-            return place
-        return str((base if mark.kind == "output" else Path.cwd()) / Path(place).expanduser())
+    def to_absolute(mark: Location, path: str) -> str:
+        if is_uri(path) or mark.kind == "store":  # stores become absolute where they are opened
+            return path
+        return str((base if mark.kind == "output" else Path.cwd()) / Path(path).expanduser())
 
-    return with_locations(config, of_this_machine)
+    return with_locations(config, to_absolute)
 
 
 def set_up(
@@ -71,19 +72,19 @@ def set_up(
     resume: str | None = None,
     warnings: Sequence[str] = (),
 ) -> RunSetup:
-    """Opens the data, splits the work and finds what it starts from.
+    """Opens the data, derives batch sizes and steps, and finds pretrained weights or the checkpoint to resume from.
 
-    `resume` is None or `auto` for the run's own newest checkpoint, a path, or an MLflow run id; `embedded` says that
-    the run is alone on this machine. To the `warnings` are added those of what the user may not have meant.
+    `resume` is None or `auto` for the run's own latest checkpoint, a path, or an MLflow run id. `embedded` is true
+    where the run has this machine to itself. The result's warnings are `warnings` and those about the config.
 
     Raises:
-        UserError: anything that would stop the run later and can be known now.
+        UserError: any error that would stop the run later and can be detected now.
     """
-    output, told = Path(config.run.output), list(warnings)
+    output, all_warnings = Path(config.run.output), list(warnings)
     if config.data.root is not None:
         root = generate_data(config.data.root, output)
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
-    train_index, val_index = _open_data(config, output / "index", told.append)
+    train_index, val_index = _open_data(config, output / "index", all_warnings.append)
     derived = derive(
         config,
         workers=workers,
@@ -95,65 +96,67 @@ def set_up(
     )
     if config.data.shuffle == "windowed" and not train_index.shards:
         raise UserError(
-            f"data.shuffle=windowed mixes within windows of shards, but data.root={config.data.root} holds class "
-            f"folders, each a class of its own: use data.shuffle=full, or prepare shards."
+            f"data.shuffle=windowed shuffles within windows of shards, but data.root={config.data.root} holds class "
+            f"folders, each with one class: use data.shuffle=full, or prepare shards."
         )
     check_deepspeed(config, derived)
     _check_storage(config)
     if config.engine.sync_batch_norm and derived.device == "cpu":
-        raise UserError("engine.sync_batch_norm=true needs GPUs: leave it out on the CPU.")
-    sources = find_sources(config)
-    start = _check_sources(config, derived, sources, train_index.classes)
+        raise UserError("engine.sync_batch_norm=true needs GPUs: omit it on the CPU.")
+    pretrained = find_pretrained(config)
+    initial_weights = _check_pretrained(config, derived, pretrained, train_index.classes)
     found = None if resume in (None, "auto") else find_checkpoint(str(resume), config)
     if found is not None:
-        from pipeline.train.state import resumed  # torch, timm and DALI take seconds to import
+        from pipeline.train.state import restore_state  # torch, timm and DALI take seconds to import
 
-        resumed(config, derived, train_index, found)
-        start = f"those of {found}, and all else of its run"
+        restore_state(config, derived, train_index, found)
+        initial_weights = f"{found}, with the optimizer state and progress of its run"
         if config.model.weights is not None:
-            told.append(f"model.weights={config.model.weights} has no effect: --resume={resume} has the weights")
-    told += unused_key_warnings(config, derived, embedded)
-    told += _other_normalization(config, sources)
-    return RunSetup(config, derived, train_index, val_index, sources, start, found, tuple(told))
+            all_warnings.append(
+                f"model.weights={config.model.weights} has no effect: --resume={resume} provides the weights"
+            )
+    all_warnings += unused_key_warnings(config, derived, embedded)
+    all_warnings += _check_normalization(config, pretrained)
+    return RunSetup(config, derived, train_index, val_index, pretrained, initial_weights, found, tuple(all_warnings))
 
 
-def _check_sources(config: RunConfig, derived: Derived, sources: Pretrained, classes: tuple[str, ...]) -> str:
-    """Tries the weights and the teacher on the model and the data, and says what the run starts from."""
-    start = f"random, from seed {config.run.seed}"
-    if sources == NO_PRETRAINED:
-        return start
+def _check_pretrained(config: RunConfig, derived: Derived, pretrained: Pretrained, classes: tuple[str, ...]) -> str:
+    """Loads the pretrained weights and the teacher once; returns a description of the initial weights."""
+    description = f"random, from seed {config.run.seed}"
+    if pretrained == NO_PRETRAINED:
+        return description
     from pipeline.model.densenet import create  # torch and timm take seconds to import
     from pipeline.model.weights import load_teacher, load_weights
 
-    if sources.weights is not None:
-        loaded = load_weights(create(config.model, derived.num_classes), sources.weights)
+    if pretrained.weights is not None:
+        loaded = load_weights(create(config.model, derived.num_classes), pretrained.weights)
         head = "" if loaded.head_loaded else f"; the classifier is new, for {derived.num_classes} classes, and random"
-        start = f"{loaded.file}{head}"
-    if sources.teacher is not None:
-        load_teacher(sources.teacher, classes, config.model.in_chans)
-    return start
+        description = f"{loaded.file}{head}"
+    if pretrained.teacher is not None:
+        load_teacher(pretrained.teacher, classes, config.model.in_chans)
+    return description
 
 
 def _check_storage(config: RunConfig) -> None:
     try:
-        storage = storage_of(config)
+        storage = checkpoint_storage(config)
         if storage is not None:
             storage.names()
             storage.check()
     except StorageError as error:
-        raise UserError(f"{error}. Give a folder or an address that this machine can read and write.") from error
+        raise UserError(f"{error}. Give a folder or a URI (s3://...) that this machine can read and write.") from error
 
 
-def _other_normalization(config: RunConfig, sources: Pretrained) -> list[str]:
-    """A warning where a model that is started or learned from was trained on images of another mean or deviation."""
+def _check_normalization(config: RunConfig, pretrained: Pretrained) -> list[str]:
+    """Returns warnings where the pretrained weights or the teacher were trained with another mean or std."""
     warnings = []
-    for key, place in (("model.weights", sources.weights), ("loss.teacher", sources.teacher)):
-        if place is not None and place.is_dir():
-            theirs = ModelCard.read(place).transform
+    for key, path in (("model.weights", pretrained.weights), ("loss.teacher", pretrained.teacher)):
+        if path is not None and path.is_dir():
+            transform = ModelCard.read(path).transform
             for name in ("mean", "std"):
-                ours, given = getattr(config.data, name), getattr(theirs, name)
-                if ours != given:
-                    warnings.append(f"data.{name} is {list(ours)}, {key} was trained with {list(given)}")
+                configured, trained_with = getattr(config.data, name), getattr(transform, name)
+                if configured != trained_with:
+                    warnings.append(f"data.{name} is {list(configured)}, {key} was trained with {list(trained_with)}")
     return warnings
 
 
@@ -170,12 +173,12 @@ def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> t
 
 
 def check_writable(output: Path) -> None:
-    """Raises `UserError` when no file can be written in `output`, which is made if it is missing."""
+    """Creates the folder `output` if it is missing; raises `UserError` if no file can be written to it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
         raise UserError(
-            f"run.output={output} cannot be written: {error.strerror}. Set run.output to a folder that can."
+            f"run.output={output} cannot be written: {error.strerror}. Set run.output to a writable folder."
         ) from error

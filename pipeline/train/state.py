@@ -1,4 +1,4 @@
-"""What a run remembers besides the engine, and how a whole checkpoint is written and read."""
+"""The run's progress and results, and saving and loading of whole checkpoints."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
 from pipeline.train.engine import Engine
 from pipeline.train.events import Weights
-from pipeline.train.storage import Storage, StorageError, storage_of
-from pipeline.train.writer import Contents, Writer
+from pipeline.train.storage import Storage, StorageError, checkpoint_storage
+from pipeline.train.writer import CheckpointFiles, CheckpointWriter
 
 _OPTIMIZER = "optimizer.safetensors"
 _FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
@@ -31,11 +31,17 @@ _FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensor
 
 @dataclass
 class RunState:
-    """The run's clock, and its best and last evaluations.
+    """The run's progress, and its best and last evaluation.
 
-    `best_at` is the clock of the best evaluation: the most top-1 hits, among equals the lowest loss. An evaluation is
-    that of the better weights, of the raw ones and their moving average; `*_of` says which. `non_finite_steps` counts the steps
-    whose loss was NaN or infinite and that the run got over.
+    Attributes:
+        samples_seen: Training samples seen, over all workers.
+        best: The best evaluation: most correct top-1 predictions, then lowest loss.
+        best_at: Samples seen at the best evaluation.
+        best_of: Its weights: `raw`, or `ema` where the moving average evaluated better.
+        last: The last evaluation, of the better one of both weights.
+        last_at: Samples seen at the last evaluation.
+        last_of: Its weights, like `best_of`.
+        non_finite_steps: Steps with a NaN or infinite loss that the run skipped or rewound.
     """
 
     samples_seen: int = 0
@@ -48,24 +54,24 @@ class RunState:
     non_finite_steps: int = 0
 
     def record(self, results: dict[Weights, EvalResult]) -> bool:
-        """Keeps the better one of the evaluations made now, and says whether it is the new best."""
-        of: Weights = "ema" if "ema" in results and results["ema"].better_than(results["raw"]) else "raw"
-        self.last, self.last_at, self.last_of = results[of], self.samples_seen, of
-        is_best = self.best is None or results[of].better_than(self.best)
+        """Records the better one of the evaluations at this point; returns whether it is the run's best."""
+        weights: Weights = "ema" if "ema" in results and results["ema"].better_than(results["raw"]) else "raw"
+        self.last, self.last_at, self.last_of = results[weights], self.samples_seen, weights
+        is_best = self.best is None or results[weights].better_than(self.best)
         if is_best:
-            self.best, self.best_at, self.best_of = results[of], self.samples_seen, of
+            self.best, self.best_at, self.best_of = results[weights], self.samples_seen, weights
         return is_best
 
 
-def save(
+def save_checkpoint(
     engine: Engine,
     config: RunConfig,
     derived: Derived,
     state: RunState,
     train_index: DatasetIndex,
-    writer: Writer | None,
+    writer: CheckpointWriter | None,
 ) -> None:
-    """Takes a copy of everything (a collective), and lets rank 0's writer write it; other ranks have none."""
+    """Copies the full state to the CPU (a collective); rank 0's writer writes it, other ranks have no writer."""
     tensors = {
         _FILES["raw"]: engine.full_state(),
         _FILES["ema"]: engine.ema_state(),
@@ -74,7 +80,7 @@ def save(
     if writer is None:
         return
     text = config.to_yaml()
-    contents = Contents(
+    contents = CheckpointFiles(
         tensors={name: values for name, values in tensors.items() if values},
         trees={
             "state.json": asdict(state)
@@ -87,11 +93,11 @@ def save(
     )
     best, every = state.best_at, config.checkpoint.keep_every_epochs
 
-    def keep(there: list[Path]) -> list[Path]:
-        kept = there[-config.checkpoint.keep_last :]
-        for earlier, folder in zip([None, *there], there, strict=False):
+    def keep(existing: list[Path]) -> list[Path]:
+        kept = existing[-config.checkpoint.keep_last :]
+        for previous, folder in zip([None, *existing], existing, strict=False):
             seen = checkpoint.samples_of(folder)
-            before = checkpoint.samples_of(earlier) if earlier else 0
+            before = checkpoint.samples_of(previous) if previous else 0
             if seen == best or (every and _epochs(seen, derived) // every > _epochs(before, derived) // every):
                 kept.append(folder)
         return kept
@@ -103,29 +109,32 @@ def _epochs(samples: int, derived: Derived) -> int:
     return samples // derived.train_samples
 
 
-def newest_checkpoint(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a run that verifies, if any (a collective: rank 0 looks and tells the others).
+def latest_checkpoint(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """Returns a run's latest valid checkpoint, or None (a collective: rank 0 finds it and broadcasts its name).
 
-    Where copies are kept in a second place, each node gets the checkpoint from there unless it has it.
+    With `checkpoint.storage`, each node downloads the checkpoint unless it has a valid copy.
+
+    Raises:
+        StorageError: the storage is unreachable, or a download is corrupt.
     """
-    storage, root = storage_of(config), checkpoint_root(run_dir)
+    storage, root = checkpoint_storage(config), checkpoint_root(run_dir)
     found: list[str | None] = [None]
     if dist.get_rank() == 0:
-        newest = _newest(root, storage, warn)
-        found = [None if newest is None else newest.name]
+        latest = _latest(root, storage, warn)
+        found = [None if latest is None else latest.name]
     dist.broadcast_object_list(found)
     name = found[0]
     if name is None:
         return None
     reason = None if storage is None else storage.get(name, root)
     if reason is not None:
-        raise StorageError(f"checkpoint {name} came corrupt: {reason}")
+        raise StorageError(f"checkpoint {name} is corrupt after the download: {reason}")
     return root / name
 
 
-def _newest(root: Path, storage: Storage | None, warn: Callable[[str], None]) -> Path | None:
+def _latest(root: Path, storage: Storage | None, warn: Callable[[str], None]) -> Path | None:
     if storage is None:
-        return checkpoint.newest_valid(root, warn)
+        return checkpoint.latest_valid(root, warn)
     local = {folder.name for folder in checkpoint.checkpoints(root)}
     stored = set(storage.names())
 
@@ -136,31 +145,31 @@ def _newest(root: Path, storage: Storage | None, warn: Callable[[str], None]) ->
     return checkpoint.first_valid((root / name for name in sorted(local | stored, reverse=True)), check, warn)
 
 
-def resumed(config: RunConfig, derived: Derived, train_index: DatasetIndex, folder: Path) -> RunState:
-    """The state of the run in a committed checkpoint, of this or another number of workers and ZeRO stage.
+def restore_state(config: RunConfig, derived: Derived, train_index: DatasetIndex, folder: Path) -> RunState:
+    """Reads the run's progress from a committed checkpoint, at any number of workers and ZeRO stage.
 
     Raises:
-        UserError: the checkpoint is of another run, or was written under settings that cannot be changed.
+        UserError: the checkpoint belongs to another run, or has other values of settings that must not change.
     """
     record = read_state(folder)
-    written, here = record["identity"], _identity(config, derived, train_index)
+    saved, current = record["identity"], _identity(config, derived, train_index)
     allowed = config.checkpoint.allow_changed
     changed = [
-        f"{key} was {written[key]} and is {here[key]}"
-        for key in here
-        if written[key] != here[key] and key not in allowed
+        f"{key} was {saved[key]} and is {current[key]}"
+        for key in current
+        if saved[key] != current[key] and key not in allowed
     ]
     if changed:
         raise UserError(
-            f"checkpoint {folder} cannot be continued: {'; '.join(changed)}. Undo the change, start a new run under "
-            f"another run.name, or, where you know it to be harmless, name it in checkpoint.allow_changed."
+            f"cannot resume from checkpoint {folder}: {'; '.join(changed)}. Undo the change, start a new run under "
+            f"another run.name, or list the key in checkpoint.allow_changed if you know the change to be harmless."
         )
     known = {field.name: record[field.name] for field in fields(RunState)}
     known |= {key: EvalResult(**known[key]) for key in ("best", "last") if known[key]}
     return RunState(**known)
 
 
-def new_engine(
+def create_engine(
     config: RunConfig,
     derived: Derived,
     device: torch.device,
@@ -169,7 +178,7 @@ def new_engine(
     weights: Path | None = None,
     checkpoint: Path | None = None,
 ) -> Engine:
-    """An engine with the weights and all else of a checkpoint, or with weights from elsewhere, or new ones."""
+    """Creates an engine from a checkpoint, with pretrained weights, or with random weights from the run's seed."""
     torch.manual_seed(config.run.seed)
     model = create(config.model, derived.num_classes)
     if checkpoint is not None:
@@ -178,12 +187,12 @@ def new_engine(
         load_weights(model, weights)
     engine = Engine(config, derived, model, device, warn)
     if checkpoint is not None:
-        _load_into(engine, checkpoint)
+        _load_optimizer_and_ema(engine, checkpoint)
     return engine
 
 
-def _load_into(engine: Engine, folder: Path) -> None:
-    """Gives the engine, whose model has the checkpoint's weights already, what else it needs to go on."""
+def _load_optimizer_and_ema(engine: Engine, folder: Path) -> None:
+    """Loads optimizer state, EMA and loss scale; the model already has the checkpoint's weights."""
     engine.load_optimizer(folder / _OPTIMIZER)
     engine.load_ema(folder / _FILES["ema"])
     scaler = read_state(folder)["loss_scaler"]
@@ -192,7 +201,7 @@ def _load_into(engine: Engine, folder: Path) -> None:
 
 
 def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) -> dict[CheckpointIdentity, Any]:
-    """What must be the same for a checkpoint to be continued."""
+    """Returns the settings that must not change when a run resumes from a checkpoint."""
     return {
         "model.name": config.model.name,
         "run.seed": config.run.seed,
@@ -206,7 +215,7 @@ def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) ->
 
 
 def _model_card(config: RunConfig, derived: Derived, state: RunState, classes: tuple[str, ...], text: str) -> ModelCard:
-    """What the packaged model needs, see `pipeline.export.package`; `text` is the config as YAML."""
+    """Returns the model card for inference, see `pipeline.export.package`; `text` is the config as YAML."""
     evaluated = state.last if state.last_at == state.samples_seen else None
     unused = [f"(unused {i})" for i in range(len(classes), derived.num_classes)]
     return ModelCard(

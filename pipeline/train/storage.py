@@ -1,4 +1,4 @@
-"""A second place for a run's checkpoints: an object store or a folder that outlives the nodes."""
+"""Checkpoint storage: an object store (S3, ...) or a shared folder for copies of a run's checkpoints."""
 
 import contextlib
 import shutil
@@ -17,51 +17,51 @@ from pipeline.train.checkpoint import MANIFEST
 
 
 class StorageError(TrainingError):
-    """The place does not answer, or refuses; it may later."""
+    """The checkpoint storage is unreachable or refuses access; a retry may succeed."""
 
 
 class Storage:
-    """The checkpoints of the run `name` below `address`, a folder or whatever fsspec knows (`s3://bucket/runs`).
+    """The checkpoints of the run `name` below `uri`: a folder or any URI that fsspec supports (`s3://bucket/runs`).
 
-    A checkpoint is there when its manifest is: that is copied last, and removed first. All methods raise
+    A checkpoint exists when its manifest does: the manifest is copied last, and removed first. All methods raise
     `StorageError`.
     """
 
-    def __init__(self, address: str, name: str) -> None:
-        self._address = address
-        with self._naming_address():
-            self._files, base = fsspec.core.url_to_fs(address)
+    def __init__(self, uri: str, name: str) -> None:
+        self._uri = uri
+        with self._naming_uri():
+            self._fs, base = fsspec.core.url_to_fs(uri)
             self._base = f"{base.rstrip('/')}/{name}"
 
     def names(self) -> list[str]:
-        """The names of the checkpoints that are there, oldest first."""
-        with self._naming_address():
-            self._files.invalidate_cache()
-            manifests = self._files.glob(f"{self._base}/{checkpoint.PREFIX}*/{MANIFEST}")
+        """Returns the names of the stored checkpoints, oldest first."""
+        with self._naming_uri():
+            self._fs.invalidate_cache()
+            manifests = self._fs.glob(f"{self._base}/{checkpoint.PREFIX}*/{MANIFEST}")
         return sorted(str(path).split("/")[-2] for path in manifests)
 
     def check(self) -> None:
-        """Writes a small file and removes it again."""
-        place = f"{self._base}/.probe"
-        with self._naming_address():
-            if isinstance(self._files, LocalFileSystem):
-                self._files.makedirs(self._base, exist_ok=True)
-            self._files.pipe_file(place, b"densenet")
-            self._files.rm_file(place)
+        """Checks write access: writes a small file and removes it."""
+        probe = f"{self._base}/.probe"
+        with self._naming_uri():
+            if isinstance(self._fs, LocalFileSystem):
+                self._fs.makedirs(self._base, exist_ok=True)
+            self._fs.pipe_file(probe, b"densenet")
+            self._fs.rm_file(probe)
 
     def put(self, folder: Path) -> None:
-        """Copies a committed checkpoint."""
+        """Uploads a committed checkpoint."""
         target = f"{self._base}/{folder.name}"
-        with self._naming_address():
-            if isinstance(self._files, LocalFileSystem):
-                self._files.makedirs(target, exist_ok=True)
-            for name in [*checkpoint.entries(folder), MANIFEST]:
-                self._files.put_file(str(folder / name), f"{target}/{name}")
+        with self._naming_uri():
+            if isinstance(self._fs, LocalFileSystem):
+                self._fs.makedirs(target, exist_ok=True)
+            for name in [*checkpoint.manifest_entries(folder), MANIFEST]:
+                self._fs.put_file(str(folder / name), f"{target}/{name}")
 
     def get(self, name: str, root: Path) -> str | None:
-        """Copies a checkpoint below the folder `root`, once for all processes of a node; says what is wrong with it."""
+        """Downloads a checkpoint into `root`, once per node; returns what is wrong with it, or None."""
         folder = root / name
-        partial = checkpoint.partial(folder)
+        partial = checkpoint.partial_folder(folder)
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / "fetch.lock"):
             if checkpoint.verify(folder) is None:
@@ -69,12 +69,12 @@ class Storage:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
-                with self._naming_address():
-                    self._files.get_file(f"{self._base}/{name}/{MANIFEST}", str(partial / MANIFEST))
+                with self._naming_uri():
+                    self._fs.get_file(f"{self._base}/{name}/{MANIFEST}", str(partial / MANIFEST))
                     with contextlib.suppress(ValueError, CheckpointFormatError):  # `verify` finds it below
-                        for entry in checkpoint.entries(partial):
+                        for entry in checkpoint.manifest_entries(partial):
                             with contextlib.suppress(FileNotFoundError):
-                                self._files.get_file(f"{self._base}/{name}/{entry}", str(partial / entry))
+                                self._fs.get_file(f"{self._base}/{name}/{entry}", str(partial / entry))
                 problem = checkpoint.verify(partial)
                 if problem is None:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -84,60 +84,60 @@ class Storage:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Removes a checkpoint."""
-        with self._naming_address():
-            self._files.rm_file(f"{self._base}/{name}/{MANIFEST}")
-            self._files.rm(f"{self._base}/{name}", recursive=True)
+        """Removes a stored checkpoint."""
+        with self._naming_uri():
+            self._fs.rm_file(f"{self._base}/{name}/{MANIFEST}")
+            self._fs.rm(f"{self._base}/{name}", recursive=True)
 
     @contextlib.contextmanager
-    def _naming_address(self) -> Iterator[None]:
-        """Turns what file systems raise into an error that names the address."""
+    def _naming_uri(self) -> Iterator[None]:
+        """Converts errors of the file system to a `StorageError` that names the URI."""
         try:
             yield
         except StorageError:
             raise
         except ImportError as error:
             raise StorageError(
-                f"checkpoint.storage={self._address} needs a package that is not installed ({error}); for S3: "
+                f"checkpoint.storage={self._uri} needs a package that is not installed ({error}); for S3: "
                 f"{install_hint('s3')}"
             ) from error
-        except Exception as error:  # each kind of storage raises errors of its own
+        except Exception as error:  # each file system raises errors of its own
             reason = (str(error).splitlines() or [""])[0]
-            raise StorageError(f"checkpoint.storage={self._address}: {type(error).__name__}: {reason}") from error
+            raise StorageError(f"checkpoint.storage={self._uri}: {type(error).__name__}: {reason}") from error
 
 
-def storage_of(config: RunConfig) -> Storage | None:
-    """The second place for a run's checkpoints, where its config names one."""
-    place = config.checkpoint.storage
-    return None if place is None else Storage(place, str(config.run.name))
+def checkpoint_storage(config: RunConfig) -> Storage | None:
+    """Returns the storage of `checkpoint.storage`, or None."""
+    uri = config.checkpoint.storage
+    return None if uri is None else Storage(uri, str(config.run.name))
 
 
-def fetch(config: RunConfig, run_dir: Path) -> None:
-    """Gets a run's newest and best checkpoint from the second place, where there is one and it has them.
+def fetch_checkpoints(config: RunConfig, run_dir: Path) -> None:
+    """Downloads a run's latest and best checkpoint from `checkpoint.storage`, if it is set and has them.
 
     Raises:
-        StorageError: it does not answer.
+        StorageError: the storage is unreachable.
     """
-    storage, root = storage_of(config), checkpoint.checkpoint_root(run_dir)
-    there = [] if storage is None else storage.names()
-    if storage is not None and there and storage.get(there[-1], root) is None:
-        best = checkpoint.best_name(root / there[-1])
-        if best in there:
+    storage, root = checkpoint_storage(config), checkpoint.checkpoint_root(run_dir)
+    stored = [] if storage is None else storage.names()
+    if storage is not None and stored and storage.get(stored[-1], root) is None:
+        best = checkpoint.best_checkpoint_name(root / stored[-1])
+        if best in stored:
             storage.get(best, root)
 
 
-def fetch_best(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) -> None:
-    """As `fetch`, after the training; a place that is away is told to `warn` where this machine has checkpoints.
+def fetch_checkpoints_or_warn(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) -> None:
+    """Calls `fetch_checkpoints` after training; only warns if the storage is unreachable.
 
     Raises:
-        UserError: it has none.
+        UserError: the storage is unreachable, and this machine has no checkpoints.
     """
     try:
-        fetch(config, run_dir)
+        fetch_checkpoints(config, run_dir)
     except StorageError as error:
         if not checkpoint.checkpoints(checkpoint.checkpoint_root(run_dir)):
             raise UserError(
-                f"{error}. The training is complete, its checkpoints are there; when it answers, `densenet models "
-                f"register {run_dir}` registers the best one without training again."
+                f"{error}. The training is complete, and its checkpoints are in the storage: when it is reachable, "
+                f"`densenet models register {run_dir}` registers the best one without training again."
             ) from error
         warn(f"{error}; the checkpoints on this machine are used")

@@ -1,4 +1,4 @@
-"""Ends a process that hangs, after telling where."""
+"""Ends a process that hangs, after writing the stacks of its threads."""
 
 import faulthandler
 import os
@@ -7,14 +7,14 @@ import threading
 import time
 from typing import TextIO
 
-_GRACE_S = 10.0  # so that every rank has written its stacks before the first one's end ends the others
+_GRACE_S = 10.0  # lets every rank write its stacks before the end of the first rank ends the others
 
 
 class Watchdog:
-    """Writes all threads' stacks when `alive` has not been called for so long, and ends the process soon after.
+    """Writes all threads' stacks after `timeout_s` seconds without `heartbeat`, and then ends the process.
 
-    Use it as a context manager. The stacks go to `file` (standard error by default), whatever holds the interpreter's
-    lock.
+    Use it as a context manager. The stacks go to `file` (standard error by default), even while another thread holds
+    the interpreter's lock. The process ends with exit code 1, `grace_s` seconds after the timeout.
     """
 
     def __init__(self, timeout_s: float, file: TextIO | None = None, grace_s: float = _GRACE_S) -> None:
@@ -23,7 +23,7 @@ class Watchdog:
         self._last = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        self.alive()
+        self.heartbeat()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -31,8 +31,8 @@ class Watchdog:
         self._done.set()
         faulthandler.cancel_dump_traceback_later()
 
-    def alive(self) -> None:
-        """To be called whenever there is progress."""
+    def heartbeat(self) -> None:
+        """Restarts the timeout; call it whenever there is progress."""
         self._last = time.monotonic()
         faulthandler.dump_traceback_later(self._timeout_s, file=self._file)
 

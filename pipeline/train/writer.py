@@ -1,4 +1,4 @@
-"""Writes checkpoints in a thread of rank 0 while training goes on."""
+"""Writes checkpoints in a thread of rank 0 while training continues (asynchronous checkpointing)."""
 
 import shutil
 import time
@@ -16,11 +16,11 @@ from pipeline.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.storage import Storage, StorageError
 
-Keep = Callable[[list[Path]], list[Path]]  # of all checkpoints, oldest first
-_ROOM = "Make room or fix the folder, and start again."
+Keep = Callable[[list[Path]], list[Path]]  # all checkpoints, oldest first -> those to keep
+_DISK_ADVICE = "Free disk space or fix the folder, and start the run again to resume it."
 _DIVERGED = (
     "The training has diverged, and nothing is registered: lower optim.lr, lengthen schedule.warmup_epochs or set "
-    "optim.clip_grad_norm. The checkpoints before it are valid; the same command goes on from the newest."
+    "optim.clip_grad_norm. The earlier checkpoints are valid; the same command resumes from the latest."
 )
 
 
@@ -29,60 +29,60 @@ class _NonFinite(ValueError):
 
 
 @dataclass(frozen=True)
-class Contents:
-    """A checkpoint's files by name: tensors as safetensors, trees as JSON, texts as they are."""
+class CheckpointFiles:
+    """A checkpoint's files by name: tensors for safetensors files, trees for JSON files, and texts."""
 
     tensors: dict[str, dict[str, torch.Tensor]]
     trees: dict[str, Any]
     texts: dict[str, str]
 
 
-class Writer:
-    """One checkpoint at a time: a new one waits for the one before.
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread: a new checkpoint waits for the previous one.
 
-    Use it as a context manager: the end waits for the last one, and is a `UserError` where that could not be written.
-    One that cannot be written leaves nothing behind and is told to `warn`; the ones before it stay, and the next one is
-    another try. `written` is told each committed folder and the seconds that it took. With a `storage`, those that are
-    kept are kept there too; what it did not take is copied with the next one, or at the end.
+    Use it as a context manager: its end waits for the last checkpoint, and raises a `UserError` if that could not be
+    written. A checkpoint that cannot be written leaves no files and is reported to `warn`; earlier ones stay, and the
+    next one is a new attempt. `on_committed` gets each committed folder and the seconds it took. With a `storage`, the
+    kept checkpoints are also copied there; a failed copy is retried with the next checkpoint, and at the end.
     """
 
     def __init__(
         self,
         root: Path,
-        written: Callable[[Path, float], None],
+        on_committed: Callable[[Path, float], None],
         warn: Callable[[str], None],
         storage: Storage | None = None,
     ) -> None:
-        self._root, self._written, self._warn, self._storage = root, written, warn, storage
+        self._root, self._on_committed, self._warn, self._storage = root, on_committed, warn, storage
         self._keep: Keep = list
         self._advice = ""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[str | None] | None = None
 
-    def write(self, name: str, contents: Contents, keep: Keep) -> None:
-        """Begins to write the checkpoint `name`; afterwards those that `keep` does not choose are removed."""
+    def write(self, name: str, contents: CheckpointFiles, keep: Keep) -> None:
+        """Starts to write the checkpoint `name`, and then removes the checkpoints that `keep` does not return."""
         self.wait()
         self._last = self._thread.submit(self._write, self._root / name, contents, keep)
 
     def wait(self) -> str | None:
-        """Waits for the checkpoint under way; says why it could not be written, or None."""
+        """Waits for the checkpoint in progress; returns why it could not be written, or None."""
         return self._last.result() if self._last is not None else None
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         problem = self.wait()
         self._thread.shutdown()
         if problem is None and kind is None:
-            problem, self._advice = self._store(), _ROOM
+            problem, self._advice = self._copy_to_storage(), _DISK_ADVICE
         if problem is not None and kind is None:
             raise UserError(f"the run's last checkpoint {problem}. {self._advice}")
 
-    def _write(self, folder: Path, contents: Contents, keep: Keep) -> str | None:
+    def _write(self, folder: Path, contents: CheckpointFiles, keep: Keep) -> str | None:
         started = time.perf_counter()
         self._keep = keep
-        partial = checkpoint.partial(folder)
+        partial = checkpoint.partial_folder(folder)
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -95,40 +95,40 @@ class Writer:
                 (partial / name).write_text(text, encoding="utf-8")
             checkpoint.commit(folder)
             checkpoint.prune(self._root, keep)
-        except Exception as error:  # safetensors tells of a full disk by an error of its own
+        except Exception as error:  # safetensors raises an error of its own for a full disk
             shutil.rmtree(partial, ignore_errors=True)
             problem = f"{folder} could not be written: {getattr(error, 'strerror', None) or error}"
-            self._advice = _DIVERGED if isinstance(error, _NonFinite) else _ROOM
-            self._warn(f"checkpoint {problem}; training goes on, and the checkpoints before it stay")
+            self._advice = _DIVERGED if isinstance(error, _NonFinite) else _DISK_ADVICE
+            self._warn(f"checkpoint {problem}; training continues, and earlier checkpoints stay")
             return problem
-        unstored = self._store()
+        unstored = self._copy_to_storage()
         if unstored is not None:
-            self._warn(f"checkpoint {unstored}; training goes on, and it is tried again")
-        self._written(folder, time.perf_counter() - started)
+            self._warn(f"checkpoint {unstored}; training continues, and the copy is retried")
+        self._on_committed(folder, time.perf_counter() - started)
         return None
 
-    def _store(self) -> str | None:
-        """Copies what the storage lacks, and removes what is not to be kept; says what could not be copied."""
+    def _copy_to_storage(self) -> str | None:
+        """Copies new checkpoints to the storage and removes old ones; returns a problem, or None."""
         if self._storage is None:
             return None
         try:
-            there = self._storage.names()
+            stored = self._storage.names()
             for folder in checkpoint.checkpoints(self._root):
-                if folder.name not in there:
+                if folder.name not in stored:
                     self._storage.put(folder)
-            there = self._storage.names()
-            kept = {folder.name for folder in self._keep([self._root / name for name in there])}
-            for name in there:
+            stored = self._storage.names()
+            kept = {folder.name for folder in self._keep([self._root / name for name in stored])}
+            for name in stored:
                 if name not in kept:
                     self._storage.remove(name)
         except StorageError as error:
-            return f"copies could not be brought up to date: {error}"
+            return f"copies could not be written to the storage: {error}"
         return None
 
 
 def _check_finite(file: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises `_NonFinite` where a value is no number: a gradient was none, and the next loss will be none."""
-    # Not by torch, whose threads in this one would compete with those that train.
-    wrong = [name for name, value in tensors.items() if not np.isfinite(value.numpy()).all()]
-    if wrong:
-        raise _NonFinite(f"{wrong[0]} in {file} holds values that are no numbers")
+    """Raises `_NonFinite` if a tensor holds NaN or infinities: such a checkpoint would only give NaN losses."""
+    # NumPy, because torch would start threads that compete with training.
+    non_finite = [name for name, value in tensors.items() if not np.isfinite(value.numpy()).all()]
+    if non_finite:
+        raise _NonFinite(f"{non_finite[0]} in {file} holds NaN or infinite values")

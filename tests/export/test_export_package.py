@@ -29,7 +29,7 @@ from pipeline.model.architectures import ARCHITECTURES
 from pipeline.model.densenet import create
 from pipeline.model.weights import load_model
 from pipeline.tracking.stores import Stores
-from pipeline.train.locate import locate
+from pipeline.train.model_source import resolve_model
 from tests.conftest import BIN
 from tests.export.test_image_sizes import large
 from tests.kinds import KINDS, REFUSED
@@ -75,7 +75,7 @@ def test_predictions_equal_timm_with_torchvisions_transform(registered, tmp_path
     model, uri, folder = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
     for name in (model.uri, "models:/tiny/1", f"runs:/{run_id}/model", str(folder / "checkpoint")):
-        path = locate(name, "MODEL", tmp_path, Stores(uri, uri))
+        path = resolve_model(name, "MODEL", tmp_path, Stores(uri, uri))
         (prediction,) = open_model(path).predict(folder / "image.jpg", 99)
         probabilities = expected(folder / "image.jpg")
         assert [*prediction.classes.values()] == sorted(prediction.classes.values(), reverse=True)
@@ -218,14 +218,14 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "
 def test_errors_for_unknown_models_list_the_existing_ones(registered, tmp_path, name, message):
     _, uri, _ = registered
     with pytest.raises(UserError, match=message):
-        locate(name, "MODEL", tmp_path, Stores(uri, uri))
+        resolve_model(name, "MODEL", tmp_path, Stores(uri, uri))
 
 
 def test_errors_for_unknown_models_of_a_run_list_the_existing_ones(registered, tmp_path):
     _, uri, _ = registered
     run_id = MlflowClient(uri, uri).get_model_version("tiny", "1").run_id
     with pytest.raises(UserError, match=f"the run {run_id} has no model 'other', its models: model"):
-        locate(f"runs:/{run_id}/other", "MODEL", tmp_path, Stores(uri, uri))
+        resolve_model(f"runs:/{run_id}/other", "MODEL", tmp_path, Stores(uri, uri))
 
 
 def test_errors_name_files_that_are_not_images(registered):
@@ -257,9 +257,9 @@ def test_the_packaged_code_builds_the_same_model(name):
 def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registered, tmp_path):
     model, uri, folder = registered
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")  # MLflow's process-wide URI has no effect
-    path = locate(model.uri, "model.weights", tmp_path / "models", Stores(uri, uri))
+    path = resolve_model(model.uri, "model.weights", tmp_path / "models", Stores(uri, uri))
     first = (path / "model.safetensors").stat().st_mtime_ns
-    assert locate("models:/tiny/1", "model.weights", tmp_path / "models", Stores(uri, uri)) == path
+    assert resolve_model("models:/tiny/1", "model.weights", tmp_path / "models", Stores(uri, uri)) == path
     assert (path / "model.safetensors").stat().st_mtime_ns == first
     probabilities = expected(folder / "image.jpg")
     with Image.open(folder / "image.jpg") as image:
@@ -268,9 +268,9 @@ def test_a_registered_model_is_downloaded_once_and_built_from_its_card(registere
     with torch.no_grad():
         assert torch.allclose(load_model(path)(image_1CHW).softmax(1)[0], probabilities, atol=1e-6)
     with pytest.raises(UserError, match=r"no model named 'tinny' .* Registered: tiny"):
-        locate("models:/tinny@candidate", "loss.teacher", tmp_path / "models", Stores(uri, uri))
+        resolve_model("models:/tinny@candidate", "loss.teacher", tmp_path / "models", Stores(uri, uri))
     with pytest.raises(UserError, match=r"loss.teacher=.*gone is no model: give a checkpoint's or a run's folder"):
-        locate(str(tmp_path / "gone"), "loss.teacher", tmp_path / "models", Stores(uri, uri))
+        resolve_model(str(tmp_path / "gone"), "loss.teacher", tmp_path / "models", Stores(uri, uri))
 
 
 def test_gray_images_equal_those_of_training(tmp_path):

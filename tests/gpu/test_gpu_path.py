@@ -1,4 +1,4 @@
-"""What is other on a GPU: mixed decode, NCCL, bf16, waits for the device. Skips itself where there is none."""
+"""Tests of the GPU: mixed decoding, NCCL, bf16, device synchronization. Skipped without a GPU."""
 
 import re
 import warnings
@@ -15,13 +15,13 @@ from pipeline.data.dataset import open_split
 from pipeline.data.plan import EvalPlan
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root
-from pipeline.train.group import process_group
+from pipeline.train.process_group import process_group
 from tests.train.settings import new_trainer, settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def test_mixed_decode_is_close_to_the_cpus(imagenet_samples: Path, tmp_path: Path):
+def test_mixed_decoding_is_close_to_the_cpus(imagenet_samples: Path, tmp_path: Path):
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "any").symlink_to(imagenet_samples)
     index = open_split(tmp_path, "val", tmp_path / "cache")
@@ -60,7 +60,7 @@ def nccl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_in_two_parts_is_one_in_one_bit_for_bit(nccl, indexes, tmp_path: Path, precision):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(nccl, indexes, tmp_path: Path, precision):
     data = indexes()
     plan = {
         "model": {"name": "densenet121", "drop_rate": 0.2},
@@ -78,8 +78,8 @@ def test_a_run_in_two_parts_is_one_in_one_bit_for_bit(nccl, indexes, tmp_path: P
         assert all(torch.equal(one[key], two[key]) for key in one), file
 
 
-def test_between_log_lines_the_host_waits_for_the_agreement_on_the_loss_alone(nccl, indexes, tmp_path: Path):
-    """The agreement waits on a stream of its own (`pipeline/train/finite.py`); nothing else may wait."""
+def test_between_log_lines_the_host_only_waits_for_the_exchange_of_the_loss(nccl, indexes, tmp_path: Path):
+    """The exchange waits on a separate stream (`pipeline/train/non_finite.py`); nothing else may synchronize."""
     data, batches = indexes(), iter(range(99))
     plan = {
         "train": {"epochs": 4, "log_every_steps": 20},
@@ -89,7 +89,7 @@ def test_between_log_lines_the_host_waits_for_the_agreement_on_the_loss_alone(nc
         "eval": {"resize": 32, "crop": 32, "every_epochs": 9},
     }
 
-    def alive() -> None:
+    def heartbeat() -> None:
         step = next(batches)
         if step in (5, 15):
             torch.cuda.set_sync_debug_mode("warn" if step == 5 else "default")
@@ -97,7 +97,7 @@ def test_between_log_lines_the_host_waits_for_the_agreement_on_the_loss_alone(nc
     config, derived = settings(*data, device="cuda", **plan)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        new_trainer(config, derived, data, tmp_path / "run", lambda event: None, alive=alive).fit()
+        new_trainer(config, derived, data, tmp_path / "run", lambda event: None, heartbeat=heartbeat).fit()
     waits = [Path(warning.filename).name for warning in found if "synchroniz" in str(warning.message)]
     assert set(waits) == {"streams.py"}
     assert len(waits) == 10

@@ -14,8 +14,8 @@ from pipeline.export.package import RegisteredModel, register
 from pipeline.tracking.registry import check_permissions, tag_version
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores
-from pipeline.train.locate import locate
-from pipeline.train.start import find_sources
+from pipeline.train.model_source import resolve_model
+from pipeline.train.warm_start import find_pretrained
 from tests.models import write_model
 from tests.servers import MlflowServer
 
@@ -94,10 +94,10 @@ def test_models_are_located_through_the_registry_and_through_their_run(stores, t
         monkeypatch.setenv(name, value)
     weights = (folder / "checkpoint1" / "model.safetensors").read_bytes()
     for name in ("models:/tiny/1", f"runs:/{run_id}/model"):
-        assert (locate(name, "MODEL", tmp_path / "cache", at) / "model.safetensors").read_bytes() == weights
+        assert (resolve_model(name, "MODEL", tmp_path / "cache", at) / "model.safetensors").read_bytes() == weights
     tracking = {"uri": at.tracking, "registry_uri": at.registry}
     tree = {"run": {"output": str(tmp_path)}, "model": {"weights": "models:/tiny@candidate"}, "tracking": tracking}
-    checkpoint = find_sources(RunConfig.model_validate(tree)).weights
+    checkpoint = find_pretrained(RunConfig.model_validate(tree)).weights
     expected = (folder / "checkpoint2" / "model.safetensors").read_bytes()
     assert (checkpoint / "model.safetensors").read_bytes() == expected
 

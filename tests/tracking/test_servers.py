@@ -15,7 +15,7 @@ from pipeline.tracking.client import connect
 from pipeline.tracking.queries import metric_history, read_artifact
 from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores
-from pipeline.train.locate import locate
+from pipeline.train.model_source import resolve_model
 from tests.models import write_model
 from tests.servers import PATIENCE_S, MlflowServer, postgres, s3_store
 
@@ -73,7 +73,7 @@ def test_concurrent_runs_survive_a_server_restart_and_models_are_stored_in_s3(se
     names = {"name": "tiny", "alias": "candidate", "data_fingerprint": "f00d"}
     register(tmp_path / "model-one", stores=Stores(server.uri, server.uri), run_id=ids["one"], **names)
     for model_uri in ("models:/tiny@candidate", f"runs:/{ids['one']}/model"):
-        folder = locate(model_uri, "MODEL", tmp_path / "cache", Stores(server.uri, server.uri))
+        folder = resolve_model(model_uri, "MODEL", tmp_path / "cache", Stores(server.uri, server.uri))
         assert (folder / "model.safetensors").read_bytes() == (tmp_path / "model-one/model.safetensors").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""A run's settings for a small image set, and its trainer."""
+"""A test run's config and derived values for a small image set, and its trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def settings(
     train_index: DatasetIndex, val_index: DatasetIndex, workers: int = 1, device: Device = "cpu", **sections: dict
 ) -> tuple[RunConfig, Derived]:
-    """A config for the image set, and what follows from it."""
+    """Returns a config for the image set, and its derived values."""
     tree: dict = {
         "run": {"seed": 5},
         "model": {"name": "densenet_tiny"},
@@ -52,7 +52,7 @@ def new_trainer(
     report: Report,
     **options: Any,
 ) -> Trainer:
-    """A trainer of this rank, on the CPU or the first GPU; `options` are its further arguments."""
+    """Returns this rank's trainer, on the CPU or the first GPU; `options` are further arguments of `Trainer`."""
     device = CPU if derived.device == "cpu" else torch.device("cuda", 0)
     derived = find_batch_size(config, derived, device, lambda text: report(Warned(text)))
     inputs = Inputs(config, derived, *indexes, device)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: committed last, verified in full, passed over when corrupt."""
+"""Checkpoint folders: manifest written last, verified in full, skipped when corrupt."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from pipeline.train import checkpoint
 
 def committed(root: Path, samples: int) -> Path:
     folder = root / checkpoint.folder_name(samples)
-    partial = checkpoint.partial(folder)
+    partial = checkpoint.partial_folder(folder)
     (partial / "engine").mkdir(parents=True)
     (partial / "engine" / "state.pt").write_bytes(bytes(range(256)) * 16)
     checkpoint.write_json(partial / "state.json", {"samples_seen": samples})
@@ -35,11 +35,11 @@ def flip_a_bit(folder: Path) -> None:
 
 
 CORRUPTIONS = {
-    "truncated": (truncate, "engine/state.pt has 4095 bytes, 4096 were written"),
-    "flipped": (flip_a_bit, "engine/state.pt has changed"),
+    "truncated": (truncate, "engine/state.pt has 4095 bytes, expected 4096"),
+    "flipped": (flip_a_bit, "engine/state.pt does not match its SHA-256"),
     "gone": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
-    "half a manifest": (lambda f: (f / "manifest.json").write_text('{"format"'), "manifest.json cannot be read"),
+    "a truncated manifest": (lambda f: (f / "manifest.json").write_text('{"format"'), "manifest.json cannot be read"),
     "another format": (
         lambda f: (f / "manifest.json").write_text('{"format": 9, "files": {}}'),
         "has format 9, and this",
@@ -48,17 +48,17 @@ CORRUPTIONS = {
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_the_newest_valid_one_is_found_behind_a_corrupt_one(tmp_path, corruption):
+def test_the_latest_valid_checkpoint_is_found_behind_a_corrupt_one(tmp_path, corruption):
     older, newer = committed(tmp_path, 100), committed(tmp_path, 200)
-    said: list[str] = []
-    assert checkpoint.newest_valid(tmp_path, said.append) == newer
-    assert said == []
+    warnings: list[str] = []
+    assert checkpoint.latest_valid(tmp_path, warnings.append) == newer
+    assert warnings == []
     spoil, reason = CORRUPTIONS[corruption]
     spoil(newer)
-    assert checkpoint.newest_valid(tmp_path, said.append) == older
-    assert len(said) == 1
-    assert str(newer) in said[0]
-    assert reason in said[0]
+    assert checkpoint.latest_valid(tmp_path, warnings.append) == older
+    assert len(warnings) == 1
+    assert str(newer) in warnings[0]
+    assert reason in warnings[0]
 
 
 def test_a_run_whose_checkpoints_another_version_wrote_is_refused_and_keeps_them(tmp_path):
@@ -67,21 +67,21 @@ def test_a_run_whose_checkpoints_another_version_wrote_is_refused_and_keeps_them
     with pytest.raises(
         CheckpointFormatError, match="has format 4, and this version reads format 5: resume it with the version"
     ):
-        checkpoint.newest_valid(tmp_path, lambda _: None)
+        checkpoint.latest_valid(tmp_path, lambda _: None)
     assert folder.is_dir()
 
 
-def test_a_half_written_checkpoint_is_not_one(tmp_path):
+def test_a_partial_checkpoint_is_ignored(tmp_path):
     folder = committed(tmp_path, 100)
-    folder.rename(checkpoint.partial(folder))
+    folder.rename(checkpoint.partial_folder(folder))
     assert checkpoint.checkpoints(tmp_path) == []
-    assert checkpoint.newest_valid(tmp_path, pytest.fail) is None
+    assert checkpoint.latest_valid(tmp_path, pytest.fail) is None
 
 
-def test_pruning_keeps_the_newest_and_the_best(tmp_path):
+def test_pruning_keeps_the_latest_and_the_best(tmp_path):
     folders = [committed(tmp_path, n) for n in (100, 200, 300, 400)]
-    checkpoint.partial(folders[0]).mkdir()
-    checkpoint.prune(tmp_path, lambda there: [there[0], *there[-2:]])
+    checkpoint.partial_folder(folders[0]).mkdir()
+    checkpoint.prune(tmp_path, lambda existing: [existing[0], *existing[-2:]])
     assert sorted(p.name for p in tmp_path.iterdir()) == [folders[i].name for i in (0, 2, 3)]
 
 
@@ -94,7 +94,7 @@ def test_the_manifest_lists_every_file_but_itself(tmp_path):
 
 @settings(max_examples=200)
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(["flip", "cut", "zero", "more"]))
-def test_any_corruption_anywhere_is_told_or_leaves_every_file_as_it_was(tmp_path_factory, seed, kind):
+def test_any_corruption_is_detected_or_leaves_every_file_unchanged(tmp_path_factory, seed, kind):
     rng = random.Random(seed)
     folder = committed(tmp_path_factory.mktemp("checkpoints"), 100)
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
@@ -129,7 +129,7 @@ MANIFESTS = [
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS)
-def test_a_manifest_that_is_other_json_is_a_corrupt_one(tmp_path, manifest):
+def test_a_manifest_with_unexpected_json_is_corrupt(tmp_path, manifest):
     folder = committed(tmp_path, 100)
     (folder / "manifest.json").write_text(manifest)
     assert "manifest.json cannot be read" in str(checkpoint.verify(folder))

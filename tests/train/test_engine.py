@@ -1,4 +1,4 @@
-"""The engine against plain PyTorch, batch norm over ranks, full weights at every stage."""
+"""The engine against plain PyTorch, batch norm over ranks, mixed precision, gradient clipping, full weights."""
 
 import pytest
 import torch
@@ -74,15 +74,15 @@ def test_running_statistics_are_averaged_over_ranks_that_saw_different_data(run_
     assert torch.allclose(after0, (before0 + before1) / 2)
 
 
-def test_clipping_is_always_explicit():
+def test_gradient_clipping_is_always_explicit():
     config, d = settings(1)
     assert deepspeed_config(config, d)["gradient_clipping"] == 0.0
     config, d = settings(1, clip_grad_norm=2.5)
     assert deepspeed_config(config, d)["gradient_clipping"] == 2.5
 
 
-def test_no_clipping_means_none(one_rank):
-    """DeepSpeed 0.19 clips to norm 1 unless told otherwise: a large gradient must arrive whole."""
+def test_without_clip_grad_norm_gradients_are_not_clipped(one_rank):
+    """DeepSpeed 0.19 clips to norm 1 by default: a large gradient must arrive unclipped."""
     config, d = settings(1, lr=1.0, momentum=0, nesterov=False, weight_decay=0)
     model = torch.nn.Linear(1, 1, bias=False)
     engine = Engine(config, d, model, CPU)
@@ -92,7 +92,7 @@ def test_no_clipping_means_none(one_rank):
     assert (before - engine.full_state()["weight"]).item() == pytest.approx(800.0)
 
 
-def test_bf16_computes_in_half_precision_and_keeps_weights_and_statistics_in_fp32(one_rank):
+def test_bf16_mixed_precision_keeps_weights_and_statistics_in_fp32(one_rank):
     config, d = settings(1)
     torch.manual_seed(0)
     engine = Engine(config, d.model_copy(update={"precision": "bf16"}), create("densenet_tiny", d.num_classes), CPU)
@@ -113,28 +113,28 @@ def test_bf16_computes_in_half_precision_and_keeps_weights_and_statistics_in_fp3
 def test_further_keys_reach_deepspeed_and_contradictions_are_refused():
     config, d = settings(2)
 
-    def told(**keys: object) -> dict:
+    def merged(**keys: object) -> dict:
         engine = config.engine.model_copy(update={"deepspeed": keys})
         return deepspeed_config(config.model_copy(update={"engine": engine}), d)
 
-    assert told(zero_optimization={"overlap_comm": True})["zero_optimization"]["overlap_comm"] is True
-    assert told(zero_optimization={"overlap_comm": True})["zero_optimization"]["stage"] == 2
-    assert told(wall_clock_breakdown=True)["wall_clock_breakdown"] is True
-    with pytest.raises(ConfigError, match=r"engine.deepspeed.zero_optimization.stage=3 contradicts 2, .* leave it out"):
-        told(zero_optimization={"stage": 3})
+    assert merged(zero_optimization={"overlap_comm": True})["zero_optimization"]["overlap_comm"] is True
+    assert merged(zero_optimization={"overlap_comm": True})["zero_optimization"]["stage"] == 2
+    assert merged(wall_clock_breakdown=True)["wall_clock_breakdown"] is True
+    with pytest.raises(ConfigError, match=r"engine.deepspeed.zero_optimization.stage=3 contradicts 2, .* omit it"):
+        merged(zero_optimization={"stage": 3})
     with pytest.raises(ConfigError, match=r"engine.deepspeed.gradient_clipping=1.0 contradicts 0.0"):
-        told(gradient_clipping=1.0)
+        merged(gradient_clipping=1.0)
 
 
-def test_gradients_travel_in_the_format_that_is_asked_for():
+def test_communication_data_type_reaches_deepspeed():
     config, d = settings(1)
     assert "communication_data_type" not in deepspeed_config(config, d)
     engine = config.engine.model_copy(update={"communication_data_type": "bf16"})
     assert deepspeed_config(config.model_copy(update={"engine": engine}), d)["communication_data_type"] == "bf16"
 
 
-def test_fp16_skips_steps_that_overflow_and_goes_on(one_rank):
-    """The first loss scale, 65536, is far too large for this gradient; it is halved until steps are made."""
+def test_fp16_skips_steps_with_overflowed_gradients_and_continues(one_rank):
+    """The first loss scale, 65536, is far too large for this gradient; it is halved until a step succeeds."""
     config, d = settings(0, lr=0.02)
     torch.manual_seed(0)
     engine = Engine(config, d.model_copy(update={"precision": "fp16"}), create("densenet_tiny", d.num_classes), CPU)
@@ -154,13 +154,13 @@ def test_fp16_skips_steps_that_overflow_and_goes_on(one_rank):
     assert engine.full_state()["features.conv0.weight"].dtype == torch.float32
 
 
-def test_fp16_is_refused_where_deepspeed_would_skip_for_ever():
+def test_fp16_is_refused_at_zero_stages_where_deepspeed_would_skip_every_step():
     with pytest.raises(ValueError, match="train.precision=fp16 needs engine.zero_stage=0"):
         RunConfig.model_validate({"train": {"precision": "fp16"}, "engine": {"zero_stage": 1}})
 
 
 def norms(clip: float | None) -> list[float]:
-    """The norm of the first step's gradient by plain PyTorch, and by the engine at stages 0 to 3."""
+    """Returns the first step's gradient norm from plain PyTorch, and from the engine at stages 0 to 3."""
     found = []
     images_NCHW, labels_N = batches(1)[0]
     for stage in (None, 0, 1, 2, 3):
@@ -173,12 +173,12 @@ def norms(clip: float | None) -> list[float]:
         config, d = settings(stage, clip_grad_norm=clip)
         engine = Engine(config, d, model, CPU)
         engine.backward(F.cross_entropy(engine.forward(images_NCHW), labels_N))
-        engine.step(measure=True)
+        engine.step(measure_norm=True)
         found.append(engine.grad_norm)
     return found
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
-def test_the_gradients_norm_is_that_before_clipping(run_ranks, clip):
+def test_grad_norm_is_the_norm_before_clipping(run_ranks, clip):
     ((plain, *by_stage),) = run_ranks(1, norms, clip)
     assert by_stage == pytest.approx([plain] * 4, rel=1e-4)

@@ -1,4 +1,4 @@
-"""What the engine can be told besides: moving average, memory layout, compilation, frozen norms."""
+"""Engine options: EMA, channels last, torch.compile, frozen norms, layer decay."""
 
 import shutil
 
@@ -16,12 +16,12 @@ from tests.train.test_engine import CPU, batches, plain_losses, settings
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
 
 
-def make(stage: int, sections: dict, warn=print, accumulation: int = 1) -> Engine:
+def create_engine(stage: int, sections: dict, warn=print, accumulation: int = 1) -> Engine:
     config, d = settings(stage)
     updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     config = config.model_copy(update=updates)
     d = derive_for_workers(d, config, d.workers).model_copy(
-        update={"device_batch_size": d.device_batch_size // accumulation, "accumulation": accumulation}
+        update={"device_batch_size": d.device_batch_size // accumulation, "gradient_accumulation_steps": accumulation}
     )
     torch.manual_seed(0)
     return Engine(config, d, create("densenet_tiny", d.num_classes), CPU, warn)
@@ -39,20 +39,20 @@ def step(engine: Engine, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> f
     return loss
 
 
-def averages() -> list[bool]:
-    return [average_equals_one_by_hand(stage) for stage in (0, 1, 2, 3)]
+def emas() -> list[bool]:
+    return [ema_equals_one_by_hand(stage) for stage in (0, 1, 2, 3)]
 
 
-def average_equals_one_by_hand(stage: int) -> bool:
-    """With two micro-batches a step, against an average of the whole weights taken after every step."""
-    engine = make(stage, {"ema": {"decay": 0.4}}, accumulation=2)
+def ema_equals_one_by_hand(stage: int) -> bool:
+    """With two micro-batches per step, against an EMA of the full weights updated after every step."""
+    engine = create_engine(stage, {"ema": {"decay": 0.4}}, accumulation=2)
     expected = engine.full_state()
     for i, (images_NCHW, labels_N) in enumerate(batches(4)):
         for half in (slice(4), slice(4, None)):
             backward(engine, images_NCHW[half], labels_N[half])
         engine.step()
         engine.update_ema(i + 1)
-        decay = min(0.4, 1 - (1 + i) ** (-2 / 3))  # warm-up: 0, 0.37, then 0.4
+        decay = min(0.4, 1 - (1 + i) ** (-2 / 3))  # warmup: 0, 0.37, then 0.4
         for key, new in engine.full_state().items():
             if new.is_floating_point():
                 expected[key] = decay * expected[key] + (1 - decay) * new
@@ -70,19 +70,19 @@ def average_equals_one_by_hand(stage: int) -> bool:
 
 
 @pytest.mark.slow
-def test_the_average_is_moved_once_a_step_at_every_stage(run_ranks):
-    assert run_ranks(1, averages) == [[True] * 4]
+def test_the_ema_is_updated_once_per_step_at_every_stage(run_ranks):
+    assert run_ranks(1, emas) == [[True] * 4]
 
 
 def layouts() -> list[bool]:
     found = []
     for stage in (0, 1, 2, 3):
-        engine = make(stage, {"engine": {"channels_last": True, "zero_stage": stage}})
+        engine = create_engine(stage, {"engine": {"channels_last": True, "zero_stage": stage}})
 
-        def look(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        def record(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             found.append(output.is_contiguous(memory_format=torch.channels_last))
 
-        engine.module.features.denseblock2.denselayer1.conv2.register_forward_hook(look)
+        engine.module.features.denseblock2.denselayer1.conv2.register_forward_hook(record)
         step(engine, *batches(1)[0])
     return found
 
@@ -94,13 +94,13 @@ def test_channels_last_reaches_the_features_at_every_stage(run_ranks):
 
 def test_channels_last_computes_the_same(one_rank):
     config, d = settings(1)
-    engine = make(1, {"engine": {"channels_last": True}})
+    engine = create_engine(1, {"engine": {"channels_last": True}})
     losses = [step(engine, *batch) for batch in batches(5)]
     assert losses == pytest.approx(plain_losses(config, d), rel=1e-4)
     assert all(value.is_contiguous() for value in engine.full_state().values())
 
 
-def small_net() -> torch.nn.Module:
+def small_model() -> torch.nn.Module:
     torch.manual_seed(0)
     features = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
     return torch.nn.Sequential(*features, torch.nn.Flatten(), torch.nn.Linear(8, 5))
@@ -114,26 +114,26 @@ def test_a_compiled_model_computes_the_same_under_its_own_names(one_rank):
         config, d = settings(1)
         engine = config.engine.model_copy(update={"compile": switch})
         data = config.data.model_copy(update={"image_size": 32})
-        engine = Engine(config.model_copy(update={"engine": engine, "data": data}), d, small_net(), CPU)
+        engine = Engine(config.model_copy(update={"engine": engine, "data": data}), d, small_model(), CPU)
         compiled = torch._dynamo.utils.counters["aot_autograd"]["total"]
         losses[switch] = [step(engine, *batch) for batch in batches(5)]
         assert torch._dynamo.utils.counters["aot_autograd"]["total"] == compiled, "compiled before training"
         assert compiled >= (switch == "on")
-        assert set(engine.full_state()) == set(small_net().state_dict())
+        assert set(engine.full_state()) == set(small_model().state_dict())
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-5)
 
 
-def test_a_compiler_that_fails_is_told_and_left_out_only_where_the_user_allows_it(one_rank, monkeypatch, tmp_path):
+def test_a_failed_compilation_is_an_error_or_with_try_a_warning(one_rank, monkeypatch, tmp_path):
     monkeypatch.setattr(inductor.cpp, "cxx", (str(tmp_path / "no-compiler"),))
     monkeypatch.setattr(inductor, "force_disable_caches", True)
     torch._dynamo.reset()
     with pytest.raises(UserError, match=r"torch.compile failed \(.*engine.compile=off, or engine.compile=try"):
-        make(1, {"engine": {"compile": "on"}, "data": {"image_size": 32}})
+        create_engine(1, {"engine": {"compile": "on"}, "data": {"image_size": 32}})
     torch._dynamo.reset()
-    told: list[str] = []
-    engine = make(1, {"engine": {"compile": "try"}, "data": {"image_size": 32}}, told.append)
-    assert len(told) == 1
-    assert "the model runs uncompiled" in told[0]
+    warnings: list[str] = []
+    engine = create_engine(1, {"engine": {"compile": "try"}, "data": {"image_size": 32}}, warnings.append)
+    assert len(warnings) == 1
+    assert "the model runs uncompiled" in warnings[0]
     losses = [step(engine, *batch) for batch in batches(5)]
     config, d = settings(1)
     assert losses == pytest.approx(plain_losses(config, d), rel=1e-5)
@@ -141,7 +141,7 @@ def test_a_compiler_that_fails_is_told_and_left_out_only_where_the_user_allows_i
 
 @pytest.mark.parametrize(("finetune", "moving"), [({"freeze_batch_norm": True}, 0), ({"freeze_blocks": 2}, 1)])
 def test_frozen_norms_keep_their_statistics_and_weights(one_rank, finetune, moving):
-    engine = make(1, {"finetune": finetune})
+    engine = create_engine(1, {"finetune": finetune})
     before = engine.full_state()
     engine.train(False)
     engine.train(True)
@@ -166,10 +166,10 @@ def test_frozen_norms_keep_their_statistics_and_weights(one_rank, finetune, movi
         assert not any("norm" in key for key in changed)
 
 
-def test_layer_decay_leaves_the_stem_almost_in_place(one_rank):
+def test_layer_decay_lowers_the_learning_rate_of_the_stem(one_rank):
     moved = {}
     for decay in (1.0, 0.1):
-        engine = make(1, {"finetune": {"layer_decay": decay}})
+        engine = create_engine(1, {"finetune": {"layer_decay": decay}})
         engine.set_learning_rate(0.1)
         before = engine.full_state()["features.conv0.weight"]
         step(engine, *batches(1)[0])

@@ -1,4 +1,4 @@
-"""The same training by other means: ZeRO stages, batch splits and ranks, precisions."""
+"""Equal losses at all ZeRO stages, memory modes, gradient accumulation steps and numbers of ranks."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def losses(
     stage: int, device_batch: int, frozen: bool, memory: str = "none", engine: dict | None = None
 ) -> list[float]:
-    """Mean losses of the steps over all ranks, each rank on its part of the batches."""
+    """Returns each step's mean loss over all ranks, each rank on its part of the batches."""
     rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = RunConfig.model_validate(
         {
@@ -58,7 +58,7 @@ def losses(
 
 
 def plain(frozen: bool) -> list[float]:
-    """The same by a plain PyTorch loop."""
+    """Returns the losses of a plain PyTorch loop."""
     torch.manual_seed(0)
     model = create("densenet_tiny", 5)
     config = RunConfig.model_validate({"train": {"global_batch_size": BATCH, "epochs": 1}, "optim": {"lr": 0.02}})
@@ -83,22 +83,24 @@ def plain(frozen: bool) -> list[float]:
 
 
 def some_stages(memory: dict[int, str], device_batch: int, frozen: bool) -> dict[int, list[float]]:
-    """The losses of some stages, each with its memory mode."""
+    """Returns the losses by ZeRO stage, each with its memory mode."""
     return {stage: losses(stage, device_batch, frozen, mode) for stage, mode in memory.items()}
 
 
 @pytest.mark.slow
-def test_every_stage_gives_the_losses_of_a_plain_loop_over_20_steps(run_ranks):
+def test_every_zero_stage_has_the_losses_of_a_plain_loop_over_20_steps(run_ranks):
     """The memory modes change nothing either."""
     expected = plain(frozen=False)
-    (found,) = run_ranks(1, some_stages, {0: "none", 1: "none", 2: "shared-stats", 3: "checkpoint"}, BATCH, False)
+    (found,) = run_ranks(
+        1, some_stages, {0: "none", 1: "none", 2: "shared-stats", 3: "activation-checkpointing"}, BATCH, False
+    )
     for stage, losses_of_stage in found.items():
         assert losses_of_stage == pytest.approx(expected, rel=1e-3), f"stage {stage}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stages", "device_batch"), [((0, 3), 8), ((1, 2), 16)])
-def test_two_ranks_and_accumulation_give_the_losses_of_one_batch_where_norms_are_frozen(
+def test_two_ranks_with_gradient_accumulation_have_the_losses_of_one_batch_with_frozen_norms(
     run_ranks, stages, device_batch
 ):
     expected = plain(frozen=True)

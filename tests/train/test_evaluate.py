@@ -12,12 +12,12 @@ from pipeline.data.plan import EvalPlan
 from pipeline.evaluation.counts import EvalResult
 from pipeline.model.densenet import create
 from pipeline.train.engine import Engine
-from pipeline.train.evaluate import Counter, evaluate
+from pipeline.train.evaluate import AccuracyCounter, evaluate
 from tests.train.settings import settings
 
 
 def fixed_model(classes: int) -> torch.nn.Module:
-    """Random weights whose running statistics fit the images, so that its answers vary."""
+    """Random weights whose running statistics fit the images, so that its predictions vary."""
     torch.manual_seed(1)
     model = create("densenet_tiny", classes)
     generator = torch.Generator().manual_seed(2)
@@ -54,7 +54,7 @@ def evaluate_rank(train_index: DatasetIndex, val_index: DatasetIndex, batch_size
 
 
 def plain_count(val_index: DatasetIndex, classes: int) -> EvalResult:
-    """One image after the other through PIL and plain PyTorch."""
+    """Evaluates one image at a time with PIL and plain PyTorch."""
     model = fixed_model(classes).eval()
     config, _ = settings(val_index, val_index)
     top1 = top5 = 0
@@ -76,7 +76,7 @@ def test_counts_over_103_images_are_the_same_for_1_2_3_and_7_workers(run_ranks, 
     train_index, val_index = indexes(val=103, classes=8)
     expected = plain_count(val_index, 8)
     assert expected.total == 103
-    assert 0 < expected.top1_correct < expected.top5_correct < 103  # a count that can tell
+    assert 0 < expected.top1_correct < expected.top5_correct < 103  # neither all wrong nor all right
     for workers, batch_size in ((1, 16), (2, 7), (3, 8), (7, 4)):
         for result in run_ranks(workers, evaluate_rank, train_index, val_index, batch_size, 1):
             assert (result.total, result.top1_correct, result.top5_correct, result.top5_k) == (
@@ -89,7 +89,7 @@ def test_counts_over_103_images_are_the_same_for_1_2_3_and_7_workers(run_ranks, 
 
 
 @pytest.mark.slow
-def test_ranks_with_unequal_batches_do_not_wait_for_each_other_when_weights_are_sharded(run_ranks, indexes):
+def test_ranks_with_unequal_batches_do_not_hang_when_weights_are_sharded(run_ranks, indexes):
     train_index, val_index = indexes(val=9, classes=3)
     expected = plain_count(val_index, 3)
     for result in run_ranks(2, evaluate_rank, train_index, val_index, 4, 3):  # one batch on rank 0, two on rank 1
@@ -97,7 +97,7 @@ def test_ranks_with_unequal_batches_do_not_wait_for_each_other_when_weights_are_
 
 
 def test_top5_with_fewer_than_five_classes_counts_all(one_rank):
-    counter = Counter(3, torch.device("cpu"))
+    counter = AccuracyCounter(3, torch.device("cpu"))
     counter.add(torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]), torch.tensor([0, 0]))
     result, matrix_KK = counter.result()
     assert (result.total, result.top1_correct, result.top5_correct, result.top5_k) == (2, 1, 2, 3)
@@ -107,16 +107,16 @@ def test_top5_with_fewer_than_five_classes_counts_all(one_rank):
 NAN, INF = float("nan"), float("inf")
 
 
-def test_images_with_non_finite_logits_are_misses_and_counted(one_rank):
-    """NaN counts as the largest for `topk`, and class 0 comes first: it would be a hit."""
-    counter = Counter(3, torch.device("cpu"))
+def test_images_with_non_finite_logits_count_as_wrong(one_rank):
+    """`topk` sorts NaN first, so class 0 would count as correct."""
+    counter = AccuracyCounter(3, torch.device("cpu"))
     logits_NK = torch.tensor([[NAN, NAN, NAN], [INF, 0.0, 0.0], [0.0, -INF, 0.0], [3.0, 2.0, 1.0]])
     counter.add(logits_NK, torch.tensor([0, 0, 0, 0]))
     result, matrix_KK = counter.result()
     assert (result.total, result.top1_correct, result.top5_correct, result.non_finite) == (4, 1, 1, 3)
     assert result.loss == pytest.approx(F.cross_entropy(logits_NK[3:], torch.tensor([0])).item())
     assert matrix_KK.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
-    counter = Counter(3, torch.device("cpu"))
+    counter = AccuracyCounter(3, torch.device("cpu"))
     counter.add(logits_NK[:2], torch.tensor([0, 0]))
     assert counter.result()[0] == EvalResult(2, 0, 0, 3, None, 2)
 
@@ -125,6 +125,6 @@ def test_a_result_with_non_finite_outputs_is_never_the_better_one():
     good, worse = EvalResult(10, 5, 9, 5, 1.0), EvalResult(10, 5, 9, 5, 2.0)
     partly, none = EvalResult(10, 9, 9, 5, 0.1, 1), EvalResult(10, 0, 0, 5, None, 10)
     order = [good, worse, partly, none]
-    for place, result in enumerate(order):
+    for i, result in enumerate(order):
         assert not result.better_than(result)
-        assert all(result.better_than(other) and not other.better_than(result) for other in order[place + 1 :])
+        assert all(result.better_than(other) and not other.better_than(result) for other in order[i + 1 :])

@@ -1,9 +1,9 @@
-"""Peaks by name, and utilization by hand."""
+"""Peak FLOP/s by GPU name, and model FLOPs utilization by hand."""
 
 import pytest
 
 from pipeline.config import Model
-from pipeline.train.mfu import peak_flops, utilization
+from pipeline.train.mfu import model_flops_utilization, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -27,5 +27,5 @@ def test_a_gpu_that_is_not_listed_has_no_peak():
 
 def test_utilization_of_densenet121():
     """2.834 G multiply-adds at 224 pixels, 1,000 images/s: 17 TFLOP/s."""
-    share = utilization(1000, Model(name="densenet121"), 1000, 224, peak=100e12)
-    assert share == pytest.approx(6 * 2.834e12 / 100e12, rel=1e-3)
+    mfu = model_flops_utilization(1000, Model(name="densenet121"), 1000, 224, peak=100e12)
+    assert mfu == pytest.approx(6 * 2.834e12 / 100e12, rel=1e-3)

@@ -13,7 +13,7 @@ from pipeline.train.optim import create_optimizer, parameter_groups
 from tests.train.test_engine import CPU, batches, settings
 
 
-def test_weight_decay_goes_to_convolutions_and_linear_weights_alone():
+def test_only_convolution_and_linear_weights_have_weight_decay():
     model = create("densenet121", 10)
     decayed, rest = (sum(p.numel() for p in g["params"]) for g in parameter_groups(model, 1e-4))
     assert decayed + rest == sum(p.numel() for p in model.parameters())
@@ -47,7 +47,7 @@ def test_frozen_parameters_are_in_no_group():
         ),
     ],
 )
-def test_a_step_is_that_of_the_published_optimizer(optim, reference):
+def test_optimizers_step_like_the_reference_implementation(optim, reference):
     weights = []
     for ours in (True, False):
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def test_a_step_is_that_of_the_published_optimizer(optim, reference):
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars", "muon"])
-def test_optimizers_that_need_full_weights_train_at_stage_0_and_are_errors_with_sharding(name, one_rank):
+def test_lamb_lars_and_muon_train_at_zero_stage_0_and_are_refused_at_stage_1(name, one_rank):
     config, d = settings(0, name=name, lr={"lamb": 0.01, "lars": 5.0, "muon": 0.002}[name])
     torch.manual_seed(0)
     engine = Engine(config, d, create("densenet_tiny", d.num_classes), CPU)
@@ -80,7 +80,7 @@ def test_optimizers_that_need_full_weights_train_at_stage_0_and_are_errors_with_
         settings(1, name=name)
 
 
-def test_rates_by_layer_and_of_the_classifier_reach_the_optimizer(one_rank):
+def test_layer_decay_and_head_lr_mult_reach_the_optimizer(one_rank):
     config, d = settings(1)
     finetune = Finetune(layer_decay=0.5, head_lr_mult=10)
     config = config.model_copy(update={"finetune": finetune})
@@ -93,15 +93,15 @@ def test_rates_by_layer_and_of_the_classifier_reach_the_optimizer(one_rank):
     assert factors["features.conv0.weight"] == 0.5**4
     engine = Engine(config, d, model, CPU)
     engine.set_learning_rate(0.1)
-    rates = sorted({group["lr"] for group in engine._optimizer.param_groups})
-    assert rates == pytest.approx([0.00625, 0.0125, 0.025, 0.05, 0.1, 1.0])
+    learning_rates = sorted({group["lr"] for group in engine._optimizer.param_groups})
+    assert learning_rates == pytest.approx([0.00625, 0.0125, 0.025, 0.05, 0.1, 1.0])
 
 
-def test_without_fine_tuning_all_have_the_one_rate():
+def test_without_fine_tuning_all_parameters_have_the_same_learning_rate():
     assert lr_scales(create("densenet_tiny", 5), Finetune()) == {}
 
 
 @pytest.mark.parametrize(("scaling", "peak"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])
-def test_the_rate_is_scaled_by_the_global_batch(scaling, peak):
+def test_lr_scaling_by_the_global_batch(scaling, peak):
     config = RunConfig.model_validate({"optim": {"lr_scaling": scaling}})
     assert config.optim.peak_lr(1024) == pytest.approx(peak)

@@ -1,4 +1,4 @@
-"""Restarts in a run's records: why, where it went on, what was trained again; counted over all its drivers."""
+"""Restarts in a run's MLflow records: cause, where the run resumed, lost samples; counted over all its drivers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ def step(samples_seen: int) -> Step:
 
 
 def drive(config: RunConfig, run_dir: Path, events: list[Event]) -> Tracker:
-    """One driver that hears these events."""
+    """Records these events as one driver."""
     with Tracker(config, run_dir, "one", print) as tracker:
         recorder = Recorder(tracker, config, run_dir)
         for event in events:
@@ -26,7 +26,7 @@ def drive(config: RunConfig, run_dir: Path, events: list[Event]) -> Tracker:
     return tracker
 
 
-def test_a_lost_worker_a_grown_cluster_and_a_driver_that_was_started_again(tmp_path):
+def test_a_lost_worker_a_resized_cluster_and_a_restarted_driver_are_recorded(tmp_path):
     config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
     first, last = FirstStep(8), Resumed(40, Path("x"))
     started, lost = WorkersStarted(1), WorkersLost({1: "its process or its node has gone"})
@@ -35,16 +35,16 @@ def test_a_lost_worker_a_grown_cluster_and_a_driver_that_was_started_again(tmp_p
     tracker = drive(config, run_dir, [started, Resumed(8, Path("x")), first, step(16)])
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
     assert {key: text for key, text in run.data.tags.items() if key.startswith("restart.")} == {
-        "restart.1": "worker 1: its process or its node has gone; went on at 40 samples, 8 samples were trained again",
-        "restart.2": "the cluster has changed; went on at 40 samples, 24 samples were trained again",
-        "restart.3": "the driver was started again; went on at 8 samples, 32 samples were trained again",
+        "restart.1": "worker 1: its process or its node has gone; resumed at 40 samples, 8 samples are trained again",
+        "restart.2": "the cluster has changed; resumed at 40 samples, 24 samples are trained again",
+        "restart.3": "the driver was restarted; resumed at 8 samples, 32 samples are trained again",
     }
     assert run.data.metrics["restarts"] == 3
     assert run.data.metrics["lost_samples"] == 8 + 24 + 32
     assert "system/cpu_utilization_percentage" in run.data.metrics
 
 
-def test_the_first_start_is_no_restart(tmp_path):
+def test_the_first_start_is_not_a_restart(tmp_path):
     config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
     tracker = drive(config, tmp_path / "one", [WorkersStarted(1), FirstStep(8), step(8)])
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
@@ -52,7 +52,7 @@ def test_the_first_start_is_no_restart(tmp_path):
     assert "restarts" not in run.data.metrics
 
 
-def test_what_is_no_number_is_no_metric(tmp_path):
+def test_non_finite_metrics_are_not_logged(tmp_path):
     config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
     skipped = replace(step(8), loss=None, skipped_steps=2, grad_norm=float("inf"))
     evaluated = Evaluated("raw", 8, epoch=0.5, img_per_s=9.0, result=EvalResult(4, 0, 0, 5, None, non_finite=4))
@@ -63,8 +63,8 @@ def test_what_is_no_number_is_no_metric(tmp_path):
     assert "NaN" not in tracker.journal.file.read_text()
 
 
-def test_steps_that_are_trained_again_leave_one_value_each(tmp_path):
-    """By a lost worker, by a driver that is started again, and by restarts without any progress between them."""
+def test_repeated_steps_have_one_value_per_metric(tmp_path):
+    """After a lost worker, a restarted driver, and restarts without progress between them."""
     config = RunConfig.model_validate({"run": {"output": str(tmp_path), "name": "one"}})
     first, again = FirstStep(8), Resumed(8, Path("x"))
     started, lost = WorkersStarted(1), WorkersLost({0: "gone"})
@@ -77,10 +77,10 @@ def test_steps_that_are_trained_again_leave_one_value_each(tmp_path):
     assert run.data.metrics["restarts"] == 3
     assert run.data.metrics["lost_samples"] == 24 + 24 + 8
     for key in run.data.metrics:
-        there = [point.step for point in client.get_metric_history(tracker.run_id, key)]
-        assert len(there) == len(set(there)), key
+        steps_logged = [point.step for point in client.get_metric_history(tracker.run_id, key)]
+        assert len(steps_logged) == len(set(steps_logged)), key
     assert [point.step for point in client.get_metric_history(tracker.run_id, "train/loss")] == [8, 16, 32, 48]
-    told = [
+    logged = [
         (key, r["samples_seen"]) for r in tracker.journal.records() if r["kind"] == "metrics" for key in r["values"]
     ]
-    assert len(told) == len(set(told))
+    assert len(logged) == len(set(logged))

@@ -1,4 +1,4 @@
-"""The whole trainer against a loop that anyone would write in plain PyTorch, step for step, on the same batches."""
+"""The whole trainer against a plain PyTorch training loop, step by step, on the same batches."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ OVERRIDES = [
 
 
 def reference(train_index: DatasetIndex, epochs: float) -> list[float]:
-    """WorkerFailureCallback of a plain loop: timm's model, torch's SGD, a cosine after one epoch of warm-up."""
+    """Returns the losses of a plain loop: timm's model, torch's SGD, cosine schedule after one epoch of warmup."""
     torch.manual_seed(0)
     model = timm.create_model("densenet_bc_l22_k12", num_classes=len(train_index.classes)).train()
     decayed = [p for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear) for p in [m.weight]]
@@ -46,11 +46,11 @@ def reference(train_index: DatasetIndex, epochs: float) -> list[float]:
     with Loader(train_index, max_batch_size=16, **options) as loader:
         planned = (plan.batch(torch.arange(16 * step, 16 * (step + 1)).numpy(), 32) for step in range(STEPS))
         for step, batch in enumerate(loader.run(planned)):
-            rate = min(1.0, (step + 1) / warmup)
+            lr_scale = min(1.0, (step + 1) / warmup)
             if step >= warmup:
-                rate = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+                lr_scale = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
             for group in optimizer.param_groups:
-                group["lr"] = 0.1 * rate
+                group["lr"] = 0.1 * lr_scale
             loss = F.cross_entropy(model(batch.images_NCHW), batch.labels_N)
             optimizer.zero_grad()
             loss.backward()
@@ -60,7 +60,7 @@ def reference(train_index: DatasetIndex, epochs: float) -> list[float]:
 
 
 def trained(train_index: DatasetIndex, val_index: DatasetIndex, epochs: float, run_dir: Path) -> list[float]:
-    """WorkerFailureCallback of the trainer."""
+    """Returns the losses of the trainer."""
     config = load_config(RECIPE, *OVERRIDES, f"train.epochs={epochs}")
     sizes = {"train_samples": len(train_index), "val_samples": len(val_index), "num_classes": len(train_index.classes)}
     derived = derive(config, workers=1, cpus_per_worker=1, device="cpu", **sizes)
@@ -71,7 +71,7 @@ def trained(train_index: DatasetIndex, val_index: DatasetIndex, epochs: float, r
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_a_plain_loop(one_rank, indexes, tmp_path):
+def test_losses_equal_a_plain_loops(one_rank, indexes, tmp_path):
     train_index, val_index = indexes(train=160)
     ours = trained(train_index, val_index, 4.0, tmp_path)
     assert ours == pytest.approx(reference(train_index, 4.0), rel=1e-5)
@@ -79,7 +79,7 @@ def test_losses_are_those_of_a_plain_loop(one_rank, indexes, tmp_path):
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_a_plain_loop_on_photographs(one_rank, cifar10, tmp_path):
+def test_losses_equal_a_plain_loops_on_photographs(one_rank, cifar10, tmp_path):
     train_index, val_index = open_splits(str(cifar10), "train", "val", tmp_path / "cache")
     ours = trained(train_index, val_index, 1.5, tmp_path)
     assert ours == pytest.approx(reference(train_index, 1.5), rel=1e-5)

@@ -1,4 +1,4 @@
-"""A run in parts equals a run in one, at any ZeRO stage and number of ranks; which checkpoints are written, or not."""
+"""A resumed run equals an uninterrupted one, at any ZeRO stage and number of ranks; when checkpoints are written."""
 
 import itertools
 import resource
@@ -34,7 +34,7 @@ PLAN: dict[str, dict] = {
 def run(
     indexes: Indexes, run_dir: Path, resume: Path | None = None, options: dict | None = None, **sections: dict
 ) -> list[Event]:
-    """The plan, or the rest of it, on each rank; returns the events."""
+    """Trains the plan, or the rest of it after `resume`, on each rank; returns the events."""
     events: list[Event] = []
     merged = {name: PLAN.get(name, {}) | sections.get(name, {}) for name in PLAN | sections}
     workers = torch.distributed.get_world_size()
@@ -52,7 +52,7 @@ def losses(events: list[Event]) -> dict[int, float]:
 
 
 def every_case(indexes: Indexes, folder: Path) -> list[str]:
-    """Cases whose second part does not end bit for bit as the run in one."""
+    """Returns the cases in which the resumed run does not equal the uninterrupted one bit for bit."""
     different = []
     optimizers = [{"name": "sgd"}, {"name": "adamw", "lr": 0.001}]
     cases = [(stage, 4, optimizers[0]) for stage in range(4)]
@@ -77,7 +77,9 @@ def every_case(indexes: Indexes, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_in_two_parts_equals_one_in_one_at_every_stage_with_every_optimizer(run_ranks, indexes, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_at_every_zero_stage_with_every_optimizer(
+    run_ranks, indexes, tmp_path
+):
     assert run_ranks(1, every_case, indexes(), tmp_path) == [[]]
 
 
@@ -89,8 +91,8 @@ def part(indexes: Indexes, run_dir: Path, stage: int, resume: Path | None = None
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_at_another_stage_and_number_of_ranks(run_ranks, indexes, tmp_path):
-    """With norms frozen, whose statistics depend on the ranks' batches, the end is the same to round-off."""
+def test_a_run_resumes_at_another_zero_stage_and_number_of_ranks(run_ranks, indexes, tmp_path):
+    """The result is the same to round-off with frozen norms, whose statistics depend on the ranks' batches."""
     data = indexes()
     run_ranks(1, part, data, tmp_path / "one", 0)
     run_ranks(2, part, data, tmp_path / "two", 3, at(tmp_path / "one", MIDDLE))
@@ -103,25 +105,25 @@ def test_a_run_goes_on_at_another_stage_and_number_of_ranks(run_ranks, indexes, 
             assert torch.allclose(ours[key], value, rtol=1e-3, atol=1e-6), (name, file, key)
 
 
-def test_a_wish_to_stop_ends_the_run_after_a_checkpoint_from_which_it_goes_on(one_rank, indexes, tmp_path):
+def test_should_stop_ends_the_run_after_a_checkpoint_from_which_it_resumes(one_rank, indexes, tmp_path):
     data = indexes()
     whole = run(data, tmp_path / "whole")
-    asked = iter([False, False, False, False, True])
-    stopped = run(data, tmp_path / "stopped", options={"should_stop": lambda: next(asked)})
+    answers = iter([False, False, False, False, True])
+    stopped = run(data, tmp_path / "stopped", options={"should_stop": lambda: next(answers)})
     assert Stopped(40) in stopped
     assert checkpoint.verify(at(tmp_path / "stopped", 40)) is None
     rest = run(data, tmp_path / "stopped", at(tmp_path / "stopped", 40))
     assert losses(stopped) | losses(rest) == losses(whole)
 
 
-def test_a_wish_to_save_is_a_checkpoint_and_the_run_goes_on(one_rank, indexes, tmp_path):
-    asked = iter([False, False, True, *[False] * 9])
+def test_should_save_writes_a_checkpoint_and_the_run_continues(one_rank, indexes, tmp_path):
+    answers = iter([False, False, True, *[False] * 9])
     rarely = {"every_samples": None, "keep_last": 9}
-    run(indexes(), tmp_path, options={"should_save": lambda: next(asked)}, checkpoint=rarely)
+    run(indexes(), tmp_path, options={"should_save": lambda: next(answers)}, checkpoint=rarely)
     assert {24, END} <= {checkpoint.samples_of(f) for f in checkpoint.checkpoints(checkpoint_root(tmp_path))}
 
 
-def test_checkpoints_by_minutes_and_those_that_are_kept(one_rank, indexes, tmp_path):
+def test_every_minutes_keep_last_and_keep_every_epochs(one_rank, indexes, tmp_path):
     often = {"every_minutes": 1e-9, "every_samples": None, "keep_last": 1, "keep_every_epochs": 1}
     run(indexes(), tmp_path, checkpoint=often)
     kept = {checkpoint.samples_of(folder) for folder in checkpoint.checkpoints(checkpoint_root(tmp_path))}
@@ -130,7 +132,7 @@ def test_checkpoints_by_minutes_and_those_that_are_kept(one_rank, indexes, tmp_p
 
 
 def full_disk(indexes: Indexes, run_dir: Path) -> tuple[list[str], str, list[str]]:
-    """Warnings, the error at the end, and what is on the disk, where no file may have more than 100 kB."""
+    """Returns warnings, the final error and the remaining files, with a limit of 100 kB per file."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     events: list[Event] = []
@@ -146,20 +148,20 @@ def full_disk(indexes: Indexes, run_dir: Path) -> tuple[list[str], str, list[str
 
 
 @pytest.mark.slow
-def test_a_disk_that_takes_no_more_is_told_and_ends_the_run_at_its_end_alone(run_ranks, indexes, tmp_path):
+def test_a_full_disk_gives_warnings_and_an_error_only_at_the_end(run_ranks, indexes, tmp_path):
     ((warnings, error, left),) = run_ranks(1, full_disk, indexes(), tmp_path)
     assert len(warnings) == 4, "at 24, 40, 48 and 64 samples"
     for warning in warnings:
         assert "could not be written: " in warning
         assert "File too large" in warning
-        assert "training goes on" in warning
+        assert "training continues" in warning
     assert "the run's last checkpoint" in error
-    assert "start again" in error
+    assert "start the run again" in error
     assert left == []
 
 
-def test_a_checkpoint_folder_that_vanishes_is_made_again(one_rank, indexes, tmp_path):
-    """Under the run's feet, and while a checkpoint is being written: the run ends as if it had not."""
+def test_a_deleted_checkpoint_folder_is_created_again(one_rank, indexes, tmp_path):
+    """Deleted between and during checkpoint writes: the result is the same."""
     data, root, removed = indexes(), checkpoint_root(tmp_path / "run"), []
 
     def vanish() -> bool:
@@ -179,11 +181,11 @@ def test_a_checkpoint_folder_that_vanishes_is_made_again(one_rank, indexes, tmp_
     assert best_checkpoint(tmp_path / "run") in kept
 
 
-def test_what_must_not_change_can_be_allowed_by_name(one_rank, indexes, tmp_path):
+def test_allow_changed_accepts_a_changed_setting(one_rank, indexes, tmp_path):
     data = indexes()
     run(data, tmp_path / "first")
     middle = at(tmp_path / "first", MIDDLE)
-    with pytest.raises(UserError, match=r"run.seed was 5 and is 6.* name it in checkpoint.allow_changed"):
+    with pytest.raises(UserError, match=r"run.seed was 5 and is 6.* list the key in checkpoint.allow_changed"):
         run(data, tmp_path / "second", middle, run={"seed": 6})
     allowed = PLAN["checkpoint"] | {"allow_changed": ["run.seed"]}
     events = run(data, tmp_path / "second", middle, run={"seed": 6}, checkpoint=allowed)
@@ -191,16 +193,16 @@ def test_what_must_not_change_can_be_allowed_by_name(one_rank, indexes, tmp_path
 
 
 def hanging(indexes: Indexes, run_dir: Path) -> None:
-    """A run in which rank 1 stops in the middle, with the watchdog that workers have."""
+    """Trains with the workers' watchdog; rank 1 hangs in the middle."""
     log = (run_dir / f"rank{torch.distributed.get_rank()}.log").open("w")
 
     def stuck() -> bool:
         if torch.distributed.get_rank() == 1:
-            threading.Event().wait()  # for ever
+            threading.Event().wait()  # forever
         return False
 
     with Watchdog(5, log, grace_s=5) as watchdog:
-        run(indexes, run_dir, options={"alive": watchdog.alive, "should_stop": stuck})
+        run(indexes, run_dir, options={"heartbeat": watchdog.heartbeat, "should_stop": stuck})
 
 
 @pytest.mark.slow

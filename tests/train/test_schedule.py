@@ -1,4 +1,4 @@
-"""Learning rates on the samples-seen clock."""
+"""Learning rate schedules as functions of the samples seen."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from pipeline.train.schedule import learning_rate
 BATCH, IMAGES = 10, 100
 
 
-def rates(**schedule: object) -> list[float]:
+def learning_rates(**schedule: object) -> list[float]:
     config = RunConfig.model_validate(
         {
             "train": {"global_batch_size": BATCH, "epochs": 10},
@@ -25,31 +25,31 @@ def rates(**schedule: object) -> list[float]:
 
 
 def test_step_drops_exactly_at_its_milestones():
-    r = rates(name="step", milestones=[3, 6], gamma=0.1)
+    r = learning_rates(name="step", milestones=[3, 6], gamma=0.1)
     assert r[:30] == [1.0] * 30
     assert r[30:60] == pytest.approx([0.1] * 30)
     assert r[60:] == pytest.approx([0.01] * 40)
 
 
 def test_warmup_starts_low_and_reaches_the_peak_with_its_last_step():
-    r = rates(name="step", milestones=[9], warmup_epochs=2)
+    r = learning_rates(name="step", milestones=[9], warmup_epochs=2)
     assert r[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
     assert r[20] == 1.0
 
 
 def test_cosine_falls_from_the_peak_to_almost_zero():
-    r = rates(name="cosine", warmup_epochs=1)
+    r = learning_rates(name="cosine", warmup_epochs=1)
     assert max(r) == r[10] == 1.0
     assert r[10:] == sorted(r[10:], reverse=True)
     assert 0 < r[-1] < 0.001
 
 
-def test_the_rate_does_not_depend_on_the_batch_within_an_epoch():
-    assert rates(name="cosine")[50] == pytest.approx(0.5)
+def test_cosine_is_half_the_peak_in_the_middle():
+    assert learning_rates(name="cosine")[50] == pytest.approx(0.5)
 
 
 def test_linear_falls_in_a_line_to_its_end():
-    r = rates(name="linear", warmup_epochs=2, min_lr_ratio=0.1)
+    r = learning_rates(name="linear", warmup_epochs=2, min_lr_ratio=0.1)
     assert r[19] == r[20] == 1.0
     assert r[60] == pytest.approx(0.55)
     steps = {round(a - b, 9) for a, b in pairwise(r[20:])}
@@ -68,12 +68,12 @@ def test_one_cycle_is_torchs():
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         other.step()
-    r = rates(name="one-cycle", pct_start=0.3)
+    r = learning_rates(name="one-cycle", pct_start=0.3)
     assert r.index(max(r)) == peak
     assert r == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_rate_is_a_function_of_the_samples_alone():
+def test_the_learning_rate_depends_only_on_the_samples_seen():
     config = RunConfig.model_validate({"train": {"global_batch_size": BATCH, "epochs": 10}})
     d = derive(config, workers=1, cpus_per_worker=1, device="cpu", train_samples=IMAGES, val_samples=1, num_classes=2)
     forwards = [learning_rate(config.schedule, d, seen) for seen in range(0, 1000, 10)]

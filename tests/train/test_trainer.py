@@ -1,4 +1,4 @@
-"""The whole loop on one rank: events, checkpoints, resume bit for bit."""
+"""The training loop on one rank: events, checkpoints, bit-for-bit resume, out of memory, distillation."""
 
 import json
 import re
@@ -11,18 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pipeline.train.batch_size_finder as fitting_module
 from pipeline.errors import UserError
 from pipeline.model.densenet import create
 from pipeline.model.pretrained import Pretrained
 from pipeline.model.weights import load_model
-from pipeline.train import checkpoint
+from pipeline.train import batch_size_finder, checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.events import Evaluated, Event, Profiled, Resumed, Saved, Step, Warned
 from tests.train.settings import new_trainer, settings
 
 CPU = torch.device("cpu")
-EVERYTHING = {  # every source of randomness, and images that grow in the middle of the run
+EVERYTHING = {  # every source of randomness, and progressive resizing in the middle of the run
     "data": {"image_size": 32, "progressive_resize": [[1.2, 24]]},
     "augment": {
         "brightness": 0.4,
@@ -51,7 +50,7 @@ def losses(events: list[Event]) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_a_run_in_two_parts_equals_one_in_one_bit_for_bit(one_rank, indexes, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(one_rank, indexes, tmp_path):
     data = indexes()
     whole = run(data, tmp_path / "whole", checkpoint={"keep_last": 9}, **EVERYTHING)
     middle = checkpoint_root(tmp_path / "whole") / checkpoint.folder_name(40)
@@ -75,7 +74,7 @@ def best_or_last(run_dir: Path) -> Path:
 @pytest.mark.slow
 def test_events_checkpoints_and_the_model_card(one_rank, indexes, tmp_path):
     train_index, val_index = data = indexes()
-    events = run(data, tmp_path, train={"max_device_batch_size": 4})  # two micro-batches a step
+    events = run(data, tmp_path, train={"max_device_batch_size": 4})  # two micro-batches per step
     steps = [e for e in events if isinstance(e, Step)]
     assert [e.step for e in steps] == [2, 4, 6, 8, 10]
     assert [e.samples_seen for e in steps] == [16, 32, 48, 64, 80]
@@ -102,7 +101,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(one_rank, i
 
 
 @pytest.mark.slow
-def test_the_better_of_weights_and_average_is_the_one_of_the_card(one_rank, indexes, tmp_path):
+def test_the_model_card_names_the_better_one_of_weights_and_ema(one_rank, indexes, tmp_path):
     data = indexes()
     events = run(data, tmp_path, ema={"decay": 0.5}, checkpoint={"keep_last": 9}, model={"in_chans": 1})
     found = [e for e in events if isinstance(e, Evaluated)]
@@ -119,8 +118,8 @@ def test_the_better_of_weights_and_average_is_the_one_of_the_card(one_rank, inde
 
 
 @pytest.mark.slow
-def test_a_run_from_weights_with_a_teacher_starts_there_and_learns_from_it(one_rank, indexes, tmp_path):
-    """With alpha 1 and the teacher's own weights there is nothing to learn until batch norms differ."""
+def test_a_run_with_pretrained_weights_and_a_teacher_distills(one_rank, indexes, tmp_path):
+    """With alpha 1 and the teacher's own weights, the distillation loss stays 0."""
     data = indexes()
     run(data, tmp_path / "teacher")
     teacher = best_checkpoint(tmp_path / "teacher")
@@ -132,12 +131,14 @@ def test_a_run_from_weights_with_a_teacher_starts_there_and_learns_from_it(one_r
         train={"log_every_steps": 1},
     )
     events: list[Event] = []
-    new_trainer(config, derived, data, tmp_path / "student", events.append, sources=Pretrained(teacher, teacher)).fit()
+    new_trainer(
+        config, derived, data, tmp_path / "student", events.append, pretrained=Pretrained(teacher, teacher)
+    ).fit()
     assert all(loss == pytest.approx(0, abs=1e-6) for loss in losses(events).values())
 
 
 @pytest.mark.slow
-def test_more_logits_than_classes_are_trained_and_named_as_unused(one_rank, indexes, tmp_path):
+def test_more_logits_than_classes_are_trained_and_listed_as_unused(one_rank, indexes, tmp_path):
     mixed = {"augment": EVERYTHING["augment"], "model": {"num_classes": 5}, "train": {"epochs": 1}}
     run(indexes(), tmp_path, **mixed)
     card = json.loads((best_or_last(tmp_path) / "model.json").read_text())
@@ -147,7 +148,7 @@ def test_more_logits_than_classes_are_trained_and_named_as_unused(one_rank, inde
         settings(*indexes(), model={"num_classes": 2})
 
 
-def test_some_steps_are_profiled(one_rank, indexes, tmp_path):
+def test_profile_steps_writes_a_trace(one_rank, indexes, tmp_path):
     train = {"epochs": 1, "profile_steps": [2, 3]}
     events = run(indexes(), tmp_path, train=train)
     (file,) = [event.file for event in events if isinstance(event, Profiled)]
@@ -155,8 +156,8 @@ def test_some_steps_are_profiled(one_rank, indexes, tmp_path):
     assert "aten::conv2d" in names
 
 
-def held_up(indexes: tuple, run_dir: Path) -> list[str]:
-    """Warnings of rank 0 in a run whose rank 1 takes a while for each loss."""
+def run_with_a_slow_rank(indexes: tuple, run_dir: Path) -> list[str]:
+    """Returns rank 0's warnings in a run whose rank 1 is slow in each forward pass."""
     events: list[Event] = []
     config, derived = settings(*indexes, 2, train={"epochs": 1, "log_every_steps": 1})
     trainer = new_trainer(config, derived, indexes, run_dir, events.append)
@@ -172,54 +173,56 @@ def held_up(indexes: tuple, run_dir: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_rank_that_holds_up_the_others_is_named_once(run_ranks, indexes, tmp_path):
-    (told,), _ = run_ranks(2, held_up, indexes(), tmp_path)
+def test_a_straggler_is_warned_of_once(run_ranks, indexes, tmp_path):
+    (warning,), _ = run_ranks(2, run_with_a_slow_rank, indexes(), tmp_path)
     assert re.match(
-        rf"rank 1 on {socket.gethostname()} is slow: it takes [\d.]+ times as long as the median rank", told
+        rf"rank 1 on {socket.gethostname()} is slow: its forward passes take [\d.]+ times as long as", warning
     )
 
 
-def test_too_little_memory_is_told_with_a_batch_that_keeps_the_global_one(one_rank, indexes, tmp_path):
+def test_out_of_memory_names_a_micro_batch_that_keeps_the_global_batch(one_rank, indexes, tmp_path):
     data = indexes()
     config, derived = settings(*data)
     trainer = new_trainer(config, derived, data, tmp_path, [].append)
 
-    def no_room(*inputs: object) -> None:
+    def run_out_of_memory(*inputs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    trainer.engine.module.features.conv0.register_forward_pre_hook(no_room)
+    trainer.engine.module.features.conv0.register_forward_pre_hook(run_out_of_memory)
     with pytest.raises(UserError) as error:
         trainer.fit()
     assert str(error.value) == (
-        "the GPU's memory does not hold 8 images at once: set train.max_device_batch_size=4 (accumulation becomes 2, "
-        "the global batch stays 8), or train.on_out_of_memory=halve, or model.memory=activation-checkpointing."
+        "GPU out of memory with micro-batches of 8 images: set train.max_device_batch_size=4 (gradient accumulation "
+        "steps become 2, the global batch stays 8), or train.on_out_of_memory=halve, or "
+        "model.memory=activation-checkpointing."
     )
 
 
-def test_a_device_batch_that_fits_is_found_before_training(one_rank, indexes, tmp_path, monkeypatch):
-    """A memory that holds two images, and then less than one; a whole step of 8 is then four micro-batches."""
-    data, room, create_as_it_is = indexes(), 2, fitting_module.create
+def test_find_batch_size_halves_the_micro_batch_until_it_fits(one_rank, indexes, tmp_path, monkeypatch):
+    """The memory fits two images, then none; a step of 8 images is then four micro-batches."""
+    data, fitting, create_unlimited = indexes(), 2, batch_size_finder.create
 
-    def create_with_little_room(*arguments: Any) -> torch.nn.Module:
+    def create_with_little_memory(*arguments: Any) -> torch.nn.Module:
         def allocate(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            if len(inputs[0]) > room:
+            if len(inputs[0]) > fitting:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        model = create_as_it_is(*arguments)
+        model = create_unlimited(*arguments)
         model.register_forward_pre_hook(allocate)
         return model
 
-    monkeypatch.setattr(fitting_module, "create", create_with_little_room)
+    monkeypatch.setattr(batch_size_finder, "create", create_with_little_memory)
     events = run(data, tmp_path / "halved", train={"epochs": 1, "on_out_of_memory": "halve"})
     (warning,) = [event.message for event in events if isinstance(event, Warned)]
     assert warning == (
-        "the memory does not hold 8 images at once: 2 are taken, with 4 accumulated; the global batch stays 8, batch "
-        "norm's statistics are of 2"
+        "out of memory with micro-batches of 8 images: using 2 per device and 4 gradient accumulation steps; the "
+        "global batch stays 8, batch norm's statistics are over 2 images"
     )
-    given = run(data, tmp_path / "given", train={"epochs": 1, "max_device_batch_size": 2})
-    assert losses(events) == losses(given)
-    room = 0
+    expected = run(data, tmp_path / "expected", train={"epochs": 1, "max_device_batch_size": 2})
+    assert losses(events) == losses(expected)
+    fitting = 0
     with pytest.raises(
-        UserError, match="does not hold 1 images at once: set model.memory=activation-checkpointing. No smaller"
+        UserError,
+        match="out of memory with micro-batches of 1 images: set model.memory=activation-checkpointing. No smaller",
     ):
         run(data, tmp_path / "none", train={"on_out_of_memory": "halve"})

@@ -11,7 +11,7 @@ import pytest
 
 from launch.cli.common.tmpdir import MAX_BYTES, short_tmpdir
 from pipeline.errors import UserError
-from pipeline.train.setup import new_name
+from pipeline.train.setup import new_run_name
 from tests.conftest import BIN, PROJECT
 
 
@@ -64,7 +64,7 @@ def test_the_error_without_a_short_link_names_the_variable(monkeypatch, long_fol
 
 
 def test_runs_that_start_in_the_same_second_have_different_names():
-    names = {new_name("demo") for _ in range(50)}
+    names = {new_run_name("demo") for _ in range(50)}
     assert len(names) == 50
     assert all(name.startswith("demo-2") for name in names)
 

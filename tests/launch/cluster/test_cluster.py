@@ -41,13 +41,13 @@ def test_a_run_over_two_nodes_resumes_when_one_is_lost_and_returns(cluster: Clus
 
     cluster.kill_node(1)
     until("resumed at")
-    assert "there are 2 workers now, 3 before" in output()
+    assert "the run now has 2 workers, previously 3" in output()
     assert re.search(r"warning: worker \d was lost: its (process or node died|connection to another)", output())
 
     cluster.add_node(cpus=1)
     until("resumed at", times=2)
-    assert "warning: the cluster has changed, all were started again (start 3)" in output()
-    assert "there are 3 workers now, 2 before" in output()
+    assert "warning: the cluster has changed: all workers were restarted (start 3)" in output()
+    assert "the run now has 3 workers, previously 2" in output()
 
     wait_until(lambda: "densenet_loss" in exported_metrics(cluster, shell), output, WAIT_TIMEOUT_S)
     assert 'run="elastic"' in exported_metrics(cluster, shell)
@@ -65,7 +65,7 @@ def test_a_run_over_two_nodes_resumes_when_one_is_lost_and_returns(cluster: Clus
         restarts = dict(store.execute("select key, value from tags where key like 'restart.%'").fetchall())
         query = "select value from metrics where key = 'lost_samples' order by timestamp"
         lost, lost_in_all = (int(value) for (value,) in store.execute(query).fetchall())
-    resumed = r"; went on at \d+ samples, {} samples were trained again"
+    resumed = r"; resumed at \d+ samples, {} samples are trained again"
     assert re.search(r"worker \d: its .*" + resumed.format(lost), restarts["restart.1"])
     assert re.search("the cluster has changed" + resumed.format(lost_in_all - lost), restarts["restart.2"])
 

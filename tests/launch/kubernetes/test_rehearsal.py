@@ -112,7 +112,7 @@ def test_a_job_resumes_after_a_deleted_worker_a_lost_head_and_a_suspension(shell
     assert run.info.status == "FINISHED"
     restarts = [run.data.tags[key] for key in sorted(run.data.tags) if key.startswith("restart.")]
     assert len(restarts) >= 3, restarts
-    assert sum("the driver was started again" in text for text in restarts) == 2, restarts
+    assert sum("the driver was restarted" in text for text in restarts) == 2, restarts
 
 
 def test_the_tracking_servers_commands_run_on_an_empty_database(tmp_path):

@@ -122,7 +122,7 @@ def test_a_killed_worker_and_a_terminated_driver_do_not_change_the_weights(tmp_p
         first.wait_for(lambda kill=kill: first.output.count("resumed at") == kill + 1)
     first.process.send_signal(signal.SIGTERM)
     assert first.end() == 128 + signal.SIGTERM, first.output
-    assert f"warning: a worker was lost, all were started again (start {KILLS + 1})" in first.output
+    assert f"warning: a worker was lost: all workers were restarted (start {KILLS + 1})" in first.output
     stopped = re.search(r"stopped by SIGTERM at ([\d,]+) samples, after a checkpoint; .* run.name=run", first.output)
     assert stopped, first.output
     latest = checkpoints(folder)[-1]

@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.config import RunConfig
 from pipeline.tracking.run import Tracker
-from pipeline.train.checkpoint import checkpoint_root, commit, folder_name, partial
+from pipeline.train.checkpoint import checkpoint_root, commit, folder_name, partial_folder
 from tests.models import write_model
 
 
@@ -22,8 +22,8 @@ def run_dir(tmp_path: Path) -> Path:
     with Tracker(config, folder, "one", print) as tracker:
         tracker.set_tags({"data.train.fingerprint": "f00d"})
     checkpoint = checkpoint_root(folder) / folder_name(123)
-    write_model(partial(checkpoint), name="densenet_tiny")
-    (partial(checkpoint) / "state.json").write_text(json.dumps({"best_at": 123}))
+    write_model(partial_folder(checkpoint), name="densenet_tiny")
+    (partial_folder(checkpoint) / "state.json").write_text(json.dumps({"best_at": 123}))
     commit(checkpoint)
     tree = config.model_dump(mode="json")
     tree["tracking"]["alias"], tree["model"]["name"] = "latest", "densenet_tiny"

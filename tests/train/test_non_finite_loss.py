@@ -1,4 +1,4 @@
-"""WorkerFailureCallback that are no numbers: what is written of them, and how a run gets over them."""
+"""NaN and infinite losses: the diagnosis file, and stopping, skipping or rewinding (`train.on_nan`)."""
 
 import json
 import re
@@ -21,20 +21,20 @@ from tests.train.settings import new_trainer, settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
-OFTEN = {"log_every_steps": 1, "max_device_batch_size": 4, "epochs": 1}  # two micro-batches in a step, five steps
+TRAIN = {"log_every_steps": 1, "max_device_batch_size": 4, "epochs": 1}  # five steps of two micro-batches
 
 
 def run(
     indexes: Indexes,
     run_dir: Path,
-    non_finite_weights: tuple[int, ...] = (),
+    bad_steps: tuple[int, ...] = (),
     rank: int = 0,
     resume: Path | None = None,
     **sections: dict,
 ) -> list[Event]:
-    """A run in which the first loss of the `non_finite_weights` steps of a rank is no number; returns the events."""
+    """Runs a training in which the first loss of each of the `bad_steps` is NaN on a rank; returns the events."""
     events: list[Event] = []
-    defaults = {"train": OFTEN, "checkpoint": {"every_samples": 8, "keep_last": 99}, "ema": {"decay": 0.5}}
+    defaults = {"train": TRAIN, "checkpoint": {"every_samples": 8, "keep_last": 99}, "ema": {"decay": 0.5}}
     merged = {name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections}
     config, derived = settings(*indexes, torch.distributed.get_world_size(), **merged)
     trainer = new_trainer(config, derived, indexes, run_dir, events.append, resume=resume)
@@ -43,8 +43,8 @@ def run(
 
     def spoil(*inputs: torch.Tensor) -> torch.Tensor:
         step, micro = divmod(next(count), derived.gradient_accumulation_steps)
-        here = step + 1 in non_finite_weights and micro == 0 and torch.distributed.get_rank() == rank
-        return forward(*inputs) * float("nan" if here else 1)
+        is_bad = step + 1 in bad_steps and micro == 0 and torch.distributed.get_rank() == rank
+        return forward(*inputs) * float("nan" if is_bad else 1)
 
     trainer.criterion = spoil  # type: ignore[assignment]
     trainer.fit()
@@ -64,8 +64,8 @@ def warnings(events: list[Event]) -> list[str]:
     return [event.message for event in events if isinstance(event, Warned)]
 
 
-def test_a_run_stops_before_the_step_and_tells_what_the_layers_gave(one_rank, indexes, tmp_path):
-    """A rate far too large: the first step spoils the weights, later ones overflow."""
+def test_a_run_stops_before_the_step_and_writes_a_diagnosis_file(one_rank, indexes, tmp_path):
+    """The learning rate is far too large: the first step breaks the weights, later ones overflow."""
     with pytest.raises(UserError) as error:
         run(indexes(), tmp_path, optim={"lr": 1e18, "momentum": 0.0})
     step = int(
@@ -75,73 +75,71 @@ def test_a_run_stops_before_the_step_and_tells_what_the_layers_gave(one_rank, in
     assert all(checkpoint.samples_of(f) < step * 8 for f in checkpoint.checkpoints(checkpoint_root(tmp_path)))
     (file,) = (tmp_path / "diagnosis").iterdir()
     assert str(file) in str(error.value)
-    told = json.loads(file.read_text())
-    assert (told["step"], told["on_ranks"], told["weights_that_are_no_numbers"]) == (step, [0], [])
-    (mine,) = told["ranks"]
-    assert len(mine["losses"]) == 2 * step
-    assert mine["losses"][-1] in ("nan", "inf")
-    assert len(mine["samples"]) == 8
-    assert all(Path(sample).is_file() for sample in mine["samples"])
-    assert mine["first_layer"] in mine["largest_outputs"]
-    assert mine["largest_outputs"]["features.conv0"] > 0
+    diagnosis = json.loads(file.read_text())
+    assert (diagnosis["step"], diagnosis["on_ranks"], diagnosis["non_finite_weights"]) == (step, [0], [])
+    (findings,) = diagnosis["ranks"]
+    assert len(findings["losses"]) == 2 * step
+    assert findings["losses"][-1] in ("nan", "inf")
+    assert len(findings["samples"]) == 8
+    assert all(Path(sample).is_file() for sample in findings["samples"])
+    assert findings["first_layer"] in findings["largest_outputs"]
+    assert findings["largest_outputs"]["features.conv0"] > 0
 
 
-def test_a_step_can_be_left_out_and_changes_nothing(one_rank, indexes, tmp_path):
-    """Weights, averages' weights and statistics before and after it are the same, and so is momentum."""
+def test_a_skipped_step_changes_nothing(one_rank, indexes, tmp_path):
+    """Weights, EMA, batch norm statistics and momentum are the same before and after it."""
     data = indexes()
-    events = run(data, tmp_path, (2, 4), train=OFTEN | {"on_nan": "skip", "nan_limit": 2})
+    events = run(data, tmp_path, (2, 4), train=TRAIN | {"on_nan": "skip", "nan_limit": 2})
     assert [event.step for event in events if isinstance(event, Step)] == [1, 2, 3, 4, 5]
     assert [re.sub(", see .*", "", text) for text in warnings(events)] == [
-        "the training loss is NaN or infinite at step 2 (epoch 0.20) on rank 0: the step is left out (1 of at most 2",
-        "the training loss is NaN or infinite at step 4 (epoch 0.60) on rank 0: the step is left out (2 of at most 2",
+        "the training loss is NaN or infinite at step 2 (epoch 0.20) on rank 0: the step is skipped (1 of at most 2",
+        "the training loss is NaN or infinite at step 4 (epoch 0.60) on rank 0: the step is skipped (2 of at most 2",
     ]
     windows = [(e.skipped_steps, e.loss is None) for e in events if isinstance(e, Step)]
     assert windows == [(0, False), (1, True), (0, False), (1, True), (0, False)]
     for file in FILES:
         assert equal(weights(tmp_path, 16, file), weights(tmp_path, 8, file))
-        assert equal(
-            weights(tmp_path, 32, file), weights(tmp_path, 24, file)
-        )  # the average lags behind the weights now
+        assert equal(weights(tmp_path, 32, file), weights(tmp_path, 24, file))  # the EMA now lags behind the weights
         assert not equal(weights(tmp_path, 24, file), weights(tmp_path, 16, file))
     assert read_state(checkpoint_root(tmp_path) / checkpoint.folder_name(24))["non_finite_steps"] == 1
     rest = tmp_path / "rest"
     resume = checkpoint_root(tmp_path) / checkpoint.folder_name(24)
-    run(data, rest, (2, 4), resume=resume, train=OFTEN | {"on_nan": "skip", "nan_limit": 2})
+    run(data, rest, (2, 4), resume=resume, train=TRAIN | {"on_nan": "skip", "nan_limit": 2})
     assert equal(weights(rest, 40), weights(tmp_path, 40))
     with pytest.raises(UserError, match=r"at step 4 .* on rank 0, 1 times before in this run: lower optim.lr"):
-        run(data, tmp_path / "fewer", (2, 4), train=OFTEN | {"on_nan": "skip", "nan_limit": 1})
+        run(data, tmp_path / "fewer", (2, 4), train=TRAIN | {"on_nan": "skip", "nan_limit": 1})
 
 
 def every_stage(indexes: Indexes, folder: Path) -> list[bool]:
-    """Whether a bad step of the second rank changed nothing, and a return brought all back, stage by stage."""
+    """Returns whether a bad step on rank 1 changed nothing, and a rewind restored everything, by ZeRO stage."""
     held = []
     for stage in range(4):
         run_dir, sections = folder / f"skip{stage}", {"engine": {"zero_stage": stage}, "optim": {"name": "adamw"}}
-        run(indexes, run_dir, (3,), 1, train=OFTEN | {"on_nan": "skip"}, **sections)
+        run(indexes, run_dir, (3,), 1, train=TRAIN | {"on_nan": "skip"}, **sections)
         held += [equal(weights(run_dir, 24, f), weights(run_dir, 16, f)) for f in FILES]
         run_dir = folder / f"rewind{stage}"
         rare = {"every_samples": 16, "keep_last": 99}
-        run(indexes, run_dir, (4,), 1, train=OFTEN | {"on_nan": "rewind"}, checkpoint=rare, **sections)
+        run(indexes, run_dir, (4,), 1, train=TRAIN | {"on_nan": "rewind"}, checkpoint=rare, **sections)
         held += [equal(weights(run_dir, 32, f), weights(run_dir, 16, f)) for f in FILES]
         held.append(not equal(weights(run_dir, 40), weights(run_dir, 32)))
     return held
 
 
 @pytest.mark.slow
-def test_all_ranks_agree_at_every_stage(run_ranks, indexes, tmp_path):
+def test_all_ranks_agree_at_every_zero_stage(run_ranks, indexes, tmp_path):
     data = indexes()
     for held in run_ranks(2, every_stage, data, tmp_path):
         assert held == [True] * 28
 
 
-def test_a_return_needs_a_checkpoint(one_rank, indexes, tmp_path):
-    with pytest.raises(UserError, match="no number at step 1 .* on rank 0: lower optim.lr"):
-        run(indexes(), tmp_path, (1,), train=OFTEN | {"on_nan": "rewind"})
+def test_a_rewind_needs_a_checkpoint(one_rank, indexes, tmp_path):
+    with pytest.raises(UserError, match="NaN or infinite at step 1 .* on rank 0: lower optim.lr"):
+        run(indexes(), tmp_path, (1,), train=TRAIN | {"on_nan": "rewind"})
 
 
 def spoiling_trainer(indexes: Indexes, run_dir: Path, events: list[Event], after: int, on_nan: str = "stop") -> Trainer:
-    """A trainer one of whose weights is NaN from the step after so many samples on."""
-    train = OFTEN | {"on_nan": on_nan}
+    """Returns a trainer one of whose weights becomes NaN in the step after `after` samples."""
+    train = TRAIN | {"on_nan": on_nan}
     config, derived = settings(*indexes, train=train, checkpoint={"every_samples": 8, "keep_last": 99})
     trainer = new_trainer(config, derived, indexes, run_dir, events.append)
     step = trainer.engine.step
@@ -158,27 +156,27 @@ def spoiling_trainer(indexes: Indexes, run_dir: Path, events: list[Event], after
 
 @pytest.mark.parametrize(
     ("on_nan", "reason"),
-    [("stop", ""), ("skip", ", and leaving out steps cannot help any more: classifier.weight itself is not finite")],
+    [("stop", ""), ("skip", ", and skipping steps cannot help: classifier.weight itself is NaN or infinite")],
 )
-def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_written(one_rank, indexes, tmp_path, on_nan, reason):
+def test_a_checkpoint_with_non_finite_weights_is_not_written(one_rank, indexes, tmp_path, on_nan, reason):
     events: list[Event] = []
     trainer = spoiling_trainer(indexes(), tmp_path, events, after=8, on_nan=on_nan)
     with pytest.raises(UserError, match=f"the training loss is NaN or infinite at step 3 .* on rank 0{reason}: lower"):
         trainer.fit()
     (text,) = warnings(events)
-    assert "classifier.weight in model.safetensors holds values that are no numbers" in text
+    assert "classifier.weight in model.safetensors holds NaN or infinite values" in text
     assert [checkpoint.samples_of(f) for f in checkpoint.checkpoints(checkpoint_root(tmp_path))] == [8]
-    told = json.loads((tmp_path / "diagnosis" / "step-0000003.json").read_text())
-    assert told["weights_that_are_no_numbers"] == ["classifier.weight"]
+    diagnosis = json.loads((tmp_path / "diagnosis" / "step-0000003.json").read_text())
+    assert diagnosis["non_finite_weights"] == ["classifier.weight"]
 
 
-def test_a_run_whose_last_weights_are_not_finite_has_no_result(one_rank, indexes, tmp_path):
+def test_a_run_with_non_finite_last_weights_has_no_result(one_rank, indexes, tmp_path):
     events: list[Event] = []
     trainer = spoiling_trainer(indexes(), tmp_path, events, after=32)
     with pytest.raises(
         UserError,
         match=r"the run's last checkpoint .* could not be written: classifier.weight in model"
-        r".safetensors holds values that are no numbers. The training has diverged, and nothing is reg",
+        r".safetensors holds NaN or infinite values. The training has diverged, and nothing is reg",
     ):
         trainer.fit()
     (evaluation,) = [event for event in events if isinstance(event, Evaluated)]
@@ -186,25 +184,25 @@ def test_a_run_whose_last_weights_are_not_finite_has_no_result(one_rank, indexes
     assert [checkpoint.samples_of(f) for f in checkpoint.checkpoints(checkpoint_root(tmp_path))] == [8, 16, 24, 32]
 
 
-def test_losses_of_a_step_that_is_left_out_have_no_part_in_the_mean(one_rank):
+def test_the_mean_loss_ignores_skipped_steps(one_rank):
     meter = Meter(two_micro_batches(), torch.device("cpu"), print)
-    for losses, end in (((1.0, 3.0), "stepped"), ((100.0, float("nan")), "ignored"), ((5.0, 7.0), "overflowed")):
-        meter.begin()
+    for losses, end in (((1.0, 3.0), "applied"), ((100.0, float("nan")), "skipped"), ((5.0, 7.0), "overflowed")):
+        meter.begin_step()
         for loss in losses:
-            meter.add(torch.tensor(loss))
-        meter.forwarded()
-        if end == "ignored":
-            meter.ignored()
-            meter.restart()  # an evaluation: the steps before it are not forgotten
+            meter.add_loss(torch.tensor(loss))
+        meter.end_forward()
+        if end == "skipped":
+            meter.skip_step()
+            meter.reset()  # an evaluation: skipped steps before it still count
         else:
-            meter.stepped(applied=end == "stepped")
-    reading, _ = meter.read(3)
-    assert (reading.loss, reading.skipped_steps) == (6.0, 2)
-    meter.begin()
-    meter.add(torch.tensor(1.0))
-    meter.add(torch.tensor(1.0))
-    meter.forwarded()
-    meter.stepped(applied=True)
+            meter.end_step(applied=end == "applied")
+    metrics, _ = meter.read(3)
+    assert (metrics.loss, metrics.skipped_steps) == (6.0, 2)
+    meter.begin_step()
+    meter.add_loss(torch.tensor(1.0))
+    meter.add_loss(torch.tensor(1.0))
+    meter.end_forward()
+    meter.end_step(applied=True)
     assert meter.read(4)[0].skipped_steps == 0
 
 
@@ -213,16 +211,16 @@ def two_micro_batches() -> Derived:
     return derive(config, workers=1, cpus_per_worker=1, device="cpu", train_samples=40, val_samples=8, num_classes=3)
 
 
-def test_fp16_that_overflows_in_every_step_ends_the_run_and_moves_nothing(one_rank, indexes, tmp_path):
+def test_fp16_gradients_that_overflow_in_every_step_end_the_run_and_change_nothing(one_rank, indexes, tmp_path):
     """The losses are finite, the gradients never are: no smaller loss scale helps."""
     data, events = indexes(), []
-    config, derived = settings(*data, train=OFTEN | {"epochs": 2}, ema={"decay": 0.5})
-    half = derived.model_copy(update={"precision": "fp16"})
-    trainer = new_trainer(config, half, data, tmp_path, events.append)
+    config, derived = settings(*data, train=TRAIN | {"epochs": 2}, ema={"decay": 0.5})
+    fp16 = derived.model_copy(update={"precision": "fp16"})
+    trainer = new_trainer(config, fp16, data, tmp_path, events.append)
     scaler = trainer.engine.loss_scaler
     scaler.load_state_dict(scaler.state_dict() | {"scale": 4.0})
     trainer.engine.module.classifier.weight.register_hook(lambda gradient: gradient * float("inf"))
-    trainer.engine.ema.module.classifier.weight.data += 1  # so that a move of the average is seen
+    trainer.engine.ema.module.classifier.weight.data += 1  # so that an update of the EMA shows
     before = [trainer.engine.full_state(), trainer.engine.ema_state()]
     with pytest.raises(
         UserError, match="fp16 gradients overflowed in every step up to step 3, although .* fallen to 0.5"
