@@ -1,4 +1,4 @@
-# The environment is made by the first target that needs it, and again when the lock file has changed.
+# The first target that needs the environment creates it, and creates it again when the lock file has changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,26 +12,26 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long test-tools coverage check policy bench gpu lock clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
-demo: $(READY)  ## train a small DenseNet on handwritten digits: the whole path, a few minutes
+demo: $(READY)  ## train a small DenseNet on handwritten digits end to end, in a few minutes
 	@$(BIN)/densenet train configs/demo.yaml
 
-test: $(READY)  ## run the tests, but for those that take minutes each
+test: $(READY)  ## run the tests, except those that take minutes each
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
-test-long: $(READY)  ## run the others: whole runs that lose workers, nodes, drivers and trackers, and sweeps
+test-long: $(READY)  ## run the long tests: whole runs with worker, node, driver and tracker failures, and sweeps
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m long
 
-test-tools:  ## as root on Debian: the server and the browser that some tests use, and are skipped without
+test-tools:  ## install PostgreSQL and Chromium (as root on Debian); without them some tests are skipped
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends postgresql chromium
 
-coverage: $(READY)  ## `make test` with the lines that it does not reach, those of child processes included
+coverage: $(READY)  ## run `make test` with a coverage report, child processes included
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long" --cov --cov-report=term
 
-check: $(READY)  ## lint, formatting, imports, types, spelling
+check: $(READY)  ## check lint, formatting, imports, types and spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-logo --no-cache
@@ -47,14 +47,14 @@ policy: $(READY) $(POLICY)/.ready  ## check the Kubernetes manifests and the Doc
 	@cp k8s/images/Dockerfile $(POLICY)/objects
 	$(POLICY)/bin/checkov --config-file k8s/policy/checkov.yaml --directory $(POLICY)/objects
 
-bench: $(READY)  ## run the benchmarks, or ONLY="NAME..." of them, with made-up JPEGs or those in IMAGES=FOLDER
+bench: $(READY)  ## run all benchmarks or ONLY="NAME...", with synthetic JPEGs or those in IMAGES=FOLDER
 	$(BIN)/python -m benchmarks $(ONLY) $(if $(IMAGES),--images $(IMAGES))
 
-gpu: $(READY)  ## on a machine with CUDA: the tests and benchmarks that need it
+gpu: $(READY)  ## run the tests and benchmarks that need a GPU with CUDA
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m benchmarks.gpu
 
-lock: $(READY)  ## write the lock files anew from pyproject.toml
+lock: $(READY)  ## regenerate the lock files from pyproject.toml
 	$(LOCK) --upgrade --all-extras pyproject.toml --output-file requirements.lock
 	$(LOCK) --upgrade --group dev --constraint requirements.lock --output-file requirements-dev.lock
 	$(LOCK) --upgrade --group policy --output-file requirements-policy.lock
@@ -64,7 +64,7 @@ clean:  ## remove the environment and all outputs
 
 $(PACKAGES): requirements.lock requirements-dev.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else \
-		f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+		f"Python 3.11 or 3.12 is required, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	@echo "Installing the environment in $(VENV): about 7 GB, 4-10 minutes, once."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off --require-hashes \

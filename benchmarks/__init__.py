@@ -1,1 +1,1 @@
-"""Speed and memory, each beside its peer in one run on one machine; see docs/data.md."""
+"""Benchmarks of speed and memory, each compared with a peer in the same run; results in docs/benchmarks.md."""

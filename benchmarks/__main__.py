@@ -1,8 +1,8 @@
-"""All benchmarks, or some by name, and then the page that shows the newest results.
+"""Runs all benchmarks, or some by name, and then writes docs/benchmarks.md with the latest results.
 
     python -m benchmarks [NAME...] [--images FOLDER] [--rounds N]
 
-`make bench` runs them all (half an hour on two cores), `make bench ONLY="loader tracking"` some.
+`make bench` runs all of them (half an hour on two cores), `make bench ONLY="loader tracking"` some.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import page
 
-# What each takes besides --rounds.
+# Options of each benchmark in addition to --rounds.
 NAMES: dict[str, tuple[str, ...]] = {
     "loader": ("--images",),
     "end_to_end": ("--images",),
@@ -28,15 +28,15 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    """Runs each in a process of its own, and goes on after one that fails."""
+    """Runs each benchmark in its own process, and continues after a failure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--images", type=Path, help="a folder of JPEGs; made-up ones without it")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; synthetic images by default")
+    parser.add_argument("--rounds", type=int, help="number of timed rounds; each benchmark has a default")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in NAMES]
     if unknown:
-        parser.error(f"{', '.join(unknown)} is not known: use {', '.join(NAMES)}.")
+        parser.error(f"{', '.join(unknown)} is unknown: use {', '.join(NAMES)}.")
     failed = []
     for name in options.names or NAMES:
         arguments = ["--rounds", str(options.rounds)] if options.rounds and name != "index_scale" else []

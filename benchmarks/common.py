@@ -1,4 +1,4 @@
-"""What benchmarks share: rounds that take turns, ratios with their spread, rows in a CSV file."""
+"""Helpers of the benchmarks: interleaved rounds, ratios with their range, rows in a CSV file."""
 
 import csv
 import datetime
@@ -24,8 +24,8 @@ _COLUMNS = (
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
 
 
-def in_turns(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Runs every case once a round, so that a machine that gets slower does so for all; the first round is not kept."""
+def interleaved(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Runs every case once per round, so that a slowdown of the machine affects all; discards the warm-up round."""
     values: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, case in cases.items():
@@ -42,18 +42,18 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def report(benchmark: str, values: dict[str, list[float]], unit: str, ours: str) -> None:
-    """Prints each case's median, and `ours` as a ratio to it (median, least, most over the rounds); keeps both."""
+    """Prints and saves each case's median, and the ratio of `ours` to it (median, minimum, maximum over the rounds)."""
     print(f"\n{benchmark}: {machine()}, medians of {len(values[ours])} rounds")
     width = max(map(len, values))
-    for name, of_case in values.items():
-        ratios = [mine / other for mine, other in zip(values[ours], of_case, strict=True)]
-        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-        median = statistics.median(of_case)
-        print(f"  {name:{width}}  {median:12,.1f} {unit}   {ours} is {middle:.2f} x ({low:.2f} - {high:.2f})")
-        keep(benchmark, name, median, unit, (middle, low, high), ours, len(ratios))
+    for name, case_values in values.items():
+        ratios = [our_value / other for our_value, other in zip(values[ours], case_values, strict=True)]
+        low, ratio, high = min(ratios), statistics.median(ratios), max(ratios)
+        median = statistics.median(case_values)
+        print(f"  {name:{width}}  {median:12,.1f} {unit}   {ours} is {ratio:.2f} x ({low:.2f} - {high:.2f})")
+        save_result(benchmark, name, median, unit, (ratio, low, high), ours, len(ratios))
 
 
-def keep(
+def save_result(
     benchmark: str,
     case: str,
     value: float,
@@ -62,7 +62,7 @@ def keep(
     ours: str = "",
     rounds: int = 1,
 ) -> None:
-    """Appends one row to the results; `ratio` is (median, least, most) of `ours` to this case."""
+    """Appends one row to the results; `ratio` is (median, minimum, maximum) of `ours` to this case."""
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -87,7 +87,7 @@ def keep(
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
-    """JPEGs of ImageNet's usual size and weight, 500 x 375 pixels and about 110 kB."""
+    """Writes synthetic JPEGs of ImageNet's typical size, 500 x 375 pixels and about 110 kB."""
     folder.mkdir()
     rng, files = np.random.default_rng(0), []
     for i in range(count):
@@ -97,15 +97,15 @@ def write_images(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def take_images(given: Path | None, folder: Path) -> list[Path]:
-    """The JPEGs in the folder `given`, or made-up ones below `folder`."""
-    if given is None:
-        return write_images(folder / "made-up", 64)
-    return sorted(file for file in given.iterdir() if file.suffix.lower() in (".jpg", ".jpeg"))
+def load_images(images: Path | None, folder: Path) -> list[Path]:
+    """Returns the JPEGs in the folder `images`, or synthetic images written below `folder`."""
+    if images is None:
+        return write_images(folder / "synthetic", 64)
+    return sorted(file for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg"))
 
 
 def machine() -> str:
-    """The GPU, if there is one, the processor and the cores that may be used."""
+    """Returns the names of the GPU, if any, and the CPU, and the number of usable cores."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -113,7 +113,7 @@ def machine() -> str:
 
 
 def _versions() -> str:
-    """Those packages that are installed: `benchmarks.gpu` runs where only some are."""
+    """Returns the versions of the installed packages; `benchmarks.gpu` may run with some missing."""
     found = []
     for name in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -122,10 +122,10 @@ def _versions() -> str:
 
 
 def _commit() -> str:
-    """The commit, marked where the tree has changes besides these results."""
+    """Returns the git commit, marked `-dirty` if the tree has changes other than these results."""
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent)
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent)
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", ":/", ":!results.csv", ":!/docs/benchmarks.*")

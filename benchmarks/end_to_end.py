@@ -1,9 +1,9 @@
-"""Files to weights, and files to hits: training and evaluation with their loaders, beside torchvision's and timm's.
+"""End-to-end training and evaluation speed from image files, compared with torchvision's and timm's loaders.
 
     python -m benchmarks.end_to_end [--images FOLDER] [--model densenet_tiny] [--rounds 5]
 
-All train the same model on the same JPEGs at 224 pixels with SGD in one process, or count its hits; the small model leaves
-the loaders something to do on a CPU.
+All cases train (with SGD) or evaluate the same model on the same JPEGs at 224 pixels in one process. The model is small
+so that the loaders matter on a CPU.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.common import in_turns, report, take_images
+from benchmarks.common import interleaved, load_images, report
 from benchmarks.engine import CPU, engine_step
 from benchmarks.loader import MEAN, STD, timm_loader, torchvision_loader, write_class_folders
 from pipeline.config import RunConfig
@@ -50,28 +50,28 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, process_group(Path(folder, "store")):
         root = Path(folder, "set")
-        write_class_folders(take_images(options.images, Path(folder)), root, IMAGES)
+        write_class_folders(load_images(options.images, Path(folder)), root, IMAGES)
         index, _ = open_splits(str(root), "train", "val", Path(folder))
         name = options.model
         training = {
-            "this project": ours(index, name),
-            "torchvision's loader, plain loop": plain(torchvision_loader(root / "train", BATCH), name),
-            "timm's loader, plain loop": plain(timm_loader(root / "train", BATCH), name),
+            "this project": our_training(index, name),
+            "torchvision's loader, plain loop": plain_training(torchvision_loader(root / "train", BATCH), name),
+            "timm's loader, plain loop": plain_training(timm_loader(root / "train", BATCH), name),
         }
-        report(f"training from files, {name}", in_turns(training, options.rounds), "img/s", "this project")
-        counting = {
+        report(f"training from files, {name}", interleaved(training, options.rounds), "img/s", "this project")
+        evaluation = {
             "this project": our_evaluation(index, name),
             "torchvision's loader, plain loop": plain_evaluation(root / "train", name),
         }
-        report(f"evaluation from files, {name}", in_turns(counting, options.rounds), "img/s", "this project")
+        report(f"evaluation from files, {name}", interleaved(evaluation, options.rounds), "img/s", "this project")
 
 
-def loader_of(index: DatasetIndex) -> Loader:
+def create_loader(index: DatasetIndex) -> Loader:
     threads = {"threads": CORES, "readers": 4, "max_batch_size": BATCH}
     return Loader(index, device="cpu", device_id=None, interpolation="bilinear", mean=MEAN, std=STD, **threads)
 
 
-def ours(index: DatasetIndex, name: str) -> Callable[[], float]:
+def our_training(index: DatasetIndex, name: str) -> Callable[[], float]:
     config = RunConfig.model_validate(
         {"model": {"name": name}, "train": {"epochs": 1, "global_batch_size": BATCH}, "engine": {"zero_stage": 0}}
     )
@@ -79,17 +79,19 @@ def ours(index: DatasetIndex, name: str) -> Callable[[], float]:
     derived = derive(config, workers=1, cpus_per_worker=CORES, device="cpu", **sizes)
     engine = Engine(config, derived, create(name, CLASSES), CPU)
     plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
-    loader = loader_of(index)
+    loader = create_loader(index)
 
     def epoch() -> None:
         steps = range(IMAGES // BATCH)
         for batch in loader.run(plan.batch(micro_batch(step, 0, 0, 1, BATCH, 1), SIDE) for step in steps):
             engine_step(engine, config, batch.images_NCHW, batch.labels_N)
 
-    return speed(epoch)
+    return throughput(epoch)
 
 
-def speed(epoch: Callable[[], None]) -> Callable[[], float]:
+def throughput(epoch: Callable[[], None]) -> Callable[[], float]:
+    """Returns a function that measures images per second over one epoch."""
+
     def measured() -> float:
         started = time.perf_counter()
         epoch()
@@ -98,8 +100,8 @@ def speed(epoch: Callable[[], None]) -> Callable[[], float]:
     return measured
 
 
-def plain(loader: Iterable[tuple[torch.Tensor, torch.Tensor]], name: str) -> Callable[[], float]:
-    """A bare PyTorch loop."""
+def plain_training(loader: Iterable[tuple[torch.Tensor, torch.Tensor]], name: str) -> Callable[[], float]:
+    """A plain PyTorch training loop."""
     model: nn.Module = create(name, CLASSES).train()
     config = RunConfig()
     optimizer = create_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
@@ -111,33 +113,33 @@ def plain(loader: Iterable[tuple[torch.Tensor, torch.Tensor]], name: str) -> Cal
             loss.backward()
             optimizer.step()
 
-    return speed(epoch)
+    return throughput(epoch)
 
 
 def our_evaluation(index: DatasetIndex, name: str) -> Callable[[], float]:
-    model, loader = create(name, CLASSES).eval(), loader_of(index)
+    model, loader = create(name, CLASSES).eval(), create_loader(index)
     plan = EvalPlan(index.widths_N, index.heights_N, 256, SIDE)
 
-    def count() -> None:
+    def epoch() -> None:
         with torch.inference_mode():
             evaluate(model, loader, plan, BATCH, CLASSES, forward_is_collective=False)
 
-    return speed(count)
+    return throughput(epoch)
 
 
 def plain_evaluation(split: Path, name: str) -> Callable[[], float]:
-    pixels = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    whole = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(SIDE), *pixels])
-    dataset = ImageFolder(str(split), whole)
+    normalize = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    transform = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(SIDE), *normalize])
+    dataset = ImageFolder(str(split), transform)
     loader = DataLoader(dataset, BATCH, num_workers=CORES, persistent_workers=True)
     model = create(name, CLASSES).eval()
 
-    def count() -> None:
+    def epoch() -> None:
         with torch.inference_mode():
             for images_NCHW, labels_N in loader:
                 model(images_NCHW).topk(5).indices.eq(labels_N[:, None]).sum()
 
-    return speed(count)
+    return throughput(epoch)
 
 
 if __name__ == "__main__":

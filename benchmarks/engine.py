@@ -1,4 +1,4 @@
-"""The engine beside a bare PyTorch loop, two ranks beside one, checkpoints and resuming; all on the CPU.
+"""DeepSpeed engine overhead, data-parallel scaling to two ranks, and the cost of checkpoints and resuming, on the CPU.
 
 python -m benchmarks.engine [--model densenet121] [--batch 8] [--rounds 7]
 """
@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks.common import in_turns, keep, machine, report, seconds
+from benchmarks.common import interleaved, machine, report, save_result, seconds
 from pipeline.config import RunConfig
 from pipeline.data.dataset import open_splits
 from pipeline.derived import Derived, derive
@@ -32,10 +32,11 @@ from pipeline.train.trainer import Trainer
 from pipeline.train.writer import CheckpointFiles, CheckpointWriter
 
 CPU, CLASSES, SIDE = torch.device("cpu"), 1000, 224
+PLAIN_LOOP = "plain PyTorch loop"
 
 
 def main() -> None:
-    """Runs the comparisons one after the other."""
+    """Runs all comparisons."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="densenet121")
     parser.add_argument("--batch", type=int, default=8)
@@ -44,13 +45,13 @@ def main() -> None:
     name, batch, rounds = options.model, options.batch, options.rounds
     two_ranks(name, batch, rounds)
     with process_group(Path(tempfile.mkdtemp()) / "store"):
-        overhead(name, batch, rounds)
-        stall(name, batch, rounds)
+        engine_overhead(name, batch, rounds)
+        checkpoint_time(name, batch, rounds)
         run_with_checkpoints(name, batch, max(3, rounds // 3))
 
 
 def settings(name: str, batch: int, workers: int, stage: int = 1) -> tuple[RunConfig, Derived]:
-    """A config for some steps on images in memory."""
+    """Returns a config for training steps on images in memory."""
     config = RunConfig.model_validate(
         {
             "model": {"name": name},
@@ -67,7 +68,7 @@ def images(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def engine_step(engine: Engine, config: RunConfig, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> None:
-    """One step as the trainer makes it."""
+    """Runs one training step like the trainer."""
     engine.set_learning_rate(0.1)
     loss = Criterion(config.loss, CLASSES)(engine.forward(images_NCHW), labels_N, images_NCHW)
     engine.backward(loss)
@@ -75,35 +76,35 @@ def engine_step(engine: Engine, config: RunConfig, images_NCHW: torch.Tensor, la
     engine.update_ema(1)
 
 
-def overhead(name: str, batch: int, rounds: int) -> None:
-    """A step of each ZeRO stage that one rank has a use for, and of a bare loop with the same optimizer."""
+def engine_overhead(name: str, batch: int, rounds: int) -> None:
+    """Compares an engine step at ZeRO stages 0 and 1 on one rank with a plain PyTorch loop with the same optimizer."""
     images_NCHW, labels_N = images(batch)
     model = create(name, CLASSES).train()
     config, _ = settings(name, batch, 1)
     optimizer = create_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
 
-    def bare() -> None:
+    def plain_step() -> None:
         loss = F.cross_entropy(model(images_NCHW), labels_N)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    cases = {"a bare loop": lambda: seconds(bare)}
+    cases = {PLAIN_LOOP: lambda: seconds(plain_step)}
     for stage in (0, 1):
         config, derived = settings(name, batch, 1, stage)
         engine = Engine(config, derived, create(name, CLASSES), CPU)
-        cases[f"the engine, stage {stage}"] = lambda e=engine, c=config: seconds(  # type: ignore[misc]
+        cases[f"engine, ZeRO {stage}"] = lambda e=engine, c=config: seconds(  # type: ignore[misc]
             lambda: engine_step(e, c, images_NCHW, labels_N)
         )
-    values = in_turns(cases, rounds)
+    values = interleaved(cases, rounds)
     for stage in (0, 1):
-        ours = f"the engine, stage {stage}"
-        pair = {ours: values[ours], "a bare loop": values["a bare loop"]}
-        report(f"step, {name}, batch {batch} at {SIDE} px, stage {stage}", pair, "s", ours)
+        ours = f"engine, ZeRO {stage}"
+        pair = {ours: values[ours], PLAIN_LOOP: values[PLAIN_LOOP]}
+        report(f"training step, {name}, batch {batch} at {SIDE} px, ZeRO {stage}", pair, "s", ours)
 
 
 def two_ranks(name: str, batch: int, rounds: int) -> None:
-    """Images per second of two ranks with one thread each beside one rank with one thread, both with `batch` each."""
+    """Compares images per second of two ranks and of one, with one thread and `batch` images per rank."""
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(2):
         for workers in speeds:
@@ -111,7 +112,7 @@ def two_ranks(name: str, batch: int, rounds: int) -> None:
             mp.start_processes(_rank, (workers, folder, name, batch, rounds), workers, start_method="spawn")
             speeds[workers].append(float((folder / "speed").read_text()))
     values = {"two ranks": speeds[2], "one rank": speeds[1]}
-    report(f"images per second, {name}, batch {batch} a rank, one thread each", values, "img/s", "two ranks")
+    report(f"training throughput, {name}, batch {batch} per rank, one thread per rank", values, "img/s", "two ranks")
 
 
 def _rank(rank: int, workers: int, folder: Path, name: str, batch: int, rounds: int) -> None:
@@ -131,31 +132,31 @@ def _rank(rank: int, workers: int, folder: Path, name: str, batch: int, rounds: 
             (folder / "speed").write_text(str(speed))
 
 
-def stall(name: str, batch: int, rounds: int) -> None:
-    """What a checkpoint holds up (the copy), and what goes on beside training (files, hashes, rename)."""
+def checkpoint_time(name: str, batch: int, rounds: int) -> None:
+    """Measures a checkpoint's copy, which blocks training, and its write (files, hashes, rename), which does not."""
     config, derived = settings(name, batch, 1)
     engine = Engine(config, derived, create(name, CLASSES), CPU)
     engine_step(engine, config, *images(batch))
     writes: list[float] = []
     copies: list[float] = []
     root = Path(tempfile.mkdtemp())
-    with CheckpointWriter(root, lambda folder, spent: writes.append(spent), print) as writer:
+    with CheckpointWriter(root, lambda folder, write_s: writes.append(write_s), print) as writer:
         for number in range(rounds):
             started = time.perf_counter()
             tensors = {"model.safetensors": engine.full_state(), "optimizer.safetensors": engine.optimizer_state()}
             copies.append(time.perf_counter() - started)
             contents = CheckpointFiles(tensors, {}, {})
-            writer.write(checkpoint.folder_name(number + 1), contents, lambda there: there[-1:])
+            writer.write(checkpoint.folder_name(number + 1), contents, lambda folders: folders[-1:])
             writer.wait()
     copy, write = statistics.median(copies), statistics.median(writes)
     benchmark = f"checkpoint, {name}"
-    print(f"\n{benchmark}: {machine()}, medians of {rounds}: copy {copy:.3f} s (training waits), write {write:.3f} s")
-    keep(benchmark, "copy, training waits", copy, "s", rounds=rounds)
-    keep(benchmark, "write, beside training", write, "s", rounds=rounds)
+    print(f"\n{benchmark}: {machine()}, medians of {rounds}: copy {copy:.3f} s (blocks training), write {write:.3f} s")
+    save_result(benchmark, "copy, blocks training", copy, "s", rounds=rounds)
+    save_result(benchmark, "write, in the background", write, "s", rounds=rounds)
 
 
 def run_with_checkpoints(model: str, batch: int, rounds: int) -> None:
-    """A run with many checkpoints beside one with one at its end, and the time to the first step, new and resumed."""
+    """Compares runs with nine checkpoints and without, and the time to the first step of new and resumed runs."""
     folder = Path(tempfile.mkdtemp())
     for number in range(4 * batch):
         for split in ("train", "val"):
@@ -165,7 +166,7 @@ def run_with_checkpoints(model: str, batch: int, rounds: int) -> None:
     indexes = open_splits(str(folder / "set"), "train", "val", folder)
 
     def run(case: str, every: int | None, resume: Path | None = None) -> tuple[float, float, float]:
-        """Seconds to the first step, of all steps after it, and held up by checkpoints."""
+        """Returns the seconds to the first step, of all later steps, and blocked by checkpoints."""
         config = RunConfig.model_validate(
             {
                 "model": {"name": model},
@@ -176,36 +177,36 @@ def run_with_checkpoints(model: str, batch: int, rounds: int) -> None:
         )
         sizes = {"train_samples": len(indexes[0]), "val_samples": len(indexes[1]), "num_classes": 2}
         derived = derive(config, workers=1, cpus_per_worker=2, device="cpu", **sizes)
-        marks: dict[type, float] = {}
+        times: dict[type, float] = {}
         begin = time.perf_counter()
         stalls: list[float] = []
 
-        def event(told: Event) -> None:
-            marks[type(told)] = time.perf_counter()
-            if isinstance(told, Saved):
-                stalls.append(told.stall_s)
+        def on_event(event: Event) -> None:
+            times[type(event)] = time.perf_counter()
+            if isinstance(event, Saved):
+                stalls.append(event.stall_s)
 
         inputs = Inputs(config, derived, *indexes, CPU)
-        Trainer(config, derived, inputs, run_dir=folder / case, device=CPU, report=event, resume=resume).fit()
-        return marks[FirstStep] - begin, marks[Step] - marks[FirstStep], sum(stalls[:-1])
+        Trainer(config, derived, inputs, run_dir=folder / case, device=CPU, report=on_event, resume=resume).fit()
+        return times[FirstStep] - begin, times[Step] - times[FirstStep], sum(stalls[:-1])
 
     values: dict[str, list[float]] = {}
     for number in range(rounds):
-        start_s, seldom_s, _ = run(f"seldom{number}", None)
-        _, often_s, held_s = run(f"often{number}", 2 * batch)
-        middle = checkpoint.checkpoints(checkpoint_root(folder / f"often{number}"))[-2]
-        resume_s, _, _ = run(f"resumed{number}", None, middle)
-        names = ("first step, new", "no checkpoint", "nine checkpoints", "held up by nine", "first step, resumed")
-        for name, value in zip(names, (start_s, seldom_s, often_s, held_s, resume_s), strict=True):
+        start_s, without_s, _ = run(f"without{number}", None)
+        _, with_s, blocked_s = run(f"with{number}", 2 * batch)
+        second_last = checkpoint.checkpoints(checkpoint_root(folder / f"with{number}"))[-2]
+        resume_s, _, _ = run(f"resumed{number}", None, second_last)
+        names = ("first step, new run", "no checkpoint", "nine checkpoints", "blocked", "first step, resumed run")
+        for name, value in zip(names, (start_s, without_s, with_s, blocked_s, resume_s), strict=True):
             values.setdefault(name, []).append(value)
-    get_run = f"19 steps, {model}, batch {batch} at {SIDE} px"
-    report(get_run, {n: values[n] for n in ("nine checkpoints", "no checkpoint")}, "s", "nine checkpoints")
-    shares = [
-        100 * held / whole for held, whole in zip(values["held up by nine"], values["nine checkpoints"], strict=True)
+    benchmark = f"19 steps, {model}, batch {batch} at {SIDE} px"
+    report(benchmark, {n: values[n] for n in ("nine checkpoints", "no checkpoint")}, "s", "nine checkpoints")
+    fractions = [
+        100 * blocked / total for blocked, total in zip(values["blocked"], values["nine checkpoints"], strict=True)
     ]
-    keep(get_run, "share that nine checkpoints hold up", statistics.median(shares), "%", rounds=len(shares))
-    resumed = {n: values[n] for n in ("first step, resumed", "first step, new")}
-    report(f"start to first step, {model}", resumed, "s", "first step, resumed")
+    save_result(benchmark, "time blocked by nine checkpoints", statistics.median(fractions), "%", rounds=len(fractions))
+    resumed = {n: values[n] for n in ("first step, resumed run", "first step, new run")}
+    report(f"start to first step, {model}", resumed, "s", "first step, resumed run")
 
 
 if __name__ == "__main__":

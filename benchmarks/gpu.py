@@ -1,11 +1,11 @@
-"""What only a GPU can show, with whatever is installed: each case says which package it lacks instead of failing.
+"""GPU benchmarks: decoding, mixed precision, memory modes, torch.compile, ZeRO stages, NCCL.
 
     python -m benchmarks.gpu [--batch 128] [--rounds 5] [--images FOLDER] [--only NAME...]
 
-Cases: `decode` (DALI on the GPU beside its CPU decoder and beside torchvision), `precision` (fp32, bf16, fp16; timm's
-published RTX 3090 rates stand beside them), `memory` (rate and peak of each mode), `compile`, `stages` (DeepSpeed's
-ZeRO 0 to 3 beside a bare loop), `feed` (the loader alone beside the model that it feeds), `nccl` (two GPUs beside one).
-`--device cpu` tries the script itself: its figures mean nothing and are not kept.
+Cases: `decode` (DALI on the GPU, DALI on the CPU, torchvision), `precision` (fp32, bf16, fp16; for reference timm's
+published throughput on an RTX 3090), `memory` (throughput and peak memory of each memory mode), `compile`, `stages`
+(DeepSpeed's ZeRO 0 to 3 and a plain loop), `feed` (the loader alone and the model alone), `nccl` (two GPUs and one). A
+case whose packages are not installed is skipped. `--device cpu` tests the script itself and saves no results.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import common
-from benchmarks.common import in_turns, keep, machine, report, seconds, take_images
+from benchmarks.common import interleaved, load_images, machine, report, save_result, seconds
 
 CLASSES = 1000
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
@@ -31,15 +31,16 @@ MODELS = ("densenet121", "densenet169", "densenet201", "densenet264")
 # `densenet264` is another model.
 TIMM_RTX3090 = {"densenet121": 913.65, "densenet169": 752.52, "densenet201": 562.52}
 Step = Callable[[], object]
+PLAIN_LOOP = "plain PyTorch loop"
 
 
 def main() -> None:
-    """Runs every case that the machine and its packages allow."""
+    """Runs every case that the machine and the installed packages support."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="in a round")
-    parser.add_argument("--side", type=int, default=224, help="pixels")
+    parser.add_argument("--steps", type=int, default=10, help="training steps per round")
+    parser.add_argument("--side", type=int, default=224, help="image size in pixels")
     parser.add_argument("--images", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -48,7 +49,7 @@ def main() -> None:
     if options.device == "cpu":
         common.RESULTS = Path(os.devnull)
     elif not torch.cuda.is_available():
-        print(f"skipped: torch {torch.__version__} sees no CUDA device here")
+        print(f"skipped: torch {torch.__version__} finds no CUDA device")
         return
     print(f"{machine()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices")
     for name in options.only:
@@ -57,36 +58,36 @@ def main() -> None:
             continue
         try:
             CASES[name](options)
-        except ImportError as error:  # each case imports what it needs, before it begins
+        except ImportError as error:  # each case imports its packages before it starts
             if (error.name or "").startswith(("pipeline", "benchmarks")):
-                raise  # a problem of ours is no lack of a package
-            print(f"\n{name}: skipped, not installed or not working here: {error}")
+                raise  # an error of this project, not a missing package
+            print(f"\n{name}: skipped, a package is not installed or fails to import: {error}")
 
 
-def wait() -> None:
-    """For the device's work to be done."""
+def synchronize() -> None:
+    """Waits for the GPU's queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def rate(options: argparse.Namespace, step: Step, images: int = 0) -> Callable[[], float]:
-    """Images per second over some steps of a batch each (or `images`), the device's work being done."""
+def throughput(options: argparse.Namespace, step: Step, images: int = 0) -> Callable[[], float]:
+    """Returns a function that measures images per second over some steps; `images` per step, a batch by default."""
 
     def measured() -> float:
-        wait()
+        synchronize()
         started = time.perf_counter()
         for _ in range(options.steps):
             step()
-        wait()
+        synchronize()
         return options.steps * (images or options.batch) / (time.perf_counter() - started)
 
     return measured
 
 
 def training(
-    options: argparse.Namespace, name: str, half: torch.dtype | None, memory: str = "none", compiled: bool = False
+    options: argparse.Namespace, name: str, autocast: torch.dtype | None, memory: str = "none", compiled: bool = False
 ) -> Step:
-    """A model and its training step, bare: autocast, channels last, SGD, a loss scale for fp16."""
+    """Returns a plain PyTorch training step: mixed precision by autocast, channels last, SGD, loss scaling for fp16."""
     from pipeline.config import Model
     from pipeline.model.densenet import create
 
@@ -96,10 +97,10 @@ def training(
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True)
     images_NCHW, labels_N = images(options)
     images_NCHW = images_NCHW.to(memory_format=torch.channels_last)
-    scaler = torch.amp.GradScaler(options.device, enabled=half == torch.float16)
+    scaler = torch.amp.GradScaler(options.device, enabled=autocast == torch.float16)
 
     def step() -> None:
-        with torch.autocast(options.device, half or torch.float16, enabled=half is not None):
+        with torch.autocast(options.device, autocast or torch.float16, enabled=autocast is not None):
             loss = F.cross_entropy(forward(images_NCHW), labels_N)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -115,20 +116,20 @@ def images(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def precision(options: argparse.Namespace) -> None:
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
     for name in options.models:
-        steps = {kind: rate(options, training(options, name, half)) for kind, half in kinds.items()}
-        values = in_turns(steps, options.rounds)
+        cases = {case: throughput(options, training(options, name, dtype)) for case, dtype in dtypes.items()}
+        values = interleaved(cases, options.rounds)
         report(f"training step, {name}, batch {options.batch}", values, "img/s", "bf16")
         if name in TIMM_RTX3090:
-            print(f"  timm's published RTX 3090 rate, AMP, another machine: {TIMM_RTX3090[name]:,.0f} img/s")
-            keep(f"training step, {name}", "timm on an RTX 3090, as published", TIMM_RTX3090[name], "img/s")
+            print(f"  timm's published throughput on an RTX 3090, AMP: {TIMM_RTX3090[name]:,.0f} img/s")
+            save_result(f"training step, {name}", "timm on an RTX 3090, as published", TIMM_RTX3090[name], "img/s")
         torch.cuda.empty_cache()
 
 
 def memory(options: argparse.Namespace) -> None:
     for name in (options.models[0], options.models[-1]):
-        rates: dict[str, Callable[[], float]] = {}
+        cases: dict[str, Callable[[], float]] = {}
         peaks: dict[str, float] = {}
         for mode in ("none", "activation-checkpointing", "shared-stats"):
             before = torch.cuda.memory_allocated()
@@ -137,28 +138,28 @@ def memory(options: argparse.Namespace) -> None:
                 torch.cuda.reset_peak_memory_stats()
             step()
             peaks[mode] = (torch.cuda.max_memory_allocated() - before) / 1e6
-            rates[mode] = rate(options, step)
-        values = in_turns(rates, options.rounds)
+            cases[mode] = throughput(options, step)
+        values = interleaved(cases, options.rounds)
         for mode in ("activation-checkpointing", "shared-stats"):
-            what = f"{name}, model.memory={mode}, batch {options.batch}, bf16"
-            report(f"step, {what}", {m: values[m] for m in (mode, "none")}, "img/s", mode)
+            settings = f"{name}, model.memory={mode}, batch {options.batch}, bf16"
+            report(f"training step, {settings}", {m: values[m] for m in (mode, "none")}, "img/s", mode)
             if options.device == "cuda":
-                report(f"peak memory, {what}", {m: [peaks[m]] for m in (mode, "none")}, "MB", mode)
+                report(f"peak memory, {settings}", {m: [peaks[m]] for m in (mode, "none")}, "MB", mode)
 
 
 def compiled(options: argparse.Namespace) -> None:
-    import triton  # noqa: F401  which inductor wants
+    import triton  # noqa: F401  inductor needs it
 
     name = options.models[0]
     cases = {
-        "compiled": rate(options, training(options, name, torch.bfloat16, compiled=True)),
-        "eager": rate(options, training(options, name, torch.bfloat16)),
+        "compiled": throughput(options, training(options, name, torch.bfloat16, compiled=True)),
+        "eager": throughput(options, training(options, name, torch.bfloat16)),
     }
-    report(f"torch.compile, {name}, bf16", in_turns(cases, options.rounds), "img/s", "compiled")
+    report(f"torch.compile, {name}, bf16", interleaved(cases, options.rounds), "img/s", "compiled")
 
 
 def stages(options: argparse.Namespace) -> None:
-    """One rank: what the engine costs beside a bare loop, stage by stage."""
+    """Measures the engine's overhead over a plain loop on one rank, for each ZeRO stage."""
     from benchmarks.engine import engine_step
     from pipeline.train.process_group import process_group
 
@@ -169,21 +170,21 @@ def stages(options: argparse.Namespace) -> None:
     ):
         values: dict[str, list[float]] = {}
         for stage in (0, 1, 2, 3):
-            engine, config = engine_of(options, 1, stage)
+            engine, config = create_engine(options, 1, stage)
             images_NCHW, labels_N = images(options)
 
-            def step(engine: Any = engine, config: Any = config, pixels: Any = images_NCHW, of: Any = labels_N) -> None:
-                engine_step(engine, config, pixels, of)
+            def step(engine: Any = engine, config: Any = config, x: Any = images_NCHW, labels: Any = labels_N) -> None:
+                engine_step(engine, config, x, labels)
 
-            bare = rate(options, training(options, name, torch.bfloat16))
-            ours = f"engine, stage {stage}"
-            values = in_turns({ours: rate(options, step), "bare loop": bare}, options.rounds)
-            report(f"step, {name}, batch {batch}, ZeRO {stage}, bf16", values, "img/s", ours)
+            plain = throughput(options, training(options, name, torch.bfloat16))
+            ours = f"engine, ZeRO {stage}"
+            values = interleaved({ours: throughput(options, step), PLAIN_LOOP: plain}, options.rounds)
+            report(f"training step, {name}, batch {batch}, ZeRO {stage}, bf16", values, "img/s", ours)
             del engine
             torch.cuda.empty_cache()
 
 
-def engine_of(options: argparse.Namespace, workers: int, stage: int) -> tuple[Any, Any]:
+def create_engine(options: argparse.Namespace, workers: int, stage: int) -> tuple[Any, Any]:
     from pipeline.config import RunConfig
     from pipeline.derived import derive
     from pipeline.model.densenet import create
@@ -202,8 +203,8 @@ def engine_of(options: argparse.Namespace, workers: int, stage: int) -> tuple[An
     return Engine(config, derived, create(name, CLASSES), device), config
 
 
-def batches_of(options: argparse.Namespace, root: Path, device: str) -> tuple[Any, Callable[[], Iterator[Any]]]:
-    """A loader of some hundred JPEGs, and one pass over them."""
+def create_loader(options: argparse.Namespace, root: Path, device: str) -> tuple[Any, Callable[[], Iterator[Any]]]:
+    """Returns a loader of `steps` x `batch` JPEGs, and a function that iterates over them once."""
     from benchmarks.loader import MEAN, STD, write_class_folders
     from pipeline.data.dali import Loader
     from pipeline.data.dataset import open_splits
@@ -211,7 +212,7 @@ def batches_of(options: argparse.Namespace, root: Path, device: str) -> tuple[An
 
     folder = root / "set"
     if not folder.exists():
-        write_class_folders(take_images(options.images, root), folder, max(8, options.steps * options.batch))
+        write_class_folders(load_images(options.images, root), folder, max(8, options.steps * options.batch))
     index, _ = open_splits(str(folder), "train", "val", root)
     plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     cores = len(os.sched_getaffinity(0))
@@ -226,19 +227,19 @@ def batches_of(options: argparse.Namespace, root: Path, device: str) -> tuple[An
         std=STD,
     )
 
-    def once() -> Iterator[Any]:
+    def epoch() -> Iterator[Any]:
         steps = range(options.steps)
         return loader.run(plan.batch(micro_batch(s, 0, 0, 1, options.batch, 1), options.side) for s in steps)
 
-    return loader, once
+    return loader, epoch
 
 
-def drained(batches: Callable[[], Iterator[Any]], options: argparse.Namespace) -> Callable[[], float]:
+def loader_throughput(epoch: Callable[[], Iterator[Any]], options: argparse.Namespace) -> Callable[[], float]:
     def measured() -> float:
         def run() -> None:
-            for _ in batches():
+            for _ in epoch():
                 pass
-            wait()
+            synchronize()
 
         return options.steps * options.batch / seconds(run)
 
@@ -250,35 +251,35 @@ def decode(options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        on_gpu, gpu = batches_of(options, root, options.device)
-        on_cpu, cpu = batches_of(options, root, "cpu")
-        reference = torchvision_loader(root / "set" / "train", options.batch)
+        gpu_loader, gpu_epoch = create_loader(options, root, options.device)
+        cpu_loader, cpu_epoch = create_loader(options, root, "cpu")
+        torchvision = torchvision_loader(root / "set" / "train", options.batch)
         cases = {
-            "DALI, decoded on the GPU": drained(gpu, options),
-            "DALI, decoded on the CPU": drained(cpu, options),
-            "torchvision": drained(lambda: iter(reference), options),
+            "DALI, decoded on the GPU": loader_throughput(gpu_epoch, options),
+            "DALI, decoded on the CPU": loader_throughput(cpu_epoch, options),
+            "torchvision": loader_throughput(lambda: iter(torchvision), options),
         }
-        report("loader on a GPU machine", in_turns(cases, options.rounds), "img/s", "DALI, decoded on the GPU")
-        on_gpu.close()
-        on_cpu.close()
+        report("loader on a GPU machine", interleaved(cases, options.rounds), "img/s", "DALI, decoded on the GPU")
+        gpu_loader.close()
+        cpu_loader.close()
 
 
 def feed(options: argparse.Namespace) -> None:
-    """Whether the loader is faster than the model that it feeds."""
+    """Compares the throughput of the loader alone with that of the model alone."""
     name = options.models[0]
     with tempfile.TemporaryDirectory() as folder:
-        loader, batches = batches_of(options, Path(folder), options.device)
+        loader, epoch = create_loader(options, Path(folder), options.device)
         cases = {
-            "loader alone": drained(batches, options),
-            f"{name} alone": rate(options, training(options, name, torch.bfloat16)),
+            "loader alone": loader_throughput(epoch, options),
+            f"{name} alone": throughput(options, training(options, name, torch.bfloat16)),
         }
-        report(f"feeding {name}, bf16", in_turns(cases, options.rounds), "img/s", "loader alone")
+        report(f"loader and model, {name}, bf16", interleaved(cases, options.rounds), "img/s", "loader alone")
         loader.close()
 
 
 def nccl(options: argparse.Namespace) -> None:
-    """Two ranks with a GPU each beside one, the same batch on each."""
-    import deepspeed  # noqa: F401  where it is missing, that is found here and not in each rank
+    """Compares two ranks with a GPU each and one, with the same batch per GPU."""
+    import deepspeed  # noqa: F401  if it is missing, fail here rather than in each rank
     import torch.multiprocessing as mp
 
     import benchmarks.engine  # noqa: F401
@@ -290,7 +291,7 @@ def nccl(options: argparse.Namespace) -> None:
             mp.start_processes(_rank, (workers, folder, options), workers, start_method="spawn")
             speeds[workers].append(float((folder / "speed").read_text()))
     values = {"two GPUs": speeds[2], "one GPU": speeds[1]}
-    report(f"NCCL, {options.models[0]}, batch {options.batch} a GPU, bf16", values, "img/s", "two GPUs")
+    report(f"NCCL, {options.models[0]}, batch {options.batch} per GPU, bf16", values, "img/s", "two GPUs")
 
 
 def _rank(rank: int, workers: int, folder: Path, options: argparse.Namespace) -> None:
@@ -300,13 +301,15 @@ def _rank(rank: int, workers: int, folder: Path, options: argparse.Namespace) ->
     if options.device == "cuda":
         torch.cuda.set_device(rank)
     with process_group(folder / "store", rank, workers, backend=BACKENDS[options.device]):
-        engine, config = engine_of(options, workers, 1)
+        engine, config = create_engine(options, workers, 1)
         images_NCHW, labels_N = images(options)
-        measured = rate(options, lambda: engine_step(engine, config, images_NCHW, labels_N), options.batch * workers)
+        measured = throughput(
+            options, lambda: engine_step(engine, config, images_NCHW, labels_N), options.batch * workers
+        )
         measured()
-        speed = measured()
+        img_per_s = measured()
         if rank == 0:
-            (folder / "speed").write_text(str(speed))
+            (folder / "speed").write_text(str(img_per_s))
 
 
 CASES: dict[str, Callable[[argparse.Namespace], None]] = {

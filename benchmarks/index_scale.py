@@ -1,8 +1,9 @@
-"""An ImageNet-sized index: how long opening it takes, how much memory, and how soon a run is at epoch 57.
+"""Time and memory to open an ImageNet-sized index and to plan the first batch of a run resumed in epoch 57.
 
     python -m benchmarks.index_scale
 
-1,281,167 made-up samples in 1,100 shards (files with holes: they take no room); each figure is from a fresh process.
+The index has 1,281,167 synthetic samples in 1,100 shards (empty files without disk usage); each measurement uses a new
+process.
 """
 
 import json
@@ -14,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.common import keep, machine
+from benchmarks.common import machine, save_result
 from pipeline.data.dataset import Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table
 
 N, VAL, SHARDS = 1_281_167, 50_000, 1_100
 EPOCH, SAMPLE, BATCH = 57, 900_000, 256
 
-FRESH = """
+MEASURE = """
 import json, sys, time
 from pathlib import Path
 import numpy as np, psutil
@@ -48,25 +49,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_set(root)
-        arguments = [sys.executable, "-c", FRESH, str(root), str(EPOCH * N + SAMPLE), str(BATCH)]
+        arguments = [sys.executable, "-c", MEASURE, str(root), str(EPOCH * N + SAMPLE), str(BATCH)]
         runs = [json.loads(subprocess.run(arguments, check=True, capture_output=True).stdout) for _ in range(3)]
         size = index_file(root, "train").stat().st_size
     print(f"\nindex of {N:,} samples: {machine()}, medians of {len(runs)} processes; {size / 1e6:.1f} MB on disk")
     labels = {
-        "open": f"opened, {SHARDS:,} shards looked at",
-        "ready": f"first batch of epoch {EPOCH} at sample {SAMPLE:,} planned",
+        "open": f"open, check {SHARDS:,} shards",
+        "ready": f"plan the first batch of epoch {EPOCH} at sample {SAMPLE:,}",
         "fingerprint": "fingerprint",
         "memory": "memory",
     }
     for key, label in labels.items():
         value = float(np.median([run[key] for run in runs]))
-        shown, unit = (value / 1e6, "MB") if key == "memory" else (value, "s")
-        print(f"  {label:52} {shown:8.3f} {unit}")
-        keep("index of 1,281,167 samples", label, shown, unit, rounds=len(runs))
+        amount, unit = (value / 1e6, "MB") if key == "memory" else (value, "s")
+        print(f"  {label:52} {amount:8.3f} {unit}")
+        save_result("index of 1,281,167 samples", label, amount, unit, rounds=len(runs))
 
 
 def write_set(root: Path) -> None:
-    """A data set's folder without any images."""
+    """Writes the manifest and indexes of a data set without images."""
     classes = tuple(f"n{i:08d}" for i in range(1000))
     rng = np.random.default_rng(0)
     splits = {}

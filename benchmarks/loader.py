@@ -1,10 +1,10 @@
-"""Training images per second, 224 pixels: this loader beside torchvision, timm, webdataset and DALI's own reader.
+"""Data loading speed for training at 224 pixels: this loader, torchvision, timm, webdataset and DALI's file reader.
 
     python -m benchmarks.loader [--images FOLDER] [--rounds 5]
 
-The folder's JPEGs (made-up ones without it) are copied to some thousand in class folders, prepared as shards, and once
-more with a shorter side of 400 pixels. All loaders decode the same images with the same cores, random-resized crop
-and flip.
+The benchmark copies the folder's JPEGs (synthetic ones by default) to 2,048 files in class folders and prepares them as
+shards, with the original size and with a shorter side of 400 pixels. All loaders decode the same images on the same
+cores, with random resized crop and flip.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.common import in_turns, report, seconds, take_images
+from benchmarks.common import interleaved, load_images, report, seconds
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.plan import TrainPlan, micro_batch
@@ -34,7 +34,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
-    """Measures original images, then those with a shorter side of 400."""
+    """Measures the original images, then images with a shorter side of 400 pixels."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
@@ -42,7 +42,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_class_folders(take_images(options.images, root), root / "original", IMAGES)
+        write_class_folders(load_images(options.images, root), root / "original", IMAGES)
         measure("loader, original JPEGs", root / "original", root / "original-shards", options.rounds)
         with Pool(CORES) as pool:
             small = PrepareOptions(to="folders", shorter_side=400, quality=90)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write_class_folders(files: list[Path], root: Path, count: int) -> None:
-    """Copies of the images in turn, `count` of them, in eight classes; and a token evaluation split."""
+    """Writes `count` copies of the images in eight training classes, and a small validation split."""
     for split, number in (("train", count), ("val", 8)):
         for i in range(number):
             target = root / split / f"n{i % 8:08d}" / f"{i:05d}.JPEG"
@@ -60,33 +60,36 @@ def write_class_folders(files: list[Path], root: Path, count: int) -> None:
 
 
 def measure(name: str, folders: Path, shards: Path, rounds: int) -> None:
-    """All loaders on the same images."""
+    """Measures all loaders on the same images."""
     with Pool(CORES) as pool:
         prepare(folders, shards, PrepareOptions(shard_bytes=16_000_000), pool)
     cases = {
-        "this loader, shards": ours(shards),
-        "this loader, class folders": ours(folders),
+        "this loader, shards": our_loader(shards),
+        "this loader, class folders": our_loader(folders),
         "DALI's file reader": dali_reader(folders / "train"),
-        "torchvision": counted(torchvision_loader(folders / "train", BATCH)),
-        "timm": counted(timm_loader(folders / "train", BATCH)),
+        "torchvision": batch_sizes(torchvision_loader(folders / "train", BATCH)),
+        "timm": batch_sizes(timm_loader(folders / "train", BATCH)),
         "webdataset": webdataset_loader(shards / "train"),
     }
-    timed = {case: timed_case(run) for case, run in cases.items()}
-    report(name, in_turns(timed, rounds), "img/s", "this loader, shards")
+    timed = {case: throughput(epoch) for case, epoch in cases.items()}
+    report(name, interleaved(timed, rounds), "img/s", "this loader, shards")
 
 
-def timed_case(run: Callable[[], Iterable[int]]) -> Callable[[], float]:
-    """Images per second over one whole pass; worker processes are there already, from the round that is not kept."""
+def throughput(epoch: Callable[[], Iterable[int]]) -> Callable[[], float]:
+    """Returns a function that measures images per second over one epoch; `epoch` yields batch sizes.
+
+    Worker processes exist already, from the warm-up round.
+    """
 
     def measured() -> float:
         counts: list[int] = []
-        elapsed = seconds(lambda: counts.extend(run()))
+        elapsed = seconds(lambda: counts.extend(epoch()))
         return sum(counts) / elapsed
 
     return measured
 
 
-def ours(root: Path) -> Callable[[], Iterable[int]]:
+def our_loader(root: Path) -> Callable[[], Iterable[int]]:
     index, _ = open_splits(str(root), "train", "val", root.parent / f"{root.name}-cache")
     plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     loader = Loader(
@@ -99,21 +102,21 @@ def ours(root: Path) -> Callable[[], Iterable[int]]:
         mean=MEAN,
         std=STD,
     )
-    rounds = iter(range(1000))
+    epochs = iter(range(1000))
 
-    def run() -> Iterable[int]:
-        first = next(rounds) * IMAGES // BATCH
+    def epoch() -> Iterable[int]:
+        first = next(epochs) * IMAGES // BATCH
         steps = range(first, first + IMAGES // BATCH)
         return (
             len(batch.labels_N)
             for batch in loader.run(plan.batch(micro_batch(step, 0, 0, 1, BATCH, 1), SIDE) for step in steps)
         )
 
-    return run
+    return epoch
 
 
 def dali_reader(split: Path) -> Callable[[], Iterable[int]]:
-    """NVIDIA's own recipe: the file reader, `image_random_crop`, resize, normalize."""
+    """NVIDIA's recipe: DALI's file reader, `image_random_crop`, resize, normalize."""
     import nvidia.dali.types as types
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
@@ -154,18 +157,18 @@ def torchvision_transform() -> Any:
     )
 
 
-def counted(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], Iterable[int]]:
+def batch_sizes(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], Iterable[int]]:
     return lambda: (len(labels) for _, labels in loader)
 
 
 def torchvision_loader(split: Path, batch: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """The reference training script's loader, with workers that stay."""
+    """The loader of torchvision's reference training script, with persistent workers."""
     dataset = ImageFolder(str(split), torchvision_transform())
     return DataLoader(dataset, batch, shuffle=True, num_workers=CORES, drop_last=True, persistent_workers=True)
 
 
 def timm_loader(split: Path, batch: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """timm's loader with the same augmentation, and no others."""
+    """timm's loader with the same augmentation only."""
     from timm.data import create_dataset, create_loader
 
     return create_loader(

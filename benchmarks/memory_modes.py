@@ -1,9 +1,9 @@
-"""Time of a training step and its peak memory in each memory mode, on CUDA where there is one, else on the CPU.
+"""Training step time and peak memory with activation checkpointing and the other memory modes, on CUDA or the CPU.
 
 python -m benchmarks.memory_modes [--models densenet121 densenet264] [--batch 8] [--rounds 3]
 
-Each case runs in a process of its own. On the CPU the memory is the growth of the resident set's peak over the steps
-(the allocator's keeping included), on CUDA torch's own count of what was allocated.
+Each case runs in its own process. On the CPU, memory is the growth of the peak resident set size during the steps
+(including the allocator's cache); on CUDA, it is the peak of torch's allocated memory.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MODES = ("none", "activation-checkpointing", "shared-stats")
 
 
 def main() -> None:
-    """Runs every model in every mode, and compares each mode with the plain one."""
+    """Runs every model in every memory mode, and compares each mode with `none`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["densenet121", "densenet264"])
     parser.add_argument("--batch", type=int, default=8)
@@ -34,20 +34,20 @@ def main() -> None:
         print(json.dumps(measured(*options.case, options.batch, options.rounds)))
         return
     for name in options.models:
-        found: dict[str, tuple[list[float], float]] = {}
+        results: dict[str, tuple[list[float], float]] = {}
         for mode in MODES:
             arguments = ["--case", name, mode, "--batch", str(options.batch), "--rounds", str(options.rounds)]
             command = [sys.executable, "-m", "benchmarks.memory_modes", *arguments]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[mode] = tuple(json.loads(done.stdout.splitlines()[-1]))
+            results[mode] = tuple(json.loads(done.stdout.splitlines()[-1]))
         for mode in MODES[1:]:
-            what = f"{name}, model.memory={mode}, batch {options.batch} at 224 px"
-            report(f"step, {what}", {m: found[m][0] for m in (mode, "none")}, "s", mode)
-            report(f"peak memory, {what}", {m: [found[m][1]] for m in (mode, "none")}, "MB", mode)
+            settings = f"{name}, model.memory={mode}, batch {options.batch} at 224 px"
+            report(f"training step, {settings}", {m: results[m][0] for m in (mode, "none")}, "s", mode)
+            report(f"peak memory, {settings}", {m: [results[m][1]] for m in (mode, "none")}, "MB", mode)
 
 
 def measured(name: str, mode: str, batch: int, rounds: int) -> tuple[list[float], float]:
-    """Seconds of each step after the first one, and the peak memory of the steps in MB."""
+    """Returns the seconds of each step after the first, and the peak memory of all steps in MB."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = create(Model.model_validate({"name": name, "memory": mode}), 1000).to(device)
     images_NCHW = torch.randn(batch, 3, 224, 224, device=device)

@@ -1,4 +1,4 @@
-"""What a plain training script does, for `benchmarks.startup`: ImageFolder, DataLoader, timm, DistributedDataParallel.
+"""A plain PyTorch training script for `benchmarks.startup`: ImageFolder, DataLoader, timm, DistributedDataParallel.
 
 torchrun --nproc-per-node 2 benchmarks/plain_ddp.py FOLDER
 """
@@ -18,7 +18,7 @@ BATCH, STEPS = 32, 10
 
 
 def main() -> None:
-    """Trains a model of the demo's size for some steps, and tells of each."""
+    """Trains a model of the demo's size for some steps, and prints each step."""
     dist.init_process_group("gloo")
     transform = v2.Compose([v2.RandomResizedCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     dataset = ImageFolder(sys.argv[1], transform)

@@ -1,4 +1,4 @@
-"""Planned samples per second on one core, and the order of an ImageNet-sized epoch.
+"""Sampler speed on one core: planned samples per second, and the permutation of an ImageNet-sized epoch.
 
 python -m benchmarks.plan [--rounds 5]
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.common import in_turns, keep, machine, seconds
+from benchmarks.common import interleaved, machine, save_result, seconds
 from pipeline.config import Augment
 from pipeline.data.plan import TrainPlan, permutation
 
@@ -16,11 +16,11 @@ N, BATCH, BATCHES = 1_281_167, 256, 200
 
 
 def main() -> None:
-    """Plans batches with crop and flip alone, and with all augmentations."""
+    """Plans batches with crop and flip only, and with all augmentations."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    everything = Augment(
+    all_augmentations = Augment(
         brightness=0.4,
         contrast=0.4,
         saturation=0.4,
@@ -30,19 +30,19 @@ def main() -> None:
         mixup_alpha=0.2,
         cutmix_alpha=1.0,
     )
-    cases = {"crop and flip": planned(Augment()), "all augmentations": planned(everything)}
-    values = in_turns(cases, options.rounds)
-    print(f"\nplan, one core: {machine()}")
+    cases = {"crop and flip": throughput(Augment()), "all augmentations": throughput(all_augmentations)}
+    values = interleaved(cases, options.rounds)
+    print(f"\nsampler, one core: {machine()}")
     for name, speeds in values.items():
         print(f"  {name:20} {np.median(speeds):12,.0f} samples/s  ({min(speeds):,.0f} - {max(speeds):,.0f})")
-        keep("plan, one core", name, float(np.median(speeds)), "samples/s", rounds=options.rounds)
-    order_s = min(seconds(lambda: permutation(0, 57, N)) for _ in range(options.rounds))
-    print(f"  order of {N:,} samples: {order_s:.3f} s")
-    keep("plan, one core", f"order of {N:,} samples", order_s, "s", rounds=options.rounds)
+        save_result("sampler, one core", name, float(np.median(speeds)), "samples/s", rounds=options.rounds)
+    permutation_s = min(seconds(lambda: permutation(0, 57, N)) for _ in range(options.rounds))
+    print(f"  permutation of {N:,} samples: {permutation_s:.3f} s")
+    save_result("sampler, one core", f"permutation of {N:,} samples", permutation_s, "s", rounds=options.rounds)
 
 
-def planned(augment: Augment) -> Callable[[], float]:
-    """Samples per second of planning, the epoch's order being there."""
+def throughput(augment: Augment) -> Callable[[], float]:
+    """Returns a function that measures planned samples per second, without the epoch's permutation."""
     rng = np.random.default_rng(0)
     widths_N, heights_N = rng.integers(200, 800, (2, N))
     plan = TrainPlan(0, widths_N, heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, augment=augment)

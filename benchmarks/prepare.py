@@ -1,10 +1,10 @@
-"""Preparation from ImageNet's archives: images per second, and the peak of memory.
+"""Speed and peak memory of `densenet data prepare` from ImageNet's archives.
 
     python -m benchmarks.prepare [--images FOLDER] [--rounds 3]
 
-The folder's JPEGs (made-up ones without it) are copied to some thousand in archives like ILSVRC2012's. Copying is
-measured beside a plain loop over `tarfile`, re-encoding beside Pillow's own decode, resize and encode in as many
-processes.
+The benchmark copies the folder's JPEGs (synthetic ones by default) to 2,048 files in archives like ILSVRC2012's. It
+compares copying with a plain loop over `tarfile`, and re-encoding with Pillow's decode, resize and encode in the same
+number of processes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import psutil
 from PIL import Image
 from scipy.io import savemat
 
-from benchmarks.common import in_turns, keep, report, seconds, take_images
+from benchmarks.common import interleaved, load_images, report, save_result, seconds
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 
@@ -41,25 +41,25 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
-        write_archives(take_images(options.images, Path(folder)), source)
+        write_archives(load_images(options.images, Path(folder)), source)
         copying = {
             "densenet data prepare": prepared(source, Path(folder), PrepareOptions(shard_bytes=SHARD)),
             "plain tarfile loop": timed(lambda: tarfile_loop(source, Path(folder, "plain"))),
         }
-        report("prepare, copied", in_turns(copying, options.rounds), "img/s", "densenet data prepare")
+        report("prepare, copied", interleaved(copying, options.rounds), "img/s", "densenet data prepare")
         small = PrepareOptions(shard_bytes=SHARD, shorter_side=400, quality=90)
         encoding = {
             "densenet data prepare": prepared(source, Path(folder), small),
             "Pillow alone": timed(lambda: pillow(source)),
         }
-        report("prepare, re-encoded", in_turns(encoding, options.rounds), "img/s", "densenet data prepare")
-        for what, peak in memory(source, Path(folder, "watched")).items():
-            print(f"  peak memory, {what}: {peak:.0f} MB")
-            keep("prepare, memory", what, peak, "MB")
+        report("prepare, re-encoded", interleaved(encoding, options.rounds), "img/s", "densenet data prepare")
+        for process, peak in peak_memory(source, Path(folder, "memory")).items():
+            print(f"  peak memory, {process}: {peak:.0f} MB")
+            save_result("prepare, peak memory", process, peak, "MB")
 
 
-def memory(source: Path, target: Path) -> dict[str, float]:
-    """The most MB of the command itself and of one of its workers, looked at every 20 ms while it re-encodes."""
+def peak_memory(source: Path, target: Path) -> dict[str, float]:
+    """Returns the peak MB of the main process and of its largest worker, sampled every 20 ms while re-encoding."""
     command = [str(Path(sys.executable).with_name("densenet")), "data", "prepare", str(source), str(target)]
     peaks = {"main process": 0.0, "largest worker": 0.0}
     with subprocess.Popen([*command, "--shorter-side", "400"], stdout=subprocess.DEVNULL) as process:
@@ -71,12 +71,12 @@ def memory(source: Path, target: Path) -> dict[str, float]:
                     peaks["largest worker"] = max(peaks["largest worker"], worker.memory_info().rss / 1e6)
             time.sleep(0.02)
     if process.returncode:
-        sys.exit(f"{' '.join(command)} has failed")
+        sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}")
     return peaks
 
 
 def write_archives(files: list[Path], root: Path) -> None:
-    """Archives like ILSVRC2012's, with copies of the images in turn."""
+    """Writes archives like ILSVRC2012's with copies of the images."""
     root.mkdir()
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
         for label in range(CLASSES):
@@ -106,7 +106,7 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
 
 
 def prepared(source: Path, folder: Path, options: PrepareOptions) -> Callable[[], float]:
-    """From the scan to the finished data set; processes are started before the clock."""
+    """Returns a function that measures images per second from scan to complete data set, without process start."""
 
     def measured() -> float:
         target = folder / "set"
@@ -120,7 +120,7 @@ def prepared(source: Path, folder: Path, options: PrepareOptions) -> Callable[[]
 
 
 def _start(task: int) -> None:
-    """Brings a worker to life."""
+    """Does nothing; starts a worker process."""
 
 
 def inner_images(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -136,7 +136,7 @@ def inner_images(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def tarfile_loop(source: Path, target: Path) -> None:
-    """What a short script does: read the nested archives, write shards in the order of reading; on disk at the end."""
+    """A short script: reads the nested archives and writes shards in reading order, synced to disk."""
     target.mkdir(exist_ok=True)
     images = list(inner_images(source))
     for number, start in enumerate(range(0, len(images), PER_SHARD)):
@@ -150,7 +150,7 @@ def tarfile_loop(source: Path, target: Path) -> None:
 
 
 def pillow(source: Path) -> None:
-    """Decode, resize, encode of the same images, in as many processes, with nothing written."""
+    """Decodes, resizes and encodes the same images in the same number of processes; writes nothing."""
     with multiprocessing.get_context("fork").Pool(CORES) as pool:
         for _ in pool.imap_unordered(_pillow, (content for _, content in inner_images(source)), chunksize=16):
             pass

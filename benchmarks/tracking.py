@@ -1,4 +1,4 @@
-"""What tracking costs a training: steps with and without a tracker, a call's time, the time to register a model.
+"""Overhead of MLflow tracking: steps with and without logging, time of a call, time to register a model.
 
 python -m benchmarks.tracking [--model densenet121] [--batch 8] [--rounds 9]
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.common import in_turns, keep, machine, report, seconds
+from benchmarks.common import interleaved, machine, report, save_result, seconds
 from benchmarks.engine import CLASSES, CPU, engine_step, images, settings
 from pipeline.config import RunConfig
 from pipeline.export.package import register
@@ -28,7 +28,7 @@ _CALLS = 2000
 
 
 def main() -> None:
-    """Runs the comparisons one after the other."""
+    """Runs all comparisons."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="densenet121")
     parser.add_argument("--batch", type=int, default=8)
@@ -39,13 +39,13 @@ def main() -> None:
     config = RunConfig.model_validate(tree)
     with Tracker(config, folder / "run", "benchmark", print) as tracker:
         with process_group(folder / "store"):
-            overhead(options.model, options.batch, options.rounds, tracker)
-        calls(tracker)
-        registration(folder, options.model, options.rounds, tracker)
+            tracking_overhead(options.model, options.batch, options.rounds, tracker)
+        call_time(tracker)
+        registration_time(folder, options.model, options.rounds, tracker)
 
 
-def overhead(name: str, batch: int, rounds: int, tracker: Tracker) -> None:
-    """Steps whose ten metrics are recorded at every step, in the training process itself, beside steps without."""
+def tracking_overhead(name: str, batch: int, rounds: int, tracker: Tracker) -> None:
+    """Compares steps that log ten metrics each, in the training process, with steps without tracking."""
     images_NCHW, labels_N = images(batch)
     config, derived = settings(name, batch, 1, 0)
     engine = Engine(config, derived, create(name, CLASSES), CPU)
@@ -58,14 +58,15 @@ def overhead(name: str, batch: int, rounds: int, tracker: Tracker) -> None:
         tracker.log_metrics(_METRICS, seen)
 
     cases = {
-        "a record each step": lambda: seconds(tracked),
+        "metrics at every step": lambda: seconds(tracked),
         "no tracking": lambda: seconds(lambda: engine_step(engine, config, images_NCHW, labels_N)),
     }
-    report(f"step, {name}, batch {batch}, on SQLite", in_turns(cases, rounds), "s", "a record each step")
+    values = interleaved(cases, rounds)
+    report(f"training step, {name}, batch {batch}, MLflow on SQLite", values, "s", "metrics at every step")
 
 
-def calls(tracker: Tracker) -> None:
-    """What one call costs the caller, and all the processor's time that it leads to."""
+def call_time(tracker: Tracker) -> None:
+    """Measures the time of one call of `log`, and the CPU time that it causes in total."""
     tracker.flush(60)
     cpu, started = time.process_time(), time.perf_counter()
     for i in range(_CALLS):
@@ -73,25 +74,25 @@ def calls(tracker: Tracker) -> None:
     call_us = 1e6 * (time.perf_counter() - started) / _CALLS
     tracker.flush(600)
     total_us = 1e6 * (time.process_time() - cpu) / _CALLS
-    print(f"\none call of ten metrics: {machine()}: {call_us:.0f} us, with sending {total_us:.0f} us of CPU time")
-    keep("tracking, ten metrics", "call", call_us, "us", rounds=_CALLS)
-    keep("tracking, ten metrics", "CPU time with sending", total_us, "us", rounds=_CALLS)
+    print(f"\none call of ten metrics: {machine()}: {call_us:.0f} us, {total_us:.0f} us of CPU time with the upload")
+    save_result("tracking, ten metrics", "call", call_us, "us", rounds=_CALLS)
+    save_result("tracking, ten metrics", "CPU time with the upload", total_us, "us", rounds=_CALLS)
 
 
-def registration(folder: Path, name: str, rounds: int, tracker: Tracker) -> None:
-    """Packages, stores and registers a checkpoint."""
+def registration_time(folder: Path, name: str, rounds: int, tracker: Tracker) -> None:
+    """Measures packaging, storing and registering a checkpoint."""
     checkpoint = write_model(folder / "checkpoint", name)
-    took = []
+    times = []
     names = {"name": name, "alias": "candidate", "data_fingerprint": "f00d"}
     for _ in range(rounds):
-        took.append(seconds(lambda: register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)))
-    middle = statistics.median(took)
-    print(f"\nregister {name}: {machine()}, median of {rounds}: {middle:.2f} s ({min(took):.2f} - {max(took):.2f})")
-    keep("registration", name, middle, "s", rounds=rounds)
+        times.append(seconds(lambda: register(checkpoint, stores=tracker.stores, run_id=str(tracker.run_id), **names)))
+    median = statistics.median(times)
+    print(f"\nregister {name}: {machine()}, median of {rounds}: {median:.2f} s ({min(times):.2f} - {max(times):.2f})")
+    save_result("model registration", name, median, "s", rounds=rounds)
 
 
 def write_model(folder: Path, name: str) -> Path:
-    """A checkpoint's folder with new weights, as far as it is a model for images of 224 pixels."""
+    """Writes the model files of a checkpoint with random weights for images of 224 pixels."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     save_file(create(name, CLASSES).state_dict(), folder / "model.safetensors")

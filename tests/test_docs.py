@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import page
 from pipeline.config_file import describe
-from pipeline.data.tools.inspect import KINDS
+from pipeline.data.tools.image_checks import FINDING_KINDS
 from tests.data import synthetic
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def test_data_commands_run(shell, tmp_path):
 
 
 def test_the_benchmarks_page_shows_the_latest_results():
-    assert page.PAGE.read_text() == page.text(page.newest()), "run `python -m benchmarks.page`"
+    assert page.PAGE.read_text() == page.text(page.latest()), "run `python -m benchmarks.page`"
 
 
 def test_messages_in_troubleshooting_exist_in_the_code():
@@ -128,7 +128,7 @@ def test_the_models_are_listed_with_their_sizes(shell):
 
 def test_all_problems_that_verify_reports_are_documented():
     explained = re.findall(r"^\| `(\w+)` \| (yes|no) \|", (PROJECT / "docs" / "data.md").read_text(), re.MULTILINE)
-    assert explained == [(kind, "yes" if is_corruption else "no") for kind, (is_corruption, _) in KINDS.items()]
+    assert explained == [(kind, "yes" if is_error else "no") for kind, (is_error, _) in FINDING_KINDS.items()]
 
 
 @pytest.mark.slow

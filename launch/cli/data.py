@@ -1,4 +1,4 @@
-"""`densenet data`: make, check, index and describe data sets."""
+"""`densenet data`: prepare, verify, index and describe data sets."""
 
 import os
 import time
@@ -12,18 +12,20 @@ from pipeline.config import MAX_PIXELS
 from pipeline.errors import UserError
 
 app = typer.Typer(
-    name="data", help="Make, check, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None
+    name="data", help="Prepare, verify, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Root = Annotated[Path, typer.Argument(help="a data set's folder, or a source of any known layout", show_default=False)]
-Workers = Annotated[int, typer.Option(min=1, help="processes", show_default="one per CPU core")]
+Root = Annotated[
+    Path, typer.Argument(help="folder of a data set, or of a source in a supported layout", show_default=False)
+]
+Workers = Annotated[int, typer.Option(min=1, help="number of processes", show_default="one per CPU core")]
 Layout = Annotated[
     str | None,
-    typer.Option(help="prepared, ilsvrc, kaggle, parquet, webdataset, folders or list; told by looking if not given"),
+    typer.Option(help="prepared, ilsvrc, kaggle, parquet, webdataset, folders or list; detected by default"),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="file for the whole report")]
+Json = Annotated[Path | None, typer.Option("--json", help="file for the complete report")]
 MaxPixels = Annotated[
-    int, typer.Option(min=1, help="images of more pixels are refused", show_default="178,956,970, PIL's limit")
+    int, typer.Option(min=1, help="maximum pixels per image", show_default="178,956,970, PIL's limit")
 ]
 CORES = len(os.sched_getaffinity(0))
 
@@ -31,35 +33,35 @@ CORES = len(os.sched_getaffinity(0))
 @app.command()
 def prepare(
     source: Annotated[Path, typer.Argument(help="folder with the archives, shards or class folders")],
-    target: Annotated[Path, typer.Argument(help="the data set's folder: new, empty, or begun before")],
-    to: Annotated[str, typer.Option(help="shards or folders")] = "shards",
+    target: Annotated[Path, typer.Argument(help="folder of the data set: new, empty, or of an unfinished preparation")],
+    to: Annotated[str, typer.Option(help="output format: shards or folders")] = "shards",
     shorter_side: Annotated[
-        int | None, typer.Option(min=16, help="re-encode: the shorter side is at most so many pixels")
+        int | None, typer.Option(min=16, help="resize: re-encode with at most this shorter side in pixels")
     ] = None,
     quality: Annotated[
-        int | None, typer.Option(min=1, max=100, help="of JPEGs that are encoded; 90 with --shorter-side, else 95")
+        int | None, typer.Option(min=1, max=100, help="quality of encoded JPEGs; 90 with --shorter-side, else 95")
     ] = None,
-    shard_size: Annotated[float, typer.Option(min=0.01, help="MB of images in a shard")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="of the order in the shards")] = 0,
-    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="leave corrupt images out")] = False,
+    shard_size: Annotated[float, typer.Option(min=0.01, help="MB of images per shard")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of the order in the shards")] = 0,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="skip corrupt images")] = False,
     share: Annotated[
-        str, typer.Option(help="K/N: of N such commands on machines that see both folders, this is number K (from 0)")
+        str, typer.Option(help="K/N: write part K (from 0) of N, to prepare on N machines that share both folders")
     ] = "0/1",
     workers: Workers = CORES,
     layout: Layout = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Make a data set from archives, shards, Parquet files or class folders.
+    """Prepare a data set from archives, shards or class folders.
 
-    An interrupted preparation goes on when the command is repeated.
+    Repeat the command to resume an interrupted preparation.
 
     Example: densenet data prepare /downloads /data/imagenet
     """
-    from launch.cli.common.data_report import pool, print_prepared
+    from launch.cli.common.data_report import print_prepared, process_pool
     from pipeline.data.tools.prepare import PrepareOptions, prepare
 
     if to not in ("shards", "folders"):
-        raise UserError(f"--to={to} is not known: use shards or folders.")
+        raise UserError(f"--to={to} is unknown: use shards or folders.")
     options = PrepareOptions(
         to=to,  # type: ignore[arg-type]
         seed=seed,
@@ -69,27 +71,27 @@ def prepare(
     )
     index, _, shares = share.partition("/")
     if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
-        raise UserError(f"--share={share} is not known: use K/N with K from 0 to N - 1, as 0/8.")
-    of = int(index), int(shares)
+        raise UserError(f"--share={share} is invalid: use K/N with K from 0 to N - 1, such as 0/8.")
+    share_of_total = int(index), int(shares)
     started = time.perf_counter()
-    with pool(console, workers) as processes:
-        done = prepare(source, target, options, processes, layout, skip_corrupt, of, max_pixels)
-    print_prepared(console, target, of, done, time.perf_counter() - started)
+    with process_pool(console, workers) as pool:
+        result = prepare(source, target, options, pool, layout, skip_corrupt, share_of_total, max_pixels)
+    print_prepared(console, target, share_of_total, result, time.perf_counter() - started)
 
 
 @app.command()
 def index(root: Root, workers: Workers = CORES, layout: Layout = None, max_pixels: MaxPixels = MAX_PIXELS) -> None:
-    """Index data where it lies, with checksums.
+    """Index class folders, shards or archives in place.
 
-    Class folders, shards or archives.
+    Writes the index with sizes and checksums into the folder and copies nothing.
 
     Example: densenet data index /data/folders
     """
-    from launch.cli.common.data_report import pool, print_indexed
-    from pipeline.data.tools.in_place import index_in_place
+    from launch.cli.common.data_report import print_indexed, process_pool
+    from pipeline.data.tools.index_in_place import index_in_place
 
-    with pool(console, workers) as processes:
-        manifest, notes = index_in_place(root, processes, layout, max_pixels)
+    with process_pool(console, workers) as pool:
+        manifest, notes = index_in_place(root, pool, layout, max_pixels)
     print_indexed(console, root, manifest, notes)
 
 
@@ -98,51 +100,51 @@ def verify(
     root: Root,
     json_file: Json = None,
     any_counts: Annotated[
-        bool, typer.Option("--any-counts", help="1,000 WordNet ids need not have ImageNet's numbers of images")
+        bool, typer.Option("--any-counts", help="allow other numbers of images than ImageNet's for its classes")
     ] = False,
     workers: Workers = CORES,
     layout: Layout = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Read and decode everything; exit code 1 where there is corruption.
+    """Read and decode all images; exit code 1 if there are errors.
 
     Example: densenet data verify /data/imagenet
     """
-    from launch.cli.common.data_report import pool, print_verified, write_json
+    from launch.cli.common.data_report import print_verified, process_pool, write_json
     from pipeline.data.tools import verify
 
-    with pool(console, workers) as processes:
-        found = verify.verify(root, processes, layout, any_counts, max_pixels)
+    with process_pool(console, workers) as pool:
+        report = verify.verify(root, pool, layout, any_counts, max_pixels)
     if json_file is not None:
-        write_json(json_file, found.to_json())
-    print_verified(console, found)
-    raise typer.Exit(1 if found.corruption else 0)
+        write_json(json_file, report.to_json())
+    print_verified(console, report)
+    raise typer.Exit(1 if report.errors else 0)
 
 
 @app.command()
 def stats(
     root: Root,
-    samples: Annotated[int, typer.Option(min=0, help="images decoded of each split; 0: all")] = 5000,
-    plot: Annotated[Path, typer.Option(help="PNG file")] = Path("stats.png"),
+    samples: Annotated[int, typer.Option(min=0, help="images to decode per split; 0: all")] = 5000,
+    plot: Annotated[Path, typer.Option(help="PNG file for the plot")] = Path("stats.png"),
     json_file: Json = None,
     workers: Workers = CORES,
     layout: Layout = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Count classes, and measure sizes, bytes and channels.
+    """Count classes, and measure image sizes and channels.
 
     Example: densenet data stats /data/imagenet --plot stats.png
     """
-    from launch.cli.common.data_report import pool, print_stats, write_json
+    from launch.cli.common.data_report import print_stats, process_pool, write_json
     from pipeline.data.tools import stats
 
-    with pool(console, workers) as processes:
-        found = stats.stats(root, samples, processes, layout, max_pixels)
-    print_stats(console, found)
+    with process_pool(console, workers) as pool:
+        result = stats.stats(root, samples, pool, layout, max_pixels)
+    print_stats(console, result)
     try:
-        stats.plot(found, plot)
+        stats.plot(result, plot)
     except OSError as error:
         raise UserError(f"--plot={plot} cannot be written: {error.strerror or error}.") from error
     if json_file is not None:
-        write_json(json_file, found.to_json())
+        write_json(json_file, result.to_json())
     console.print(f"plot: {plot}", soft_wrap=True)

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.data.class_names import class_name_warnings
 from pipeline.data.dataset import open_split, open_splits
-from pipeline.data.tools.in_place import index_in_place
-from pipeline.data.tools.layouts import recognize
+from pipeline.data.tools.index_in_place import index_in_place
+from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.verify import verify
@@ -48,7 +48,7 @@ def test_a_single_class_is_refused_for_training(tmp_path):
     with pytest.raises(DataError, match=r"CSV file \(labels.csv may hold them\), `densenet data prepare` creates"):
         open_warnings(root)
     with Pool(1) as pool:
-        assert [f.kind for f in verify(root, pool).corruption] == ["classes"]
+        assert [f.kind for f in verify(root, pool).errors] == ["classes"]
         for make in (
             lambda: index_in_place(root, pool),
             lambda: prepare(root, tmp_path / "made", PrepareOptions(), pool),
@@ -75,7 +75,7 @@ def test_classes_without_validation_images_are_named(tmp_path):
     with Pool(1) as pool:
         report = verify(root, pool)
         assert [(f.kind, f.detail) for f in report.findings if f.kind == "absent"] == [("absent", line)]
-        assert report.corruption == []
+        assert report.errors == []
         assert prepare(root, tmp_path / "made", PrepareOptions(), pool).notes == [line]
         assert index_in_place(root, pool)[1] == [line]
     assert open_warnings(root) == [line]
@@ -203,15 +203,15 @@ def test_other_names_of_the_validation_split_are_found_by_the_tools(tmp_path):
     root = write(tmp_path / "set", ["a", "b"], ["a", "b"])
     (root / "val").rename(root / "valid")
     (root / "extra").mkdir()
-    assert recognize(root).name == "folders"
+    assert detect_layout(root).name == "folders"
     with Pool(1) as pool:
         done = prepare(root, tmp_path / "made", PrepareOptions(), pool)
-        assert done.notes == ["left out: 1 folders beside the data: extra"]
+        assert done.notes == ["ignored: 1 folders next to the data: extra"]
         assert list(done.manifest.splits) == ["train", "val"]
         index_in_place(root, pool)
-        assert verify(root, pool).corruption == []
+        assert verify(root, pool).errors == []
         (root / "valid" / "a" / "new.jpg").write_bytes(b"x")
-        assert [f.where for f in verify(root, pool).corruption] == ["valid/a/new.jpg"]
+        assert [f.where for f in verify(root, pool).errors] == ["valid/a/new.jpg"]
     assert open_warnings(root) == []
     (root / "dataset.json").unlink()
     (root / "dev").mkdir()
@@ -222,13 +222,13 @@ def test_other_names_of_the_validation_split_are_found_by_the_tools(tmp_path):
 @pytest.mark.parametrize(
     ("write_more", "message"),
     [
-        (lambda r: (r / "images.zip").write_bytes(b"x"), "Unpack images.zip first. Known are:"),
-        (lambda r: (r / "train" / "a").mkdir(parents=True), "There is no validation split: move a share of each"),
-        (lambda r: (r / "x.csv").write_text("a,b\n"), "x.csv: a list needs a column of images, called `file`"),
+        (lambda r: (r / "images.zip").write_bytes(b"x"), "Unpack images.zip first. Supported layouts:"),
+        (lambda r: (r / "train" / "a").mkdir(parents=True), "There is no validation split: move some of each"),
+        (lambda r: (r / "x.csv").write_text("a,b\n"), "x.csv: a label list needs a column of images, `file`"),
     ],
 )
 def test_a_source_that_is_not_recognized_comes_with_a_hint(write_more, message, tmp_path):
     write_more(tmp_path)
     with pytest.raises(DataError) as error:
-        recognize(tmp_path)
+        detect_layout(tmp_path)
     assert message in str(error.value)

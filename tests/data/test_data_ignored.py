@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.index_in_place import index_in_place
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
+from pipeline.data.tools.prepare import PrepareOptions, PrepareResult, prepare
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
@@ -19,7 +19,7 @@ from tests.data import synthetic
 CLUTTER = {"._a.JPEG": b"x", ".DS_Store": b"x", "__MACOSX/n.JPEG": b"x"}
 
 
-def made(source: Path) -> PreparedSet:
+def made(source: Path) -> PrepareResult:
     with Pool(1) as pool:
         return prepare(source, source.parent / "set", PrepareOptions(), pool)
 
@@ -37,11 +37,11 @@ def test_hidden_members_of_imagenets_archives_and_labels_without_an_image_are_co
     done = made(tmp_path / "source")
     assert {name: split.samples for name, split in done.manifest.splits.items()} == {"train": 32, "val": 8}
     assert done.notes == [
-        "left out: 3 files and folders of file managers and tools: n01440764.tar, ._a.JPEG, n01440764.tar, .DS_Store, "
+        "ignored: 3 files and folders of file managers and tools: n01440764.tar, ._a.JPEG, n01440764.tar, .DS_Store, "
         "n01440764.tar, __MACOSX/n.JPEG",
-        "left out: 1 files beside the data: ILSVRC2012_img_test.tar",
-        "left out: 1 folders beside the data: bounding boxes",
-        "left out: 1 labels of validation images that are not there: ILSVRC2012_val_00000001",
+        "ignored: 1 files next to the data: ILSVRC2012_img_test.tar",
+        "ignored: 1 folders next to the data: bounding boxes",
+        "ignored: 1 labels of validation images that do not exist: ILSVRC2012_val_00000001",
     ]
 
 
@@ -59,11 +59,11 @@ def test_other_files_in_kaggles_folder_are_counted(tmp_path):
     (tmp_path / "source" / "LOC_train_solution.csv").write_text("x")
     with Pool(1) as pool:
         expected = [
-            "1 files beside the data: LOC_train_solution.csv",
-            "1 folders beside the data: ILSVRC/Data/CLS-LOC/test",
+            "1 files next to the data: LOC_train_solution.csv",
+            "1 folders next to the data: ILSVRC/Data/CLS-LOC/test",
         ]
         assert verify(tmp_path / "source", pool).ignored == expected
-        lines = [f"left out: {line}" for line in expected]
+        lines = [f"ignored: {line}" for line in expected]
         assert stats(tmp_path / "source", 0, pool).notes == lines
         manifest, notes = index_in_place(tmp_path / "source", pool)
         assert notes == lines
@@ -88,8 +88,8 @@ def test_parquet_columns_and_files_that_are_not_used_are_counted(tmp_path):
     rewrite(lambda t: t.append_column("coarse_label", t["label"]))(tmp_path / "source")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "source" / "data" / "test-00000-of-00001.parquet")
     assert made(tmp_path / "source").notes == [
-        "left out: 1 columns named coarse_label: data/train-00001-of-00002.parquet",
-        "left out: 1 files of a test split: data/test-00000-of-00001.parquet",
+        "ignored: 1 columns named coarse_label: data/train-00001-of-00002.parquet",
+        "ignored: 1 files of a test split: data/test-00000-of-00001.parquet",
     ]
 
 
@@ -107,7 +107,7 @@ def test_parquet_columns_and_files_that_are_not_used_are_counted(tmp_path):
             "row 0: the image's bytes are",
         ),
         (rewrite(other_names), "differ in their label column (label, label) or in its class names"),
-        (lambda r: (r / "data" / "rest.parquet").write_bytes(b"x"), "not told: data/rest.parquet. Rename them."),
+        (lambda r: (r / "data" / "rest.parquet").write_bytes(b"x"), "split unclear: data/rest.parquet. Rename them."),
     ],
 )
 def test_invalid_parquet_files_are_named(spoil, message, tmp_path):

@@ -117,14 +117,14 @@ def test_class_folders_with_special_files_are_refused_by_name_or_skipped(folders
         assert f"\n  train/b/{name}: {problems[name]}\n" in warnings[0]
     with Pool(1) as pool:
         report = verify(root, pool)
-        assert {f.where: f.detail for f in report.corruption} == {
+        assert {f.where: f.detail for f in report.errors} == {
             f"train/b/{n}": problem for n, problem in problems.items()
         }
         assert stats(root, 0, pool).splits["train"].unreadable == 7
         with pytest.raises(DataError, match="7 corrupt images in"):
             prepare(root, tmp_path / "refused", PrepareOptions(), pool)
         done = prepare(root, tmp_path / "made", PrepareOptions(), pool, skip_corrupt=True)
-    assert len(done.ignored) == 7
+    assert len(done.skipped_corrupt) == 7
     assert done.manifest.splits["train"].samples == 41
 
 

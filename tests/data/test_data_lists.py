@@ -1,4 +1,4 @@
-"""Images whose labels are in a CSV file: what a list may look like, and what is refused."""
+"""Labels in CSV files: accepted formats and refused lists."""
 
 import shutil
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.dataset import open_splits
-from pipeline.data.tools.in_place import index_in_place
-from pipeline.data.tools.layouts import recognize
+from pipeline.data.tools.index_in_place import index_in_place
+from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
+from pipeline.data.tools.prepare import PrepareOptions, PrepareResult, prepare
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
 from tests.data import synthetic
@@ -20,7 +20,7 @@ CLASSES = ("cat", "dog")
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Six training and four validation images in train/images and val/images, the even ones being cats."""
+    """Writes six training and four validation images to train/images and val/images; even ones are cats."""
     for split, count in (("train", 6), ("val", 4)):
         (tmp_path / "source" / split / "images").mkdir(parents=True)
         for i in range(count):
@@ -30,13 +30,13 @@ def images(tmp_path) -> Path:
 
 
 def lines(name: str, *columns: str, separator: str = ",") -> str:
-    """A list of all images; `name` has the fields split, i and kind."""
+    """Returns a list of all images; `name` is a format string with the fields split, i and kind."""
     rows = [(split, i, CLASSES[i % 2]) for split, count in (("train", 6), ("val", 4)) for i in range(count)]
     head = separator.join(columns)
     return "\n".join([head, *(name.format(split=split, i=i, kind=kind) for split, i, kind in rows)]) + "\n"
 
 
-def made(source: Path) -> PreparedSet:
+def prepared(source: Path) -> PrepareResult:
     with Pool(1) as pool:
         return prepare(source, source.parent / "set", PrepareOptions(), pool)
 
@@ -53,10 +53,10 @@ def made(source: Path) -> PreparedSet:
         lines("{split}{i},{i},{kind},{split}", "id", "n", "label", "split"),
     ],
 )
-def test_a_list_labels_the_images_beside_it(content, images):
+def test_a_list_labels_the_images(content, images):
     (images / "labels.csv").write_text(content, encoding="utf-8")
-    assert recognize(images).name == "list"
-    assert made(images).notes == []
+    assert detect_layout(images).name == "list"
+    assert prepared(images).notes == []
     for index in open_splits(str(images.parent / "set"), "train", "val", images.parent):
         assert index.classes == CLASSES
         names = index.table["name"].to_pylist()
@@ -69,7 +69,7 @@ def test_a_list_of_each_split_and_other_names_of_splits(images):
     text = lines("{split}{i}.jpg,{kind}", "file", "label").splitlines()
     (images / "train.csv").write_text("\n".join(text[:7]))
     (images / "validation" / "metadata.csv").write_text("\n".join([text[0], *text[7:]]))
-    assert {name: split.samples for name, split in made(images).manifest.splits.items()} == {"train": 6, "val": 4}
+    assert {name: split.samples for name, split in prepared(images).manifest.splits.items()} == {"train": 6, "val": 4}
 
 
 def test_images_of_a_test_split_notes_and_labels_without_an_image_are_counted(images):
@@ -80,12 +80,12 @@ def test_images_of_a_test_split_notes_and_labels_without_an_image_are_counted(im
         (images / "test" / name).write_bytes(synthetic.encoded(synthetic.image(9)))
     (images / "notes.txt").write_text("x")
     (images / "sizes.csv").write_text("a,b\n")
-    assert made(images).notes == [
-        "left out: 1 files that are no images: notes.txt",
-        "left out: 2 images of a test split: test/8.jpg, test/9.jpg",
-        "left out: 1 labels of images that are not there: gone.jpg (labels.csv, line 12)",
-        "left out: 1 lines of a test split: labels.csv, line 13",
-        "left out: 1 lists without a column of images and one of labels: sizes.csv",
+    assert prepared(images).notes == [
+        "ignored: 1 files that are not images: notes.txt",
+        "ignored: 2 images of a test split: test/8.jpg, test/9.jpg",
+        "ignored: 1 labels of images that do not exist: gone.jpg (labels.csv, line 12)",
+        "ignored: 1 lines of a test split: labels.csv, line 13",
+        "ignored: 1 lists without a column of images and one of labels: sizes.csv",
     ]
 
 
@@ -95,20 +95,20 @@ def test_labels_that_are_numbers_keep_their_order(images):
         (images / "val" / "images" / f"val{i}.jpg").write_bytes(synthetic.encoded(synthetic.image(i)))
     with (images / "labels.csv").open("a") as file:
         file.write("val4.jpg,4\nval5.jpg,10\n")
-    done = made(images)
+    done = prepared(images)
     assert done.manifest.classes == ("0", "1", "2", "3", "4", "10")
     assert done.notes == ["class names are numbers, but labels are positions in the sorted list: '10' has label 5"]
 
 
-def test_it_is_indexed_where_it_lies_and_prepared_from_there_as_class_folders(images):
+def test_it_is_indexed_in_place_and_prepared_as_class_folders(images):
     (images / "labels.csv").write_text(lines("{split}{i}.jpg,{kind}", "file", "label"))
     (images / "train" / "metadata.csv").write_text("a,b\n")
     with Pool(1) as pool:
-        assert verify(images, pool).corruption == []
+        assert verify(images, pool).errors == []
         index_in_place(images, pool)
-        assert verify(images, pool).corruption == []
+        assert verify(images, pool).errors == []
         shutil.copy(images / "val" / "images" / "val0.jpg", images / "val" / "new.jpg")
-        assert [(f.kind, f.where) for f in verify(images, pool).corruption] == [("unlisted", "val/new.jpg")]
+        assert [(f.kind, f.where) for f in verify(images, pool).errors] == [("unlisted", "val/new.jpg")]
         train, _ = open_splits(str(images), "train", "val", images.parent)
         assert train.labels_N.tolist() == [0, 0, 0, 1, 1, 1]
         prepare(images, images.parent / "set", PrepareOptions(to="folders"), pool)
@@ -116,13 +116,13 @@ def test_it_is_indexed_where_it_lies_and_prepared_from_there_as_class_folders(im
     assert found == ["train0.jpg", "train2.jpg", "train4.jpg"]
 
 
-def test_a_flat_validation_folder_beside_class_folders_takes_a_list(tmp_path):
+def test_a_flat_validation_folder_with_training_class_folders_uses_a_list(tmp_path):
     tree = synthetic.images()
     synthetic.write_folders(tmp_path / "source", tree, flat_val=True)
     rows = [f"{name},{wnid}" for wnid, files in tree["val"].items() for name in files]
     (tmp_path / "source" / "val.csv").write_text("\n".join(["file,label", *rows]))
-    assert recognize(tmp_path / "source").name == "folders"
-    made(tmp_path / "source")
+    assert detect_layout(tmp_path / "source").name == "folders"
+    prepared(tmp_path / "source")
     val = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)[1]
     names = val.table["name"].to_pylist()
     assert sorted(names) == sorted(f"{wnid}/{name}" for wnid, files in tree["val"].items() for name in files)
@@ -154,24 +154,27 @@ def same_names(root: Path) -> None:
     [
         (
             appended("train1.jpg,cat"),
-            "train/images/train1.jpg: labels.csv, line 12 says cat, labels.csv, line 3 says dog",
+            "train/images/train1.jpg: labels.csv, line 12 has label cat, labels.csv, line 3 has dog",
         ),
         (appended("train1.jpg"), "labels.csv, line 12: a value is missing, or there are more values than columns"),
         (
             appended("train1.jpg,dog,1"),
             "labels.csv, line 12: a value is missing, or there are more values than columns",
         ),
-        (appended("val0.jpg,eel"), "labels.csv, line 12 says eel, labels.csv, line 8 says cat"),
+        (appended("val0.jpg,eel"), "labels.csv, line 12 has label eel, labels.csv, line 8 has cat"),
         (two_columns, "has several columns of labels that differ, label, class: remove all but one"),
-        (only_train, "labels.csv names no image of val that is there"),
-        (same_names, "labels.csv, line 2: several images are called train0.jpg"),
-        (lambda r: (r / "val").rename(r / "rest"), "must hold folders train and val, or labels.csv a column `split`"),
+        (only_train, "labels.csv lists no existing image of the split val"),
+        (same_names, "labels.csv, line 2: several images are named train0.jpg"),
+        (lambda r: (r / "val").rename(r / "rest"), "must have folders train and val, or labels.csv a column `split`"),
         (lambda r: (r / "val" / "images" / "new.jpg").write_bytes(b"x"), "1 images have no label: val/images/new.jpg"),
         (lambda r: (r / "labels.csv").write_bytes(b"file,label\n" + b"\xff\xfe,cat\n"), "save it as CSV in UTF-8"),
-        (lambda r: (r / "train" / "more").mkdir(), "looks like folders and like list: choose one with --layout"),
+        (
+            lambda r: (r / "train" / "more").mkdir(),
+            "matches several layouts, folders and list: choose one with --layout",
+        ),
     ],
 )
-def test_a_list_that_does_not_fit_is_told(spoil, message, images):
+def test_an_invalid_list_is_refused(spoil, message, images):
     (images / "labels.csv").write_text(lines("{split}{i}.jpg,{kind}", "file", "label"))
     spoil(images)
     with pytest.raises(DataError) as error, Pool(1) as pool:
@@ -183,8 +186,8 @@ def test_a_validation_class_without_a_training_image_and_a_list_of_one_class_are
     (images / "labels.csv").write_text(
         lines("{split}{i}.jpg,{kind}", "file", "label").replace("val0.jpg,cat", "val0.jpg,eel")
     )
-    with pytest.raises(DataError, match="no training image is of the classes eel"):
-        made(images)
+    with pytest.raises(DataError, match="the training split has no image of the classes eel"):
+        prepared(images)
     (images / "labels.csv").write_text(lines("{split}{i}.jpg,cat", "file", "label"))
     with pytest.raises(DataError, match="has only one class, cat"):
-        made(images)
+        prepared(images)

@@ -1,4 +1,4 @@
-"""Preparation: every layout, the same bytes every time, restarts, corruption."""
+"""`prepare`: every source layout, reproducible bytes, resuming, shares, corrupt images."""
 
 import io
 import json
@@ -19,9 +19,9 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits, read_manifest
 from pipeline.data.images import ignore_pil_warnings
-from pipeline.data.tools.layouts import recognize
+from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import PreparedSet, PrepareOptions, prepare
+from pipeline.data.tools.prepare import PrepareOptions, PrepareResult, prepare
 from pipeline.errors import DataError
 from tests.data import synthetic
 from tests.data.synthetic import CLASSES
@@ -29,9 +29,9 @@ from tests.data.synthetic import CLASSES
 SMALL = PrepareOptions(shard_bytes=20_000)
 
 
-def run(source: Path, target: Path, options: PrepareOptions = SMALL, **rest: object) -> PreparedSet:
+def run(source: Path, target: Path, options: PrepareOptions = SMALL, **arguments: object) -> PrepareResult:
     with Pool(1) as pool:
-        return prepare(source, target, options, pool, **rest)
+        return prepare(source, target, options, pool, **arguments)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -63,21 +63,21 @@ WRITERS: dict[str, Callable[[Path, synthetic.Images], None]] = {
 def test_each_layout_is_recognized_and_its_images_keep_their_class(layout, tmp_path):
     tree = synthetic.images()
     WRITERS[layout](tmp_path / "source", tree)
-    assert recognize(tmp_path / "source").name == layout
+    assert detect_layout(tmp_path / "source").name == layout
     run(tmp_path / "source", tmp_path / "set")
     for split, index in zip(tree, open_splits(str(tmp_path / "set"), "train", "val", tmp_path), strict=True):
         assert index.classes == CLASSES
-        there = sorted((CLASSES[label], zlib.crc32(index.read(i))) for i, label in enumerate(index.labels_N))
+        stored = sorted((CLASSES[label], zlib.crc32(index.read(i))) for i, label in enumerate(index.labels_N))
         plain = [(w, zlib.crc32(c)) for w, fs in tree[split].items() for n, c in fs.items() if is_plain(n)]
-        assert len(there) == sum(map(len, tree[split].values()))
-        assert set(plain) <= set(there)
+        assert len(stored) == sum(map(len, tree[split].values()))
+        assert set(plain) <= set(stored)
 
 
 def is_plain(name: str) -> bool:
     return not any(word in name for word in ("2933", "cmyk", "ycck"))
 
 
-def test_labels_are_ranks_of_the_ids_and_not_the_kits_own_numbers(ilsvrc, tmp_path):
+def test_labels_are_ranks_of_the_wordnet_ids_and_not_ilsvrc2012_ids(ilsvrc, tmp_path):
     run(ilsvrc, tmp_path / "set")
     labels = labels_by_name(tmp_path / "set")
     assert labels["val"]["n04557648/ILSVRC2012_val_00000001.JPEG"] == 2  # the kit's number for it is 1
@@ -87,7 +87,7 @@ def test_labels_are_ranks_of_the_ids_and_not_the_kits_own_numbers(ilsvrc, tmp_pa
 
 
 @pytest.mark.parametrize("flat_labels", [synthetic.write_devkit, synthetic.write_kaggle_labels])
-def test_a_flat_validation_folder_needs_a_list_of_labels_beside_it(flat_labels, tmp_path):
+def test_a_flat_validation_folder_needs_a_list_of_labels(flat_labels, tmp_path):
     tree = synthetic.images()
     synthetic.write_folders(tmp_path / "source", tree, flat_val=True)
     with pytest.raises(DataError, match="is flat: .* would be one class. Put ILSVRC2012_devkit_t12.tar.gz or"):
@@ -97,7 +97,7 @@ def test_a_flat_validation_folder_needs_a_list_of_labels_beside_it(flat_labels, 
     assert labels_by_name(tmp_path / "set")["val"]["n04557648/ILSVRC2012_val_00000001.JPEG"] == 2
 
 
-def test_odd_images_come_out_as_plain_jpegs_of_the_same_colors(ilsvrc, tmp_path):
+def test_unusual_formats_are_converted_to_jpegs_of_the_same_colors(ilsvrc, tmp_path):
     done = run(ilsvrc, tmp_path / "set")
     assert done.manifest.made["converted"] == 3
     train, _ = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)
@@ -111,7 +111,7 @@ def test_odd_images_come_out_as_plain_jpegs_of_the_same_colors(ilsvrc, tmp_path)
             expected = np.asarray(synthetic.image(number), np.float64)
             assert np.abs(np.asarray(image, np.float64) - expected).mean() < 6, name
     turned = names.index("n02105855/n02105855_turned.JPEG")
-    assert (train.widths_N[turned], train.heights_N[turned]) == (80, 40)  # as stored: nothing is rotated
+    assert (train.widths_N[turned], train.heights_N[turned]) == (80, 40)  # as stored: EXIF orientation is not applied
     assert "n02105855/it's a #1 \u00e9\u4f8b.jpg" in names
 
 
@@ -122,9 +122,9 @@ def test_shards_are_read_by_the_webdataset_package(ilsvrc, tmp_path):
     assert len(files) > 1
     dataset = webdataset.WebDataset(files, shardshuffle=False).decode("rgb8").to_tuple("jpg", "cls")
     with ignore_pil_warnings():
-        theirs = list(dataset)
-    assert [label for _, label in theirs] == train.labels_N.tolist()
-    for i, (image, _) in enumerate(theirs):
+        decoded = list(dataset)
+    assert [label for _, label in decoded] == train.labels_N.tolist()
+    for i, (image, _) in enumerate(decoded):
         assert image.shape[:2] == (train.heights_N[i], train.widths_N[i])
 
 
@@ -162,7 +162,7 @@ def test_class_folders_as_target(ilsvrc, tmp_path):
     )
 
 
-def test_reencoding_limits_the_shorter_side_and_never_grows_a_image(tmp_path):
+def test_reencoding_limits_the_shorter_side_and_never_enlarges_a_file(tmp_path):
     tree = synthetic.images()
     tree["train"]["n01440764"]["big.JPEG"] = synthetic.encoded(synthetic.image(90, (800, 600)), quality=98)
     tree["train"]["n01440764"]["rough.JPEG"] = synthetic.encoded(synthetic.image(91), quality=20)
@@ -183,7 +183,7 @@ def test_a_prepared_set_is_a_source_too(ilsvrc, tmp_path):
     for to in ("shards", "folders"):
         run(ilsvrc, tmp_path / to, PrepareOptions(to=to))
         run(tmp_path / to, tmp_path / f"from-{to}", PrepareOptions(to="folders", shorter_side=40))
-        assert recognize(tmp_path / to).name == "prepared"
+        assert detect_layout(tmp_path / to).name == "prepared"
     assert contents(tmp_path / "from-folders" / "train") == contents(tmp_path / "from-shards" / "train")
 
 
@@ -195,13 +195,13 @@ from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 
 if __name__ == "__main__":
-    with Pool(2, lambda what, done, total: print(what, done, total, flush=True)) as pool:
+    with Pool(2, lambda description, done, total: print(description, done, total, flush=True)) as pool:
         prepare(Path(sys.argv[1]), Path(sys.argv[2]), PrepareOptions(shard_bytes=60_000, shorter_side=300), pool)
 """
 
 
 @pytest.mark.slow
-def test_killed_half_way_and_started_again_it_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_preparation_resumes_and_gives_the_same_bytes(tmp_path):
     tree = synthetic.images()
     for i in range(60):
         tree["train"]["n01440764"][f"more_{i}.JPEG"] = synthetic.encoded(synthetic.image(200 + i, (640, 480)))
@@ -213,35 +213,35 @@ def test_killed_half_way_and_started_again_it_goes_on_and_ends_with_the_same_byt
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            what, done, total = line.split()
-            if what == "preparing" and int(done) > int(total) / 4:
+            description, done, total = line.split()
+            if description == "preparing" and int(done) > int(total) / 4:
                 break
         os.kill(process.pid, signal.SIGKILL)
-        process.stdout.read()  # ends when the workers, who share it, have ended
+        process.stdout.read()  # returns when the workers, which share it, have ended
     assert read_manifest(target) is None
     finished = {f: f.stat().st_mtime_ns for f in target.glob("*/*.tar")}
     assert finished
     (target / ".prepare" / "train-000099.123.tmp").write_bytes(b"half")
     with pytest.raises(DataError, match="unfinished preparation of other images, with other options"):
         run(tmp_path / "source", target, PrepareOptions(shard_bytes=60_000, shorter_side=200))
-    again = run(tmp_path / "source", target, PrepareOptions(shard_bytes=60_000, shorter_side=300))
-    assert 0 < again.parts_found < again.parts
+    resumed = run(tmp_path / "source", target, PrepareOptions(shard_bytes=60_000, shorter_side=300))
+    assert 0 < resumed.parts_reused < resumed.parts
     assert {f: f.stat().st_mtime_ns for f in finished} == finished
     run(tmp_path / "source", tmp_path / "whole", PrepareOptions(shard_bytes=60_000, shorter_side=300))
     assert contents(target) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("layout", ["ilsvrc", "parquet"])
-def test_shares_on_several_machines_make_the_same_bytes_as_one_process(layout, tmp_path):
+def test_shares_on_several_machines_write_the_same_bytes_as_one_process(layout, tmp_path):
     source = tmp_path / "source"
     WRITERS[layout](source, synthetic.images())
     whole = run(source, tmp_path / "whole")
     target = tmp_path / "set"
     done = [run(source, target, share=(k, 3)) for k in (2, 0)]
     assert [share.manifest for share in done] == [None, None]
-    assert done[1].waiting > 0
-    assert run(source, target, share=(2, 3)).parts_found == done[0].parts, "what it wrote before is written again"
-    with pytest.raises(DataError, match="in another number of shares: repeat that command"):
+    assert done[1].parts_missing > 0
+    assert run(source, target, share=(2, 3)).parts_reused == done[0].parts, "finished parts are written again"
+    with pytest.raises(DataError, match="another number of shares: repeat that command"):
         run(source, target)
     last = run(source, target, share=(1, 3))
     assert last.parts + done[0].parts + done[1].parts == whole.parts
@@ -260,20 +260,20 @@ def test_shares_at_the_same_time_complete_the_set_once(ilsvrc, tmp_path):
     assert contents(target) == contents(tmp_path / "whole")
 
 
-def test_a_finished_set_is_left_alone_and_another_is_refused(ilsvrc, tmp_path):
+def test_a_finished_set_is_not_rewritten_and_another_is_refused(ilsvrc, tmp_path):
     first = run(ilsvrc, tmp_path / "set")
     before = contents(tmp_path / "set")
     assert run(ilsvrc, tmp_path / "set").manifest == first.manifest
     assert contents(tmp_path / "set") == before
-    with pytest.raises(DataError, match="holds another data set"):
+    with pytest.raises(DataError, match="already contains a data set of other images or other options"):
         run(ilsvrc, tmp_path / "set", PrepareOptions(shard_bytes=20_000, seed=9))
 
 
-def test_corrupt_images_are_all_named_or_left_out(tmp_path):
+def test_corrupt_images_are_all_named_or_skipped(tmp_path):
     tree = synthetic.images()
     files = tree["train"]["n01440764"]
     files["cut.JPEG"] = files["n01440764_0.JPEG"][:-40]
-    files["page.JPEG"] = b"<html>404 Not Found</html>"
+    files["page.JPEG"] = b"<html>404 Not ImageLocation</html>"
     files["empty.JPEG"] = b""
     synthetic.write_ilsvrc(tmp_path / "source", tree)
     with pytest.raises(DataError) as error:
@@ -282,16 +282,16 @@ def test_corrupt_images_are_all_named_or_left_out(tmp_path):
         assert words in str(error.value)
     assert read_manifest(tmp_path / "set") is None
     done = run(tmp_path / "source", tmp_path / "set", skip_corrupt=True)
-    assert len(done.ignored) == 3
+    assert len(done.skipped_corrupt) == 3
     assert done.manifest.splits["train"].samples == sum(map(len, tree["train"].values())) - 3
-    assert json.loads((tmp_path / "set" / "dataset.json").read_text())["made"]["ignored"] == done.ignored
+    assert json.loads((tmp_path / "set" / "dataset.json").read_text())["made"]["ignored"] == done.skipped_corrupt
 
 
 def test_no_class_may_become_empty(tmp_path):
     tree = synthetic.images()
     tree["train"]["n01440764"] = {"a.JPEG": b"nothing"}
     synthetic.write_ilsvrc(tmp_path / "source", tree)
-    with pytest.raises(DataError, match="no training image is left of the classes n01440764"):
+    with pytest.raises(DataError, match="the training split has no readable image of the classes n01440764"):
         run(tmp_path / "source", tmp_path / "set", skip_corrupt=True)
 
 
@@ -315,10 +315,13 @@ def inner_cut(root: Path) -> None:
 @pytest.mark.parametrize(
     ("corruption", "message"),
     [
-        (cut("ILSVRC2012_img_train.tar", lambda c: c[:-30_000]), "img_train.tar is cut short: its end mark is missing"),
-        (cut("ILSVRC2012_img_val.tar", lambda c: c[: len(c) // 2]), "img_val.tar is cut short"),
-        (inner_cut, "img_train.tar, n01440764.tar is cut short"),
-        (escaping, "'../../evil.JPEG' has a path that leads outside"),
+        (
+            cut("ILSVRC2012_img_train.tar", lambda c: c[:-30_000]),
+            "img_train.tar is truncated: its end-of-archive marker is missing",
+        ),
+        (cut("ILSVRC2012_img_val.tar", lambda c: c[: len(c) // 2]), "img_val.tar is truncated"),
+        (inner_cut, "img_train.tar, n01440764.tar is truncated"),
+        (escaping, "'../../evil.JPEG' has a path outside the archive"),
         (cut("ILSVRC2012_devkit_t12.tar.gz", lambda c: c[:200]), "devkit_t12.tar.gz cannot be read"),
         (lambda r: (r / "ILSVRC2012_devkit_t12.tar.gz").unlink(), "lacks ILSVRC2012_devkit_t12.tar.gz"),
         (lambda r: (r / "ILSVRC2012_img_val.tar").unlink(), "lacks ILSVRC2012_img_val.tar"),
@@ -340,10 +343,10 @@ def shard(files: dict[str, bytes]) -> Callable[[Path], None]:
     [
         (shard({"a.jpg": b"x"}), "x-train-0.tar: 1 images have no label in a .cls or .json: a.jpg"),
         (shard({"a.jpg": b"x", "a.cls": b"-1"}), "1 images have negative labels, as test sets do"),
-        (shard({"a.jpg": b"x", "a.cls": b"cat"}), "x-train-0.tar, a.cls: the label must be a whole number"),
+        (shard({"a.jpg": b"x", "a.cls": b"cat"}), "x-train-0.tar, a.cls: the label must be an integer"),
         (shard({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}), "a sample has two images, a.jpg and a.png"),
-        (shard({"a.jpg": b"x", "a.cls": b"1", "a.json": b'{"label": 2}'}), "a.json gives label 2, a.cls gave 1"),
-        (lambda r: (r / "odd.tar").write_bytes(synthetic.tar({})), "not told: odd.tar"),
+        (shard({"a.jpg": b"x", "a.cls": b"1", "a.json": b'{"label": 2}'}), "a.json has label 2, a.cls has 1"),
+        (lambda r: (r / "unclear.tar").write_bytes(synthetic.tar({})), "split unclear: unclear.tar"),
     ],
 )
 def test_corrupt_shards_are_named(write, message, tmp_path):
@@ -360,38 +363,38 @@ def test_numbers_are_labels_where_names_hold_no_wordnet_ids(tmp_path):
     }
     synthetic.write_parquet(tmp_path / "named", tree, ("zebra", "ant", "cow"), prefix="")
     done = run(tmp_path / "named", tmp_path / "set")
-    assert done.manifest.classes == ("zebra", "ant", "cow")  # labels keep their meaning; names need not be sorted
+    assert done.manifest.classes == ("zebra", "ant", "cow")  # labels keep their meaning: names are not sorted
     synthetic.write_parquet(tmp_path / "plain", tree, None, prefix="")
     assert run(tmp_path / "plain", tmp_path / "set2").manifest.classes == ("0", "1", "2")
 
 
-def test_what_is_no_source_is_told(tmp_path, ilsvrc):
+def test_unknown_and_ambiguous_layouts_are_refused(tmp_path, ilsvrc):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"in no layout that is known; in it: nothing. Known are:\n  prepared"):
+    with pytest.raises(DataError, match=r"has no known layout; it contains: nothing. Supported layouts:\n  prepared"):
         run(tmp_path / "empty", tmp_path / "set")
     with pytest.raises(DataError, match="is not a folder"):
         run(tmp_path / "gone", tmp_path / "set")
-    with pytest.raises(DataError, match="layout 'imagnet' is not known: use prepared, ilsvrc"):
+    with pytest.raises(DataError, match="layout 'imagnet' is unknown: use prepared, ilsvrc"):
         run(ilsvrc, tmp_path / "set", layout="imagnet")
     synthetic.write_folders(ilsvrc, synthetic.images())
-    with pytest.raises(DataError, match="looks like ilsvrc and like folders: choose one with --layout"):
+    with pytest.raises(DataError, match="matches several layouts, ilsvrc and folders: choose one with --layout"):
         run(ilsvrc, tmp_path / "set")
     assert run(ilsvrc, tmp_path / "set", layout="folders").manifest.made["from"] == "folders"
 
 
 def test_targets_that_cannot_be_used_are_refused(ilsvrc, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="must not lie in the source"):
+    with pytest.raises(DataError, match="must not be inside the source"):
         run(ilsvrc, ilsvrc / "set")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(DataError, match=r"is not empty \(in it: thesis.tex\)"):
+    with pytest.raises(DataError, match=r"is not empty \(it contains thesis.tex\)"):
         run(ilsvrc, tmp_path / "full")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(DataError, match=r"has 1.0 KB free, the images need about \d+\.\d KB"):
         run(ilsvrc, tmp_path / "set")
 
 
-def test_two_preparations_of_one_target_are_not_let_loose(ilsvrc, tmp_path):
+def test_two_preparations_of_one_target_are_refused(ilsvrc, tmp_path):
     from filelock import FileLock
 
     (tmp_path / "set" / ".prepare").mkdir(parents=True)
@@ -402,8 +405,8 @@ def test_two_preparations_of_one_target_are_not_let_loose(ilsvrc, tmp_path):
         run(ilsvrc, tmp_path / "set")
 
 
-def test_a_worker_that_is_killed_is_told(tmp_path):
-    with pytest.raises(DataError, match="a worker process ended without a word"), Pool(2) as pool:
+def test_a_killed_worker_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="a worker process died without an error"), Pool(2) as pool:
         pool.map(_die, [1], "dying")
 
 

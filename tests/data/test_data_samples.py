@@ -1,4 +1,4 @@
-"""Members of shards: each is an image, a label, or counted; nothing vanishes."""
+"""Members of WebDataset shards: each is an image, a label, or counted as ignored."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ import pytest
 from pipeline.data.dataset import open_splits
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.listing import SYSTEM
-from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.index_in_place import index_in_place
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
-from pipeline.data.tools.samples import samples
+from pipeline.data.tools.shard_samples import read_samples
 from pipeline.data.tools.tars import Member
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
@@ -21,13 +21,13 @@ PNG = synthetic.encoded(synthetic.image(2, (40, 40)), "PNG")
 GIF = synthetic.encoded(synthetic.image(3, (40, 40), "P"), "GIF")
 
 
-def read_samples(files: dict[str, bytes]) -> tuple[dict[str, int], dict[str, int]]:
-    """Labels by image, and counts of what is left out, of a shard that holds these files one after another."""
+def parse_shard(files: dict[str, bytes]) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns labels by image and counts of ignored members, of a shard with these files."""
     content, members, ignored = b"", [], IgnoredFiles()
     for name, part in files.items():
         members.append(Member(name, len(content), len(part)))
         content += part
-    found = samples(members, lambda offset, length: content[offset : offset + length], "x.tar", ignored)
+    found = read_samples(members, lambda offset, length: content[offset : offset + length], "x.tar", ignored)
     return {member.name: label for label, member in found}, ignored.counts()
 
 
@@ -46,21 +46,21 @@ def read_samples(files: dict[str, bytes]) -> tuple[dict[str, int], dict[str, int
         ({"c.jpe": JPEG, "c.cls": b"1", "d.jpg": JPEG, "d.jpg.cls": b"0"}, {"c.jpe": 1, "d.jpg": 0}),
         ({"a.img": JPEG, "a.cls": b"1", "b.bin": PNG, "b.cls": b"0"}, {"a.img": 1, "b.bin": 0}),
         ({"c": PNG, "c.cls": b"1", "d.5": PNG, "d.5.cls": b"0"}, {"c": 1, "d.5": 0}),
-        ({"a.gif": GIF, "a.cls": b"1"}, {"a.gif": 1}),  # which is refused by name where it is looked at
+        ({"a.gif": GIF, "a.cls": b"1"}, {"a.gif": 1}),  # refused by name when the image is read
         ({"a.jpg": b"<html>", "a.cls": b"1"}, {"a.jpg": 1}),
         ({"a.cls": b"1\n", "a.jpg": JPEG}, {"a.jpg": 1}),
         ({"a.jpg": JPEG, "a.json": b'{"label": 2.0, "w": 40}'}, {"a.jpg": 2}),
     ],
 )
 def test_each_image_gets_the_label_of_its_longest_name(files, labels):
-    found, ignored = read_samples(files)
+    found, ignored = parse_shard(files)
     assert found == labels
     assert len(found) == len(files) // 2
     assert ignored == {}
 
 
-def test_what_is_not_taken_is_counted_by_reason():
-    labels, ignored = read_samples(
+def test_ignored_members_are_counted_by_reason():
+    labels, ignored = parse_shard(
         {
             "a.jpg": JPEG,
             "a.seg.png": PNG,
@@ -75,9 +75,9 @@ def test_what_is_not_taken_is_counted_by_reason():
     assert labels == {"a.jpg": 1}
     assert ignored == {
         SYSTEM: 2,
-        "members with the ending ., which are neither images nor labels": 1,
-        "members with the ending .json, which are neither images nor labels": 1,
-        "members with the ending .txt, which are neither images nor labels": 1,
+        "members with the extension ., neither images nor labels": 1,
+        "members with the extension .json, neither images nor labels": 1,
+        "members with the extension .txt, neither images nor labels": 1,
         "second images of samples, .seg.png": 1,
     }
 
@@ -92,25 +92,25 @@ def test_what_is_not_taken_is_counted_by_reason():
         ({"a.jpg": JPEG, "a.5.jpg": JPEG, "a.cls": b"1"}, "a sample has two images, a.jpg and a.5.jpg"),
         ({"a.x.jpg": JPEG, "a.y.jpg": JPEG, "a.cls": b"1"}, "a sample has two images, a.x.jpg and a.y.jpg"),
         ({"a.jpg": JPEG, "a.img": PNG, "a.cls": b"1"}, "a sample has two images, a.jpg and a.img"),
-        ({"a.jpg": JPEG, "a.cls": b"1.5"}, "x.tar, a.cls: the label must be a whole number"),
-        ({"a.jpg": JPEG, "a.json": b'{"label": 1.5}'}, "x.tar, a.json: the label must be a whole number"),
-        ({"a.jpg": JPEG, "a.json": b'{"label": true}'}, "x.tar, a.json: the label must be a whole number"),
+        ({"a.jpg": JPEG, "a.cls": b"1.5"}, "x.tar, a.cls: the label must be an integer"),
+        ({"a.jpg": JPEG, "a.json": b'{"label": 1.5}'}, "x.tar, a.json: the label must be an integer"),
+        ({"a.jpg": JPEG, "a.json": b'{"label": true}'}, "x.tar, a.json: the label must be an integer"),
     ],
 )
-def test_what_is_not_clear_is_refused_by_name(files, message):
+def test_ambiguous_members_are_refused_by_name(files, message):
     with pytest.raises(DataError) as error:
-        read_samples(files)
+        parse_shard(files)
     assert message in str(error.value)
 
 
 def test_two_members_of_one_name_are_refused():
     twice = [Member("a.jpg", 0, 4), Member("a.cls", 4, 1), Member("a.jpg", 0, 4)]
     with pytest.raises(DataError, match="x.tar has two members named a.jpg"):
-        samples(twice, lambda offset, length: b"abcd1"[offset : offset + length], "x.tar", IgnoredFiles())
+        read_samples(twice, lambda offset, length: b"abcd1"[offset : offset + length], "x.tar", IgnoredFiles())
 
 
 def write_shards(root: Path, names: list[str]) -> Path:
-    """Training and validation shards of an image each name, with labels 0 and 1 in turn."""
+    """Writes a training and a validation shard with an image for each name and alternating labels 0 and 1."""
     root.mkdir()
     for split in ("train", "val"):
         files = {}
@@ -122,7 +122,7 @@ def write_shards(root: Path, names: list[str]) -> Path:
     return root
 
 
-def test_jfif_jpe_and_keys_with_dots_are_taken_and_a_gif_is_named(tmp_path):
+def test_jfif_jpe_and_keys_with_dots_are_read_and_a_gif_is_refused(tmp_path):
     names = ["a0.jpg", "a1.jpg", "a2.jfif", "a3.jpe", "a.5.jpg", "a.6.jpg"]
     with Pool(1) as pool:
         done = prepare(write_shards(tmp_path / "valid", names), tmp_path / "set", PrepareOptions(), pool)
@@ -137,10 +137,10 @@ def test_jfif_jpe_and_keys_with_dots_are_taken_and_a_gif_is_named(tmp_path):
             index_in_place(source, pool)
         report = verify(source, pool)
     assert report.splits["train"].samples == 7
-    assert [(finding.kind, "a4.gif" in finding.where) for finding in report.corruption] == [("unreadable", True)] * 2
+    assert [(finding.kind, "a4.gif" in finding.where) for finding in report.errors] == [("unreadable", True)] * 2
 
 
-def test_files_beside_the_shards_are_counted_and_packed_ones_are_told(tmp_path):
+def test_files_next_to_the_shards_are_counted_and_compressed_ones_are_named(tmp_path):
     source = write_shards(tmp_path / "source", ["a.jpg", "b.jpg"])
     (source / "x-test-0.tar").write_bytes(synthetic.tar({"a.jpg": JPEG}))
     (source / "README.md").write_text("x")
@@ -153,11 +153,11 @@ def test_files_beside_the_shards_are_counted_and_packed_ones_are_told(tmp_path):
         done = prepare(source, tmp_path / "set", PrepareOptions(), pool)
         assert done.manifest.splits["train"].samples == 2
         assert done.notes == [
-            "left out: 1 files and folders of file managers and tools: .DS_Store",
-            "left out: 1 files of a test split: x-test-0.tar",
-            "left out: 1 files that are no .tar files: README.md",
+            "ignored: 1 files and folders of file managers and tools: .DS_Store",
+            "ignored: 1 files of a test split: x-test-0.tar",
+            "ignored: 1 files that are not .tar files: README.md",
         ]
-        assert done.manifest.made["not_taken"] == [note.removeprefix("left out: ") for note in done.notes]
+        assert done.manifest.made["not_taken"] == [note.removeprefix("ignored: ") for note in done.notes]
         (source / "more" / "linked").unlink()
         (source / "x-train-2.tar.gz").write_bytes(b"x")
         with pytest.raises(DataError, match=r"0 of train, 1 of val. Rename them. Unpack x-train-2.tar.gz first"):

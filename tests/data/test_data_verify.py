@@ -1,4 +1,4 @@
-"""Verification finds each planted problem; statistics and indexes in place tell what is there."""
+"""`verify` finds each injected error; `stats` and `index` describe the data."""
 
 import io
 import json
@@ -12,8 +12,8 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits
 from pipeline.data.images import ignore_pil_warnings
-from pipeline.data.tools.in_place import index_in_place
-from pipeline.data.tools.inspect import KINDS
+from pipeline.data.tools.image_checks import FINDING_KINDS
+from pipeline.data.tools.index_in_place import index_in_place
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.stats import plot, stats
@@ -22,7 +22,7 @@ from pipeline.errors import DataError
 from tests.data import synthetic
 
 
-def check(root: Path, **options: object) -> Report:
+def run_verify(root: Path, **options: object) -> Report:
     with Pool(1) as pool:
         return verify(root, pool, **options)
 
@@ -41,9 +41,9 @@ def class_folders(tmp_path) -> Path:
     return tmp_path / "set"
 
 
-def test_a_sound_set_has_no_corruption_and_its_numbers_are_right(shards):
-    report = check(shards)
-    assert report.corruption == []
+def test_a_valid_set_has_no_errors_and_its_statistics_are_right(shards):
+    report = run_verify(shards)
+    assert report.errors == []
     assert report.counts() == {"exif": 1}
     train = report.splits["train"]
     assert (train.samples, train.classes, train.per_class) == (32, 3, (8, 8, 16))
@@ -55,7 +55,7 @@ def test_a_sound_set_has_no_corruption_and_its_numbers_are_right(shards):
 
 def test_sources_can_be_verified_before_they_are_prepared(tmp_path):
     synthetic.write_ilsvrc(tmp_path / "source", synthetic.images())
-    report = check(tmp_path / "source")
+    report = run_verify(tmp_path / "source")
     assert report.layout == "ilsvrc"
     assert report.counts() == {"format": 1, "color": 2, "exif": 1}
     assert "n02105855_2933.JPEG" in next(f for f in report.findings if f.kind == "format").where
@@ -101,9 +101,9 @@ def swap_shards(root: Path) -> None:
 )
 def test_each_problem_in_shards_is_found(corruption, kinds, shards):
     corruption(shards)
-    report = check(shards)
-    found = {finding.kind for finding in report.corruption}
-    assert kinds <= found <= kinds | {"unreadable", "size"}  # bytes of elsewhere may pass for another image
+    report = run_verify(shards)
+    found = {finding.kind for finding in report.errors}
+    assert kinds <= found <= kinds | {"unreadable", "size"}  # bytes at another offset may be another image
     assert report.to_json()["corrupt"] is True
     assert len(set(report.findings)) == len(report.findings)
 
@@ -115,13 +115,13 @@ def test_an_index_of_other_shards_is_refused(shards, tmp_path):
         shutil.copy(file, shards / "train")
     with pytest.raises(DataError, match=r"\d of \d shards in .* are not those that were indexed"):
         open_splits(str(shards), "train", "val", tmp_path)
-    assert {"shard", "unlisted"} <= {finding.kind for finding in check(shards).corruption}
+    assert {"shard", "unlisted"} <= {finding.kind for finding in run_verify(shards).errors}
     shutil.copy(tmp_path / "other" / "index" / "train.parquet", shards / "index")
     (shards / "dataset.json").write_text(
         (shards / "dataset.json").read_text().replace('"samples": 32', '"samples": 31')
     )
     with pytest.raises(DataError, match=r"train.parquet has 32 samples, .*dataset.json has 31"):
-        check(shards)
+        run_verify(shards)
 
 
 def replaced(name: str, content: bytes) -> Callable[[Path], None]:
@@ -140,34 +140,34 @@ WHOLE = synthetic.encoded(synthetic.image(999, (300, 200)))
         (replaced("page.JPEG", b"<html>no</html>"), "unreadable", "begins with '<html>no</html>'"),
         (replaced("a.JPEG", synthetic.encoded(synthetic.image(1), "WEBP")), "format", "is a WEBP named as a JPEG"),
         (replaced("a.png", synthetic.encoded(synthetic.image(1), "PNG")), "format", "is a PNG"),
-        (replaced("a.jpg", synthetic.encoded(synthetic.image(1, mode="CMYK"))), "color", "colors are CMYK"),
+        (replaced("a.jpg", synthetic.encoded(synthetic.image(1, mode="CMYK"))), "color", "color mode is CMYK"),
         (replaced("a.jpg", synthetic.encoded(synthetic.image(1, (20, 90)))), "small", "20 x 90 pixels"),
     ],
 )
 def test_each_problem_in_class_folders_is_found(corruption, kind, detail, class_folders):
-    clean = check(class_folders)
+    clean = run_verify(class_folders)
     corruption(class_folders)
-    report = check(class_folders)
+    report = run_verify(class_folders)
     new = [finding for finding in report.findings if finding not in clean.findings]
     assert [(finding.kind, detail in finding.detail) for finding in new] == [(kind, True)]
-    assert bool(report.corruption) == KINDS[kind][0]
+    assert bool(report.errors) == FINDING_KINDS[kind][0]
 
 
-def test_duplicates_are_told_within_and_across_splits(class_folders):
+def test_duplicates_are_found_within_and_across_splits(class_folders):
     train, val = class_folders / "train", class_folders / "val"
     shutil.copy(train / "n01440764" / "n01440764_0.JPEG", train / "n01440764" / "again.JPEG")
     shutil.copy(train / "n01440764" / "n01440764_1.JPEG", train / "n02105855" / "wrong.JPEG")
     shutil.copy(train / "n01440764" / "n01440764_2.JPEG", val / "n01440764" / "leak.JPEG")
-    report = check(class_folders)
-    told = {(f.kind, f.where, f.detail) for f in report.findings if f.kind in ("duplicate", "across")}
-    assert told == {
-        ("duplicate", "train/n01440764/n01440764_0.JPEG", "the same as train/n01440764/again.JPEG"),
+    report = run_verify(class_folders)
+    found = {(f.kind, f.where, f.detail) for f in report.findings if f.kind in ("duplicate", "across")}
+    assert found == {
+        ("duplicate", "train/n01440764/n01440764_0.JPEG", "identical to train/n01440764/again.JPEG"),
         (
             "duplicate",
             "train/n02105855/wrong.JPEG",
-            "the same as train/n01440764/n01440764_1.JPEG, of another class",
+            "identical to train/n01440764/n01440764_1.JPEG, in another class",
         ),
-        ("across", "val/n01440764/leak.JPEG", "the same as train/n01440764/n01440764_2.JPEG"),
+        ("across", "val/n01440764/leak.JPEG", "identical to train/n01440764/n01440764_2.JPEG"),
     }
 
 
@@ -175,32 +175,32 @@ def test_a_set_of_imagenets_classes_must_have_imagenets_numbers(tmp_path):
     content = synthetic.encoded(Image.new("RGB", (40, 40)))
     tree = {split: {f"n{i:08d}": {"1.JPEG": content} for i in range(1000)} for split in ("train", "val")}
     synthetic.write_folders(tmp_path / "set", tree)
-    details = [finding.detail for finding in check(tmp_path / "set").corruption]
+    details = [finding.detail for finding in run_verify(tmp_path / "set").errors]
     assert details == [
-        "1,000 images, ILSVRC2012 has 1,281,167 (--any-counts if this is a part)",
-        "1,000 images, ILSVRC2012 has 50,000 (--any-counts if this is a part)",
+        "1,000 images, ILSVRC2012 has 1,281,167 (--any-counts for a subset)",
+        "1,000 images, ILSVRC2012 has 50,000 (--any-counts for a subset)",
     ]
-    assert check(tmp_path / "set", any_counts=True).corruption == []
+    assert run_verify(tmp_path / "set", any_counts=True).errors == []
 
 
 @pytest.mark.parametrize(
     "write", [synthetic.write_folders, synthetic.write_webdataset, synthetic.write_ilsvrc, synthetic.write_kaggle]
 )
-def test_data_is_indexed_where_it_lies(write, tmp_path):
+def test_data_is_indexed_in_place(write, tmp_path):
     tree = synthetic.images()
     write(tmp_path / "set", tree)
     with Pool(1) as pool:
         manifest, _ = index_in_place(tmp_path / "set", pool)
-        with pytest.raises(DataError, match="has an index already"):
+        with pytest.raises(DataError, match="is already indexed"):
             index_in_place(tmp_path / "set", pool)
     assert manifest.classes == synthetic.CLASSES
-    assert check(tmp_path / "set").corruption == []
+    assert run_verify(tmp_path / "set").errors == []
     for split, index in zip(tree, open_splits(str(tmp_path / "set"), "train", "val", tmp_path), strict=True):
-        there = sorted((index.classes[label], index.read(i).tobytes()) for i, label in enumerate(index.labels_N))
-        assert there == sorted((wnid, content) for wnid, files in tree[split].items() for content in files.values())
+        stored = sorted((index.classes[label], index.read(i).tobytes()) for i, label in enumerate(index.labels_N))
+        assert stored == sorted((wnid, content) for wnid, files in tree[split].items() for content in files.values())
 
 
-def test_an_index_in_place_names_what_is_damaged(class_folders):
+def test_indexing_names_corrupt_images(class_folders):
     replaced("cut.JPEG", WHOLE[:-9])(class_folders)
     with (
         pytest.raises(DataError, match=r"1 corrupt images in train:\n  train/n01440764/cut.JPEG: is a truncated JPEG"),
@@ -209,13 +209,13 @@ def test_an_index_in_place_names_what_is_damaged(class_folders):
         index_in_place(class_folders, p)
 
 
-def test_parquet_files_are_prepared_before_they_are_verified(tmp_path):
+def test_parquet_files_must_be_prepared_before_verification(tmp_path):
     synthetic.write_parquet(tmp_path / "set", synthetic.images())
-    with pytest.raises(DataError, match="make a data set of them first, with `densenet data prepare`"):
-        check(tmp_path / "set")
+    with pytest.raises(DataError, match="convert them first with `densenet data prepare`"):
+        run_verify(tmp_path / "set")
 
 
-def test_statistics_are_those_of_the_images(shards, tmp_path):
+def test_statistics_match_the_images(shards, tmp_path):
     with Pool(1) as pool:
         result = stats(shards, 0, pool)
         assert len(stats(shards, 5, pool).splits["train"].widths) == 5

@@ -14,7 +14,7 @@ from pipeline.data.index import DatasetIndex, load_table, save_table, table_of
 from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch, permutation, rank_eval_batches, windowed_permutation
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
-from pipeline.data.tools.tars import Member, members
+from pipeline.data.tools.tars import Member, read_members
 from pipeline.data.tools.verify import verify
 from pipeline.errors import CorruptSample, DataError
 from tests.data import synthetic
@@ -190,7 +190,7 @@ def _listed(file: Path, content: bytes) -> list[Member] | None:
     """Returns the members of an archive with this content; None if it is refused by name."""
     file.write_bytes(content)
     try:
-        return list(members(file))
+        return list(read_members(file))
     except DataError as error:
         assert str(file) in str(error)
         return None

@@ -24,7 +24,7 @@ from pipeline.data.folders import scan_images
 from pipeline.data.images import NotAnImage, encode, ignore_pil_warnings
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan
-from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.index_in_place import index_in_place
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, convert
 from pipeline.data.tools.stats import stats
@@ -132,7 +132,7 @@ def test_statistics_use_the_same_pixels(tmp_path):
     with Pool(1, lambda what, done, total: None) as pool:
         found = stats(tmp_path, 0, pool).splits["train"]
         report = verify(tmp_path, pool)
-    assert (found.decoded, found.unreadable, report.corruption) == (len(KINDS), 0, [])
+    assert (found.decoded, found.unreadable, report.errors) == (len(KINDS), 0, [])
     means = [kind.pixels_HWC.reshape(-1, 3).mean(axis=0) / 255 for kind in KINDS.values()]
     assert found.mean == pytest.approx(np.mean(means, axis=0).tolist(), abs=1e-6)
 
@@ -180,7 +180,7 @@ def test_unsupported_pixel_formats_are_rejected_by_name_everywhere(name, tmp_pat
     with pytest.raises(DataError, match=f"a/1.img: .*{reason}.*{fix}"):
         open_split(tmp_path / "set", "train", tmp_path / "cache")
     with Pool(1, lambda what, done, total: None) as pool:
-        (finding,) = verify(tmp_path / "set", pool).corruption
+        (finding,) = verify(tmp_path / "set", pool).errors
         with pytest.raises(DataError, match=f"a/1.img: .*{reason}.*{fix}"):
             index_in_place(tmp_path / "set", pool)
     assert finding.kind == "unsupported"

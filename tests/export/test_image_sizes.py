@@ -21,7 +21,7 @@ from pipeline.data.dataset import open_split, open_splits
 from pipeline.data.images import NotAnImage, TooLarge, decode
 from pipeline.data.plan import EvalPlan
 from pipeline.data.resize import Resizer, resized_region
-from pipeline.data.tools.in_place import index_in_place
+from pipeline.data.tools.index_in_place import index_in_place
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, convert, prepare
 from pipeline.data.tools.verify import verify
@@ -134,7 +134,7 @@ def test_prepared_data_sets_are_checked_against_the_limit_too(classes, tmp_path)
             index_in_place(classes, pool, max_pixels=2000)
         with pytest.raises(DataError, match=f"a/1.png in .*: {TOO_LARGE}"):
             prepare(classes, tmp_path / "less", PrepareOptions(), pool, max_pixels=2000)
-        (finding,) = verify(classes, pool, max_pixels=2000).corruption
+        (finding,) = verify(classes, pool, max_pixels=2000).errors
         assert (finding.kind, finding.where) == ("large", "train/a/1.png")
         index_in_place(classes, pool)
     with pytest.raises(DataError, match=rf"1 of 3 images in .* are too large:\n  .*a/1.png {TOO_LARGE}"):

@@ -1,1 +1,1 @@
-"""Offline tools: data sets from any source, made, verified, indexed and described."""
+"""Offline tools: create, verify, index and describe data sets from any supported source."""

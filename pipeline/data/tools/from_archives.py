@@ -1,4 +1,4 @@
-"""Pretrained that are tar archives, read where they lie: ILSVRC2012's own, and WebDataset shards."""
+"""Sources that are tar archives, read without unpacking: ILSVRC2012's archives and WebDataset shards."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,65 +7,67 @@ from pathlib import Path
 from pipeline.data.files import File
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.listing import member_ignore_reason
-from pipeline.data.tools.labels import DEVKIT, devkit_labels
+from pipeline.data.tools.imagenet_labels import DEVKIT, devkit_labels
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.samples import samples
 from pipeline.data.tools.scan import (
     TRAIN_TAR,
     VAL_TAR,
-    Found,
+    ImageLocation,
     Scan,
-    beside,
-    by_file_name,
-    by_number,
-    labeled,
-    split_files,
+    count_other_entries,
+    find_split_files,
+    labeled_table,
+    table_by_file_name,
+    tables_by_label_number,
 )
-from pipeline.data.tools.tars import Member, members
+from pipeline.data.tools.shard_samples import read_samples
+from pipeline.data.tools.tars import Member, read_members
 from pipeline.errors import DataError, listed
 
 
 def scan_ilsvrc(root: Path, work: Path | None, pool: Pool) -> Scan:
-    """The archives as ImageNet gives them out: a tar of 1,000 tars, a flat tar, and the development kit."""
+    """Scans ImageNet's original archives: a tar of 1,000 tars, a flat tar, and the development kit."""
     missing = [name for name in (TRAIN_TAR, VAL_TAR, DEVKIT) if not (root / name).is_file()]
     if missing:
         raise DataError(
             f"{root} lacks {', '.join(missing)}: {TRAIN_TAR}, {VAL_TAR} and {DEVKIT} must be in one folder."
         )
     ignored = IgnoredFiles()
-    beside(root, {TRAIN_TAR, VAL_TAR, DEVKIT}, ignored)
-    archives = sorted(_kept(members(root / TRAIN_TAR), TRAIN_TAR, ignored), key=lambda member: member.name)
-    odd = [member.name for member in archives if not re.fullmatch(r"n\d{8}\.tar", member.name)]
-    if odd or not archives:
-        raise DataError(f"{root / TRAIN_TAR} must hold an archive WNID.tar for each class; it holds {listed(odd)}.")
+    count_other_entries(root, {TRAIN_TAR, VAL_TAR, DEVKIT}, ignored)
+    archives = sorted(_visible(read_members(root / TRAIN_TAR), TRAIN_TAR, ignored), key=lambda member: member.name)
+    unexpected = [member.name for member in archives if not re.fullmatch(r"n\d{8}\.tar", member.name)]
+    if unexpected or not archives:
+        raise DataError(
+            f"{root / TRAIN_TAR} must contain one archive WNID.tar per class; it contains {listed(unexpected)}."
+        )
     classes = tuple(member.name.removesuffix(".tar") for member in archives)
-    inside = pool.map(_in_class, [(root / TRAIN_TAR, archive) for archive in archives], "scanning")
-    for _, odd_ones in inside:
-        ignored.merge(odd_ones)
-    empty = [name for name, (found, _) in zip(classes, inside, strict=True) if not found]
+    scanned = pool.map(_scan_class_archive, [(root / TRAIN_TAR, archive) for archive in archives], "scanning")
+    for _, ignored_members in scanned:
+        ignored.merge(ignored_members)
+    empty = [name for name, (images, _) in zip(classes, scanned, strict=True) if not images]
     if empty:
         raise DataError(f"{root / TRAIN_TAR} has class archives without images: {listed(empty)}.")
-    train = [(label, found) for label, (images, _) in enumerate(inside) for found in images]
-    val_members = _kept(members(root / VAL_TAR), VAL_TAR, ignored)
-    val = [Found(member.name, VAL_TAR, member.offset, member.length) for member in val_members]
+    train = [(label, image) for label, (images, _) in enumerate(scanned) for image in images]
+    val_members = _visible(read_members(root / VAL_TAR), VAL_TAR, ignored)
+    val = [ImageLocation(member.name, VAL_TAR, member.offset, member.length) for member in val_members]
     tables = {
-        "train": labeled(train, classes),
-        "val": by_file_name(val, devkit_labels(root / DEVKIT), classes, ignored),
+        "train": labeled_table(train, classes),
+        "val": table_by_file_name(val, devkit_labels(root / DEVKIT), classes, ignored),
     }
     return Scan("ilsvrc", root, classes, tables, ignored=ignored)
 
 
-def _in_class(place: tuple[Path, Member]) -> tuple[list[Found], IgnoredFiles]:
-    """The images of one class's archive inside the training archive."""
-    path, archive = place
+def _scan_class_archive(task: tuple[Path, Member]) -> tuple[list[ImageLocation], IgnoredFiles]:
+    """Returns the images of one class archive inside the training archive."""
+    path, archive = task
     where, ignored = f"{path}, {archive.name}", IgnoredFiles()
-    inside = _kept(members(path, archive.offset, archive.length, where), archive.name, ignored)
-    return [Found(member.name, path.name, member.offset, member.length) for member in inside], ignored
+    members = _visible(read_members(path, archive.offset, archive.length, where), archive.name, ignored)
+    return [ImageLocation(member.name, path.name, member.offset, member.length) for member in members], ignored
 
 
-def _kept(inside: Iterable[Member], where: str, ignored: IgnoredFiles) -> Iterator[Member]:
-    """The members that are not hidden."""
-    for member in inside:
+def _visible(members: Iterable[Member], where: str, ignored: IgnoredFiles) -> Iterator[Member]:
+    """Yields the members that are not hidden, and counts the others in `ignored`."""
+    for member in members:
         reason = member_ignore_reason(member.name)
         if reason is None:
             yield member
@@ -74,20 +76,20 @@ def _kept(inside: Iterable[Member], where: str, ignored: IgnoredFiles) -> Iterat
 
 
 def scan_webdataset(root: Path, work: Path | None, pool: Pool) -> Scan:
-    """Tar shards whose samples are members of one stem: an image, and its label in `.cls` or `.json`."""
+    """Scans WebDataset shards: the members of a sample share a key, an image and its label in `.cls` or `.json`."""
     ignored = IgnoredFiles()
-    images: dict[str, list[tuple[int, Found]]] = {}
-    for split, files in split_files(root, "tar", ignored).items():
+    images: dict[str, list[tuple[int, ImageLocation]]] = {}
+    for split, files in find_split_files(root, "tar", ignored).items():
         images[split] = []
-        for rows, odd_ones in pool.map(_in_shard, [(root, file) for file in files], "scanning"):
+        for rows, ignored_members in pool.map(_scan_shard, [(root, file) for file in files], "scanning"):
             images[split] += rows
-            ignored.merge(odd_ones)
-    classes, tables = by_number(images, None, root)
+            ignored.merge(ignored_members)
+    classes, tables = tables_by_label_number(images, None, root)
     return Scan("webdataset", root, classes, tables, ignored=ignored)
 
 
-def _in_shard(place: tuple[Path, Path]) -> tuple[list[tuple[int, Found]], IgnoredFiles]:
-    root, file = place
+def _scan_shard(task: tuple[Path, Path]) -> tuple[list[tuple[int, ImageLocation]], IgnoredFiles]:
+    root, file = task
     path, ignored = str(file.relative_to(root)), IgnoredFiles()
-    found = samples(members(file), File(file).read, str(file), ignored)
-    return [(label, Found(m.name, path, m.offset, m.length)) for label, m in found], ignored
+    samples = read_samples(read_members(file), File(file).read, str(file), ignored)
+    return [(label, ImageLocation(m.name, path, m.offset, m.length)) for label, m in samples], ignored

@@ -1,4 +1,4 @@
-"""Pretrained that are files: class folders, Kaggle's ImageNet, and data sets of this project."""
+"""Sources that are image files: class folders, Kaggle's ImageNet, and data sets of this project."""
 
 from pathlib import Path
 
@@ -15,9 +15,17 @@ from pipeline.data.folders import (
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.index import SCHEMA
 from pipeline.data.label_lists import Row, find_label_lists, is_label_list, read_list
-from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
+from pipeline.data.tools.imagenet_labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.scan import Found, Scan, beside, by_file_name, is_flat, labeled, split_folders
+from pipeline.data.tools.scan import (
+    ImageLocation,
+    Scan,
+    count_other_entries,
+    find_split_folders,
+    is_flat,
+    labeled_table,
+    table_by_file_name,
+)
 from pipeline.errors import DataError, listed
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
@@ -25,7 +33,7 @@ _LABEL_FILES = (DEVKIT, KAGGLE_VAL, KAGGLE_CLASSES)
 
 
 def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
-    """A data set of this project, as source of another."""
+    """Scans a data set of this project, to prepare another one from it."""
     manifest = read_manifest(root)
     if manifest is None:
         raise DataError(f"{root} has no {MANIFEST}: it is not a data set of this project.")
@@ -41,21 +49,21 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
 
 
 def scan_folders(root: Path, work: Path | None, pool: Pool) -> Scan:
-    """`train/CLASS/*`, and `val/CLASS/*` or flat `val/*` beside a list of what its images are."""
-    train, val = split_folders(root)
+    """Scans class folders: `train/CLASS/*`, and `val/CLASS/*` or a flat `val/*` with a file of labels."""
+    train, val = find_split_folders(root)
     if train is None or val is None:
-        lacking = "train" if train is None else "val"
-        raise DataError(f"{root} has no folder {lacking}: it must hold train/CLASS/* and val/CLASS/*.")
+        missing = "train" if train is None else "val"
+        raise DataError(f"{root} has no folder {missing}: it must contain train/CLASS/* and val/CLASS/*.")
     ignored = IgnoredFiles()
-    beside(root, {train.name, val.name, *_LABEL_FILES}, ignored)
+    count_other_entries(root, {train.name, val.name, *_LABEL_FILES}, ignored)
     folders = list_classes(train, ignored)
     classes = tuple(folders)
     train_listing = list_images(train, folders, classes)
     if is_flat(val):
         val_listing = Listing()
         list_files(val, val.name, 0, val_listing)
-        images = [_found(image, Path()) for image in val_listing.images]
-        val_table = by_file_name(images, _val_labels(root, val.name), classes, ignored)
+        images = [_location(image, Path()) for image in val_listing.images]
+        val_table = table_by_file_name(images, _val_labels(root, val.name), classes, ignored)
     else:
         val_listing = list_images(val, list_classes(val, ignored), classes)
         val_table = _table(val_listing, classes)
@@ -78,39 +86,39 @@ def _scan(
 
 
 def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
-    """Kaggle's "ImageNet Object Localization Challenge": class folders for training, flat validation images."""
+    """Scans Kaggle's "ImageNet Object Localization Challenge": training class folders, flat validation images."""
     missing = [name for name in (KAGGLE_VAL, KAGGLE_CLASSES) if not (root / name).is_file()]
     if missing:
-        raise DataError(f"{root} lacks {', '.join(missing)}: Kaggle's archive holds them beside the folder ILSVRC.")
+        raise DataError(f"{root} lacks {', '.join(missing)}: Kaggle's archive contains them next to the folder ILSVRC.")
     train, val = root / KAGGLE / "train", root / KAGGLE / "val"
     if not (train.is_dir() and val.is_dir()):
         raise DataError(f"{root / KAGGLE} lacks train or val: unpack Kaggle's archive again.")
     lines = (root / KAGGLE_CLASSES).read_text(encoding="utf-8").splitlines()
     classes = tuple(sorted(line.split(maxsplit=1)[0] for line in lines if line.strip()))
     ignored = IgnoredFiles()
-    beside(root, {KAGGLE.parts[0], KAGGLE_VAL, KAGGLE_CLASSES}, ignored)
-    beside(root / KAGGLE, {train.name, val.name}, ignored, str(KAGGLE))
+    count_other_entries(root, {KAGGLE.parts[0], KAGGLE_VAL, KAGGLE_CLASSES}, ignored)
+    count_other_entries(root / KAGGLE, {train.name, val.name}, ignored, str(KAGGLE))
     folders = list_classes(train, ignored)
-    differ = sorted(set(folders) ^ set(classes))
-    if differ:
+    differing = sorted(set(folders) ^ set(classes))
+    if differing:
         raise DataError(
-            f"{train} and {KAGGLE_CLASSES} do not name the same classes, they differ in {listed(differ)}: "
-            f"was the archive unpacked to the end?"
+            f"{train} and {KAGGLE_CLASSES} name different classes, they differ in {listed(differing)}: was the archive "
+            f"unpacked completely?"
         )
     train_listing, val_listing = list_images(train, folders, classes), Listing()
     list_files(val, "val", 0, val_listing)
-    images = [_found(image, KAGGLE) for image in val_listing.images]
-    val_table = by_file_name(images, kaggle_labels(root / KAGGLE_VAL), classes, ignored)
+    images = [_location(image, KAGGLE) for image in val_listing.images]
+    val_table = table_by_file_name(images, kaggle_labels(root / KAGGLE_VAL), classes, ignored)
     train_table = _table(train_listing, classes, KAGGLE)
     return _scan("kaggle", root, classes, (train_listing, train_table), (val_listing, val_table), ignored)
 
 
-def _table(listing: Listing, classes: tuple[str, ...], below: Path = Path()) -> pa.Table:
-    return labeled([(image.label, _found(image, below)) for image in listing.images], classes)
+def _table(listing: Listing, classes: tuple[str, ...], parent: Path = Path()) -> pa.Table:
+    return labeled_table([(image.label, _location(image, parent)) for image in listing.images], classes)
 
 
-def _found(image: ImageFile, below: Path) -> Found:
-    return Found(image.path, str(below / image.path), 0, image.length)
+def _location(image: ImageFile, parent: Path) -> ImageLocation:
+    return ImageLocation(image.path, str(parent / image.path), 0, image.length)
 
 
 def _val_labels(root: Path, val: str) -> dict[str, str]:
@@ -120,20 +128,22 @@ def _val_labels(root: Path, val: str) -> dict[str, str]:
         return devkit_labels(root / DEVKIT)
     lists = [file for file in find_label_lists([root, root / val]) if is_label_list(file)]
     if lists:
-        return _by_stem([row for file in lists for row in read_list(file)])
+        return _labels_by_stem([row for file in lists for row in read_list(file)])
     raise DataError(
-        f"{root / val} is flat: its images are in no class folders, and read as they are they would be one class. "
-        f"Put {DEVKIT} or {KAGGLE_VAL} into {root}, or a CSV file with the columns file and label: they say what each "
-        f"image is."
+        f"{root / val} is flat: its images are not in class folders and, without labels, would be one class. Put "
+        f"{DEVKIT} or {KAGGLE_VAL} into {root}, or a CSV file with the columns file and label, which give each image's "
+        f"class."
     )
 
 
-def _by_stem(rows: list[Row]) -> dict[str, str]:
-    found: dict[str, Row] = {}
+def _labels_by_stem(rows: list[Row]) -> dict[str, str]:
+    row_by_stem: dict[str, Row] = {}
     for row in rows:
         if row.split in (None, "val"):
             base = row.file.rpartition("/")[2]
-            other = found.setdefault(base.rpartition(".")[0] or base, row)
+            other = row_by_stem.setdefault(base.rpartition(".")[0] or base, row)
             if other.label != row.label:
-                raise DataError(f"{row.file}: {row.location} says {row.label}, {other.location} says {other.label}.")
-    return {stem: row.label for stem, row in found.items()}
+                raise DataError(
+                    f"{row.file}: {row.location} has label {row.label}, {other.location} has {other.label}."
+                )
+    return {stem: row.label for stem, row in row_by_stem.items()}

@@ -1,4 +1,4 @@
-"""Pretrained of images, recognized by looking at what lies there."""
+"""Layouts of image sources, detected from the files in a folder."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,74 +12,74 @@ from pipeline.data.tools.from_archives import scan_ilsvrc, scan_webdataset
 from pipeline.data.tools.from_folders import KAGGLE, scan_folders, scan_kaggle, scan_prepared
 from pipeline.data.tools.from_lists import is_list_source, scan_lists
 from pipeline.data.tools.from_parquet import scan_parquet
-from pipeline.data.tools.labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL
+from pipeline.data.tools.imagenet_labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan, has_class_folders, split_folders
+from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan, find_split_folders, has_class_folders
 from pipeline.errors import DataError, listed
 
-_ILSVRC = "ILSVRC2012_"  # begins the names of all its archives
+_ILSVRC = "ILSVRC2012_"  # prefix of the names of all its archives
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A kind of source: what it looks like, whether a folder is one, and how it is scanned.
+    """A source layout: its description, a check whether a folder has it, and its scanner.
 
-    `scan` takes the source, a working folder (None where nothing may be written) and a pool. From what it returns,
-    images are read at their places, in any order, by any process.
+    `scan` takes the source, a working folder (None if nothing may be written) and a process pool. Its result locates
+    every image, so that any process can read images in any order.
     """
 
     name: str
-    looks_like: str
-    is_here: Callable[[Path], bool]
+    description: str
+    matches: Callable[[Path], bool]
     scan: Callable[[Path, Path | None, Pool], Scan]
 
 
-def recognize(root: Path, override: str | None = None) -> Layout:
-    """Tells a source's layout; `override` names one instead.
+def detect_layout(root: Path, name: str | None = None) -> Layout:
+    """Returns a source's layout, detected from its files or given by `name`.
 
     Raises:
-        DataError: there is no such folder, nothing is recognized, or several layouts are.
+        DataError: the folder does not exist, or matches no layout or several.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder: give the one that holds the archives, shards or class folders.")
-    if override is not None:
-        named = [layout for layout in LAYOUTS if layout.name == override]
+        raise DataError(f"{root} is not a folder: give the folder with the archives, shards or class folders.")
+    if name is not None:
+        named = [layout for layout in LAYOUTS if layout.name == name]
         if not named:
-            raise DataError(f"layout '{override}' is not known: use {', '.join(layout.name for layout in LAYOUTS)}.")
+            raise DataError(f"layout '{name}' is unknown: use {', '.join(layout.name for layout in LAYOUTS)}.")
         return named[0]
-    found = [layout for layout in LAYOUTS if layout.is_here(root)]
-    if found and (len(found) == 1 or found[0].name == "prepared"):
-        return found[0]
-    if found:
-        names = " and like ".join(layout.name for layout in found)
-        raise DataError(f"{root} looks like {names}: choose one with --layout.")
+    matching = [layout for layout in LAYOUTS if layout.matches(root)]
+    if matching and (len(matching) == 1 or matching[0].name == "prepared"):
+        return matching[0]
+    if matching:
+        names = " and ".join(layout.name for layout in matching)
+        raise DataError(f"{root} matches several layouts, {names}: choose one with --layout.")
     hints = "".join(f" {hint}" for hint in _hints(root))
-    known = "\n".join(f"  {layout.name:11} {layout.looks_like}" for layout in LAYOUTS)
-    there = listed(sorted(os.listdir(root))) or "nothing"
-    raise DataError(f"{root} is in no layout that is known; in it: {there}.{hints} Known are:\n{known}")
+    supported = "\n".join(f"  {layout.name:11} {layout.description}" for layout in LAYOUTS)
+    content = listed(sorted(os.listdir(root))) or "nothing"
+    raise DataError(f"{root} has no known layout; it contains: {content}.{hints} Supported layouts:\n{supported}")
 
 
 def _hints(root: Path) -> Iterator[str]:
-    """What may be meant by a folder that is in no layout."""
+    """Yields advice for a folder without a known layout."""
     packed = [name for name in sorted(os.listdir(root)) if is_compressed(name)]
     if packed:
         yield f"Unpack {listed(packed)} first."
-    train, val = split_folders(root)
+    train, val = find_split_folders(root)
     if train is not None and val is None:
-        yield "There is no validation split: move a share of each class's images from train to val."
+        yield "There is no validation split: move some of each class's images from train to val."
     lists = [file.name for file in find_label_lists([root])]
     if lists:
-        yield f"{listed(lists)}: a list needs a column of images, called `file`, and one of labels, called `label`."
+        yield f"{listed(lists)}: a label list needs a column of images, `file`, and a column of labels, `label`."
 
 
-def _holds(ending: str, root: Path) -> bool:
-    folders = [root, root / "data", *filter(None, split_folders(root))]
-    return any(not f.name.startswith(_ILSVRC) for folder in folders for f in folder.glob(f"*.{ending}"))
+def _has_files(extension: str, root: Path) -> bool:
+    folders = [root, root / "data", *filter(None, find_split_folders(root))]
+    return any(not f.name.startswith(_ILSVRC) for folder in folders for f in folder.glob(f"*.{extension}"))
 
 
 def _has_class_folders(root: Path) -> bool:
-    train, val = split_folders(root)
-    return val is not None and has_class_folders(train, least=2 if is_list_source(root) else 1)
+    train, val = find_split_folders(root)
+    return val is not None and has_class_folders(train, minimum=2 if is_list_source(root) else 1)
 
 
 LAYOUTS = (
@@ -104,24 +104,24 @@ LAYOUTS = (
     Layout(
         "parquet",
         "*train*.parquet and *val*.parquet with an image and a label in each row",
-        lambda root: _holds("parquet", root),
+        lambda root: _has_files("parquet", root),
         scan_parquet,
     ),
     Layout(
         "webdataset",
         "*train*.tar and *val*.tar with NAME.jpg and NAME.cls or NAME.json",
-        lambda root: _holds("tar", root),
+        lambda root: _has_files("tar", root),
         scan_webdataset,
     ),
     Layout(
         "folders",
-        f"train/CLASS/*, and val/CLASS/* or flat val/* beside {DEVKIT} or {KAGGLE_VAL}",
+        f"train/CLASS/*, and val/CLASS/* or flat val/* with {DEVKIT} or {KAGGLE_VAL}",
         _has_class_folders,
         scan_folders,
     ),
     Layout(
         "list",
-        "train/* and val/* at any depth, with *.csv that name each image and its label, and perhaps its split",
+        "train/* and val/* at any depth, with *.csv that list each image, its label and optionally its split",
         is_list_source,
         scan_lists,
     ),

@@ -1,4 +1,4 @@
-"""Work shared out over processes, with progress, that ends with the process that asked for it."""
+"""A process pool with progress reports; its workers end with the process that started them."""
 
 import multiprocessing
 import os
@@ -17,18 +17,20 @@ OnProgress = Callable[[str, int, int], None]
 
 
 class Pool:
-    """`workers` processes, or this one alone for 1; use as a context manager.
+    """A pool of `workers` processes, or the current process for 1; use as a context manager.
 
-    `on_progress` is told (what is done, weight that is done, weight in all) whenever a task ends.
+    `on_progress` is called with (description, completed size, total size) whenever a task ends.
     """
 
-    def __init__(self, workers: int, on_progress: OnProgress = lambda what, done, total: None) -> None:
+    def __init__(self, workers: int, on_progress: OnProgress = lambda description, done, total: None) -> None:
         self.workers = workers
         self._on_progress = on_progress
         self._executor = (
-            ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _in_worker) if workers > 1 else None
+            ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _init_worker)
+            if workers > 1
+            else None
         )
-        self._others = set(multiprocessing.active_children())
+        self._earlier_children = set(multiprocessing.active_children())
 
     def __enter__(self) -> "Pool":
         return self
@@ -36,8 +38,8 @@ class Pool:
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if self._executor is None:
             return
-        if kind is not None:  # what is being worked on will not be needed
-            for process in set(multiprocessing.active_children()) - self._others:
+        if kind is not None:  # the results of running tasks are not needed
+            for process in set(multiprocessing.active_children()) - self._earlier_children:
                 process.kill()
         self._executor.shutdown(cancel_futures=True)
 
@@ -45,26 +47,33 @@ class Pool:
         self,
         function: Callable[[Task], Result],
         tasks: Sequence[Task],
-        what: str,
-        weights: Sequence[int] | None = None,
+        description: str,
+        sizes: Sequence[int] | None = None,
         on_result: Callable[[Result], None] = lambda result: None,
     ) -> list[Result]:
-        """Results in the order of the tasks; `on_result` gets each when it is there, in this thread.
+        """Returns the results in the order of the tasks; calls `on_result` in this thread as each task completes.
+
+        Args:
+            function: The task's function; it must be picklable.
+            tasks: One argument of `function` per task.
+            description: Name of the work in progress reports.
+            sizes: Size of each task for progress reports, in any unit; 1 each by default.
+            on_result: Callback for each result.
 
         Raises:
-            DataError: a process died; and whatever a task raises.
+            DataError: a worker process died; exceptions of tasks are raised unchanged.
         """
-        weights = weights or [1] * len(tasks)
-        total, done = sum(weights), 0
+        sizes = sizes or [1] * len(tasks)
+        total, done = sum(sizes), 0
         results: list[Any] = [None] * len(tasks)
-        for i, result in self._finished(function, tasks):
+        for i, result in self._completed(function, tasks):
             results[i] = result
             on_result(result)
-            done += weights[i]
-            self._on_progress(what, done, total)
+            done += sizes[i]
+            self._on_progress(description, done, total)
         return results
 
-    def _finished(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[tuple[int, Result]]:
+    def _completed(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[tuple[int, Result]]:
         if self._executor is None:
             for i, task in enumerate(tasks):
                 yield i, function(task)
@@ -75,13 +84,13 @@ class Pool:
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process ended without a word; the system may have killed it for memory. Start again, with "
-                "fewer --workers if so: what was finished is kept."
+                "a worker process died without an error; the system may have killed it for lack of memory. Repeat the "
+                "command, with fewer --workers in that case: completed work is kept."
             ) from error
 
 
-def _in_worker() -> None:
-    """Ctrl-C is the main process's to handle; when that one is gone, so is this."""
+def _init_worker() -> None:
+    """Leaves Ctrl-C to the main process, and ends the worker when the main process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

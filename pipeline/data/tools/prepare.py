@@ -1,8 +1,8 @@
-"""`densenet data prepare`: from any source to a data set's folder, part by part.
+"""`densenet data prepare`: creates a data set from any source, part by part.
 
-The source is scanned for where its images lie. They are put in order and cut into parts: shards, or runs of images
-in class folders. Each part follows from the scan, the options and its number alone, so that parts are written by any
-process in any order, come out the same every time, and are not written again after an interruption.
+A scan finds the location of every image. The images are ordered and divided into parts: shards, or groups of images in
+class folders. Each part is a function of the scan, the options and its number, so that any process can write any part,
+the bytes are reproducible, and finished parts are reused after an interruption.
 """
 
 import hashlib
@@ -32,24 +32,24 @@ from pipeline.data.index import Shard, load_table, rows_of, save_table, table_of
 from pipeline.data.plan import permutation
 from pipeline.data.space import check_space
 from pipeline.data.tools import tars
-from pipeline.data.tools.layouts import recognize
+from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import Scan
 from pipeline.errors import DataError, listed
 from pipeline.files import atomic_file, write_text
 
 _WORK = ".prepare"
-_FOLDER_PART = 1000  # images
-_SAMPLED = 64  # images that are encoded beforehand, to know how much room all will take
-_PER_SAMPLE = 3 * tars.BLOCK + tars.BLOCK // 2  # two headers, a label and half a block of padding
+_FOLDER_PART_IMAGES = 1000
+_ESTIMATE_IMAGES = 64  # encoded in advance to estimate the disk space that all images need
+_TAR_BYTES_PER_SAMPLE = 3 * tars.BLOCK + tars.BLOCK // 2  # two headers, a label and half a block of padding
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What decides the bytes that are written.
+    """Options that determine the written bytes.
 
-    `shorter_side` (pixels) re-encodes every image, with the shorter side at most that; an image that would grow is
-    kept as it is. `quality` is that of JPEGs that are encoded: re-encoded images, and those that were no plain JPEGs.
+    `shorter_side` (pixels) re-encodes every image with at most this shorter side; an image that would take more bytes
+    is copied instead. `quality` is the JPEG quality of re-encoded images and of images converted from other formats.
     """
 
     to: Literal["shards", "folders"] = "shards"
@@ -60,24 +60,25 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class PreparedSet:
-    """What was done: the manifest, the parts of this share, those that an earlier start had written, what is left out
-    for corruption, and lines on what else is not taken or is doubtful.
+class PrepareResult:
+    """The result of a preparation.
 
-    `manifest` is None, and `waiting` the number of parts, where other shares have not written theirs yet.
+    `parts` counts the parts of this share, `parts_reused` those that an earlier command had written. `skipped_corrupt`
+    names the skipped corrupt images; `notes` are lines on ignored files and doubtful classes. While other shares are
+    incomplete, `manifest` is None and `parts_missing` counts their unfinished parts.
     """
 
     manifest: Manifest | None
     parts: int
-    parts_found: int
-    ignored: list[str]
-    waiting: int = 0
+    parts_reused: int
+    skipped_corrupt: list[str]
+    parts_missing: int = 0
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One shard, or one run of images of class folders; `table` holds its rows of the scan, in order."""
+    """One shard, or one group of images in class folders; `table` has its rows of the scan, in order."""
 
     source: Path
     target: Path
@@ -98,13 +99,13 @@ class _Part:
 
     @property
     def record(self) -> Path:
-        """The part's index; the part is finished when this is there."""
+        """The path of the part's index; a part is finished when this file exists."""
         return self.target / _WORK / f"{self.label}.parquet"
 
 
 @dataclass(frozen=True)
-class _Written:
-    """What became of a part; it is not finished where images are corrupt and none may be left out."""
+class _PartResult:
+    """The result of writing a part; the part is unfinished if images are corrupt and must not be skipped."""
 
     bytes: int
     sha256: str
@@ -121,96 +122,98 @@ def prepare(
     skip_corrupt: bool = False,
     share: tuple[int, int] = (0, 1),
     max_pixels: int = MAX_PIXELS,
-) -> PreparedSet:
-    """Makes a data set in `target` from the images in `source`.
+) -> PrepareResult:
+    """Creates a data set in `target` from the images in `source`, or resumes an interrupted preparation.
 
-    An interrupted preparation goes on where it was. Corrupt images, those of kinds that are not used and those of
-    more than `max_pixels` are an error, told when all else is written, or are left out with `skip_corrupt`. `share` is
-    (K, N) where N processes, on any machines that see both folders, write
-    every N-th part each; the one that is done last completes the data set.
+    Images that are corrupt, of an unsupported format or larger than `max_pixels` raise an error after all others are
+    written; `skip_corrupt` skips them instead. `share` is (K, N): N processes, on any machines that see both folders,
+    write every N-th part each, and the last one to finish completes the data set.
 
     Raises:
-        DataError: the source is not understood or is corrupt, the target is in use, full, or holds something else.
+        DataError: the source's layout is unknown or an archive is corrupt, or the target is in use, lacks disk space
+            or contains something else.
     """
     target = target.absolute()
-    _check_locations(source.absolute(), target)
+    _check_folders(source.absolute(), target)
     index, shares = share
-    with _working(target, share) as work:
-        with FileLock(work / "scan"):  # of one share at a time: it may spool images to the working folder
-            scan = recognize(source, layout).scan(source.absolute(), work, pool)
+    with _work_folder(target, share) as work:
+        with FileLock(work / "scan"):  # one share at a time: a scan may spool images to the working folder
+            scan = detect_layout(source, layout).scan(source.absolute(), work, pool)
         require_two_classes(scan.classes, source)
         notes = scan.notes()
-        job = _job(scan, options)
+        job = _job_hash(scan, options)
         finished = read_manifest(target)
         if finished is not None:
             if finished.made.get("job") != job:
-                raise DataError(f"{target} holds another data set (or the same with other options): choose another.")
-            return PreparedSet(finished, 0, 0, finished.made["ignored"], notes=notes)
+                raise DataError(
+                    f"{target} already contains a data set of other images or other options: choose another folder."
+                )
+            return PrepareResult(finished, 0, 0, finished.made["ignored"], notes=notes)
         with FileLock(work / "turn"):
-            _claim(work, f"{job} {shares}", target)
+            _check_same_job(work, f"{job} {shares}", target)
         parts = [
             part for split in scan.splits for part in _parts(scan, split, target, options, skip_corrupt, max_pixels)
         ]
-        mine = parts[index::shares]
-        todo = [part for part in mine if not _is_finished(part)]
-        for part in todo:
-            for left in work.glob(f"{part.label}.*.tmp"):
-                left.unlink()
-        _check_disk_space(todo, scan, options, target)
+        share_parts = parts[index::shares]
+        pending = [part for part in share_parts if not _is_finished(part)]
+        for part in pending:
+            for leftover in work.glob(f"{part.label}.*.tmp"):
+                leftover.unlink()
+        _check_disk_space(pending, scan, options, target)
         for split in scan.splits:
             (target / split).mkdir(exist_ok=True)
-        sizes = [pc.sum(part.table["length"]).as_py() for part in todo]
-        written = pool.map(_write, todo, "preparing", sizes)
-        corrupt = _unread(scan) + [line for part in written for line in part.corrupt]
+        sizes = [pc.sum(part.table["length"]).as_py() for part in pending]
+        results = pool.map(_write_part, pending, "preparing", sizes)
+        corrupt = _unreadable_files(scan) + [line for result in results for line in result.corrupt]
         if corrupt and not skip_corrupt:
             raise DataError(
                 f"{len(corrupt)} corrupt images in {source}:\n  " + listed(corrupt, "\n  ") + "\nAll others are "
-                "written. Mend these and start again, or leave them out with --skip-corrupt."
+                "written. Fix these and repeat the command, or skip them with --skip-corrupt."
             )
         with FileLock(work / "turn"):
-            manifest = read_manifest(target)  # of another share that was done at the same time
-            waiting = [] if manifest else [part for part in parts if not _is_finished(part)]
-            if not manifest and not waiting:
-                manifest = _assemble(scan, parts, target, options, job)
-        ignored = manifest.made["ignored"] if manifest else corrupt
-        return PreparedSet(manifest, len(mine), len(mine) - len(todo), ignored, len(waiting), notes)
+            manifest = read_manifest(target)  # another share may have completed the data set meanwhile
+            missing = [] if manifest else [part for part in parts if not _is_finished(part)]
+            if not manifest and not missing:
+                manifest = _complete(scan, parts, target, options, job)
+        skipped = manifest.made["ignored"] if manifest else corrupt
+        return PrepareResult(manifest, len(share_parts), len(share_parts) - len(pending), skipped, len(missing), notes)
 
 
-def _unread(scan: Scan) -> list[str]:
-    """What the scan could not take, a line each."""
+def _unreadable_files(scan: Scan) -> list[str]:
+    """Returns a line for each file that the scan could not read."""
     return [
         f"{path} in {scan.root}: {problem}" for problems in scan.problems.values() for path, problem in problems.items()
     ]
 
 
-def _check_locations(source: Path, target: Path) -> None:
+def _check_folders(source: Path, target: Path) -> None:
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise DataError(f"the target {target} must not lie in the source {source}: choose another place.")
+        raise DataError(f"the target {target} must not be inside the source {source}: choose another folder.")
     if target.is_dir():
         others = [name for name in sorted(os.listdir(target)) if name not in (_WORK, MANIFEST)]
         if others and not (target / _WORK).is_dir() and not (target / MANIFEST).is_file():
-            raise DataError(f"{target} is not empty (in it: {listed(others)}): choose an empty or a new folder.")
+            raise DataError(f"{target} is not empty (it contains {listed(others)}): choose an empty or a new folder.")
 
 
 @contextmanager
-def _working(target: Path, share: tuple[int, int]) -> Iterator[Path]:
-    """The working folder in the target, for one process of each share; it goes when the data set is complete."""
+def _work_folder(target: Path, share: tuple[int, int]) -> Iterator[Path]:
+    """Yields the working folder in the target to one process per share; removes it when the data set is complete."""
     work = target / _WORK
     try:
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work / f"lock.{share[0]}", timeout=0):
             yield work
-        if (target / MANIFEST).is_file():  # after the lock: NFS keeps a file that is open, and its folder with it
+        if (target / MANIFEST).is_file():  # after closing the lock: on NFS, an open file keeps its folder
             shutil.rmtree(work, ignore_errors=True)
     except Timeout:
         which = f"share {share[0]}/{share[1]} of {target}" if share[1] > 1 else target
-        raise DataError(f"another process is preparing {which}: wait for it, or end it.") from None
+        raise DataError(f"another process is preparing {which}: wait for it, or stop it.") from None
     except OSError as error:
-        raise DataError(f"{error.filename or target}: {error.strerror or error}. What is finished is kept.") from error
+        raise DataError(f"{error.filename or target}: {error.strerror or error}. Finished parts are kept.") from error
 
 
-def _job(scan: Scan, options: PrepareOptions) -> str:
-    """A hash of all that decides the outcome."""
+def _job_hash(scan: Scan, options: PrepareOptions) -> str:
+    """Returns a hash of everything that determines the output."""
     digest = hashlib.sha256(json.dumps([scan.layout, scan.classes, asdict(options)]).encode())
     for split, table in scan.splits.items():
         digest.update(split.encode())
@@ -221,15 +224,15 @@ def _job(scan: Scan, options: PrepareOptions) -> str:
     return digest.hexdigest()
 
 
-def _claim(work: Path, job: str, target: Path) -> None:
-    """Binds an unfinished target to its job."""
+def _check_same_job(work: Path, job: str, target: Path) -> None:
+    """Records the job of a new target; raises `DataError` if an unfinished target has another job."""
     record = work / "job"
     if not record.is_file():
         write_text(record, job)
     elif record.read_text(encoding="utf-8") != job:
         raise DataError(
-            f"{target} holds an unfinished preparation of other images, with other options or in another number of "
-            f"shares: repeat that command, or remove {target} to start anew."
+            f"{target} contains an unfinished preparation of other images, with other options or another number of "
+            f"shares: repeat that command, or remove {target} to start from scratch."
         )
 
 
@@ -240,11 +243,11 @@ def _parts(
     count = len(table)
     if options.to == "shards":
         table = table.take(permutation(options.seed, 0, count))
-        number = max(1, -(-pc.sum(table["length"]).as_py() // options.shard_bytes))
+        num_parts = max(1, -(-pc.sum(table["length"]).as_py() // options.shard_bytes))
     else:
         _check_names(table, split)
-        number = -(-count // _FOLDER_PART)
-    bounds = [i * count // number for i in range(number + 1)]
+        num_parts = -(-count // _FOLDER_PART_IMAGES)
+    bounds = [i * count // num_parts for i in range(num_parts + 1)]
     return [
         _Part(scan.root, target, split, i, rows_of(table, start, stop - start), options, skip_corrupt, max_pixels)
         for i, (start, stop) in enumerate(pairwise(bounds))
@@ -252,57 +255,59 @@ def _parts(
 
 
 def _check_names(table: pa.Table, split: str) -> None:
-    """Class folders need a file name of its own for each image."""
+    """Raises `DataError` unless every image has a unique file name in a class folder."""
     names = table["name"].to_pylist()
-    odd = [name for name in names if len(PurePosixPath(name).parts) != 2 or ".." in PurePosixPath(name).parts]
-    if odd:
-        raise DataError(f"the {split} split's classes cannot be folders ({listed(odd)}): prepare shards.")
+    invalid = [name for name in names if len(PurePosixPath(name).parts) != 2 or ".." in PurePosixPath(name).parts]
+    if invalid:
+        raise DataError(f"the {split} split's classes cannot be folder names ({listed(invalid)}): prepare shards.")
     files = [_file_name(name) for name in names]
     if len(set(files)) < len(files):
         seen: set[str] = set()
-        twice = [name for name in files if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
-        raise DataError(f"the {split} split has images of the same class and name ({listed(twice)}): prepare shards.")
+        repeated = [name for name in files if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        raise DataError(
+            f"the {split} split has images of the same class and name ({listed(repeated)}): prepare shards."
+        )
 
 
 def _file_name(name: str) -> str:
-    """An image's name in a class folder: the source's, with an ending that says what it now is."""
+    """Returns an image's name in a class folder: the source's name, with a JPEG extension."""
     return name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
 
 
 def _is_finished(part: _Part) -> bool:
-    """Whether the part is there whole; in the middle of a rename it counts as not."""
+    """Returns whether the part is complete; a part that is just being renamed is not."""
     if not part.record.is_file():
         return False
-    written = _read_record(part)
+    result = _read_record(part)
     if part.options.to == "folders":
         return True
     shard = part.target / part.shard
-    return shard.is_file() and shard.stat().st_size == written.bytes
+    return shard.is_file() and shard.stat().st_size == result.bytes
 
 
-def _read_record(part: _Part) -> _Written:
-    return _Written(**json.loads(pq.read_schema(part.record).metadata[b"written"]))
+def _read_record(part: _Part) -> _PartResult:
+    return _PartResult(**json.loads(pq.read_schema(part.record).metadata[b"written"]))
 
 
-def _check_disk_space(todo: list[_Part], scan: Scan, options: PrepareOptions, target: Path) -> None:
-    samples = sum(len(part.table) for part in todo)
-    size = sum(pc.sum(part.table["length"]).as_py() for part in todo)
-    if options.shorter_side is not None and todo:
-        size = int(size * _shrinkage(todo, options))
-    check_space(target, size + samples * _PER_SAMPLE, "the images")
+def _check_disk_space(pending: list[_Part], scan: Scan, options: PrepareOptions, target: Path) -> None:
+    samples = sum(len(part.table) for part in pending)
+    size = sum(pc.sum(part.table["length"]).as_py() for part in pending)
+    if options.shorter_side is not None and pending:
+        size = int(size * _estimate_compression(pending, options))
+    check_space(target, size + samples * _TAR_BYTES_PER_SAMPLE, "the images")
 
 
-def _shrinkage(todo: list[_Part], options: PrepareOptions) -> float:
-    """Which share of the bytes re-encoding leaves, from a few images of the first part."""
-    table = todo[0].table.slice(0, _SAMPLED)
+def _estimate_compression(pending: list[_Part], options: PrepareOptions) -> float:
+    """Estimates bytes after / before re-encoding from a few images of the first part, plus 10 %."""
+    table = pending[0].table.slice(0, _ESTIMATE_IMAGES)
     before = after = 0
     with ignore_pil_warnings():
         for path, offset, length in zip(
             *(table[name].to_pylist() for name in ("path", "offset", "length")), strict=True
         ):
-            content = Files().open(todo[0].source / path).read(offset, length)
+            content = Files().open(pending[0].source / path).read(offset, length)
             try:
-                after += len(convert(content, options, todo[0].max_pixels)[0])
+                after += len(convert(content, options, pending[0].max_pixels)[0])
                 before += length
             except NotAnImage:
                 continue
@@ -310,11 +315,12 @@ def _shrinkage(todo: list[_Part], options: PrepareOptions) -> float:
 
 
 def convert(content: bytes, options: PrepareOptions, max_pixels: int = MAX_PIXELS) -> tuple[bytes, int, int]:
-    """An image as it is stored, a gray or RGB JPEG, with its width and height in pixels.
+    """Returns an image as stored, a gray or RGB JPEG, with its width and height in pixels.
+
+    A gray or RGB JPEG that is not re-encoded is copied; only its header and end-of-image marker are checked.
 
     Raises:
-        NotAnImage: it is corrupt, of a kind that is not used, or too large. Of a plain JPEG that is not encoded
-            anew, only the head and the end mark are looked at.
+        NotAnImage: the image is corrupt, of an unsupported format, or too large.
     """
     head = header(content, content)
     check_size(head.width, head.height, max_pixels)
@@ -329,26 +335,26 @@ def convert(content: bytes, options: PrepareOptions, max_pixels: int = MAX_PIXEL
     return encoded, image.width, image.height
 
 
-def _write(part: _Part) -> _Written:
-    """Writes one part; it is finished when its record is there, which comes last."""
+def _write_part(part: _Part) -> _PartResult:
+    """Writes one part; its record is written last and marks it as finished."""
     try:
         with ignore_pil_warnings():
             return _write_shard(part) if part.options.to == "shards" else _write_folder_part(part)
     except OSError as error:
         raise DataError(
-            f"{error.filename or part.target / part.shard}: {error.strerror or error}. What is finished is kept."
+            f"{error.filename or part.target / part.shard}: {error.strerror or error}. Finished parts are kept."
         ) from error
 
 
-def _images(part: _Part, corrupt: list[str]) -> Iterator[tuple[dict[str, Any], bytes, bool]]:
-    """The part's images as they are stored, with their rows so far; those that are corrupt are listed instead."""
+def _converted_images(part: _Part, corrupt: list[str]) -> Iterator[tuple[dict[str, Any], bytes, bool]]:
+    """Yields (index row without its path, stored bytes, whether converted) per image; lists corrupt ones instead."""
     files = Files()
     columns = (part.table[name].to_pylist() for name in ("path", "name", "offset", "length", "label"))
     for path, name, offset, length, label in zip(*columns, strict=True):
         content = files.open(part.source / path).read(offset, length)
         try:
             if len(content) < length:
-                raise NotAnImage("is cut short: the file has become shorter")
+                raise NotAnImage("is truncated: the file has become shorter")
             stored, width, height = convert(content, part.options, part.max_pixels)
         except NotAnImage as error:
             corrupt.append(f"{name} in {part.source / path}: {error}")
@@ -364,41 +370,41 @@ def _images(part: _Part, corrupt: list[str]) -> Iterator[tuple[dict[str, Any], b
         yield row, stored, stored is not content
 
 
-def _aside(part: _Part) -> Path:
-    """Where a file of a part is written first: among the unfinished work, which the next start clears."""
+def _temporary_file(part: _Part) -> Path:
+    """Returns the path that a file of a part is written to first; the next preparation removes leftovers."""
     return part.target / _WORK / f"{part.label}.{os.getpid()}.tmp"
 
 
-def _write_shard(part: _Part) -> _Written:
-    """A WebDataset shard: for each sample NUMBER.jpg and NUMBER.cls, NUMBER being its place in the split's order."""
+def _write_shard(part: _Part) -> _PartResult:
+    """Writes a WebDataset shard: NUMBER.jpg and NUMBER.cls per sample, where NUMBER is its position in the split."""
     rows: list[dict[str, Any]] = []
     corrupt: list[str] = []
     converted = 0
     shard = part.target / part.shard
-    aside = _aside(part)
-    with aside.open("wb") as plain:
-        file = _Hashing(plain)
-        for number, (row, stored, changed) in enumerate(_images(part, corrupt)):
+    temporary = _temporary_file(part)
+    with temporary.open("wb") as raw_file:
+        file = _HashingWriter(raw_file)
+        for number, (row, stored, changed) in enumerate(_converted_images(part, corrupt)):
             key = f"{part.number:06d}{number:06d}"
             row |= {"path": part.shard, "offset": file.position + tars.BLOCK}
-            tars.append(file, f"{key}.jpg", stored)
-            tars.append(file, f"{key}.cls", str(row["label"]).encode())
+            tars.append_member(file, f"{key}.jpg", stored)
+            tars.append_member(file, f"{key}.cls", str(row["label"]).encode())
             rows.append(row)
             converted += changed
-        tars.finish(file, file.position)
-        plain.flush()
-        os.fsync(plain.fileno())
-    written = _Written(file.position, file.digest.hexdigest(), converted, corrupt)
+        tars.write_end(file, file.position)
+        raw_file.flush()
+        os.fsync(raw_file.fileno())
+    result = _PartResult(file.position, file.digest.hexdigest(), converted, corrupt)
     if corrupt and not part.skip_corrupt:
-        aside.unlink()
+        temporary.unlink()
     else:
-        _save_record(part, rows, written)
-        aside.replace(shard)
-    return written
+        _save_record(part, rows, result)
+        temporary.replace(shard)
+    return result
 
 
-class _Hashing:
-    """A file that is written once, from the start to the end."""
+class _HashingWriter:
+    """A file written sequentially, with its SHA-256 and position."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.digest, self.position = file, hashlib.sha256(), 0
@@ -409,55 +415,54 @@ class _Hashing:
         return self._file.write(content)
 
 
-def _write_folder_part(part: _Part) -> _Written:
+def _write_folder_part(part: _Part) -> _PartResult:
     rows: list[dict[str, Any]] = []
     corrupt: list[str] = []
     converted = 0
-    for row, stored, changed in _images(part, corrupt):
+    for row, stored, changed in _converted_images(part, corrupt):
         row["path"] = f"{part.split}/{_file_name(row.pop('name'))}"
         file = part.target / row["path"]
         file.parent.mkdir(exist_ok=True)
-        with atomic_file(file, _aside(part)) as aside:
-            aside.write_bytes(stored)
+        with atomic_file(file, _temporary_file(part)) as temporary:
+            temporary.write_bytes(stored)
         rows.append(row)
         converted += changed
-    written = _Written(sum(row["length"] for row in rows), "", converted, corrupt)
+    result = _PartResult(sum(row["length"] for row in rows), "", converted, corrupt)
     if part.skip_corrupt or not corrupt:
-        _save_record(part, rows, written)
-    return written
+        _save_record(part, rows, result)
+    return result
 
 
-def _save_record(part: _Part, rows: list[dict[str, Any]], written: _Written) -> None:
+def _save_record(part: _Part, rows: list[dict[str, Any]], result: _PartResult) -> None:
     columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {"path": 0})}
-    table = table_of(columns).replace_schema_metadata({"written": json.dumps(asdict(written))})
+    table = table_of(columns).replace_schema_metadata({"written": json.dumps(asdict(result))})
     save_table(table, part.record)
 
 
-def _assemble(scan: Scan, parts: list[_Part], target: Path, options: PrepareOptions, job: str) -> Manifest:
-    """Writes the indexes and, last of all, the manifest."""
+def _complete(scan: Scan, parts: list[_Part], target: Path, options: PrepareOptions, job: str) -> Manifest:
+    """Writes the indexes of all parts and then the manifest, which marks the data set as complete."""
     splits = {}
-    records = {part.record: _read_record(part) for part in parts}
+    results = {part.record: _read_record(part) for part in parts}
     for split in scan.splits:
-        of_split = [part for part in parts if part.split == split]
-        tables = [load_table(part.record) for part in of_split]
+        split_parts = [part for part in parts if part.split == split]
+        tables = [load_table(part.record) for part in split_parts]
         table = pa.concat_tables(tables).unify_dictionaries().combine_chunks().replace_schema_metadata()
         _check_classes(table, scan.classes, split)
         file = index_file(target, split)
         file.parent.mkdir(exist_ok=True)
         save_table(table, file)
         shards = {
-            part.shard: Shard(records[part.record].bytes, records[part.record].sha256)
-            for part in of_split
+            part.shard: Shard(results[part.record].bytes, results[part.record].sha256)
+            for part in split_parts
             if options.to == "shards"
         }
         splits[split] = Split(len(table), pc.sum(table["length"]).as_py(), shards)
-    written = records.values()
     made = {
         "from": scan.layout,
         "job": job,
         **asdict(options),
-        "converted": sum(part.converted for part in written),
-        "ignored": _unread(scan) + [line for part in written for line in part.corrupt],
+        "converted": sum(result.converted for result in results.values()),
+        "ignored": _unreadable_files(scan) + [line for result in results.values() for line in result.corrupt],
         "not_taken": scan.ignored.lines(),
     }
     manifest = Manifest(options.to, scan.classes, splits, made)
@@ -466,8 +471,10 @@ def _assemble(scan: Scan, parts: list[_Part], target: Path, options: PrepareOpti
 
 
 def _check_classes(table: pa.Table, classes: tuple[str, ...], split: str) -> None:
-    """No training class may be without images, once the corrupt ones are left out."""
+    """Raises `DataError` if skipping corrupt images left a training class without images."""
     if split == "train":
         empty = np.flatnonzero(np.bincount(table["label"].to_numpy(), minlength=len(classes)) == 0)
         if len(empty):
-            raise DataError(f"no training image is left of the classes {listed([classes[i] for i in empty])}.")
+            raise DataError(
+                f"the training split has no readable image of the classes {listed([classes[i] for i in empty])}."
+            )

@@ -1,4 +1,4 @@
-"""`densenet data stats`: a data set in numbers and one image."""
+"""`densenet data stats`: statistics of a data set as numbers and a plot."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +12,8 @@ from pipeline.config import MAX_PIXELS
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, ignore_pil_warnings, to_rgb
 from pipeline.data.plan import permutation
-from pipeline.data.tools.inspect import Chunk, chunks
-from pipeline.data.tools.layouts import recognize
+from pipeline.data.tools.image_checks import Chunk, iter_chunks
+from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
 from pipeline.errors import DataError
 from pipeline.files import atomic_file
@@ -21,9 +21,9 @@ from pipeline.files import atomic_file
 
 @dataclass(frozen=True)
 class SplitStats:
-    """A split: images per class (by label), and of the decoded sample widths, heights (pixels) and lengths (bytes).
+    """A split: images per class (by label), and widths, heights (pixels) and lengths (bytes) of the decoded sample.
 
-    `mean` and `std` are per RGB channel, of pixel values in [0, 1] of whole images; each image weighs the same.
+    `mean` and `std` are per RGB channel, of pixel values in [0, 1] of whole images; each image has the same weight.
     """
 
     samples: int
@@ -40,7 +40,7 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """The splits of a data set or a source, and lines on what is not taken or is doubtful."""
+    """Statistics of the splits of a data set or source, and notes on ignored files and doubtful classes."""
 
     root: str
     layout: str
@@ -49,7 +49,7 @@ class Stats:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers for machines, without the lists of each image's size."""
+        """Returns the statistics as a JSON object, with percentiles instead of each image's size."""
         tree = asdict(self)
         for split in tree["splits"].values():
             for name in ("widths", "heights", "lengths"):
@@ -59,23 +59,25 @@ class Stats:
 
 
 def stats(root: Path, samples: int, pool: Pool, layout: str | None = None, max_pixels: int = MAX_PIXELS) -> Stats:
-    """Counts all images, and decodes `samples` of each split (0: all), chosen evenly at random.
+    """Counts all images, and decodes `samples` images of each split (0: all), chosen uniformly at random.
 
     Raises:
-        DataError: it cannot be read as any layout, or no image can be decoded.
+        DataError: the layout is unknown, or no image can be decoded.
     """
     root = root.absolute()
-    found = recognize(root, layout)
-    scan = found.scan(root, None, pool)
+    source_layout = detect_layout(root, layout)
+    scan = source_layout.scan(root, None, pool)
     splits = {}
     for split, table in scan.splits.items():
         chosen = np.sort(permutation(0, 0, len(table))[: samples or None])
-        tasks = list(chunks(scan.root, split, table.take(chosen), decoded=True, max_pixels=max_pixels))
+        tasks = list(iter_chunks(scan.root, split, table.take(chosen), decode=True, max_pixels=max_pixels))
         parts = pool.map(_measure, tasks, f"decoding {split}", [len(task.table) for task in tasks])
         sizes = np.concatenate([part[0] for part in parts])
         moments = np.concatenate([part[1] for part in parts])
         if not len(sizes):
-            raise DataError(f"none of the {len(chosen)} images of {split} can be decoded: `densenet data verify`.")
+            raise DataError(
+                f"none of the {len(chosen)} images of {split} can be decoded: `densenet data verify` names the reasons."
+            )
         mean = moments.mean(axis=0)
         splits[split] = SplitStats(
             samples=len(table),
@@ -89,11 +91,11 @@ def stats(root: Path, samples: int, pool: Pool, layout: str | None = None, max_p
             heights=sizes[:, 1].tolist(),
             lengths=sizes[:, 2].tolist(),
         )
-    return Stats(str(root), found.name, scan.classes, splits, scan.notes())
+    return Stats(str(root), source_layout.name, scan.classes, splits, scan.notes())
 
 
 def _measure(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Sizes [n, 3] (width, height, bytes), and the means of x and of x squared per channel [n, 6], of what decodes."""
+    """Returns sizes [n, 3] (width, height, bytes) and channel means of x and x^2 [n, 6] of the n images that decode."""
     files = Files()
     sizes, moments = [], []
     columns = (chunk.table[name].to_pylist() for name in ("path", "offset", "length"))
@@ -110,7 +112,7 @@ def _measure(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 
 def plot(result: Stats, file: Path) -> None:
-    """Draws class balance, image sizes, bytes and channels of each split into a PNG file."""
+    """Plots class balance, image sizes, encoded bytes and channel statistics of each split into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -125,15 +127,15 @@ def plot(result: Stats, file: Path) -> None:
         _histogram(lengths, np.array(split.lengths) / 1000, name)
         channels.bar(np.arange(3) + 0.3 * i, split.mean, 0.28, yerr=split.std, capsize=3, label=name)
     balance.set(title="images per class", xlabel="classes, largest first", ylim=(0, None))
-    sides.set(title="shorter side", xlabel="pixels", ylabel="share of the images", xscale="log")
-    lengths.set(title="encoded length", xlabel="KB", ylabel="share of the images", xscale="log")
+    sides.set(title="shorter side", xlabel="pixels", ylabel="fraction of images", xscale="log")
+    lengths.set(title="encoded length", xlabel="KB", ylabel="fraction of images", xscale="log")
     channels.set(title="channels: mean and standard deviation", ylim=(0, 1))
     channels.set_xticks(np.arange(3) + 0.15, ["red", "green", "blue"])
     for axes in (balance, sides, lengths, channels):
         axes.legend(fontsize="small")
     figure.suptitle(f"{result.root} ({result.layout}, {len(result.classes):,} classes)")
-    with atomic_file(file) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _histogram(axes: Any, values: NDArray[Any], label: str) -> None:

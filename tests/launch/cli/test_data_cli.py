@@ -1,4 +1,4 @@
-"""`densenet data` as a user meets it."""
+"""`densenet data` on the command line."""
 
 import json
 import signal
@@ -16,18 +16,18 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.mark.slow
-def test_from_archives_to_a_verified_and_described_set(shell, tmp_path):
+def test_prepare_verify_and_stats_from_archives(shell, tmp_path):
     synthetic.write_ilsvrc(tmp_path / "source", synthetic.images())
     root = tmp_path / "set"
     done = shell("densenet", "data", "prepare", str(tmp_path / "source"), str(root))
     assert done.returncode == 0, done.stdout
     assert "train 32 images" in done.stdout
-    assert "3 classes; 3 images encoded anew" in done.stdout
-    assert "is complete already" in shell("densenet", "data", "prepare", str(tmp_path / "source"), str(root)).stdout
+    assert "3 classes; 3 images re-encoded" in done.stdout
+    assert "is already complete" in shell("densenet", "data", "prepare", str(tmp_path / "source"), str(root)).stdout
     report = tmp_path / "report.json"
     done = shell("densenet", "data", "verify", str(root), "--json", str(report))
     assert done.returncode == 0, done.stdout
-    assert "no corruption" in done.stdout
+    assert "no errors" in done.stdout
     assert json.loads(report.read_text())["splits"]["train"]["samples"] == 32
     done = shell("densenet", "data", "stats", str(root), "--plot", str(tmp_path / "plot.png"))
     assert done.returncode == 0, done.stdout
@@ -40,7 +40,7 @@ def test_from_archives_to_a_verified_and_described_set(shell, tmp_path):
     shard.write_bytes(content)
     done = shell("densenet", "data", "verify", str(root), "--json", str(report))
     assert done.returncode == 1
-    assert "checksum: 1" in done.stdout and "corrupt: " in done.stdout
+    assert "checksum: 1" in done.stdout and "errors: " in done.stdout
     assert json.loads(report.read_text())["corrupt"] is True
 
 
@@ -48,15 +48,15 @@ def test_from_archives_to_a_verified_and_described_set(shell, tmp_path):
 def test_class_folders_are_indexed_in_place(shell, tmp_path):
     synthetic.write_folders(tmp_path / "set", synthetic.images())
     (tmp_path / "set" / "test").mkdir()
-    told = "left out: 1 folders beside the data: test"
-    assert told in shell("densenet", "data", "verify", str(tmp_path / "set")).stdout
-    assert told in shell("densenet", "data", "prepare", str(tmp_path / "set"), str(tmp_path / "made")).stdout
+    ignored = "ignored: 1 folders next to the data: test"
+    assert ignored in shell("densenet", "data", "verify", str(tmp_path / "set")).stdout
+    assert ignored in shell("densenet", "data", "prepare", str(tmp_path / "set"), str(tmp_path / "prepared")).stdout
     plot = str(tmp_path / "plot.png")
-    assert told in shell("densenet", "data", "stats", str(tmp_path / "set"), "--plot", plot).stdout
+    assert ignored in shell("densenet", "data", "stats", str(tmp_path / "set"), "--plot", plot).stdout
     done = shell("densenet", "data", "index", str(tmp_path / "set"))
     assert done.returncode == 0, done.stdout
-    assert told in done.stdout
-    assert f"can be trained on: data.root={tmp_path / 'set'}" in done.stdout
+    assert ignored in done.stdout
+    assert f"is ready for training: data.root={tmp_path / 'set'}" in done.stdout
     assert (tmp_path / "set" / "dataset.json").is_file()
 
 
@@ -64,15 +64,15 @@ def test_class_folders_are_indexed_in_place(shell, tmp_path):
     ("arguments", "message"),
     [
         (("prepare", "/gone", "/tmp/x"), "error: /gone is not a folder"),
-        (("prepare", "/proc", "{tmp}/x", "--to", "zip"), "error: --to=zip is not known: use shards or folders"),
-        (("prepare", "{tmp}", "{tmp}/x", "--share", "8/8"), "error: --share=8/8 is not known: use K/N with K from 0"),
+        (("prepare", "/proc", "{tmp}/x", "--to", "zip"), "error: --to=zip is unknown: use shards or folders"),
+        (("prepare", "{tmp}", "{tmp}/x", "--share", "8/8"), "error: --share=8/8 is invalid: use K/N with K from 0"),
         (("prepare", "{tmp}", "/proc/x", "--layout", "folders"), "error: /proc/x"),
-        (("verify", "{tmp}"), "is in no layout that is known; in it: nothing"),
-        (("stats", "{tmp}", "--layout", "nope"), "layout 'nope' is not known"),
-        (("index", "{tmp}"), "is in no layout that is known"),
+        (("verify", "{tmp}"), "has no known layout; it contains: nothing"),
+        (("stats", "{tmp}", "--layout", "nope"), "layout 'nope' is unknown"),
+        (("index", "{tmp}"), "has no known layout"),
     ],
 )
-def test_bad_input_is_told_in_words(arguments, message, shell, tmp_path):
+def test_bad_input_is_an_error_message(arguments, message, shell, tmp_path):
     done = shell("densenet", "data", *(argument.format(tmp=tmp_path) for argument in arguments))
     assert done.returncode == 2, done.stdout
     assert message in done.stdout
@@ -80,7 +80,7 @@ def test_bad_input_is_told_in_words(arguments, message, shell, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_preparation_and_its_processes_and_the_next_start_goes_on(shell, tmp_path):
+def test_ctrl_c_ends_a_preparation_and_its_processes_and_the_next_command_resumes(shell, tmp_path):
     tree = synthetic.images()
     for i in range(300):
         tree["train"]["n01440764"][f"more_{i}.JPEG"] = synthetic.encoded(synthetic.image(i % 7, (1200, 900)))
@@ -92,15 +92,15 @@ def test_ctrl_c_ends_a_preparation_and_its_processes_and_the_next_start_goes_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
     ) as process:
         while not list((tmp_path / "set").glob("train/*.tar")):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate()  # which returns when the workers, who share the pipe, have ended
+        output, _ = process.communicate()  # returns when the workers, which share the pipe, have ended
     assert process.returncode == 130, output
-    told = output.splitlines()  # on a busy machine lines of progress come before
-    assert told[-1] == "interrupted: what is finished is kept; the same command goes on from there"
+    lines = output.splitlines()  # on a busy machine, progress lines precede it
+    assert lines[-1] == "interrupted: completed work is kept; repeat the command to resume"
     done = shell("densenet", *command, *options)
     assert done.returncode == 0, done.stdout
-    assert "of them by an earlier start" in done.stdout
+    assert "of them by an earlier command" in done.stdout

@@ -1,4 +1,4 @@
-"""`densenet data index`: an index beside data that stays where it is: class folders, shards, ImageNet's archives."""
+"""`densenet data index`: indexes existing class folders, shards or ImageNet archives without copying them."""
 
 import hashlib
 from pathlib import Path
@@ -11,8 +11,8 @@ from pipeline.config import MAX_PIXELS
 from pipeline.data.class_names import require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table
-from pipeline.data.tools.inspect import chunks, look
-from pipeline.data.tools.layouts import recognize
+from pipeline.data.tools.image_checks import check_images, iter_chunks
+from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
 from pipeline.errors import DataError, listed
 
@@ -22,34 +22,35 @@ def index_in_place(
 ) -> tuple[Manifest, list[str]]:
     """Reads all images' bytes, and writes `dataset.json` and the indexes with sizes and checksums into `root`.
 
-    Returns the manifest, and lines on what is not taken or is doubtful.
+    Returns the manifest, and notes on ignored files and doubtful classes.
 
     Raises:
-        DataError: the layout is not understood, images are corrupt, or nothing can be written in `root`.
+        DataError: the layout is not recognized, images are corrupt, or `root` is not writable.
     """
     root = root.absolute()
-    found = recognize(root, layout)
-    if found.name == "prepared":
-        raise DataError(f"{root} has an index already: remove {MANIFEST} to make it anew.")
-    scan = found.scan(root, None, pool)
+    source_layout = detect_layout(root, layout)
+    if source_layout.name == "prepared":
+        raise DataError(f"{root} is already indexed: remove {MANIFEST} to index it again.")
+    scan = source_layout.scan(root, None, pool)
     require_two_classes(scan.classes, root)
-    splits, in_shards = {}, found.name in ("ilsvrc", "webdataset")
+    splits, in_shards = {}, source_layout.name in ("ilsvrc", "webdataset")
     for split, table in scan.splits.items():
         if in_shards:
             order = np.lexsort((table["offset"].to_numpy(), table["path"].cast(pa.string()).to_numpy()))
             table = table.take(order)
-        tasks = list(chunks(root, split, table, decoded=False, max_pixels=max_pixels))
-        parts = pool.map(look, tasks, f"indexing {split}", [pc.sum(task.table["length"]).as_py() for task in tasks])
+        tasks = list(iter_chunks(root, split, table, decode=False, max_pixels=max_pixels))
+        task_bytes = [pc.sum(task.table["length"]).as_py() for task in tasks]
+        checks = pool.map(check_images, tasks, f"indexing {split}", task_bytes)
         corrupt = [f"{path}: {problem}" for path, problem in scan.problems.get(split, {}).items()]
-        corrupt += [f"{f.where}: {f.detail}" for part in parts for f in part.findings if f.is_corruption]
+        corrupt += [f"{f.where}: {f.detail}" for check in checks for f in check.findings if f.is_error]
         if corrupt:
             raise DataError(
                 f"{len(corrupt)} corrupt images in {split}:\n  " + listed(corrupt, "\n  ") + "\nReplace or remove them."
             )
         columns = {
-            "width": np.concatenate([part.widths_N for part in parts]),
-            "height": np.concatenate([part.heights_N for part in parts]),
-            "crc32": np.concatenate([part.crc32_N for part in parts]),
+            "width": np.concatenate([check.widths_N for check in checks]),
+            "height": np.concatenate([check.heights_N for check in checks]),
+            "crc32": np.concatenate([check.crc32_N for check in checks]),
         } | ({} if in_shards else {"name": pa.nulls(len(table), pa.string())})
         for name, values in columns.items():
             i = SCHEMA.get_field_index(name)
@@ -58,7 +59,7 @@ def index_in_place(
         paths = pc.unique(table["path"]).to_pylist() if in_shards else []
         hashes = pool.map(_hash, [root / path for path in paths], f"hashing {split}")
         splits[split] = Split(len(table), pc.sum(table["length"]).as_py(), dict(zip(paths, hashes, strict=True)))
-    made = {"from": found.name, "to": "index", "not_taken": scan.ignored.lines()}
+    made = {"from": source_layout.name, "to": "index", "not_taken": scan.ignored.lines()}
     manifest = Manifest("shards" if in_shards else "folders", scan.classes, splits, made)
     manifest.save(root)
     return manifest, scan.notes()
@@ -70,7 +71,7 @@ def _save(table: pa.Table, file: Path) -> None:
         save_table(table, file)
     except OSError as error:
         raise DataError(
-            f"{file} cannot be written: {error.strerror or error}. Class folders can be trained on without an index."
+            f"{file} cannot be written: {error.strerror or error}. Class folders need no index for training."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""What ImageNet's validation images are: from the development kit or from Kaggle's list.
+"""Labels of ImageNet's validation images, from the development kit or from Kaggle's list.
 
-A class's label is the rank of its WordNet id among the sorted ids. The kit's own ILSVRC2012_ID is another numbering,
-and only leads from an image to its WordNet id.
+A class's label is the rank of its WordNet id among the sorted ids. The kit's ILSVRC2012_ID is a different numbering; it
+only maps an image to its WordNet id.
 """
 
 import csv
@@ -20,7 +20,7 @@ _VAL_IMAGE = "ILSVRC2012_val_{:08d}"
 
 
 def devkit_labels(file: Path) -> dict[str, str]:
-    """WordNet ids of the validation images, by file name without its ending, from the development kit.
+    """Reads the WordNet ids of the validation images from the development kit, by file name without extension.
 
     Raises:
         DataError: the kit is corrupt or lacks one of its two tables.
@@ -47,12 +47,12 @@ def devkit_labels(file: Path) -> dict[str, str]:
 
 
 def kaggle_labels(file: Path) -> dict[str, str]:
-    """WordNet ids of the validation images, by file name without its ending, from Kaggle's `LOC_val_solution.csv`.
+    """Reads the WordNet ids of the validation images from `LOC_val_solution.csv`, by file name without extension.
 
-    A line holds boxes, each five words long and led by its class; the first one's is the image's.
+    A line lists boxes of five words each, a class and four coordinates; the first box's class is the image's label.
 
     Raises:
-        DataError: the file is not laid out so.
+        DataError: the file has another format.
     """
     labels: dict[str, str] = {}
     try:
@@ -65,7 +65,9 @@ def kaggle_labels(file: Path) -> dict[str, str]:
                 if not words:
                     raise DataError(f"{file}, line {rows.line_num}: {row['ImageId']} has no class.")
                 if labels.setdefault(row["ImageId"], words[0]) != words[0]:
-                    raise DataError(f"{file}, line {rows.line_num}: {row['ImageId']} has another class before.")
+                    raise DataError(
+                        f"{file}, line {rows.line_num}: {row['ImageId']} has another class in an earlier line."
+                    )
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} cannot be read ({error}): download it again.") from error
     return labels
