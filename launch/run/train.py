@@ -214,13 +214,10 @@ def _summary(
     if not prepared.val_index.in_shards:
         file = prepared.val_index.path(0)
         image = shlex.quote(min(str(file), os.path.relpath(file), key=len))
-    results = [
-        (
-            key,
-            f"{format_accuracy(EvalResult(**state[key]))}, {WEIGHTS[state[f'{key}_of']]}at {state[f'{key}_at']:,} samples",
-        )
-        for key in ("best", "last")
-    ]
+    results = []
+    for key in ("best", "last"):
+        accuracy, weights = format_accuracy(EvalResult(**state[key])), WEIGHTS[state[f"{key}_of"]]
+        results.append((key, f"{accuracy}, {weights}at {state[f'{key}_at']:,} samples"))
     results += [
         ("evaluated as", prepared.config.eval.description),
         ("speed", "nothing was left to train" if img_per_s is None else f"{speed(img_per_s)} in training"),

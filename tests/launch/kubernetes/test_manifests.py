@@ -127,7 +127,7 @@ def test_each_pod_of_the_preparation_writes_its_part(densenet, tmp_path):
         command = [paths.get(w, w).replace("$(JOB_COMPLETION_INDEX)", str(index)) for w in words]
         code, printed = densenet(*command, "--workers", 1, "--shard-size", 0.01)
         assert code == 0, printed
-        assert ("the last one completes the data set" in printed) == (index < shares - 1)
+        assert ("the last share completes the data set" in printed) == (index < shares - 1)
     code, printed = densenet("data", "verify", tmp_path / "data", "--workers", 1)
     assert code == 0, printed
 

@@ -30,7 +30,7 @@ from tests.train.settings import new_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 DEADLINE_S = 300
-# For a soak test: KILLS=20 pytest --timeout=0 tests/launch/run/test_faults.py
+# For a soak test: KILLS=20 pytest --timeout=0 tests/launch/run/test_failures.py
 KILLS = int(os.environ.get("KILLS", "1"))
 OVERRIDES = [
     f"train.epochs={KILLS + 3}",
