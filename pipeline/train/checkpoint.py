@@ -87,7 +87,7 @@ def manifest_entries(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise CheckpointFormatError(
                 f"checkpoint {folder} has format {manifest['format']}, and this version reads format {FORMAT}: resume "
-                f"it with the version that wrote it, or start a new run under another run.name. `densenet evaluate`, "
+                f"it with the version that wrote it, or start a new run under another run.name. `densenet eval`, "
                 f"`export` and model.weights still read its weights."
             )
         found = {

@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import pipeline
-from pipeline.errors import UserError
+from pipeline.errors import CheckpointFormatError, UserError
 from pipeline.export.package import register
 from pipeline.model.densenet import create
+from pipeline.model.weights import load_weights
+from pipeline.train.checkpoint import verify
 from tests.models import CLASSES, small_model, start_run, write_model
 
 
@@ -47,6 +49,17 @@ def test_paths_bytes_and_arrays_are_the_same_image(data, tmp_path):
     assert model.predict([]) == []
     with pytest.raises(FrozenInstanceError):
         predictions[0].image = "another"  # type: ignore[misc]
+
+
+def test_the_weights_of_a_checkpoint_in_another_format_are_read(data, tmp_path):
+    folder = write_model(tmp_path / "samples-000000000012")
+    (folder / "manifest.json").write_text('{"format": 4, "files": {}}')
+    with pytest.raises(
+        CheckpointFormatError, match="`densenet eval`, `export` and model.weights still read"
+    ):
+        verify(folder)
+    assert pipeline.open_model(folder).predict(data / "val" / "dog" / "0.png")[0].best in CLASSES
+    load_weights(small_model(seed=1), folder)
 
 
 def test_invalid_images_are_reported_by_index(data, tmp_path):
