@@ -54,9 +54,7 @@ def test_paths_bytes_and_arrays_are_the_same_image(data, tmp_path):
 def test_the_weights_of_a_checkpoint_in_another_format_are_read(data, tmp_path):
     folder = write_model(tmp_path / "samples-000000000012")
     (folder / "manifest.json").write_text('{"format": 4, "files": {}}')
-    with pytest.raises(
-        CheckpointFormatError, match="`densenet eval`, `export` and model.weights still read"
-    ):
+    with pytest.raises(CheckpointFormatError, match="`densenet eval`, `export` and model.weights still read"):
         verify(folder)
     assert pipeline.open_model(folder).predict(data / "val" / "dog" / "0.png")[0].best in CLASSES
     load_weights(small_model(seed=1), folder)
