@@ -255,12 +255,14 @@ def load_table(file: Path) -> pa.Table:
     """
     try:
         table = pq.read_table(file, read_dictionary=["path"], page_checksum_verification=True)
+        table.validate(full=True)
+        columns = [f"{field.name} ({field.type})" for field in table.schema]
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist: create the index with `densenet data index`.") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: corrupt column names
         raise DataError(
             f"{file} cannot be read as an index ({str(error).splitlines()[0]}): create it again."
         ) from error
-    if table.schema.names != SCHEMA.names:
-        raise DataError(f"{file} is not an index of this version: its columns are {', '.join(table.schema.names)}.")
-    return table.cast(SCHEMA)
+    if not table.schema.equals(SCHEMA):
+        raise DataError(f"{file} is not an index of this version: its columns are {', '.join(columns)}.")
+    return table

@@ -102,7 +102,7 @@ def test_weights_and_teachers_that_do_not_match(refused, images, tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"features.conv0.weight": torch.zeros(8, 3, 7, 7)}, file)
     message = refused(*train(images, f"model.weights={file}"))
-    assert "features.conv0.weight [8, 3, 7, 7] for [24, 3, 7, 7]" in message
+    assert "features.conv0.weight [8, 3, 7, 7] instead of [24, 3, 7, 7]" in message
     assert "model.weights=/nowhere is no model" in refused(*train(images, "model.weights=/nowhere"))
     assert "is a weights file without class names" in refused(*train(images, f"loss.teacher={file}"))
     assert "no model named 'big' in" in refused(*train(images, "loss.teacher=models:/big@champion"))
