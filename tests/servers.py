@@ -63,7 +63,7 @@ class MlflowServer:
     def _is_up(self) -> bool:
         try:
             return requests.get(f"{self.uri}/health", timeout=5).ok
-        except requests.ConnectionError:
+        except requests.RequestException:  # also a timeout on a busy machine
             return False
 
 

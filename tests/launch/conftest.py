@@ -78,7 +78,8 @@ class Cluster:
         """Kills all processes of a node at once, as a power failure does."""
         node = psutil.Process(self.nodes[number].pid)
         for process in [node, *node.children(recursive=True)]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.nodes[number].wait()
 
     def processes(self, name: str) -> list[psutil.Process]:

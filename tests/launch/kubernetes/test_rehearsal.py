@@ -136,7 +136,7 @@ def test_the_tracking_servers_commands_run_on_an_empty_database(tmp_path):
             assert started.poll() is None, (tmp_path / "server.log").read_text()
             try:
                 return requests.get(f"{url}/health", headers={"Host": "10.1.2.3:5000"}, timeout=5).ok
-            except requests.ConnectionError:
+            except requests.RequestException:  # also a timeout on a busy machine
                 return False
 
         try:
