@@ -83,6 +83,9 @@ class Location:
 _FastDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C if PyYAML was built with libyaml: ten times as fast
 
 
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+
+
 class _Dumper(_FastDumper):  # type: ignore[misc, valid-type]
     """Quotes strings that OmegaConf, unlike PyYAML, parses as numbers: `1e5`."""
 
@@ -762,4 +765,13 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """Returns the config as YAML, from which `load_config` reads an equal config."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+        return yaml.dump(_without_interpolation(self.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False)
+
+
+def _without_interpolation(value: Any) -> Any:
+    """Escapes `${` in all strings, which OmegaConf would read as an interpolation."""
+    if isinstance(value, dict):
+        return {key: _without_interpolation(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_interpolation(item) for item in value]
+    return _INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value

@@ -69,12 +69,14 @@ def test_kubernetes_commands_render(shell):
     found = [words for words in commands() if words[:2] == ["densenet", "k8s"]]
     guide = (PROJECT / "docs" / "kubernetes.md").read_text().replace("\\\n", " ")
     lines = [line for line in guide.splitlines() if line.startswith("densenet k8s render")]
-    found += [shlex.split(line.partition(">")[0]) for line in lines]
-    assert len(found) == 2
+    found += [shlex.split(re.split("[>|]", line)[0]) for line in lines]
+    assert len(found) == 4
+    kinds = {"cluster": "PriorityClass", "namespace": "PersistentVolumeClaim", "run": "RayJob"}
     for words in found:
         done = shell(*words)
         assert done.returncode == 0, done.stdout
-        assert "kind: RayJob" in done.stdout
+        part = words[words.index("--part") + 1] if "--part" in words else "run"
+        assert f"kind: {kinds[part]}" in done.stdout
 
 
 @pytest.mark.slow

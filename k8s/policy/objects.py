@@ -10,17 +10,18 @@ from typing import Any
 
 import yaml
 
-from launch.kubernetes.kubectl import kustomize
-from launch.kubernetes.manifests import K8S
+from launch.kubernetes.kubectl import K8S, kustomize
 
 
 def main() -> None:
-    """Writes a file for each overlay, MLflow and the data Job."""
+    """Writes a file for each kustomization."""
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    for folder in [*sorted((K8S / "overlays").iterdir()), K8S / "mlflow", K8S / "data"]:
+    folders = [file.parent for file in K8S.rglob("kustomization.yaml") if "components" not in file.parts]
+    for folder in sorted(folders):
         objects = [pod for document in kustomize(folder) for pod in with_pods(document)]
-        (target / f"{folder.name}.yaml").write_text(yaml.safe_dump_all(objects), encoding="utf-8")
+        name = "-".join(folder.relative_to(K8S).parts)
+        (target / f"{name}.yaml").write_text(yaml.safe_dump_all(objects), encoding="utf-8")
 
 
 def with_pods(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

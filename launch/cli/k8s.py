@@ -15,37 +15,64 @@ app = typer.Typer(
 )
 
 Overlay = Annotated[str, typer.Option(help="local-cpu, single-node-8gpu, multi-node, spot or kueue")]
-Image = Annotated[str, typer.Option(help="REPOSITORY:TAG or REPOSITORY@DIGEST")]
+Part = Annotated[
+    str,
+    typer.Option(
+        help="run: the objects of one run; namespace: service account and volumes, which its runs share; cluster: the "
+        "namespace and objects outside of namespaces"
+    ),
+]
+Image = Annotated[
+    str | None, typer.Option(help="REPOSITORY:TAG or REPOSITORY@DIGEST; for part run", show_default=False)
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         help="cluster setting, KEY=VALUE, for example nodes=4: nodes, gpus-per-node, cpus-per-node, memory, "
-        "storage-class, stage-class, secret or namespace; repeatable",
+        "storage-class, stage-class, secret, namespace, grace-period or egress; repeatable",
     ),
 ]
 
 
 @app.command()
-def render(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
-    """Print the manifests of a training run.
+def render(
+    config: Config,
+    overlay: Overlay,
+    image: Image = None,
+    part: Part = "run",
+    overrides: Overrides = None,
+    settings: Set = None,
+) -> None:
+    """Print the manifests of a training run, or those that its namespace or its cluster needs once.
 
-    Example: densenet k8s render densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
+    Example: densenet k8s render demo run.name=first --overlay local-cpu --image REGISTRY/densenet:0.1.0
     """
-    sys.stdout.write(_rendered(config, overlay, image, overrides, settings))
+    from launch.kubernetes import manifests
+
+    sys.stdout.write(manifests.render(config, overrides or [], overlay, part, image, settings or []))
 
 
 @app.command()
-def diff(config: Config, overlay: Overlay, image: Image, overrides: Overrides = None, settings: Set = None) -> None:
+def diff(
+    config: Config,
+    overlay: Overlay,
+    image: Image = None,
+    part: Part = "run",
+    overrides: Overrides = None,
+    settings: Set = None,
+) -> None:
     """Show what applying the manifests would change in the cluster.
 
     Uses the cluster of kubectl's context. Exit code 1 if something would change, 2 if the cluster is unreachable.
 
-    Example: densenet k8s diff densenet121 --overlay local-cpu --image REGISTRY/densenet:0.1.0
+    Example: densenet k8s diff demo run.name=first --overlay local-cpu --image REGISTRY/densenet:0.1.0
     """
-    from launch.kubernetes import kubectl
+    from launch.kubernetes import diff, manifests
 
-    raise typer.Exit(kubectl.diff(_rendered(config, overlay, image, overrides, settings)))
+    changes = diff.changes(manifests.render(config, overrides or [], overlay, part, image, settings or []))
+    sys.stdout.write(changes)
+    raise typer.Exit(1 if changes else 0)
 
 
 @app.command()
@@ -67,20 +94,3 @@ def validate(
     if problems:
         raise UserError(f"{len(problems)} problems in {len(documents)} objects:\n  " + "\n  ".join(problems))
     print(f"{len(documents)} objects are valid")
-
-
-def _rendered(config: Path, overlay: str, image: str, overrides: list[str] | None, settings: list[str] | None) -> str:
-    from launch.kubernetes.manifests import Settings, render
-
-    values: dict[str, int | str] = {}
-    for text in settings or []:
-        key, sign, value = text.partition("=")
-        name = key.replace("-", "_")
-        if not sign or name not in Settings.__annotations__ or name == "image":
-            known = ", ".join(n.replace("_", "-") for n in Settings.__annotations__ if n != "image")
-            raise UserError(f"--set {text} is not known: use KEY=VALUE with a KEY of {known}.")
-        is_count = name in ("nodes", "gpus_per_node", "cpus_per_node")
-        if is_count and (not value.isdecimal() or int(value) < 1):
-            raise UserError(f"--set {text}: {key} must be an integer of at least 1.")
-        values[name] = int(value) if is_count else value
-    return render(config, overrides or [], overlay, Settings(image=image, **values))  # type: ignore[arg-type]

@@ -1,8 +1,11 @@
-"""kubectl: builds kustomizations, and compares manifests with a cluster."""
+"""kubectl: builds kustomizations."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.extras import install_hint
+
+K8S = (Path(__file__).parent / "k8s").resolve()
 
 
 def kubectl() -> str:
@@ -24,39 +29,23 @@ def kubectl() -> str:
     return path
 
 
-def kustomize_yaml(folder: Path) -> str:
-    """Builds a kustomization; returns its objects as YAML.
+def kustomize(*folders: Path, components: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Builds kustomizations together, with components of `k8s/components`; returns their objects.
 
     Raises:
         UserError: The kustomization is wrong, or kubectl is not installed.
     """
-    done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name).resolve()
+        paths = [K8S / "components" / component for component in components]
+        content = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [os.path.relpath(folder, root) for folder in folders],
+            "components": [os.path.relpath(path, root) for path in paths],
+        }
+        (root / "kustomization.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        done = subprocess.run([kubectl(), "kustomize", str(root)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"kubectl kustomize {folder} failed: {done.stderr.strip()}")
-    return done.stdout
-
-
-def kustomize(folder: Path) -> list[dict[str, Any]]:
-    """Builds a kustomization; returns its objects as dicts.
-
-    Raises:
-        UserError: The kustomization is wrong, or kubectl is not installed.
-    """
-    return list(yaml.safe_load_all(kustomize_yaml(folder)))
-
-
-def diff(manifests: str) -> int:
-    """Prints what `kubectl apply` of the manifests would change in the cluster of kubectl's context.
-
-    Returns:
-        1 if something would change, else 0.
-
-    Raises:
-        UserError: The cluster is unreachable, or refuses the request.
-    """
-    done = subprocess.run([kubectl(), "diff", "-f", "-"], input=manifests, text=True, stderr=subprocess.PIPE)
-    if done.returncode > 1:
-        reason = "".join(done.stderr.strip().splitlines()[-1:])
-        raise UserError(f"kubectl diff failed: {reason}. To see the cluster: kubectl config current-context.")
-    sys.stderr.write(done.stderr)
-    return done.returncode
+        raise UserError(f"kubectl kustomize {' '.join(map(str, folders))} failed: {done.stderr.strip()}")
+    return list(yaml.safe_load_all(done.stdout))

@@ -1,53 +1,30 @@
 """Renders Kubernetes manifests from a config and an overlay of `k8s/`."""
 
-import os
+import json
 import re
-import tempfile
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 
-from launch.cluster.allocation import InsufficientResources, Resources, allocate
-from launch.kubernetes.kubectl import kustomize, kustomize_yaml
-from pipeline.config import Elastic, RunConfig
+from launch.kubernetes.kubectl import K8S, kustomize
+from launch.kubernetes.pods import fit_pods
+from launch.kubernetes.queues import QUEUE, format_requests, raise_quotas, requests_by_flavor
+from launch.kubernetes.settings import Settings, check_image, parse_settings
+from pipeline.config import RunConfig
 from pipeline.config_file import load_config
-from pipeline.data.staging import is_remote
-from pipeline.derived import split_batch
 from pipeline.errors import UserError
-from pipeline.locations import is_uri, locations
 from pipeline.model.timm_models import check_model
 
-K8S = (Path(__file__).parent / "k8s").resolve()
-_GROUP = "/spec/rayClusterSpec/workerGroupSpecs/0"
-_GPU = "nvidia.com/gpu"
-_POD_MOUNTS = ("/tmp", "/dev/shm", "/etc/densenet")  # mounts that pods do not share
-_STAGE = "/stage"  # mount of the component `stage`
+PARTS = ("cluster", "namespace", "run")
+_INSTANCE = "app.kubernetes.io/instance"  # the label with the run's name
+_IMAGE = "registry.example/densenet-pipeline"  # of the base
 _BUNDLED_MLFLOW = ("mlflow", "mlflow.densenet", "mlflow.densenet.svc")  # k8s/mlflow; the network policy allows it
-_IMAGE = re.compile(r"(?P<name>[^@\s]+?)(?::(?P<tag>[\w][\w.-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))")
-_DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?")  # KubeRay appends to it, up to 63 characters
-_OBJECT_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
-_QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?[MGT]i?")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Cluster settings that are not in the config; None: the overlay's value.
-
-    `storage_class="default"` is the cluster's default class; `secret="none"` is for pods that need no credentials.
-    """
-
-    image: str
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    cpus_per_node: int | None = None
-    memory: str | None = None
-    storage_class: str | None = None
-    stage_class: str | None = None
-    secret: str | None = None
-    namespace: str | None = None
+_RUN_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")  # RFC 1035; KubeRay appends to it, up to 63 characters
+_FastDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def overlays() -> list[str]:
@@ -55,208 +32,197 @@ def overlays() -> list[str]:
     return sorted(folder.name for folder in (K8S / "overlays").iterdir() if (folder / "kustomization.yaml").is_file())
 
 
-def render(path: Path, overrides: list[str], overlay: str, settings: Settings) -> str:
-    """Renders the manifests of a training run as YAML for `kubectl apply -f`; the same input gives the same output.
+def render(path: Path, overrides: list[str], overlay: str, part: str, image: str | None, words: list[str]) -> str:
+    """Renders one part of the manifests as YAML for `kubectl apply -f`; the same input gives the same output.
+
+    Args:
+        path: A config file, or the name of a built-in config.
+        overrides: `key=value` on top of the config.
+        overlay: One of `overlays()`.
+        part: `run` for the objects of one run; `namespace` for those that the runs of a namespace share; `cluster` for
+            the namespace and objects outside of namespaces.
+        image: The pods' image; the parts `namespace` and `cluster` need none.
+        words: Cluster settings, `KEY=VALUE` (`launch/kubernetes/settings.py`).
 
     Raises:
-        UserError: The overlay is unknown, the config does not fit its nodes or volumes, or a setting is wrong.
+        UserError: The overlay or part is unknown, the config does not fit its nodes or volumes, or a setting is wrong.
     """
-    if overlay not in overlays():
-        raise UserError(f"--overlay={overlay} is not known: use {', '.join(overlays())}.")
-    image = _IMAGE.fullmatch(settings.image)
-    if image is None or image["tag"] == "latest":
-        raise UserError(f"--image={settings.image} needs a fixed tag, for example REPOSITORY:1.0, or a digest.")
-    config = load_config(path, *overrides)
+    for option, value, known in (("overlay", overlay, overlays()), ("part", part, PARTS)):
+        if value not in known:
+            raise UserError(f"--{option}={value} is not known: use {', '.join(known)}.")
+    settings = parse_settings(words)
+    config, defaults = _with_defaults(path, overrides, overlay)
     check_model(config)
-    name = str(config.run.name)
-    if not _DNS_NAME.fullmatch(name):
-        raise UserError(
-            f"run.name={config.run.name} must be set, since retries resume the run of this name, and be a Kubernetes "
-            f"object name: up to 47 lowercase letters, digits and hyphens."
-        )
-    _check_names(settings)
-    documents = kustomize(K8S / "overlays" / overlay)
-    (job,) = (document for document in documents if document["kind"] == "RayJob")
-    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    container = group["template"]["spec"]["containers"][0]
-    _check_locations(config, container)
-    job_patch: list[dict[str, Any]] = [{"op": "replace", "path": "/metadata/name", "value": name}]
-    job_patch += _workers(config, overlay, group, container, settings) + _credentials(config, settings)
-    volumes = len(group["template"]["spec"]["volumes"])
-    more_patches, components = _volumes_and_network(config, overlay, documents, volumes, settings)
-    kustomization: dict[str, Any] = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "images": [
-            {"name": "registry.example/densenet-pipeline", "newName": image["name"]}
-            | ({"newTag": image["tag"]} if image["tag"] else {"digest": image["digest"]})
-        ],
-        "generatorOptions": {"disableNameSuffixHash": True},
-        "configMapGenerator": [
-            {
-                "name": "training",
-                "namespace": job["metadata"]["namespace"],
-                "behavior": "replace",
-                "files": ["train.yaml"],
-            }
-        ],
-        "patches": [_patch("RayJob", job_patch), *more_patches],
-    }
-    if settings.namespace is not None:
-        kustomization["namespace"] = settings.namespace
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder).resolve()
-        kustomization["resources"] = [os.path.relpath(K8S / "overlays" / overlay, root)]
-        kustomization["components"] = [os.path.relpath(K8S / "components" / name, root) for name in components]
-        (root / "kustomization.yaml").write_text(yaml.safe_dump(kustomization, sort_keys=False), encoding="utf-8")
-        (root / "train.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        return kustomize_yaml(root)
-
-
-def _workers(
-    config: RunConfig, overlay: str, group: dict[str, Any], container: dict[str, Any], settings: Settings
-) -> list[dict[str, Any]]:
-    """Returns patches for the number of worker pods and their resources, after the checks of `densenet plan`."""
-    limits = dict(container["resources"]["limits"])
-    gpus = settings.gpus_per_node or int(limits.get(_GPU, 0))
-    if settings.gpus_per_node and _GPU not in limits:
-        raise UserError(f"--overlay={overlay} has nodes without GPUs: omit gpus-per-node, or use another overlay.")
-    cpus = settings.cpus_per_node or int(limits["cpu"])
-    requested = config.cluster.workers
-    per_pod = gpus or (cpus if config.cluster.cpus_per_worker == "auto" else cpus // config.cluster.cpus_per_worker)
-    if isinstance(requested, Elastic):
-        if settings.nodes is not None:
-            raise UserError("--set nodes is for a fixed number of workers: omit it, cluster.workers sets min and max.")
-        low, high = (_pods(count, per_pod, gpus) for count in (requested.min, requested.max))
+    components = ["stage"] if config.data.stage is not None else []
+    documents = kustomize(K8S / "overlays" / overlay, components=components)
+    job, policy = _find(documents, "RayJob"), _find(documents, "NetworkPolicy")
+    fit_pods(job, config, overlay, settings)
+    policy["spec"]["egress"] += _egress(config, settings)
+    notes = [f"Part {part} of overlay {overlay}, written by `densenet k8s render`."]
+    if part == "run":
+        documents.insert(0, _config_map(config, policy["metadata"]))
+        _name_objects(documents, config)
+        _set_image(job, check_image(image))
+        notes += _origins(path, overrides, overlay, defaults, words, job)
     else:
-        low = high = settings.nodes or (group["replicas"] if requested == "auto" else _pods(requested, per_pod, gpus))
-    available = Resources(f"overlay {overlay} with {high} worker pods", cpus * high, gpus * high, embedded=False)
-    try:
-        allocation = allocate(config, available)
-        split_batch(config, allocation.workers)
-    except InsufficientResources as error:
-        raise UserError(f"{error.reason}.") from error
-    if gpus and requested != "auto" and not isinstance(requested, Elastic) and requested != gpus * high:
+        documents = kustomize(_part(part, overlay))
+        for document in documents:
+            if document["kind"] == "ClusterQueue":
+                raise_quotas(document, job)
+            elif document["kind"] == "PersistentVolumeClaim":
+                _set_storage_class(document, overlay, settings)
+    if settings.namespace is not None:
+        _set_namespace(documents, settings.namespace)
+    header = "".join(f"# {note}\n" for note in notes)
+    return header + to_yaml(documents)
+
+
+def to_yaml(documents: list[dict[str, Any]]) -> str:
+    """Returns objects as YAML from which kubectl reads equal objects."""
+    return str(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20))
+
+
+def _with_defaults(path: Path, overrides: list[str], overlay: str) -> tuple[RunConfig, dict[str, Any]]:
+    """Returns the config, and the overlay's values of the keys that the config does not set."""
+    own = load_config(path, *overrides)
+    defaults: dict[str, dict[str, Any]] = {}
+    for file in (K8S / "base" / "config.yaml", K8S / "overlays" / overlay / "config.yaml"):
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for section, values in content.items():
+            is_set = getattr(own, section).model_fields_set if section in own.model_fields_set else ()
+            defaults.setdefault(section, {}).update({k: v for k, v in values.items() if k not in is_set})
+    config = load_config({"include": str(path), **defaults}, *overrides)
+    return config, {f"{section}.{key}": value for section, values in defaults.items() for key, value in values.items()}
+
+
+def _part(part: str, overlay: str) -> Path:
+    """Returns the kustomization of a part: the overlay's, or the common one."""
+    own = K8S / "overlays" / overlay / part
+    return own if own.is_dir() else K8S / part
+
+
+def _find(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (document,) = (document for document in documents if document["kind"] == kind)
+    return document
+
+
+def _config_map(config: RunConfig, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns the ConfigMap with the training config, which the base's pods mount."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {key: metadata[key] for key in ("name", "namespace", "labels")},
+        "data": {"train.yaml": config.to_yaml()},
+    }
+
+
+def _name_objects(documents: list[dict[str, Any]], config: RunConfig) -> None:
+    """Names a run's objects, their labels and their references to each other after the run."""
+    name = str(config.run.name)
+    if not _RUN_NAME.fullmatch(name):
         raise UserError(
-            f"cluster.workers={requested} must be {gpus * high}: one worker per GPU on {high} nodes with {gpus} GPUs."
+            f"run.name={config.run.name} must be set, since retries resume the run of this name, and be the name of a "
+            f"RayJob: up to 47 lowercase letters, digits and hyphens, and a letter first."
         )
-    resources = {"cpu": str(cpus), "memory": settings.memory or limits["memory"]}
-    if gpus:
-        resources[_GPU] = str(gpus)
-    path = f"{_GROUP}/template/spec/containers/0/resources"
-    counts = {"replicas": low, "minReplicas": low, "maxReplicas": high}
-    return [{"op": "replace", "path": f"{_GROUP}/{key}", "value": count} for key, count in counts.items()] + [
-        {"op": "replace", "path": path, "value": {"requests": resources, "limits": resources}}
-    ]
+    kinds = {"Job", *(document["kind"] for document in documents)}  # KubeRay creates a Job of this name
+    for other in kustomize(*(K8S / folder for folder in ("namespace", "mlflow", "data"))):
+        if other["kind"] in kinds and other["metadata"]["name"] == name:
+            raise UserError(f"run.name={name} is the name of another {other['kind']} of k8s/: choose another.")
+    for document in documents:
+        document["metadata"]["name"] = name
+        document["metadata"]["labels"][_INSTANCE] = name
+    for value in _dicts(documents):
+        if _INSTANCE in value:
+            value[_INSTANCE] = name
+        if value.get("name") == "config" and "configMap" in value:
+            value["configMap"]["name"] = name
 
 
-def _credentials(config: RunConfig, settings: Settings) -> list[dict[str, Any]]:
-    """Returns patches for the Secret whose keys are environment variables of the pods."""
-    for key, mark, location in locations(config):
-        if mark.kind != "store" and is_remote(location) and settings.secret is None:
-            raise UserError(
-                f"{key}={location} needs credentials: use --set secret=NAME of a Secret (k8s/secrets.example.yaml), or "
-                f"--set secret=none if the pods' service account has the permissions."
-            )
-    if settings.secret is None:
-        return []
-    sources = [] if settings.secret == "none" else [{"secretRef": {"name": settings.secret}}]
-    head = "/spec/rayClusterSpec/headGroupSpec"
-    return [
-        {"op": "replace", "path": f"{pods}/template/spec/containers/0/envFrom", "value": sources}
-        for pods in (head, _GROUP)
-    ]
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    """Yields all dictionaries in nested lists and dictionaries."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _dicts(item)
 
 
-def _volumes_and_network(
-    config: RunConfig, overlay: str, documents: list[dict[str, Any]], volumes: int, settings: Settings
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns kustomize patches and components for volumes and the network policy.
+def _set_image(job: dict[str, Any], image: str) -> None:
+    for container in _dicts(job):
+        if str(container.get("image")).startswith(_IMAGE):
+            container["image"] = image
 
-    `volumes` is the number of volumes in the overlay's worker pods.
-    """
-    patches, components = [], []
-    claims = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
-    shared = [claim["metadata"]["name"] for claim in claims if "ReadWriteMany" in claim["spec"]["accessModes"]]
-    if shared and settings.storage_class is None:
+
+def _egress(config: RunConfig, settings: Settings) -> list[dict[str, Any]]:
+    """Returns rules of the network policy for the config's MLflow servers and `--set egress`."""
+    servers = [urlsplit(uri or "") for uri in (config.tracking.uri, config.tracking.registry_uri)]
+    ports = {
+        server.port or {"http": 80, "https": 443}[server.scheme]
+        for server in servers
+        if server.scheme in ("http", "https") and server.hostname not in _BUNDLED_MLFLOW
+    }
+    rules: list[dict[str, Any]] = [{"ports": [{"port": port} for port in sorted(ports)]}] if ports else []
+    for block, port in settings.egress:
+        protocols = ("UDP", "TCP") if port == 53 else ("TCP",)
+        rule_ports = [{"port": port, "protocol": protocol} for protocol in protocols]
+        rules.append({"to": [{"ipBlock": {"cidr": block}}], "ports": rule_ports})
+    return rules
+
+
+def _set_storage_class(claim: dict[str, Any], overlay: str, settings: Settings) -> None:
+    name = claim["metadata"]["name"]
+    if "ReadWriteMany" in claim["spec"]["accessModes"] and settings.storage_class is None:
         raise UserError(
-            f"the volumes {' and '.join(shared)} of overlay {overlay} are read and written on several nodes: use --set "
-            f"storage-class=NAME of a class with ReadWriteMany (kubectl get storageclass), or storage-class=default "
-            f"if the cluster's default class has it."
+            f"the volume {name} of overlay {overlay} is read and written on several nodes: use --set "
+            f"storage-class=NAME of a class with ReadWriteMany (kubectl get storageclass), or storage-class=default if "
+            f"the cluster's default class has it."
         )
     if settings.storage_class not in (None, "default"):
-        claim_patch = [{"op": "add", "path": "/spec/storageClassName", "value": settings.storage_class}]
-        patches.append(_patch("PersistentVolumeClaim", claim_patch))
-    if config.data.stage is not None:
-        if not Path(config.data.stage).is_relative_to(_STAGE):
-            raise UserError(f"data.stage={config.data.stage} must be below {_STAGE}, the node's local disk.")
-        if settings.stage_class is None:
-            raise UserError(
-                f"data.stage={config.data.stage} needs a local disk on each node: use --set stage-class=NAME of a "
-                f"class of node-local volumes (kubectl get storageclass)."
-            )
-        components.append("stage")
-        path = f"{_GROUP}/template/spec/volumes/{volumes}/ephemeral/volumeClaimTemplate/spec/storageClassName"
-        patches.append(_patch("RayJob", [{"op": "replace", "path": path, "value": settings.stage_class}]))
-    elif settings.stage_class is not None:
-        raise UserError(f"--set stage-class needs data.stage={_STAGE}, which is not set.")
-    ports = _mlflow_ports(config)
-    if ports:
-        components.append("existing-mlflow")
-        policies = [document for document in documents if document["kind"] == "NetworkPolicy"]
-        (rules,) = [policy["spec"]["egress"] for policy in policies if policy["metadata"]["name"] == "training"]
-        path = f"/spec/egress/{len(rules)}/ports"
-        operations = [{"op": "replace", "path": path, "value": [{"port": port} for port in ports]}]
-        patches.append(_patch("NetworkPolicy", operations, name="training"))
-    return patches, components
+        claim["spec"]["storageClassName"] = settings.storage_class
 
 
-def _mlflow_ports(config: RunConfig) -> list[int]:
-    """Returns the ports of the tracking and registry servers, without the bundled one (k8s/mlflow)."""
-    servers = [urlsplit(uri or "") for uri in (config.tracking.uri, config.tracking.registry_uri)]
-    return sorted(
-        {
-            server.port or {"http": 80, "https": 443}[server.scheme]
-            for server in servers
-            if server.scheme in ("http", "https") and server.hostname not in _BUNDLED_MLFLOW
-        }
-    )
+def _set_namespace(documents: list[dict[str, Any]], namespace: str) -> None:
+    for document in documents:
+        if document["kind"] == "Namespace":
+            document["metadata"]["name"] = namespace
+        elif "namespace" in document["metadata"]:
+            document["metadata"]["namespace"] = namespace
 
 
-def _patch(kind: str, operations: list[dict[str, Any]], **target: str) -> dict[str, Any]:
-    return {"target": {"kind": kind} | target, "patch": yaml.safe_dump(operations)}
+def _origins(
+    path: Path, overrides: list[str], overlay: str, defaults: dict[str, Any], words: list[str], job: dict[str, Any]
+) -> list[str]:
+    """Returns lines that say which value comes from where."""
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    low, high = group["minReplicas"], group["maxReplicas"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    amounts = ", ".join(f"{name} {amount}" for name, amount in limits.items())
+    command = [*overrides, *(f"--set={word}" for word in words)]
+    overlay_values = " ".join(f"{key}={json.dumps(value)}" for key, value in defaults.items())
+    notes = [
+        f"Config: {path}, where it sets a key.",
+        f"Overlay {overlay}: {overlay_values or 'no config key'}.",
+        f"Command: {shlex.join(command) or 'no key'}.",
+        f"Worker pods: {low if low == high else f'{low} to {high}'}, each with {amounts}.",
+    ]
+    if QUEUE in job["metadata"]["labels"]:
+        requests = [f"{format_requests(total)} on {flavor}" for flavor, total in requests_by_flavor(job).items()]
+        notes.append(f"Kueue admits the run if its queue has {'; '.join(requests)}.")
+    return [note.replace("\n", "\\n") for note in notes]
 
 
-def _check_names(settings: Settings) -> None:
-    for key in ("storage_class", "stage_class", "secret", "namespace"):
-        value = getattr(settings, key)
-        if value is not None and not _OBJECT_NAME.fullmatch(value):
-            raise UserError(
-                f"--set {key.replace('_', '-')}={value} is not a Kubernetes object name: use lowercase letters, "
-                f"digits, hyphens and dots."
-            )
-    if settings.memory is not None and not _QUANTITY.fullmatch(settings.memory):
-        raise UserError(f"--set memory={settings.memory} is not an amount of memory: use for example 200Gi.")
+class _Dumper(_FastDumper):  # type: ignore[misc, valid-type]
+    """Writes texts of several lines as blocks, repeats equal parts, and quotes strings that may look like numbers."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Returns True: no anchors."""
+        return True
 
 
-def _pods(workers: int, per_pod: int, gpus: int) -> int:
-    """Returns the number of pods for the workers; on GPUs, workers must fill whole nodes."""
-    if gpus and workers % gpus:
-        raise UserError(
-            f"cluster.workers={workers} does not fill nodes with {gpus} GPUs each: use a multiple of {gpus}, or set "
-            f"gpus-per-node."
-        )
-    return max(1, -(-workers // max(1, per_pod)))
+def _represent_text(dumper: Any, text: str) -> Any:
+    is_plain = re.fullmatch(r"[A-Za-z/][\w./:-]*", text, re.ASCII) and isinstance(yaml.safe_load(text), str)
+    style = "|" if "\n" in text else None if is_plain else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-def _check_locations(config: RunConfig, container: dict[str, Any]) -> None:
-    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-    if config.data.root is None:
-        raise UserError("data.root is not set: set its path in the pods, below /data or /runs.")
-    for key, mark, location in locations(config):
-        if mark.kind not in ("input", "output") or is_uri(location):
-            continue
-        shared = [mount for at, mount in mounts.items() if Path(location).is_relative_to(at) and at not in _POD_MOUNTS]
-        if not shared or (mark.kind == "output" and shared[0].get("readOnly")):
-            volume = "/runs" if mark.kind == "output" else "/data"
-            raise UserError(f"{key}={location} must be below {volume}, a volume that all pods share.")
+_Dumper.add_representer(str, _represent_text)

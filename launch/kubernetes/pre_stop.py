@@ -1,6 +1,6 @@
 """The preStop hook of a worker pod: drains the pod's Ray node, and waits for a checkpoint.
 
-python -m launch.kubernetes.pre_stop RUNS [--wait SECONDS] [--node-id ID]
+python -m launch.kubernetes.pre_stop --run FOLDER [--wait SECONDS] [--node-id ID]
 
 Kubernetes runs it before it stops the pod. Ray notifies the workers of the preemption, and they write a checkpoint at
 the next log line.
@@ -22,7 +22,7 @@ _POLL_S = 0.5
 def main() -> None:
     """Runs the hook; exits with 0 in any case, since a failed hook would stop the pod at once."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--wait", type=float, default=100)
     parser.add_argument("--node-id")
     options = parser.parse_args()
@@ -36,18 +36,18 @@ def main() -> None:
     if done.returncode:
         print(f"ray drain-node failed: {done.stdout}{done.stderr}")
         return
-    checkpoint = wait_for_checkpoint(options.runs, started, started + options.wait)
+    checkpoint = wait_for_checkpoint(options.run, started, started + options.wait)
     print(f"wrote checkpoint {checkpoint}" if checkpoint else f"no checkpoint was written within {options.wait:g} s")
 
 
-def wait_for_checkpoint(runs: Path, since: float, until: float) -> Path | None:
-    """Waits until a checkpoint below `runs` is committed after `since`, or until `until` (Unix times).
+def wait_for_checkpoint(run: Path, since: float, until: float) -> Path | None:
+    """Waits until a checkpoint of the run folder is committed after `since`, or until `until` (Unix times).
 
     Returns:
         The checkpoint's folder, or None.
     """
     while time.time() < until:
-        for manifest in runs.glob(f"*/checkpoints/{PREFIX}*/{MANIFEST}"):
+        for manifest in run.glob(f"checkpoints/{PREFIX}*/{MANIFEST}"):
             if manifest.stat().st_mtime > since:
                 return manifest.parent
         time.sleep(_POLL_S)

@@ -1,8 +1,6 @@
 """Kubernetes manifests: every overlay is valid, meets the restricted pod security standard, and fits its config."""
 
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -16,33 +14,25 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from launch.cli import app
-from launch.kubernetes.kubectl import kustomize
-from launch.kubernetes.manifests import K8S, overlays
+from launch.kubernetes.kubectl import K8S, kustomize
+from launch.kubernetes.manifests import PARTS, overlays, to_yaml
+from launch.kubernetes.quantities import parse_quantity
 from launch.kubernetes.schemas import schema_errors
 from pipeline.config_file import load_config
 from tests.conftest import PROJECT
 from tests.data import synthetic
-from tests.launch.kubernetes.kube_api import kube_api, path_of
 
 IMAGE = "registry.test/densenet:1.2.3"
 CRDS = (PROJECT / ".." / "shared" / "k8s").resolve()
 GPU = "nvidia.com/gpu"
 
 
-def config_of(overlay: str) -> Path:
-    """Returns the path of an overlay's own config."""
-    own = K8S / "overlays" / overlay / "train.yaml"
-    return own if own.is_file() else K8S / "base" / "train.yaml"
-
-
 @pytest.fixture
-def rendered(densenet) -> Callable[..., list[dict[str, Any]]]:
-    """`rendered(overlay, *arguments)` renders an overlay with its own config; returns the objects."""
+def render(densenet) -> Callable[..., list[dict[str, Any]]]:
+    """`render(overlay, *arguments)` renders a part of an overlay, by default a run `first`; returns the objects."""
 
-    def run(overlay: str, *arguments: object) -> list[dict[str, Any]]:
-        if overlay != "local-cpu" and not any("storage-class=" in str(word) for word in arguments):
-            arguments = (*arguments, "--set", "storage-class=default")
-        command = ("k8s", "render", config_of(overlay), *arguments, "--overlay", overlay, "--image", IMAGE)
+    def run(overlay: str, *arguments: object, name: str = "first") -> list[dict[str, Any]]:
+        command = ("k8s", "render", *command_of(overlay, *arguments, name=name))
         code, printed = densenet(*command)
         assert code == 0, printed
         assert densenet(*command) == (0, printed), "the second output differs"
@@ -51,9 +41,21 @@ def rendered(densenet) -> Callable[..., list[dict[str, Any]]]:
     return run
 
 
+def command_of(overlay: str, *arguments: object, name: str = "first") -> list[object]:
+    """Returns the arguments of `densenet k8s render` and `diff`."""
+    config = "demo" if overlay == "local-cpu" else "densenet121"
+    batch = ["train.global_batch_size=1920"] if overlay == "spot" else []
+    return [config, f"run.name={name}", *batch, *arguments, "--overlay", overlay, "--image", IMAGE]
+
+
 def job_of(documents: list[dict[str, Any]]) -> dict[str, Any]:
     (job,) = [document for document in documents if document["kind"] == "RayJob"]
     return job
+
+
+def shared_memory(pod: dict[str, Any]) -> str:
+    (size,) = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm"]
+    return size
 
 
 def pods(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -66,9 +68,10 @@ def pods(job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("overlay", overlays())
-def test_every_object_is_valid_in_the_overlay_and_rendered(rendered, overlay):
+def test_every_object_is_valid_in_the_overlay_and_rendered(render, overlay):
     crds = CRDS if CRDS.is_dir() else None
-    for documents in (kustomize(K8S / "overlays" / overlay), rendered(overlay)):
+    parts = [render(overlay, f"--part={part}", "--set=storage-class=default") for part in PARTS]
+    for documents in (kustomize(K8S / "overlays" / overlay), *parts):
         problems = schema_errors(documents, crds)
         if crds is None:
             problems = [problem for problem in problems if "there is no schema for" not in problem]
@@ -116,7 +119,7 @@ def test_image_lock_file_and_manifests_have_the_same_versions():
 
 
 def test_each_pod_of_the_preparation_writes_its_part(densenet, tmp_path):
-    (job,) = kustomize(K8S / "data")
+    (job,) = [document for document in kustomize(K8S / "data") if document["kind"] == "Job"]
     shares = job["spec"]["completions"]
     assert (job["spec"]["completionMode"], job["spec"]["parallelism"]) == ("Indexed", shares)
     program, *words = job["spec"]["template"]["spec"]["containers"][0]["command"]
@@ -132,10 +135,10 @@ def test_each_pod_of_the_preparation_writes_its_part(densenet, tmp_path):
     assert code == 0, printed
 
 
-def test_unknown_fields_and_wrong_types_are_found_in_custom_kinds_too(rendered):
+def test_unknown_fields_and_wrong_types_are_found_in_custom_kinds_too(render):
     if not CRDS.is_dir():
         pytest.skip("KubeRay's CustomResourceDefinitions are not on this machine (../shared/k8s)")
-    documents = rendered("local-cpu")
+    documents = render("local-cpu")
     job = job_of(documents)
     job["spec"]["backofLimit"] = 3
     job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] = "many"
@@ -143,15 +146,15 @@ def test_unknown_fields_and_wrong_types_are_found_in_custom_kinds_too(rendered):
     problems = " ".join(schema_errors(documents, CRDS))
     for word in ("backofLimit", "'many' is not of type 'integer'", "imagePulPolicy"):
         assert word in problems
-    (claim, *_) = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
+    (claim, _) = [d for d in kustomize(K8S / "namespace") if d["kind"] == "PersistentVolumeClaim"]
     claim["spec"]["acessModes"] = []
     assert "acessModes" in " ".join(schema_errors([claim], None))
     assert "there is no schema for ray.io/v1 RayJob: set --crds DIR" in " ".join(schema_errors([job], None))
 
 
 @pytest.mark.parametrize("overlay", overlays())
-def test_pods_meet_the_restricted_standard_and_set_resources(rendered, overlay):
-    documents = rendered(overlay)
+def test_pods_meet_the_restricted_standard_and_set_resources(render, overlay):
+    documents = render(overlay)
     for role, pod in pods(job_of(documents)):
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0, role
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -171,45 +174,132 @@ def test_pods_meet_the_restricted_standard_and_set_resources(rendered, overlay):
     for _, pod in list(pods(job_of(documents)))[2:]:
         (hook,) = [c["lifecycle"]["preStop"]["exec"]["command"] for c in pod["containers"]]
         assert pod["terminationGracePeriodSeconds"] > int(hook[hook.index("--wait") + 1])
-    (namespace,) = [document for document in documents if document["kind"] == "Namespace"]
+    (namespace,) = [document for document in kustomize(K8S / "cluster") if document["kind"] == "Namespace"]
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
 @pytest.mark.parametrize("overlay", overlays())
-def test_the_entrypoint_is_a_command_and_its_config_loads(rendered, overlay, tmp_path):
-    documents = rendered(overlay)
+def test_the_entrypoint_is_a_command_and_its_config_loads(render, overlay, tmp_path):
+    documents = render(overlay)
     job = job_of(documents)
     program, command, file = job["spec"]["entrypoint"].split()
     assert (program, command) == ("densenet", "train")
     assert command in typer.main.get_command(app).commands
     (config,) = [document for document in documents if document["kind"] == "ConfigMap"]
-    text = config["data"][Path(file).name]
-    (tmp_path / "train.yaml").write_text(text)
-    assert load_config(tmp_path / "train.yaml") == load_config(config_of(overlay))
-    assert job["metadata"]["name"] == load_config(config_of(overlay)).run.name
+    (tmp_path / "train.yaml").write_text(config["data"][Path(file).name])
+    loaded = load_config(tmp_path / "train.yaml")
+    assert job["metadata"]["name"] == loaded.run.name == "first"
+    assert loaded.run.output == "/runs"
+    assert loaded.model.name == ("densenet_tiny" if overlay == "local-cpu" else "densenet121")
 
 
-def test_workers_follow_the_config(rendered):
-    group = job_of(rendered("multi-node", "cluster.workers=64"))["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+def test_workers_follow_the_config(render):
+    group = job_of(render("multi-node", "cluster.workers=64"))["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (8, 8, 8)
-    settings = ("--set", "gpus-per-node=4", "--set", "cpus-per-node=32", "--set", "memory=200Gi", "--set", "nodes=2")
-    documents = rendered("multi-node", *settings, "--set", "storage-class=nfs", "--set", "secret=keys")
+    words = ("gpus-per-node=4", "cpus-per-node=32", "memory=100Gi", "nodes=2", "secret=keys")
+    documents = render("multi-node", *(f"--set={word}" for word in words))
     group = job_of(documents)["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert group["replicas"] == 2
     (container,) = group["template"]["spec"]["containers"]
-    assert container["resources"]["limits"] == {"cpu": "32", "memory": "200Gi", GPU: "4"}
+    amounts = {"cpu": "32", "memory": "100Gi", GPU: "4"}
+    assert container["resources"] == {"limits": amounts, "requests": amounts | {"ephemeral-storage": "20Gi"}}
+    assert shared_memory(group["template"]["spec"]) == "50Gi", "it counts as the pod's memory"
     assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
-    claims = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
-    assert {claim["spec"]["storageClassName"] for claim in claims} == {"nfs"}
-    group = job_of(rendered("spot"))["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    group = job_of(render("spot"))["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 4)
 
 
-def test_local_disks_buckets_and_an_existing_mlflow_server(rendered):
+def test_an_overlays_values_hold_unless_the_config_sets_them(densenet, render):
+    def loaded(overlay: str, *arguments: str) -> Any:
+        (text,) = [d["data"]["train.yaml"] for d in render(overlay, *arguments) if d["kind"] == "ConfigMap"]
+        return load_config(yaml.safe_load(text))
+
+    local = loaded("local-cpu")
+    assert (local.tracking.uri, local.cluster.cpus_per_worker) == ("sqlite:////runs/mlflow.db", 1)
+    assert local.cluster.workers == 2, "demo sets it"
+    assert loaded("local-cpu", "tracking.uri=http://mlflow:5000").tracking.uri == "http://mlflow:5000"
+    spot = loaded("spot")
+    assert (spot.checkpoint.every_minutes, spot.cluster.max_failures, spot.data.root) == (5, 1000, "/data/imagenet")
+    spot = loaded("spot", "cluster.max_failures=2", "cluster.workers={min: 8, max: 16, step: 8}")
+    assert (spot.cluster.max_failures, spot.cluster.workers.max, spot.checkpoint.every_minutes) == (2, 16, 5)
+    (_, local), (_, spot) = (list(pods(job_of(render(overlay))))[2] for overlay in ("local-cpu", "spot"))
+    assert local["containers"][0]["resources"]["requests"]["memory"] == "4Gi"
+    assert local["containers"][0]["resources"]["limits"]["memory"] == "6Gi"
+    code, printed = densenet("k8s", "render", *command_of("spot", "cluster.max_failures=2", "--set=grace-period=30"))
+    header = [line for line in printed.splitlines() if line.startswith("#")]
+    assert code == 0
+    assert header[1:] == [
+        "# Config: densenet121, where it sets a key.",
+        '# Overlay spot: data.root="/data/imagenet" run.output="/runs" checkpoint.every_minutes=5 '
+        'cluster.workers={"min": 8, "max": 32, "step": 8}.',
+        "# Command: run.name=first train.global_batch_size=1920 cluster.max_failures=2 --set=grace-period=30.",
+        "# Worker pods: 1 to 4, each with cpu 64, memory 400Gi, nvidia.com/gpu 8.",
+    ]
+
+
+def test_the_part_of_a_run_takes_neither_the_namespace_nor_the_volumes_with_it(render):
+    kinds = {
+        part: sorted({document["kind"] for document in render("kueue", f"--part={part}", "--set=storage-class=nfs")})
+        for part in PARTS
+    }
+    assert kinds == {
+        "cluster": ["ClusterQueue", "Namespace", "PriorityClass", "ResourceFlavor"],
+        "namespace": ["LocalQueue", "PersistentVolumeClaim", "ServiceAccount"],
+        "run": ["ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "RayJob"],
+    }
+    documents = render("multi-node", "--part=namespace", "--set=storage-class=nfs", "--set=namespace=team")
+    claims = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
+    assert {claim["spec"]["storageClassName"] for claim in claims} == {"nfs"}
+    assert {document["metadata"]["namespace"] for document in documents} == {"team"}
+    for document in render("kueue", "--part=cluster", "--set=namespace=team"):
+        assert "namespace" not in document["metadata"]
+        assert document["kind"] != "Namespace" or document["metadata"]["name"] == "team"
+
+
+def test_the_grace_period_and_egress_can_be_set(render):
+    documents = render("multi-node", "--set=grace-period=30", "--set=egress=169.254.20.10:53,10.0.0.0/8:9000")
+    _, _, (_, workers) = pods(job_of(documents))
+    hook = workers["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert (workers["terminationGracePeriodSeconds"], hook[hook.index("--wait") + 1]) == (30, "20")
+    assert hook[hook.index("--run") + 1] == "/runs/first", "another run's checkpoint must not end the wait"
+    (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
+    dns, storage = policy["spec"]["egress"][-2:]
+    assert dns["to"] == [{"ipBlock": {"cidr": "169.254.20.10/32"}}]
+    assert [(port["port"], port["protocol"]) for port in dns["ports"]] == [(53, "UDP"), (53, "TCP")]
+    assert storage == {"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"port": 9000, "protocol": "TCP"}]}
+
+
+@pytest.mark.parametrize("overlay", overlays())
+def test_ray_and_its_object_store_fit_into_the_pods(render, overlay):
+    job = job_of(render(overlay))
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        resources = pod["containers"][0]["resources"]
+        store = int(group["rayStartParams"]["object-store-memory"])
+        memory = parse_quantity(resources["limits"]["memory"])
+        assert store <= parse_quantity(shared_memory(pod)) <= memory / 2
+        assert "ephemeral-storage" in resources["requests"], "/tmp has gigabytes of logs and sockets"
+
+
+def test_text_is_written_so_that_kubernetes_reads_the_same(tmp_path):
+    """kubectl's YAML parser takes `1e5` and `0o7` for numbers, PyYAML does not."""
+    texts = ["1e5", "0o7", "0x1f", "1_0", "1.2.3", ".5e3", "12:30:00", "2026-01-01", "on", "y", "null", "~", "", "-"]
+    texts += ["a: b", "# c", " a", "a\nb", "a \n\n", "\ta\nb", "\u00e9\u2028", "${x}", "'\"", "!x", "&a", "*a"]
+    texts += ["%a", "@a", "`a", "\U0001f600"]
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a"}}
+    config["data"] = {f"key{number}": text for number, text in enumerate(texts)}
+    (tmp_path / "map.yaml").write_text(to_yaml([config]), encoding="utf-8")
+    (tmp_path / "kustomization.yaml").write_text("resources: [map.yaml]")
+    (read,) = kustomize(tmp_path)
+    assert read["data"] == config["data"]
+
+
+def test_local_disks_buckets_and_an_existing_mlflow_server(render):
     overrides = ("data.root=s3://bucket/imagenet", "data.stage=/stage/imagenet", "checkpoint.storage=s3://bucket/runs")
     settings = [f"--set={word}" for word in ("stage-class=nvme", "secret=keys")]
     server = "tracking.uri=https://mlflow.example:8443/tracking"
-    documents = rendered("multi-node", *overrides, server, *settings, "--set", "storage-class=nfs")
+    documents = render("multi-node", *overrides, server, *settings)
     assert schema_errors(documents, CRDS if CRDS.is_dir() else None) == [] or not CRDS.is_dir()
     job = job_of(documents)
     _, (_, head), (_, workers) = pods(job)
@@ -222,47 +312,13 @@ def test_local_disks_buckets_and_an_existing_mlflow_server(rendered):
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
     assert {"ports": [{"port": 8443}]} in policy["spec"]["egress"]
     registry = "tracking.registry_uri=http://registry.example:5555"
-    documents = rendered("multi-node", *overrides, server, registry, *settings, "--set", "storage-class=nfs")
+    documents = render("multi-node", *overrides, server, registry, *settings)
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
     assert {"ports": [{"port": 5555}, {"port": 8443}]} in policy["spec"]["egress"]
-    documents = rendered("multi-node", *overrides, "--set=stage-class=nvme", "--set=secret=none")
+    documents = render("multi-node", *overrides, "--set=stage-class=nvme", "--set=secret=none")
     assert [pod["containers"][0]["envFrom"] for _, pod in list(pods(job_of(documents)))[1:]] == [[], []]
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
     assert policy["spec"]["egress"][-1] == {"ports": [{"port": 443}]}, "MLflow is in the namespace"
-
-
-def test_diff_shows_the_changes_of_apply(densenet, rendered, tmp_path, monkeypatch):
-    """Runs `kubectl diff` against a fake API server."""
-    documents = rendered("local-cpu")
-    command = ("k8s", "diff", config_of("local-cpu"), "--overlay", "local-cpu", "--image")
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    with kube_api(documents) as (address, objects):
-        parts = {"clusters": ("cluster", {"server": address}), "users": ("user", {})}
-        parts["contexts"] = ("context", {"cluster": "local", "user": "local"})
-        config = {key: [{"name": "local", name: value}] for key, (name, value) in parts.items()}
-        (tmp_path / "kubeconfig").write_text(yaml.safe_dump({"kind": "Config", "current-context": "local"} | config))
-        diff = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())", *map(str, command)]
-
-        def differences(image: str) -> tuple[int, str]:
-            done = subprocess.run([*diff, image], capture_output=True, text=True, cwd=PROJECT)
-            return done.returncode, done.stdout
-
-        code, printed = differences(IMAGE)
-        assert code == 1
-        assert all(f"+  name: {document['metadata']['name']}" in printed for document in documents)
-        for document in documents:
-            objects[path_of(document)] = document | {"metadata": {"annotations": {}} | document["metadata"]}
-        assert differences(IMAGE) == (0, "")
-        code, printed = differences("registry.test/densenet:1.2.4")
-        changed = [line.strip() for line in printed.splitlines() if re.match(r"^[+-] ", line)]
-        assert code == 1
-        assert {line[0] + line.rpartition("- ")[2].lstrip("+ ") for line in changed} == {
-            "-image: registry.test/densenet:1.2.3",
-            "+image: registry.test/densenet:1.2.4",
-        }
-    code, printed = densenet(*command, IMAGE)
-    assert code == 2
-    assert "kubectl diff failed" in printed and "kubectl config current-context" in printed
 
 
 @pytest.mark.parametrize(
@@ -279,7 +335,29 @@ def test_diff_shows_the_changes_of_apply(densenet, rendered, tmp_path, monkeypat
         (("cluster.workers=32", "--set", "nodes=2"), "cluster.workers=32 needs 32 GPUs, and overlay multi-node with 2"),
         (("data.root=imagenet",), "data.root=imagenet must be below /data, a volume that all pods share"),
         (("run.output=/data/runs",), "run.output=/data/runs must be below /runs, a volume that all pods share"),
+        (("run.name=null",), "run.name=None must be set, since retries resume the run of this name"),
         (("run.name=Dense_Net",), "run.name=Dense_Net must be set"),
+        (
+            ("run.name=1st",),
+            "run.name=1st must be set, since retries resume the run of this name, and be the name of",
+        ),
+        (
+            ("run.name=prepare-imagenet",),
+            "run.name=prepare-imagenet is the name of another Job of k8s/: choose another",
+        ),
+        (("run.name=mlflow",), "run.name=mlflow is the name of another NetworkPolicy of k8s/: choose"),
+        (("--part=all",), "--part=all is not known: use cluster, namespace, run."),
+        (("data.root=/data/../etc",), "data.root=/data/../etc must be below /data, a volume that all pods share."),
+        (("tracking.uri=sqlite:///mlflow.db",), "tracking.uri=sqlite:///mlflow.db must be below /runs, a volume"),
+        (
+            ("--set=namespace=a.b",),
+            "--set namespace=a.b is not the name of a namespace: use up to 63 lowercase letters",
+        ),
+        (("--set=secret=a..b",), "--set secret=a..b is not a Kubernetes object name"),
+        (("--set=nodes=1", "--set=nodes=2"), "--set nodes is set twice: use one value."),
+        (("--set=egress=minio:9000",), "--set egress=minio:9000 is not ADDRESS:PORT: use an IP address or a block"),
+        (("--set=egress=10.0.0.1:0",), "--set egress=10.0.0.1:0 is not ADDRESS:PORT"),
+        (("--set=grace-period=2",), "--set grace-period=2: grace-period must be an integer of at least 3."),
         (("--set=storage-class=",), "--set storage-class= is not a Kubernetes object name"),
         (("--set=secret=My_Keys",), "--set secret=My_Keys is not a Kubernetes object name: use lowercase letters"),
         (("--set=memory=lots",), "--set memory=lots is not an amount of memory: use for example 200Gi"),
@@ -302,21 +380,15 @@ def test_diff_shows_the_changes_of_apply(densenet, rendered, tmp_path, monkeypat
 def test_render_refuses_bad_input(densenet, arguments, message):
     defaults = {"--overlay": "multi-node", "--image": IMAGE}
     options = [word for pair in defaults.items() if pair[0] not in arguments for word in pair]
-    if "storage-class" not in message:
-        options.append("--set=storage-class=default")
-    code, printed = densenet("k8s", "render", config_of("multi-node"), *arguments, *options)
+    code, printed = densenet("k8s", "render", "densenet121", "run.name=first", *arguments, *options)
     assert code == 2, printed
     assert message in " ".join(printed.split())
 
 
 def test_shared_volumes_need_a_storage_class(densenet):
-    code, printed = densenet(
-        "k8s", "render", config_of("multi-node"), "--overlay=multi-node", "--image", IMAGE, "--set=nodes=4"
-    )
+    code, printed = densenet("k8s", "render", "densenet121", "--part=namespace", "--overlay=multi-node")
     assert code == 2
-    assert (
-        "the volumes data and runs of overlay multi-node are read and written on several nodes: use --set " in printed
-    )
+    assert "the volume data of overlay multi-node is read and written on several nodes: use --set " in printed
 
 
 def test_validate_refuses_files_that_are_not_manifests(densenet, tmp_path):

@@ -13,8 +13,8 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from launch.cluster.ports import free_port
-from launch.kubernetes.kubectl import kustomize
-from launch.kubernetes.manifests import K8S
+from launch.kubernetes.kubectl import K8S, kustomize
+from launch.kubernetes.manifests import render
 from tests.conftest import BIN
 from tests.launch.cluster.test_cluster import live_nodes
 from tests.launch.conftest import WAIT_TIMEOUT_S, Cluster, wait_until
@@ -29,7 +29,9 @@ class Job:
 
     def __init__(self, folder: Path, shell: Callable[..., Any]) -> None:
         self._shell, self.runs, self._tries = shell, folder / "runs", 0
-        documents = kustomize(K8S / "overlays" / "local-cpu")
+        documents = list(
+            yaml.safe_load_all(render(Path("demo"), ["run.name=demo"], "local-cpu", "run", "registry.test/d:1", []))
+        )
         (spec,) = [document["spec"] for document in documents if document["kind"] == "RayJob"]
         (config,) = [document["data"]["train.yaml"] for document in documents if document["kind"] == "ConfigMap"]
         file = folder / "train.yaml"
