@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -260,6 +260,57 @@ def test_keys_of_type_string_take_overrides_literally(text, tmp_path):
     assert (config.data.root, config.cluster.env["ANY"]) == (text, text)
     (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(tmp_path / "again.yaml") == config
+
+
+LOOK_ALIKES = [
+    "1e5",
+    "0x1f",
+    "0o17",
+    "1_0",
+    "1.",
+    ".5e3",
+    ".inf",
+    "+1",
+    "on",
+    "No",
+    "null",
+    "~",
+    "12:30:00",
+    "2026-01-01",
+]
+LOOK_ALIKES += [
+    "${x}",
+    "\\${x}",
+    "\\\\${",
+    "$$",
+    "\\",
+    "'\"",
+    "a: b",
+    " #",
+    "- ",
+    "?",
+    "!x",
+    "&a",
+    "*a",
+    "<<",
+    "=",
+    "\n",
+    "\t",
+]
+
+
+@settings(max_examples=150)
+@given(st.lists(st.sampled_from(LOOK_ALIKES) | st.text(max_size=4), min_size=1, max_size=3).map("".join))
+def test_any_text_is_written_and_read_as_the_same(text, tmp_path_factory):
+    """Text that looks like a number, a date, an interpolation or YAML's syntax stays text in a saved config."""
+    assume("???" not in text)  # a required value in OmegaConf
+    try:
+        config = RunConfig(data={"root": text}, cluster={"env": {"ANY": text}})
+    except ValidationError:
+        return
+    file = tmp_path_factory.mktemp("config") / "again.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(file) == config
 
 
 def test_string_overrides_may_be_null_quoted_or_interpolated():
