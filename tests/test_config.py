@@ -300,7 +300,7 @@ LOOK_ALIKES += [
 
 
 @settings(max_examples=150)
-@given(st.lists(st.sampled_from(LOOK_ALIKES) | st.text(max_size=4), min_size=1, max_size=3).map("".join))
+@given(text=st.lists(st.sampled_from(LOOK_ALIKES) | st.text(max_size=4), min_size=1, max_size=3).map("".join))
 def test_any_text_is_written_and_read_as_the_same(text, tmp_path_factory):
     """Text that looks like a number, a date, an interpolation or YAML's syntax stays text in a saved config."""
     assume("???" not in text)  # a required value in OmegaConf
