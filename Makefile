@@ -26,7 +26,7 @@ test-long: $(READY)  ## run the long tests: whole runs with worker, node, driver
 
 test-tools:  ## install PostgreSQL and Chromium (as root on Debian); without them some tests are skipped
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends postgresql chromium
+	apt-get install -y -qq --no-install-recommends postgresql chromium slurm-wlm munge
 
 coverage: $(READY)  ## run `make test` with a coverage report, child processes included
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long" --cov --cov-report=term
