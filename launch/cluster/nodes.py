@@ -3,6 +3,8 @@
 import sys
 import time
 
+import ray
+
 from launch.cluster.ports import answers
 
 _WAIT_S = 600
@@ -13,13 +15,19 @@ def main(address: str, count: int) -> None:
     """Returns when `count` nodes are in the cluster at `address`; exits with a message when they do not come."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + _WAIT_S
-    while not answers(host, int(port), _AGAIN_S):
+    while not (answers(host, int(port), _AGAIN_S) and _connected(address)):
         _sleep(deadline, f"no Ray answers at {address}")
-    import ray
-
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     while (there := sum(node["Alive"] for node in ray.nodes())) < count:
         _sleep(deadline, f"{there} of {count} nodes have joined the Ray cluster at {address}")
+
+
+def _connected(address: str) -> bool:
+    """Whether this node is in the cluster, which it may be some moments after the cluster answers."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="CRITICAL")
+    except (ConnectionError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def _sleep(deadline: float, state: str) -> None:

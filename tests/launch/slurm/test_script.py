@@ -131,14 +131,15 @@ class Played:
     def __init__(self, folder: Path, script: str, job: int, **env: str) -> None:
         self.folder, self.job = folder, job
         (folder / "script").write_text(script)
+        self.tmpdir = folder / "a-temporary-folder-with-a-path-that-is-too-long-for-the-sockets-of-ray-and-others"
+        self.tmpdir.mkdir()
         given = {
             "SLURM_JOB_ID": str(job),
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_NAME": "first",
             "SLURM_GPUS_ON_NODE": "4",
-            "TMPDIR": str(folder / "a-temporary-folder-with-a-path-that-is-too-long-for-the-sockets-of-ray-and-others"),
+            "TMPDIR": str(self.tmpdir),
         }
-        Path(given["TMPDIR"]).mkdir()
         log = (folder / "out").open("w")
         self.process = subprocess.Popen(
             ["bash", folder / "script"],
@@ -210,7 +211,8 @@ def test_ray_is_started_on_all_nodes_and_the_exit_code_is_the_trainings(play):
     for node, arguments in enumerate((head, other)):
         assert f"--temp-dir=/tmp/ray-{played.job}-{node} " in arguments
         assert f"--num-cpus={node + 3} --num-gpus=4" in arguments
-    assert not list(Path(played.variables("ray0.env")["TMPDIR"]).iterdir())
+        assert played.variables(f"ray{node}.env")["TMPDIR"] == f"/tmp/ray-{played.job}-{node}"
+    assert not list(played.tmpdir.iterdir())
     assert played.read("python.args") == f"-P -m launch.cluster.nodes 127.0.0.1:{port} 2\n"
     training = played.variables("densenet.env")
     assert training["RAY_ADDRESS"] == f"127.0.0.1:{port}"
