@@ -43,6 +43,7 @@ MpiDefault=none
 ReturnToService=2
 KillWait=240
 MinJobAge=3600
+FirstJobId={first_job}
 SchedulerParameters=sched_interval=2,requeue_delay=1
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -99,6 +100,14 @@ class Slurm:
         """What the daemons wrote."""
         return "\n".join(f"{file}:\n{file.read_text()}" for file in sorted(self.folder.glob("*.log")))
 
+    def end_jobs(self) -> None:
+        """Ends what a failed test has left, and waits until both nodes are free."""
+        for job in self.run("squeue", "-h", "-o", "%A").split():
+            self.run("scancel", job)
+        tasks = [process for process in self._family() if "SLURM_JOB_ID" in self._environ(process)]
+        self._kill([task for task in tasks if task.name() != "slurmstepd"])
+        wait_until(lambda: not self.run("squeue", "-h"), self.logs)
+
     def close(self) -> None:
         """Ends the daemons and all that they started."""
         self._kill(self._family())
@@ -107,7 +116,7 @@ class Slurm:
 
     def _configure(self) -> None:
         host = socket.gethostname().partition(".")[0]
-        text = _CONFIG.format(folder=self.folder, host=host, port=free_port())
+        text = _CONFIG.format(folder=self.folder, host=host, port=free_port(), first_job=free_port())
         for name in NODES:
             text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={CPUS}\n"
             (self.folder / f"spool-{name}").mkdir()
