@@ -5,7 +5,7 @@ import time
 
 import ray
 
-from launch.cluster.ports import answers
+from launch.cluster.ports import is_reachable
 
 _WAIT_S = 600
 _AGAIN_S = 1
@@ -15,7 +15,7 @@ def main(address: str, count: int) -> None:
     """Returns when `count` nodes are in the cluster at `address`; exits with a message when they do not come."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + _WAIT_S
-    while not (answers(host, int(port), _AGAIN_S) and _connected(address)):
+    while not (is_reachable(host, int(port), _AGAIN_S) and _connected(address)):
         _sleep(deadline, f"no Ray answers at {address}")
     while (there := sum(node["Alive"] for node in ray.nodes())) < count:
         _sleep(deadline, f"{there} of {count} nodes have joined the Ray cluster at {address}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.cluster.allocation import InsufficientResources, Resources, allocate
 from pipeline.config import Elastic
-from pipeline.config_file import built_in, load_config
+from pipeline.config_file import built_in_configs, load_config
 from pipeline.derived import split_batch
 from pipeline.errors import UserError
 from pipeline.model.timm_models import check_model
@@ -57,7 +57,7 @@ def render(path: Path, overrides: list[str], asked: Allocation) -> str:
         try:
             split_batch(config, allocate(config, offered).workers)
         except InsufficientResources as error:
-            raise UserError(f"{error.why}, or ask for more with --nodes.") from error
+            raise UserError(f"{error.reason}, or ask for more with --nodes.") from error
     options = [
         f"--job-name={name}",
         "--output=%x-%j.out",
@@ -72,7 +72,7 @@ def render(path: Path, overrides: list[str], asked: Allocation) -> str:
         "--requeue",
         *(["--no-kill"] if isinstance(config.cluster.workers, Elastic) else []),
     ]
-    source = str(path) if path.as_posix() in built_in() else str(path.resolve())
+    source = str(path) if path.as_posix() in built_in_configs() else str(path.resolve())
     lines = [
         "#!/bin/bash",
         f"# Trains {name} on {asked.nodes} nodes, until it is done: written by `densenet slurm render`, for sbatch.",

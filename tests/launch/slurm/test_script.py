@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.ports import answers, free_port
+from launch.cluster.ports import is_reachable, free_port
 from tests.launch.conftest import wait_until
 
 # Plays `srun` (the task on two nodes, signals passed on), Ray, the wait for the nodes, the training and `scontrol`.
@@ -186,7 +186,7 @@ def play(densenet, tmp_path) -> Iterator[Callable[..., Played]]:
 
     def run(**env: str) -> Played:
         job = free_port()  # as good as any number, and no other test's
-        while answers("127.0.0.1", 20000 + job % 2500 * 4, 1):
+        while is_reachable("127.0.0.1", 20000 + job % 2500 * 4, 1):
             job += 1
         started.append(Played(tmp_path, script, job, **env))
         return started[-1]
