@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.ports import is_reachable, free_port
+from launch.cluster.ports import free_port, is_reachable
 from tests.launch.conftest import wait_until
 
 # Plays `srun` (the task on two nodes, signals passed on), Ray, the wait for the nodes, the training and `scontrol`.
