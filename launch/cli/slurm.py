@@ -1,4 +1,4 @@
-"""`densenet slurm`: batch scripts for Slurm."""
+"""`densenet slurm`: a batch script for Slurm."""
 
 import sys
 from typing import Annotated
@@ -7,14 +7,12 @@ import typer
 
 from launch.cli.common.options import Config, Overrides
 
-app = typer.Typer(
-    name="slurm", help="Render the batch script of a training.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(name="slurm", help="Render a batch script for Slurm.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def group() -> None:
-    """Makes `render` a command of a group, although it is the only one."""
+    """Makes `render` a command of a group: typer would run a single command without its name."""
 
 
 @app.command()
@@ -26,14 +24,14 @@ def render(
         int | None, typer.Option(help="CPU cores on each node; default: whole nodes", show_default=False)
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs on each node")] = 0,
-    time: Annotated[str | None, typer.Option(help="time limit, as 24:00:00; then it is queued again")] = None,
+    time: Annotated[str | None, typer.Option(help="time limit, for example 24:00:00; the job is then requeued")] = None,
     partition: Annotated[str | None, typer.Option(help="partition; default: the site's")] = None,
     account: Annotated[str | None, typer.Option(help="account; default: the user's")] = None,
     grace: Annotated[int, typer.Option(help="seconds before the time limit for the last checkpoint")] = 120,
 ) -> None:
-    """Print a script for sbatch that starts Ray on the nodes of a job, and trains.
+    """Print a batch script that starts Ray on the nodes of a job, and trains.
 
-    sbatch's own options override those in the script.
+    Submit it with sbatch, whose options override those in the script.
 
     Example: densenet slurm render densenet121 run.name=first --nodes 4 --gpus-per-node 8 --time 24:00:00
     """

@@ -1,4 +1,4 @@
-"""The batch script of a training: `#SBATCH` lines and the command from a config, then `train.sbatch` as it is."""
+"""The batch script of a run: `#SBATCH` lines and the command, followed by `train.sbatch`."""
 
 import re
 import shlex
@@ -23,9 +23,16 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Allocation:
-    """What sbatch asks Slurm for; None: the site's default, or whole nodes in the case of `cpus_per_node`.
+    """The resources that sbatch requests.
 
-    `grace_s` is the time in seconds for the last checkpoint before the time limit.
+    Attributes:
+        nodes: Number of nodes.
+        cpus_per_node: CPU cores on each node; None requests whole nodes.
+        gpus_per_node: GPUs on each node.
+        time: Time limit in a format of sbatch; None: the partition's default.
+        partition: None: the site's default.
+        account: None: the user's default.
+        grace_s: Seconds between the signal for the last checkpoint and the time limit.
     """
 
     nodes: int
@@ -38,7 +45,7 @@ class Allocation:
 
 
 def render(path: Path, overrides: list[str], asked: Allocation) -> str:
-    """The batch script of a training; the same for the same input, folder and environment.
+    """Returns the batch script of a run; deterministic for the same input, working folder and environment.
 
     Raises:
         UserError: the config does not fit the nodes, or an option is wrong.
@@ -49,8 +56,8 @@ def render(path: Path, overrides: list[str], asked: Allocation) -> str:
     name = str(config.run.name)
     if config.run.name is None or not _RUN_NAME.fullmatch(name):
         raise UserError(
-            f"run.name={config.run.name} must be set, by which a job that is queued again goes on, and be the name of "
-            f"the job and of its files: letters, digits, dots, hyphens and underscores, for example run.name=first."
+            f"run.name={config.run.name} must be set, because a requeued job resumes the run of that name, and "
+            f"be a name for the job and its files: letters, digits, dots, hyphens and underscores, for example run.name=first."
         )
     offered = _offered(asked)
     if offered is not None:
@@ -75,7 +82,7 @@ def render(path: Path, overrides: list[str], asked: Allocation) -> str:
     source = str(path) if path.as_posix() in built_in_configs() else str(path.resolve())
     lines = [
         "#!/bin/bash",
-        f"# Trains {name} on {asked.nodes} nodes, until it is done: written by `densenet slurm render`, for sbatch.",
+        f"# Trains {name} on {asked.nodes} nodes. Written by `densenet slurm render`; submit it with sbatch.",
         *(f"#SBATCH {option}" for option in options),
         "",
         f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
@@ -103,20 +110,20 @@ def _check_options(asked: Allocation) -> None:
         value = getattr(asked, key)
         if value is not None and not _NAME.fullmatch(value):
             raise UserError(
-                f"{_option(key)}={value} is no name of Slurm's: use letters, digits, dots, hyphens and underscores; "
+                f"{_option(key)}={value} is not a valid name: use letters, digits, dots, hyphens and underscores; "
                 f"`sinfo` lists partitions, `sacctmgr show assoc` accounts."
             )
     if asked.time is not None:
         limit_s = _seconds(asked.time)
         if limit_s is None:
             raise UserError(
-                f"--time={asked.time} is no time limit of Slurm's: use minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS, "
-                f"for example --time=24:00:00 or --time=2-0."
+                f"--time={asked.time} is not a time limit that sbatch accepts: use minutes, HOURS:MINUTES:SECONDS or "
+                f"DAYS-HOURS, for example --time=24:00:00 or --time=2-0."
             )
         if limit_s <= asked.grace_s:
             raise UserError(
                 f"--time={asked.time} is {limit_s} s, and --grace={asked.grace_s} s of them are for the last "
-                f"checkpoint: set a longer --time, or a shorter --grace."
+                f"checkpoint: set a longer --time or a shorter --grace."
             )
 
 

@@ -41,7 +41,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
-KillWait=240
+KillWait=90
 MinJobAge=3600
 FirstJobId={first_job}
 SchedulerParameters=sched_interval=2,requeue_delay=1
@@ -101,7 +101,7 @@ class Slurm:
         return "\n".join(f"{file}:\n{file.read_text()}" for file in sorted(self.folder.glob("*.log")))
 
     def end_jobs(self) -> None:
-        """Ends what a failed test has left, and waits until both nodes are free."""
+        """Kills jobs that a failed test left running, and waits until they have ended."""
         for job in self.run("squeue", "-h", "-o", "%A").split():
             self.run("scancel", job)
         tasks = [process for process in self._family() if "SLURM_JOB_ID" in self._environ(process)]

@@ -1,4 +1,4 @@
-"""The batch script: what it asks Slurm for, what is refused, and what it does; Slurm and Ray are played."""
+"""The batch script: what it asks Slurm for, what is refused, and what it does with stubs of Slurm and Ray."""
 
 import os
 import shutil
@@ -13,8 +13,8 @@ import pytest
 from launch.cluster.ports import free_port, is_reachable
 from tests.launch.conftest import wait_until
 
-# Plays `srun` (the task on two nodes, signals passed on), Ray, the wait for the nodes, the training and `scontrol`.
-_FAKES = {
+# Stubs: `srun` (two tasks, forwards SIGUSR1), Ray, the wait for the nodes, the run and `scontrol`.
+_STUBS = {
     "srun": """
         echo "$*" >> srun.args
         while [[ $1 == --* ]]; do shift; done
@@ -98,16 +98,16 @@ def test_the_script_is_bash_and_quotes_what_it_is_given(render, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["run.name=null"], "run.name=None must be set, by which a job that is queued again goes on"),
+        (["run.name=null"], "run.name=None must be set, because a requeued job resumes the run"),
         (["run.name=a b"], "run.name=a b must be set"),
         (["--nodes", "0"], "--nodes=0 must be a whole number of at least 1."),
         (["--cpus-per-node", "0"], "--cpus-per-node=0 must be a whole number of at least 1."),
         (["--gpus-per-node", "-1"], "--gpus-per-node=-1 must be a whole number of at least 0."),
         (["--grace", "0"], "--grace=0 must be a whole number of at least 1."),
-        (["--partition", "a b"], "--partition=a b is no name of Slurm's"),
-        (["--partition", "a\n#SBATCH --x"], "is no name of Slurm's"),
-        (["--account", ""], "--account= is no name of Slurm's"),
-        (["--time", "tomorrow"], "--time=tomorrow is no time limit of Slurm's: use minutes"),
+        (["--partition", "a b"], "--partition=a b is not a valid name"),
+        (["--partition", "a\n#SBATCH --x"], "is not a valid name"),
+        (["--account", ""], "--account= is not a valid name"),
+        (["--time", "tomorrow"], "--time=tomorrow is not a time limit that sbatch accepts: use minutes"),
         (["--time", "2"], "--time=2 is 120 s, and --grace=120 s of them are for the last checkpoint"),
         (["--time", "0-0:1:59"], "--time=0-0:1:59 is 119 s"),
         (["cluster.workers=5", "--nodes", "2", "--cpus-per-node", "2"], "--nodes=2 --cpus-per-node=2"),
@@ -125,8 +125,8 @@ def test_sbatchs_forms_of_a_time_limit_are_taken(render, time):
     assert f"--time={time}" in asked(render("--time", time))
 
 
-class Played:
-    """The script, run with Slurm's commands and Ray's played in a folder."""
+class StubRun:
+    """The script, run with the stubs in a folder."""
 
     def __init__(self, folder: Path, script: str, job: int, **env: str) -> None:
         self.folder, self.job = folder, job
@@ -161,7 +161,7 @@ class Played:
     def variables(self, name: str) -> dict[str, str]:
         return dict(line.split("=", 1) for line in self.read(name).splitlines() if "=" in line)
 
-    def ended(self) -> int:
+    def exit_code(self) -> int:
         """The exit code; after it nothing is left of Ray."""
         code = self.process.wait(timeout=120)
         for node in range(2):
@@ -172,71 +172,71 @@ class Played:
 
 
 @pytest.fixture
-def play(densenet, tmp_path) -> Iterator[Callable[..., Played]]:
-    """`play(**env)` runs the script of a run `first`."""
+def run_script(densenet, tmp_path) -> Iterator[Callable[..., StubRun]]:
+    """`run_script(**env)` runs the script of a run `first` with the stubs."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name, text in _FAKES.items():
+    for name, text in _STUBS.items():
         body = "\n".join(line.removeprefix(" " * 8) for line in text.format(python=sys.executable).splitlines())
         (bin_folder / name).write_text("#!/bin/bash" + body + "\n")
         (bin_folder / name).chmod(0o755)
     _, script = densenet("slurm", "render", "demo", "run.name=first", "--nodes", "2")
     script = script.replace(f"export PATH={Path(sys.executable).parent}:", f"export PATH={bin_folder}:")
-    started: list[Played] = []
+    started: list[StubRun] = []
 
-    def run(**env: str) -> Played:
+    def run(**env: str) -> StubRun:
         job = free_port()  # as good as any number, and no other test's
         while is_reachable("127.0.0.1", 20000 + job % 2500 * 4, 1):
             job += 1
-        started.append(Played(tmp_path, script, job, **env))
+        started.append(StubRun(tmp_path, script, job, **env))
         return started[-1]
 
     yield run
-    for played in started:
-        if played.process.poll() is None:
-            os.killpg(played.process.pid, signal.SIGKILL)
-            played.process.wait()
+    for stub_run in started:
+        if stub_run.process.poll() is None:
+            os.killpg(stub_run.process.pid, signal.SIGKILL)
+            stub_run.process.wait()
 
 
-def test_ray_is_started_on_all_nodes_and_the_exit_code_is_the_trainings(play):
-    played = play(RANK="7", WORLD_SIZE="99", MASTER_ADDR="nowhere")
-    (played.folder / "end").write_text("3")
-    assert played.ended() == 3
-    assert not (played.folder / "scontrol.args").exists()
-    port = 20000 + played.job % 2500 * 4
-    head, other = played.read("ray0.args"), played.read("ray1.args")
+def test_ray_is_started_on_all_nodes_and_the_exit_code_is_that_of_the_run(run_script):
+    stub_run = run_script(RANK="7", WORLD_SIZE="99", MASTER_ADDR="nowhere")
+    (stub_run.folder / "end").write_text("3")
+    assert stub_run.exit_code() == 3
+    assert not (stub_run.folder / "scontrol.args").exists()
+    port = 20000 + stub_run.job % 2500 * 4
+    head, other = stub_run.read("ray0.args"), stub_run.read("ray1.args")
     assert head.startswith(f"start --head --node-ip-address=127.0.0.1 --port={port} --dashboard-port={port + 1} ")
     assert f"--ray-client-server-port={port + 2} " in head
     assert other.startswith(f"start --address=127.0.0.1:{port} ")
     for node, arguments in enumerate((head, other)):
-        assert f"--temp-dir=/tmp/ray-{played.job}-{node} " in arguments
+        assert f"--temp-dir=/tmp/ray-{stub_run.job}-{node} " in arguments
         assert f"--num-cpus={node + 3} --num-gpus=4" in arguments
-        assert played.variables(f"ray{node}.env")["TMPDIR"] == f"/tmp/ray-{played.job}-{node}"
-    assert not list(played.tmpdir.iterdir())
-    assert played.read("python.args") == f"-P -m launch.cluster.nodes 127.0.0.1:{port} 2\n"
-    training = played.variables("densenet.env")
+        assert stub_run.variables(f"ray{node}.env")["TMPDIR"] == f"/tmp/ray-{stub_run.job}-{node}"
+    assert not list(stub_run.tmpdir.iterdir())
+    assert stub_run.read("python.args") == f"-P -m launch.cluster.nodes 127.0.0.1:{port} 2\n"
+    training = stub_run.variables("densenet.env")
     assert training["RAY_ADDRESS"] == f"127.0.0.1:{port}"
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & training.keys()
     token = training["RAY_AUTH_TOKEN"]
     assert len(token) == 64
-    assert token == played.variables("ray1.env")["RAY_AUTH_TOKEN"]
-    assert token not in played.read("srun.args") + head + other + played.read("script")
+    assert token == stub_run.variables("ray1.env")["RAY_AUTH_TOKEN"]
+    assert token not in stub_run.read("srun.args") + head + other + stub_run.read("script")
 
 
-def test_sigterm_ends_the_training_and_is_kept_from_ray(play):
-    played = play()
-    ray = int(played.read("ray1.pid"))
+def test_sigterm_ends_the_training_and_does_not_reach_ray(run_script):
+    stub_run = run_script()
+    ray = int(stub_run.read("ray1.pid"))
     os.kill(ray, signal.SIGTERM)  # as `scancel` does
-    played.process.send_signal(signal.SIGTERM)
+    stub_run.process.send_signal(signal.SIGTERM)
     assert Path(f"/proc/{ray}").exists()
-    assert played.ended() == 143
-    assert not (played.folder / "scontrol.args").exists()
+    assert stub_run.exit_code() == 143
+    assert not (stub_run.folder / "scontrol.args").exists()
 
 
-def test_the_signal_before_the_time_limit_queues_the_job_again(play):
-    played = play()
-    played.process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: (played.folder / "asked").exists(), played.output)
-    played.process.send_signal(signal.SIGTERM)  # the exit code is that of the training all the same
-    assert played.ended() == 143
-    assert played.read("scontrol.args") == f"requeue {played.job}\n"
+def test_the_signal_before_the_time_limit_requeues_the_job(run_script):
+    stub_run = run_script()
+    stub_run.process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: (stub_run.folder / "asked").exists(), stub_run.output)
+    stub_run.process.send_signal(signal.SIGTERM)  # the exit code is still that of the run
+    assert stub_run.exit_code() == 143
+    assert stub_run.read("scontrol.args") == f"requeue {stub_run.job}\n"
