@@ -57,7 +57,8 @@ def render(path: Path, overrides: list[str], asked: Allocation) -> str:
     if config.run.name is None or not _RUN_NAME.fullmatch(name):
         raise UserError(
             f"run.name={config.run.name} must be set, because a requeued job resumes the run of that name, and "
-            f"be a name for the job and its files: letters, digits, dots, hyphens and underscores, for example run.name=first."
+            f"be a name for the job and its files: use letters, digits, dots, hyphens and underscores, for example "
+            f"run.name=first."
         )
     offered = _offered(asked)
     if offered is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.train.checkpoint import checkpoint_root, newest_valid, samples_of
+from pipeline.train.checkpoint import checkpoint_root, latest_valid, samples_of
 from tests.conftest import BIN
 from tests.launch.conftest import wait_until
 from tests.launch.slurm.real_slurm import Slurm, real_slurm
@@ -83,7 +83,7 @@ class Job:
 
     def newest(self) -> int:
         """The samples of the newest checkpoint, which is valid."""
-        path = newest_valid(checkpoint_root(self.folder / self.name), lambda skipped: pytest.fail(str(skipped)))
+        path = latest_valid(checkpoint_root(self.folder / self.name), lambda skipped: pytest.fail(str(skipped)))
         assert path is not None
         return samples_of(path)
 
