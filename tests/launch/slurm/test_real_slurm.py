@@ -148,7 +148,7 @@ def test_an_elastic_job_continues_without_a_lost_node(slurm, tmp_path):
     job = Job(slurm, tmp_path, "run", *TWO_NODES, *EPOCHS, "cluster.workers={min: 1, max: 2}")
     job.wait_for_checkpoint()
     slurm.kill_node("node2")
-    job.wait_for(lambda: "there are 1 workers now, 2 before" in job.output)
+    job.wait_for(lambda: "the run now has 1 workers, previously 2" in job.output)
     job.wait_for(lambda: slurm.states()["node2"].startswith("down"))
     assert job.field("JobState") == "RUNNING"
     slurm.run("scancel", job.number)
