@@ -1,4 +1,4 @@
-"""`densenet slurm`: a batch script for Slurm."""
+"""`densenet slurm`: renders a batch script for Slurm."""
 
 import sys
 from typing import Annotated
@@ -12,7 +12,7 @@ app = typer.Typer(name="slurm", help="Render a batch script for Slurm.", no_args
 
 @app.callback()
 def group() -> None:
-    """Makes `render` a command of a group: typer would run a single command without its name."""
+    """Keeps the name `render`: typer runs an only command without its name."""
 
 
 @app.command()
@@ -35,7 +35,7 @@ def render(
 
     Example: densenet slurm render densenet121 run.name=first --nodes 4 --gpus-per-node 8 --time 24:00:00
     """
-    from launch.slurm.script import Allocation, render
+    from launch.slurm.script import SlurmOptions, render
 
-    asked = Allocation(nodes, cpus_per_node, gpus_per_node, time, partition, account, grace)
-    sys.stdout.write(render(config, overrides or [], asked))
+    options = SlurmOptions(nodes, cpus_per_node, gpus_per_node, time, partition, account, grace)
+    sys.stdout.write(render(config, overrides or [], options))

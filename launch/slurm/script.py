@@ -22,8 +22,8 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
-class Allocation:
-    """The resources that sbatch requests.
+class SlurmOptions:
+    """Options of the batch script, most of which are options of sbatch.
 
     Attributes:
         nodes: Number of nodes.
@@ -44,47 +44,54 @@ class Allocation:
     grace_s: int
 
 
-def render(path: Path, overrides: list[str], asked: Allocation) -> str:
-    """Returns the batch script of a run; deterministic for the same input, working folder and environment.
+def render(path: Path, overrides: list[str], options: SlurmOptions) -> str:
+    """Returns the batch script of a run; equal for equal input, working folder and environment.
 
     Raises:
-        UserError: the config does not fit the nodes, or an option is wrong.
+        UserError: The nodes have too few resources for the config, or an option is invalid.
     """
-    _check_options(asked)
+    _check_options(options)
     config = load_config(path, *overrides)
     check_model(config)
-    name = str(config.run.name)
-    if config.run.name is None or not _RUN_NAME.fullmatch(name):
+    name = config.run.name
+    if name is None or not _RUN_NAME.fullmatch(name):
         raise UserError(
-            f"run.name={config.run.name} must be set, because a requeued job resumes the run of that name, and "
-            f"be a name for the job and its files: use letters, digits, dots, hyphens and underscores, for example "
-            f"run.name=first."
+            f"run.name={'null' if name is None else name} must be set to letters, digits, dots, hyphens and "
+            f"underscores, for example run.name=first: a requeued job resumes the run of that name."
         )
-    offered = _offered(asked)
-    if offered is not None:
+    resources = _resources(options)
+    if resources is not None:
         try:
-            split_batch(config, allocate(config, offered).workers)
+            split_batch(config, allocate(config, resources).workers)
         except InsufficientResources as error:
-            raise UserError(f"{error.reason}, or ask for more with --nodes.") from error
-    options = [
+            raise UserError(f"{error.reason}, or request more nodes with --nodes.") from error
+    directives = [
         f"--job-name={name}",
         "--output=%x-%j.out",
         "--open-mode=append",
         f"--chdir={shlex.quote(str(Path.cwd()))}",
-        f"--nodes={asked.nodes}",
+        f"--nodes={options.nodes}",
         "--ntasks-per-node=1",
-        *(["--exclusive", "--mem=0"] if asked.cpus_per_node is None else [f"--cpus-per-task={asked.cpus_per_node}"]),
-        *([f"--gpus-per-node={asked.gpus_per_node}"] if asked.gpus_per_node else []),
-        *(f"--{key}={value}" for key in ("time", "partition", "account") if (value := getattr(asked, key)) is not None),
-        f"--signal=B:USR1@{asked.grace_s}",
+        *(
+            ["--exclusive", "--mem=0"]
+            if options.cpus_per_node is None
+            else [f"--cpus-per-task={options.cpus_per_node}"]
+        ),
+        *([f"--gpus-per-node={options.gpus_per_node}"] if options.gpus_per_node else []),
+        *(
+            f"--{key}={value}"
+            for key in ("time", "partition", "account")
+            if (value := getattr(options, key)) is not None
+        ),
+        f"--signal=B:USR1@{options.grace_s}",
         "--requeue",
         *(["--no-kill"] if isinstance(config.cluster.workers, Elastic) else []),
     ]
     source = str(path) if path.as_posix() in built_in_configs() else str(path.resolve())
     lines = [
         "#!/bin/bash",
-        f"# Trains {name} on {asked.nodes} nodes. Written by `densenet slurm render`; submit it with sbatch.",
-        *(f"#SBATCH {option}" for option in options),
+        f"# Trains {name}. Written by `densenet slurm render`; submit it with sbatch.",
+        *(f"#SBATCH {directive}" for directive in directives),
         "",
         f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
         f"train=({shlex.join(['densenet', 'train', source, *overrides])})",
@@ -93,38 +100,38 @@ def render(path: Path, overrides: list[str], asked: Allocation) -> str:
     return "\n".join(lines) + "\n" + _BODY.read_text(encoding="utf-8")
 
 
-def _offered(asked: Allocation) -> Resources | None:
-    """The cores and GPUs of all nodes; None where the cores of a node are not known."""
-    if asked.cpus_per_node is None:
+def _resources(options: SlurmOptions) -> Resources | None:
+    """Returns the cores and GPUs of all nodes, or None if the number of cores of a node is unknown."""
+    nodes, cpus, gpus = options.nodes, options.cpus_per_node, options.gpus_per_node
+    if cpus is None:
         return None
-    nodes, cpus, gpus = asked.nodes, asked.cpus_per_node, asked.gpus_per_node
-    where = f"--nodes={nodes} --cpus-per-node={cpus} --gpus-per-node={gpus}"
-    return Resources(where, cpus * nodes, gpus * nodes, embedded=False)
+    name = f"--nodes={nodes} --cpus-per-node={cpus} --gpus-per-node={gpus}"
+    return Resources(name, cpus * nodes, gpus * nodes, embedded=False)
 
 
-def _check_options(asked: Allocation) -> None:
-    for key, least in (("nodes", 1), ("cpus_per_node", 1), ("gpus_per_node", 0), ("grace_s", 1)):
-        value = getattr(asked, key)
-        if value is not None and value < least:
-            raise UserError(f"{_option(key)}={value} must be a whole number of at least {least}.")
+def _check_options(options: SlurmOptions) -> None:
+    for key, minimum in (("nodes", 1), ("cpus_per_node", 1), ("gpus_per_node", 0), ("grace_s", 1)):
+        value = getattr(options, key)
+        if value is not None and value < minimum:
+            raise UserError(f"{_option(key)}={value} must be an integer of at least {minimum}.")
     for key in ("partition", "account"):
-        value = getattr(asked, key)
+        value = getattr(options, key)
         if value is not None and not _NAME.fullmatch(value):
             raise UserError(
-                f"{_option(key)}={value} is not a valid name: use letters, digits, dots, hyphens and underscores; "
-                f"`sinfo` lists partitions, `sacctmgr show assoc` accounts."
+                f"{_option(key)}={value} is not a valid name: use letters, digits, dots, commas, hyphens and "
+                f"underscores; `sinfo` lists the partitions, `sacctmgr show assoc` the accounts."
             )
-    if asked.time is not None:
-        limit_s = _seconds(asked.time)
+    if options.time is not None:
+        limit_s = _seconds(options.time)
         if limit_s is None:
             raise UserError(
-                f"--time={asked.time} is not a time limit that sbatch accepts: use minutes, HOURS:MINUTES:SECONDS or "
+                f"--time={options.time} is not a time limit: use minutes, HOURS:MINUTES:SECONDS or "
                 f"DAYS-HOURS, for example --time=24:00:00 or --time=2-0."
             )
-        if limit_s <= asked.grace_s:
+        if limit_s <= options.grace_s:
             raise UserError(
-                f"--time={asked.time} is {limit_s} s, and --grace={asked.grace_s} s of them are for the last "
-                f"checkpoint: set a longer --time or a shorter --grace."
+                f"--time={options.time} is {limit_s} s and must be longer than --grace={options.grace_s} s, the time "
+                f"for the last checkpoint: set a longer --time or a shorter --grace."
             )
 
 
@@ -133,10 +140,10 @@ def _option(key: str) -> str:
 
 
 def _seconds(time: str) -> int | None:
-    """The seconds of a time limit as sbatch takes it, or None where it does not."""
-    found = _TIME.fullmatch(time)
-    if found is None:
+    """Returns the seconds of a time limit in a format of sbatch, or None if it has another format."""
+    match = _TIME.fullmatch(time)
+    if match is None:
         return None
-    part = {name: int(value or 0) for name, value in found.groupdict().items()}
+    part = {name: int(value or 0) for name, value in match.groupdict().items()}
     hours, minutes, seconds = part["h"] + part["dh"], part["m"] + part["dm"], part["s"] + part["ds"]
     return ((part["d"] * 24 + hours) * 60 + minutes) * 60 + seconds
