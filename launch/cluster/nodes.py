@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 import ray
@@ -31,7 +32,7 @@ def main() -> None:
     wait.start()
     deadline = time.monotonic() + _WAIT_S
     while wait.is_alive():
-        if not psutil.pid_exists(options.pid):
+        if not _is_running(options.pid):
             _fail(f"Ray ended before {options.count} nodes had joined", options.logs)
         if time.monotonic() > deadline:
             _fail(f"{options.count} nodes have not joined Ray at {options.address} in {_WAIT_S} s", options.logs)
@@ -44,6 +45,12 @@ def _wait_for_nodes(address: str, count: int) -> None:
         time.sleep(_POLL_S)
     while sum(node["Alive"] for node in ray.nodes()) < count:
         time.sleep(_POLL_S)
+
+
+def _is_running(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _connected(address: str) -> bool:

@@ -1,6 +1,7 @@
-"""The demo under a real Slurm with two nodes on this machine: cancel, requeue, time limit, a lost node, two jobs."""
+"""The demo under a real Slurm with two nodes on this machine: cancel, requeue, time limit, lost nodes, shared nodes."""
 
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,6 +113,7 @@ def test_a_job_is_requeued_and_canceled_and_loses_nothing(slurm, tmp_path):
     stopped = job.stopped_at()
     assert job.resumed_at(1) == stopped
     assert job.field("Restarts") == "1"
+    slurm.run("scancel", "--batch", "--signal=USR1", job.number)  # a canceled job is not requeued
     slurm.run("scancel", job.number)
     stopped = job.stopped_at(1)
     assert job.newest() == stopped
@@ -166,6 +168,19 @@ def test_two_jobs_share_a_node(slurm, tmp_path):
         job.wait_for_state("COMPLETED")
         assert job.field("NodeList") == "node1"
         assert job.newest() == 45 * 64
+
+
+def test_a_job_whose_ray_does_not_start_fails_and_names_the_logs(slurm, tmp_path):
+    number = int(slurm.run("sbatch", "--parsable", "--hold", "--wrap=true"))
+    slurm.run("scancel", str(number))
+    with socket.create_server(("", 20000 + (number + 1) % 2500 * 4)):
+        job = Job(slurm, tmp_path, "run", *TWO_NODES)
+        job.wait_for_state("FAILED")
+    assert job.number == str(number + 1)
+    assert job.field("ExitCode") == "1:0"
+    assert job.field("Restarts") == "0"
+    assert f"error: Ray ended before 2 nodes had joined: read run-{job.number}-ray-*.log." in job.output
+    assert not list(Path("/tmp").glob(f"ray-{job.number}-*"))
 
 
 def test_bad_input_ends_the_job_with_its_exit_code(slurm, tmp_path):

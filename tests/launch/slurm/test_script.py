@@ -1,22 +1,32 @@
-"""The batch script: what it asks Slurm for, what is refused, and what it does with stubs of Slurm and Ray."""
+"""The batch script: its directives, refused input, and its behavior with stubs of Slurm and Ray."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from launch.cluster.ports import free_port, is_reachable
+from launch.slurm.script import SlurmOptions
+from launch.slurm.script import render as render_script
+from pipeline.config_file import load_config
 from tests.launch.conftest import wait_until
 
-# Stubs: `srun` (two tasks, forwards SIGUSR1), Ray, the wait for the nodes, the run and `scontrol`.
+CONFIG = load_config(Path("demo"), "run.name=first")
+OPTIONS = SlurmOptions(nodes=2, cpus_per_node=8, gpus_per_node=0, time=None, partition=None, account=None, grace_s=120)
+
+# Stubs: `srun` (two tasks, forwards SIGUSR1), Ray, the wait for the nodes, the run and Slurm's other commands.
 _STUBS = {
     "srun": """
-        echo "$*" >> srun.args
+        echo "$*" >> srun.args; echo $$ > srun.pid
         while [[ $1 == --* ]]; do shift; done
         for SLURM_NODEID in 0 1; do
             SLURM_NODEID=$SLURM_NODEID SLURM_CPUS_ON_NODE=$((SLURM_NODEID + 3)) setsid "$@" & pids+=" -$!"
@@ -24,19 +34,25 @@ _STUBS = {
         trap 'kill -USR1 $pids' USR1
         wait; wait""",
     "ray": """
+        [[ $2 == --head && -e no-head ]] && exit 1
         echo "$*" >> "ray$SLURM_NODEID.args"; env > "ray$SLURM_NODEID.env"; echo $$ > "ray$SLURM_NODEID.pid"
         [[ $2 == --head ]] && exec {python} -c "import os, socket, time
         s = socket.create_server(('127.0.0.1', int(os.environ['port']))); time.sleep(1000)"
         exec sleep 1000""",
     "python": """
-        echo "$*" > python.args""",
+        echo "$*" > python.args
+        if [[ -e no-head ]]; then timeout 60 tail --pid="$7" -f /dev/null; exit 1; fi""",
     "densenet": """
         echo "$*" > densenet.args; env > densenet.env
-        trap 'touch asked; sleep 1; exit 143' TERM
+        trap 'touch stopping; sleep 1; exit "$(cat end 2> /dev/null || echo 143)"' TERM
         touch started
-        for i in {{1..3000}}; do [[ -e end ]] && exit "$(cat end)"; sleep 0.1; done""",
+        for i in {{1..3000}}; do [[ -e end && ! -e stopping ]] && exit "$(cat end)"; sleep 0.1; done""",
     "scontrol": """
         echo "$*" >> scontrol.args""",
+    "scancel": """
+        echo "$*" >> scancel.args; kill -USR1 "$(cat srun.pid)" """,
+    "squeue": """
+        cat state""",
 }
 
 
@@ -52,15 +68,15 @@ def render(densenet, tmp_path) -> Callable[..., str]:
     return run
 
 
-def asked(script: str) -> list[str]:
-    """What a script asks Slurm for."""
+def directives(script: str) -> list[str]:
+    """Returns the options in a script's `#SBATCH` lines."""
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
 
-def test_the_script_asks_for_what_the_options_say(render, tmp_path):
+def test_options_become_directives(render, tmp_path):
     counts = ("--nodes", "2", "--cpus-per-node", "8")
     script = render(*counts, "--time", "24:00:00", "--partition", "gpu", "--account", "a")
-    assert asked(script) == [
+    assert directives(script) == [
         "--job-name=first",
         "--output=%x-%j.out",
         "--open-mode=append",
@@ -79,56 +95,79 @@ def test_the_script_asks_for_what_the_options_say(render, tmp_path):
 
 
 def test_whole_nodes_gpus_and_elastic_workers(render):
-    options = asked(render("--nodes", "4", "--gpus-per-node", "8", "cluster.workers={min: 8, max: 32, step: 8}"))
+    options = directives(render("--nodes", "4", "--gpus-per-node", "8", "cluster.workers={min: 8, max: 32, step: 8}"))
     assert {"--exclusive", "--mem=0", "--gpus-per-node=8", "--no-kill"} <= set(options)
     assert not [option for option in options if option.startswith(("--cpus", "--time", "--partition", "--account"))]
 
 
-def test_the_script_is_bash_and_quotes_what_it_is_given(render, tmp_path):
-    script = tmp_path / "s.sbatch"
-    script.write_text(render("run.output=a b/$HOME'", "--nodes", "2"))
-    subprocess.run(["bash", "-n", script], check=True)
-    line = next(line for line in script.read_text().splitlines() if line.startswith("train=("))
-    shown = subprocess.run(["bash", "-c", line + '; printf "%s\\n" "${train[@]}"'], capture_output=True, text=True)
-    assert shown.stdout.splitlines() == ["densenet", "train", "demo", "run.name=first", "run.output=a b/$HOME'"]
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", script], check=True)
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), max_size=4))
+@example(
+    ["run.output=a b/$HOME'", 'run.output="`id`"', "x=$(id)", "x=\\", "x=!!", "#SBATCH --x\n#SBATCH --y", "x=*", ""]
+)
+def test_bash_gets_the_overrides_unchanged(overrides):
+    with patch("launch.slurm.script.load_config", lambda *_: CONFIG):
+        script = render_script(Path("demo"), overrides, OPTIONS)
+    subprocess.run(["bash", "-n"], input=script.encode(), check=True)
+    command = script[script.index("\ntrain=(") : script.index("\n\n# Ray")] + '\nprintf "%s\\0" "${train[@]}"'
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert shown.stdout.decode().split("\0")[:-1] == ["densenet", "train", "demo", *overrides]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck")
+def test_shellcheck_accepts_the_script(render):
+    subprocess.run(["shellcheck", "-"], input=render("--nodes", "2"), text=True, check=True)
+
+
+@pytest.mark.parametrize("folder", ["a b", "it's", 'a "b"', "$HOME"])
+def test_the_working_folder_is_quoted(densenet, tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    script = render_script(Path("demo"), ["run.name=first"], OPTIONS)
+    (directive,) = [option for option in directives(script) if option.startswith("--chdir=")]
+    assert shlex.split(directive) == [f"--chdir={tmp_path / folder}"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["run.name=null"], "run.name=None must be set, because a requeued job resumes the run"),
-        (["run.name=a b"], "run.name=a b must be set"),
-        (["--nodes", "0"], "--nodes=0 must be a whole number of at least 1."),
-        (["--cpus-per-node", "0"], "--cpus-per-node=0 must be a whole number of at least 1."),
-        (["--gpus-per-node", "-1"], "--gpus-per-node=-1 must be a whole number of at least 0."),
-        (["--grace", "0"], "--grace=0 must be a whole number of at least 1."),
+        (["run.name=null"], "run.name=null must be set to letters, digits"),
+        (
+            ["run.name=a b"],
+            "run.name=a b must be set to letters, digits, dots, hyphens and underscores, for example run.name=first",
+        ),
+        (["--nodes", "0"], "--nodes=0 must be an integer of at least 1."),
+        (["--cpus-per-node", "0"], "--cpus-per-node=0 must be an integer of at least 1."),
+        (["--gpus-per-node", "-1"], "--gpus-per-node=-1 must be an integer of at least 0."),
+        (["--grace", "0"], "--grace=0 must be an integer of at least 1."),
         (["--partition", "a b"], "--partition=a b is not a valid name"),
         (["--partition", "a\n#SBATCH --x"], "is not a valid name"),
         (["--account", ""], "--account= is not a valid name"),
-        (["--time", "tomorrow"], "--time=tomorrow is not a time limit that sbatch accepts: use minutes"),
-        (["--time", "2"], "--time=2 is 120 s, and --grace=120 s of them are for the last checkpoint"),
+        (["--time", "tomorrow"], "--time=tomorrow is not a time limit: use minutes"),
+        (["--time", "2"], "--time=2 is 120 s and must be longer than --grace=120 s"),
         (["--time", "0-0:1:59"], "--time=0-0:1:59 is 119 s"),
-        (["cluster.workers=5", "--nodes", "2", "--cpus-per-node", "2"], "--nodes=2 --cpus-per-node=2"),
+        (
+            ["cluster.workers=4", "cluster.cpus_per_worker=2", "--nodes", "2", "--cpus-per-node", "2"],
+            "--nodes=2 --cpus-per-node=2 --gpus-per-node=0 has 4: set fewer cluster.workers or a smaller "
+            "cluster.cpus_per_worker, or request more nodes with --nodes.",
+        ),
         (["device=cuda", "--cpus-per-node", "2"], "device=cuda needs GPUs"),
         (["train.epochs=-1"], "train.epochs: must be greater than 0"),
     ],
 )
-def test_what_cannot_be_run_is_refused(densenet, options, message):
+def test_bad_input_is_refused(densenet, options, message):
     code, printed = densenet("slurm", "render", "demo", "run.name=first", *options)
     assert (code, message in printed) == (2, True), printed
 
 
 @pytest.mark.parametrize("time", ["3", "2:01", "0:02:01", "1-0", "1-0:0", "2-12:30:00"])
-def test_sbatchs_forms_of_a_time_limit_are_taken(render, time):
-    assert f"--time={time}" in asked(render("--time", time))
+def test_time_limits_in_the_formats_of_sbatch(render, time):
+    assert f"--time={time}" in directives(render("--time", time))
 
 
 class StubRun:
     """The script, run with the stubs in a folder."""
 
-    def __init__(self, folder: Path, script: str, job: int, **env: str) -> None:
+    def __init__(self, folder: Path, script: str, job: int, env: dict[str, str], no_head: bool) -> None:
         self.folder, self.job = folder, job
         (folder / "script").write_text(script)
         self.tmpdir = folder / "a-temporary-folder-with-a-path-that-is-too-long-for-the-sockets-of-ray-and-others"
@@ -136,6 +175,7 @@ class StubRun:
         given = {
             "SLURM_JOB_ID": str(job),
             "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_STEP_ID": "0",
             "SLURM_JOB_NAME": "first",
             "SLURM_GPUS_ON_NODE": "4",
             "TMPDIR": str(self.tmpdir),
@@ -150,7 +190,8 @@ class StubRun:
             start_new_session=True,
         )
         log.close()
-        wait_until(lambda: (folder / "started").exists() and (folder / "ray1.pid").exists(), self.output)
+        if not no_head:
+            wait_until(lambda: (folder / "started").exists() and (folder / "ray1.pid").exists(), self.output)
 
     def output(self) -> str:
         return "\n".join(f"{f.name}: {f.read_text()}" for f in self.folder.iterdir() if f.is_file())
@@ -165,15 +206,16 @@ class StubRun:
         """The exit code; after it nothing is left of Ray."""
         code = self.process.wait(timeout=120)
         for node in range(2):
-            pid = int(self.read(f"ray{node}.pid"))
-            wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), self.output)
-            assert not os.path.lexists(f"/tmp/ray-{self.job}-{node}")
+            if (self.folder / f"ray{node}.pid").exists():
+                pid = int(self.read(f"ray{node}.pid"))
+                wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), self.output)
+            wait_until(lambda node=node: not os.path.lexists(f"/tmp/ray-{self.job}-{node}"), self.output)
         return code
 
 
 @pytest.fixture
 def run_script(densenet, tmp_path) -> Iterator[Callable[..., StubRun]]:
-    """`run_script(**env)` runs the script of a run `first` with the stubs."""
+    """`run_script(**env)` runs the script of a run `first` with the stubs; with `no_head`, Ray's head fails."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name, text in _STUBS.items():
@@ -184,11 +226,13 @@ def run_script(densenet, tmp_path) -> Iterator[Callable[..., StubRun]]:
     script = script.replace(f"export PATH={Path(sys.executable).parent}:", f"export PATH={bin_folder}:")
     started: list[StubRun] = []
 
-    def run(**env: str) -> StubRun:
+    def run(no_head: bool = False, **env: str) -> StubRun:
+        if no_head:
+            (tmp_path / "no-head").touch()
         job = free_port()  # as good as any number, and no other test's
         while is_reachable("127.0.0.1", 20000 + job % 2500 * 4, 1):
             job += 1
-        started.append(StubRun(tmp_path, script, job, **env))
+        started.append(StubRun(tmp_path, script, job, env, no_head))
         return started[-1]
 
     yield run
@@ -213,7 +257,9 @@ def test_ray_is_started_on_all_nodes_and_the_exit_code_is_that_of_the_run(run_sc
         assert f"--num-cpus={node + 3} --num-gpus=4" in arguments
         assert stub_run.variables(f"ray{node}.env")["TMPDIR"] == f"/tmp/ray-{stub_run.job}-{node}"
     assert not list(stub_run.tmpdir.iterdir())
-    assert stub_run.read("python.args") == f"-P -m launch.cluster.nodes 127.0.0.1:{port} 2\n"
+    wait_for_nodes = stub_run.read("python.args")
+    assert wait_for_nodes.startswith(f"-P -m launch.cluster.nodes 127.0.0.1:{port} 2 --pid ")
+    assert wait_for_nodes.endswith(f" --logs first-{stub_run.job}-ray-*.log\n")
     training = stub_run.variables("densenet.env")
     assert training["RAY_ADDRESS"] == f"127.0.0.1:{port}"
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & training.keys()
@@ -233,10 +279,39 @@ def test_sigterm_ends_the_training_and_does_not_reach_ray(run_script):
     assert not (stub_run.folder / "scontrol.args").exists()
 
 
-def test_the_signal_before_the_time_limit_requeues_the_job(run_script):
+@pytest.mark.parametrize("state", ["RUNNING None", "COMPLETING TimeLimit"])
+def test_the_signal_before_the_time_limit_requeues_the_job(run_script, state):
     stub_run = run_script()
+    (stub_run.folder / "state").write_text(state)
     stub_run.process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: (stub_run.folder / "asked").exists(), stub_run.output)
-    stub_run.process.send_signal(signal.SIGTERM)  # the exit code is still that of the run
+    stub_run.process.send_signal(signal.SIGTERM)  # at the time limit
     assert stub_run.exit_code() == 143
     assert stub_run.read("scontrol.args") == f"requeue {stub_run.job}\n"
+
+
+@pytest.mark.parametrize("end", ["0", "1", "2"])
+def test_a_run_that_ends_by_itself_is_not_requeued(run_script, end):
+    stub_run = run_script()
+    (stub_run.folder / "state").write_text("RUNNING None")
+    stub_run.process.send_signal(signal.SIGUSR1)
+    wait_until((stub_run.folder / "stopping").exists, stub_run.output)
+    (stub_run.folder / "end").write_text(end)
+    assert stub_run.exit_code() == int(end)
+    assert not (stub_run.folder / "scontrol.args").exists()
+
+
+def test_a_job_canceled_before_its_time_limit_is_not_requeued(run_script):
+    stub_run = run_script()
+    (stub_run.folder / "state").write_text("COMPLETING None")
+    stub_run.process.send_signal(signal.SIGUSR1)
+    wait_until((stub_run.folder / "stopping").exists, stub_run.output)
+    stub_run.process.send_signal(signal.SIGTERM)
+    assert stub_run.exit_code() == 143
+    assert not (stub_run.folder / "scontrol.args").exists()
+
+
+def test_ray_ends_on_all_nodes_if_the_head_does_not_start(run_script):
+    stub_run = run_script(no_head=True)
+    assert stub_run.exit_code() == 1
+    assert not (stub_run.folder / "started").exists()
+    assert stub_run.read("scancel.args") == f"--signal=USR1 {stub_run.job}.0\n"
