@@ -1,4 +1,4 @@
-"""A Slurm of its own on loopback: a controller, and two `slurmd` that are two nodes of one machine."""
+"""A real Slurm on loopback: a controller, and two nodes, each a `slurmd`, on one machine."""
 
 import os
 import re
@@ -77,40 +77,40 @@ class Slurm:
         self._start("slurmd", "-D", "-N", name, name=name)
 
     def kill_node(self, name: str) -> None:
-        """Ends all of a node's processes at once, as a power cut does."""
+        """Kills all processes of a node at once, as a power failure does."""
         self._kill([psutil.Process(self._daemons[name].pid)])
-        tasks = [process for process in self._family() if self._environ(process).get("SLURMD_NODENAME") == name]
+        tasks = [process for process in self._processes() if self._environ(process).get("SLURMD_NODENAME") == name]
         steps = [parent for task in tasks if (parent := task.parent()) and parent.name() == "slurmstepd"]
         self._kill([*steps, *tasks])
         self._daemons[name].wait()
 
     def run(self, *command: str | Path, **env: str) -> str:
-        """The output of a Slurm command."""
+        """Returns the output of a Slurm command."""
         done = subprocess.run(command, env=self.env | env, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout.strip()
 
     def states(self) -> dict[str, str]:
-        """The state of each node; empty while the controller does not answer."""
+        """Returns the state of each node, or nothing while the controller does not answer."""
         command = ["sinfo", "-N", "-h", "-o", "%N %T"]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True)
         return dict(line.split() for line in done.stdout.splitlines())
 
     def logs(self) -> str:
-        """What the daemons wrote."""
+        """Returns the logs of the daemons."""
         return "\n".join(f"{file}:\n{file.read_text()}" for file in sorted(self.folder.glob("*.log")))
 
     def end_jobs(self) -> None:
-        """Kills jobs that a failed test left running, and waits until they have ended."""
+        """Kills the jobs of a failed test, and waits until they have ended."""
         for job in self.run("squeue", "-h", "-o", "%A").split():
             self.run("scancel", job)
-        tasks = [process for process in self._family() if "SLURM_JOB_ID" in self._environ(process)]
+        tasks = [process for process in self._processes() if "SLURM_JOB_ID" in self._environ(process)]
         self._kill([task for task in tasks if task.name() != "slurmstepd"])
         wait_until(lambda: not self.run("squeue", "-h"), self.logs)
 
     def close(self) -> None:
-        """Ends the daemons and all that they started."""
-        self._kill(self._family())
+        """Kills the daemons, the jobs and their processes."""
+        self._kill(self._processes())
         for daemon in self._daemons.values():
             daemon.wait()
 
@@ -123,7 +123,7 @@ class Slurm:
         (self.folder / "slurm.conf").write_text(text)
         version = re.search(r"(\d+)\.(\d+)", self.run("slurmd", "-V"))
         assert version is not None
-        old = (int(version[1]), int(version[2])) < (23, 11)  # which do not know `disabled`
+        old = (int(version[1]), int(version[2])) < (23, 11)  # without CgroupPlugin=disabled
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={'cgroup/v1' if old else 'disabled'}\n")
 
     def _start(self, *command: str, name: str | None = None) -> None:
@@ -138,8 +138,8 @@ class Slurm:
             return process.environ()
         return {}
 
-    def _family(self) -> list[psutil.Process]:
-        """All processes that have this Slurm's variables: its daemons, jobs, and what these have started."""
+    def _processes(self) -> list[psutil.Process]:
+        """Returns the processes with this Slurm's SLURM_CONF: its daemons, the jobs and their child processes."""
         conf = self.env["SLURM_CONF"]
         return [process for process in psutil.process_iter() if self._environ(process).get("SLURM_CONF") == conf]
 
@@ -151,10 +151,10 @@ class Slurm:
 
 @contextmanager
 def real_slurm() -> Iterator[Slurm]:
-    """A Slurm with two idle nodes; skips the test where there can be none."""
+    """Yields a Slurm with two idle nodes; skips the test if Slurm is not installed or cannot start."""
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     if missing:
-        pytest.skip(f"there is no {missing[0]} on this machine (Debian's packages slurm-wlm and munge)")
+        pytest.skip(f"{missing[0]} is not installed (Debian packages slurm-wlm and munge)")
     if os.geteuid() != 0:
         pytest.skip("slurmd runs as root only")
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short, for munge's socket

@@ -15,7 +15,7 @@ from tests.launch.slurm.real_slurm import Slurm, real_slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 WAIT_S = 600  # a job's start takes a minute or two on a busy machine
-EPOCHS = ["train.epochs=400", "eval.every_epochs=5"]  # no test waits for the last
+EPOCHS = ["train.epochs=400", "eval.every_epochs=5"]  # no test waits for the last epoch
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ class Job:
         return file.read_text() if file.exists() else ""
 
     def field(self, key: str) -> str:
-        """The job's value of a field of `scontrol show job`."""
+        """Returns a field of `scontrol show job`."""
         shown = self.slurm.run("scontrol", "show", "job", self.number)
         (value,) = re.findall(rf"\b{key}=(\S+)", shown)
         return value
@@ -60,7 +60,7 @@ class Job:
         self.wait_for(lambda: self.field("JobState") == state)
 
     def wait_for_training(self, start: int = 0) -> None:
-        """Waits for a log line of the run since the job's `start`-th restart."""
+        """Waits for a log line of the run after the job's `start`-th restart."""
         self.wait_for(lambda: re.search(r"^epoch .* loss", self._since(start), re.MULTILINE))
 
     def stopped_at(self, start: int = 0) -> int:
@@ -75,21 +75,21 @@ class Job:
         return int(found[0].replace(",", ""))
 
     def resumed_at(self, start: int) -> int:
-        """The samples at which the run resumed after the job's `start`-th restart."""
+        """Returns the samples at which the run resumed after the job's `start`-th restart."""
         self.wait_for_training(start)
         return int(re.findall(r"^resumed at (\d+) samples", self._since(start), re.MULTILINE)[0])
 
     def wait_for_checkpoint(self) -> None:
         self.wait_for(lambda: list(checkpoint_root(self.folder / self.name).glob("samples-*")))
 
-    def newest(self) -> int:
-        """The samples of the newest checkpoint, which is valid."""
+    def latest(self) -> int:
+        """Returns the samples of the latest checkpoint; fails if it is not valid."""
         path = latest_valid(checkpoint_root(self.folder / self.name), lambda skipped: pytest.fail(str(skipped)))
         assert path is not None
         return samples_of(path)
 
     def _since(self, start: int) -> str:
-        """The output since the job's `start`-th restart: the plan begins with the run's name."""
+        """Returns the output after the job's `start`-th restart; the plan begins with the run's name."""
         parts = re.split(r"^run  +", self.output, flags=re.MULTILINE)[1:]
         return parts[start] if start < len(parts) else ""
 
@@ -101,12 +101,12 @@ class Job:
 TWO_NODES = ("--nodes", "2", "--cpus-per-node", "2", "cluster.cpus_per_worker=2")  # a worker fills a node
 
 
-def test_a_job_is_requeued_and_canceled_and_loses_nothing(slurm, tmp_path):
+def test_a_requeued_job_resumes_and_a_canceled_one_ends_after_a_checkpoint(slurm, tmp_path):
     long = tmp_path / ("a-folder-of-the-job-as-sites-make-them" * 3)
     long.mkdir()
     # torchrun's variables and a long TMPDIR: neither has an effect
-    odd = {"RANK": "7", "WORLD_SIZE": "99", "LOCAL_RANK": "3", "MASTER_ADDR": "nowhere", "TMPDIR": str(long)}
-    job = Job(slurm, tmp_path, "run", *TWO_NODES, *EPOCHS, **odd)
+    variables = {"RANK": "7", "WORLD_SIZE": "99", "LOCAL_RANK": "3", "MASTER_ADDR": "nowhere", "TMPDIR": str(long)}
+    job = Job(slurm, tmp_path, "run", *TWO_NODES, *EPOCHS, **variables)
     job.wait_for_training()
     assert job.field("NumNodes") == "2"
     slurm.run("scontrol", "requeue", job.number)
@@ -116,7 +116,7 @@ def test_a_job_is_requeued_and_canceled_and_loses_nothing(slurm, tmp_path):
     slurm.run("scancel", "--batch", "--signal=USR1", job.number)  # a canceled job is not requeued
     slurm.run("scancel", job.number)
     stopped = job.stopped_at(1)
-    assert job.newest() == stopped
+    assert job.latest() == stopped
     job.wait_for_state("CANCELLED")
     job.wait_for(lambda: set(slurm.states().values()) == {"idle"})
     assert not list(Path("/tmp").glob(f"ray-{job.number}-*"))
@@ -131,7 +131,7 @@ def test_the_time_limits_signal_requeues_the_job_and_the_run_completes(slurm, tm
     assert job.resumed_at(1) == stopped
     job.wait_for_state("COMPLETED")
     assert job.field("ExitCode") == "0:0"
-    assert job.newest() == 135 * 64
+    assert job.latest() == 135 * 64
     assert "version 1, alias candidate" in job.output
 
 
@@ -167,7 +167,7 @@ def test_two_jobs_share_a_node(slurm, tmp_path):
     for job in jobs:
         job.wait_for_state("COMPLETED")
         assert job.field("NodeList") == "node1"
-        assert job.newest() == 45 * 64
+        assert job.latest() == 45 * 64
 
 
 def test_a_job_whose_ray_does_not_start_fails_and_names_the_logs(slurm, tmp_path):

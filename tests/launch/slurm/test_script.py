@@ -203,7 +203,7 @@ class StubRun:
         return dict(line.split("=", 1) for line in self.read(name).splitlines() if "=" in line)
 
     def exit_code(self) -> int:
-        """The exit code; after it nothing is left of Ray."""
+        """Returns the exit code, after Ray has ended on all nodes."""
         code = self.process.wait(timeout=120)
         for node in range(2):
             if (self.folder / f"ray{node}.pid").exists():
@@ -229,7 +229,7 @@ def run_script(densenet, tmp_path) -> Iterator[Callable[..., StubRun]]:
     def run(no_head: bool = False, **env: str) -> StubRun:
         if no_head:
             (tmp_path / "no-head").touch()
-        job = free_port()  # as good as any number, and no other test's
+        job = free_port()  # no other test has this number
         while is_reachable("127.0.0.1", 20000 + job % 2500 * 4, 1):
             job += 1
         started.append(StubRun(tmp_path, script, job, env, no_head))
