@@ -79,6 +79,17 @@ def test_kubernetes_commands_render(shell):
         assert f"kind: {kinds[part]}" in done.stdout
 
 
+def test_slurm_commands_render(shell):
+    """README's and the cluster guide's `slurm render` commands write batch scripts."""
+    guide = (PROJECT / "docs" / "cluster.md").read_text().replace("\\\n", " ").replace("CONFIG", "densenet121")
+    lines = [line for line in (*README.splitlines(), *guide.splitlines()) if line.startswith("densenet slurm render")]
+    assert len(lines) == 2
+    for line in lines:
+        done = shell(*shlex.split(re.split("[>|]", line)[0]))
+        assert done.returncode == 0, done.stdout
+        assert "#SBATCH --job-name=first" in done.stdout
+
+
 @pytest.mark.slow
 def test_the_code_in_api_md_runs(tmp_path):
     """All code blocks in order, in a subprocess and an empty folder."""

@@ -25,6 +25,7 @@ from launch.cli import (
     predict,
     report,
     runs,
+    slurm,
     submit,
     sweep,
     train,
@@ -36,7 +37,7 @@ from pipeline.errors import TrainingError, UserError
 
 GROUPS = {
     "Data and plan": (data, configs, plan),
-    "Train": (train, submit, jobs, sweep),
+    "Train": (train, submit, jobs, slurm, sweep),
     "Runs and models": (runs, report, ui, models, evaluate, predict, export),
     "Installation": (doctor, k8s),
 }
