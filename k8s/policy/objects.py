@@ -15,10 +15,10 @@ from launch.kubernetes.manifests import K8S
 
 
 def main() -> None:
-    """Writes a file for each overlay, MLflow and the data Job."""
+    """Writes a file for each overlay, MLflow, the monitoring and the data Job."""
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    for folder in [*sorted((K8S / "overlays").iterdir()), K8S / "mlflow", K8S / "data"]:
+    for folder in [*sorted((K8S / "overlays").iterdir()), K8S / "mlflow", K8S / "monitoring", K8S / "data"]:
         objects = [pod for document in kustomize(folder) for pod in with_pods(document)]
         (target / f"{folder.name}.yaml").write_text(yaml.safe_dump_all(objects), encoding="utf-8")
 
