@@ -21,9 +21,9 @@ from pipeline.train.events import (
     WorkersStarted,
 )
 
-PREFIX = "ray_"  # Ray puts it before each name
 _REFRESH_S = 5.0  # Ray drops a gauge that was not set for 20 s
 
+# Names and descriptions. Ray adds the prefix `ray_`, and the suffix `_total` to counters.
 GAUGES = {
     "densenet_start_timestamp_seconds": "Unix time at which the driver started training",
     "densenet_last_progress_timestamp_seconds": "Unix time of the last log line, evaluation or checkpoint, or of the "
@@ -56,7 +56,6 @@ COUNTERS = {
     "densenet_non_finite_steps": "steps with a NaN or infinite loss",
     "densenet_skipped_steps": "steps that did not change the weights: non-finite losses, fp16 overflows",
 }
-EXPORTED = frozenset({f"{PREFIX}{name}" for name in GAUGES} | {f"{PREFIX}{name}_total" for name in COUNTERS})
 
 _STEP = {
     "samples_seen": "samples_seen",
@@ -74,7 +73,17 @@ _STEP = {
     "slowest_rank": "slowest_rank",
     "slowest_rank_ratio": "slowest_rank_ratio",
 }  # attributes of `Step`, and their gauges
-_OF_WORKERS = (*_STEP.values(), "gpu_memory_peak_bytes", "workers")  # unknown while there are no workers
+_OF_RUNNING_WORKERS = (
+    "workers",
+    "eta_seconds",
+    "images_per_second",
+    "step_seconds",
+    "data_wait_ratio",
+    "mfu_ratio",
+    "slow_ranks",
+    "slowest_rank",
+    "slowest_rank_ratio",
+)
 _WEIGHTS = {"raw": "val_top1_ratio", "ema": "val_ema_top1_ratio"}
 
 
@@ -151,8 +160,8 @@ class RunMetrics:
             self._counters["densenet_skipped_steps"].inc(event.skipped_steps)
 
     def _forget_workers(self) -> None:
-        """Forgets what only running workers have: during a restart there is no throughput, rather than the last one."""
-        self._set(**dict.fromkeys(_OF_WORKERS))
+        """Ends the series of what only running workers have: during a restart there is no throughput."""
+        self._set(**dict.fromkeys(_OF_RUNNING_WORKERS))
 
     def _set(self, **values: float | None) -> None:
         """Sets gauges by name without prefix; None ends a series."""

@@ -103,6 +103,7 @@ def test_a_restart_is_counted_and_ends_the_series_of_the_workers(metrics):
     progress = metrics.values["densenet_last_progress_timestamp_seconds"]
     metrics.on_event(WorkersLost({1: "its process or node died"}))
     assert not {"densenet_images_per_second", "densenet_slow_ranks", "densenet_workers"} & metrics.values.keys()
+    assert metrics.values["densenet_samples_seen"] == 640
     metrics.on_event(WorkersStarted(3))
     metrics.on_event(Resumed(320, Path("checkpoint")))
     assert metrics.values["densenet_last_progress_timestamp_seconds"] == progress, "a restart is no progress"

@@ -17,7 +17,7 @@ import requests
 import yaml
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
-from launch.cluster.metrics import COUNTERS, EXPORTED, GAUGES, PREFIX
+from launch.cluster.metrics import COUNTERS, GAUGES
 from launch.cluster.ports import free_port
 from launch.kubernetes.kubectl import kustomize
 from launch.kubernetes.manifests import K8S
@@ -29,6 +29,7 @@ CRDS = (PROJECT / ".." / "shared" / "k8s").resolve()
 FOLDER = K8S / "monitoring"
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
 RULES = yaml.safe_load((FOLDER / "rules.yaml").read_text())
+EXPORTED = {f"ray_{name}" for name in GAUGES} | {f"ray_{name}_total" for name in COUNTERS}
 METRIC = re.compile(r"\bray_\w+")
 ON_GPUS = ("loss_scale", "mfu_ratio", "gpu_memory_peak_bytes", "ray_node_gpus_", "ray_node_gram_")
 
@@ -54,7 +55,7 @@ def program(name: str) -> str:
 
 def test_every_metric_is_exported_and_every_exported_metric_is_shown():
     used = {name for query in [*panel_queries(), *rule_queries()] for name in METRIC.findall(query)}
-    of_nodes = {f"{PREFIX}{name}" for name in METRICS_GAUGES}
+    of_nodes = {f"ray_{name}" for name in METRICS_GAUGES}
     assert used <= EXPORTED | of_nodes
     assert set(METRIC.findall(" ".join(panel_queries()))) >= EXPORTED
 
