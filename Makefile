@@ -24,9 +24,9 @@ test: $(READY)  ## run the tests, except those that take minutes each
 test-long: $(READY)  ## run the long tests: whole runs with worker, node, driver and tracker failures, and sweeps
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m long
 
-test-tools:  ## install PostgreSQL, Chromium and Slurm (as root on Debian); without them some tests are skipped
+test-tools:  ## install PostgreSQL, Chromium, Slurm and Prometheus (as root on Debian); without them some tests are skipped
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends postgresql chromium slurm-wlm munge
+	apt-get install -y -qq --no-install-recommends postgresql chromium slurm-wlm munge prometheus
 
 coverage: $(READY)  ## run `make test` with a coverage report, child processes included
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long" --cov --cov-report=term

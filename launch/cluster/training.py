@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from launch.cluster.connect import ray_log_folder
 from launch.cluster.event_channel import WorkerFailureCallback, forward_events, open_event_channel
+from launch.cluster.metrics import RunMetrics
 from launch.cluster.prepared_run import PreparedRun
 from launch.cluster.worker import Task, code_version, train_worker
 from pipeline.errors import TrainingError, UserError
@@ -89,11 +90,15 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
         signals.append(number)
         channel.request_stop.remote()
 
-    def with_signal(event: Event) -> None:
+    metrics = RunMetrics(str(config.run.name), prepared.derived.total_samples)
+
+    def on_any_event(event: Event) -> None:
+        metrics.on_event(event)
         on_event(replace(event, signal=signals[0]) if isinstance(event, Stopped) and signals else event)
 
-    arguments = (channel, with_signal, done, config.cluster.replacement_timeout_s, abort)
+    arguments = (channel, on_any_event, done, config.cluster.replacement_timeout_s, abort)
     thread = threading.Thread(target=forward_events, args=arguments, daemon=True)
+    metrics.start()
     thread.start()
     failure: Exception | None = None
     try:
@@ -111,6 +116,7 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
     finally:
         done.set()
         thread.join()
+        metrics.stop()
     message = _worker_error(channel)
     if message is not None:
         raise UserError(message)

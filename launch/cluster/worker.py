@@ -13,7 +13,6 @@ import ray
 import ray.train
 import ray.train.torch
 
-from launch.cluster.gauges import Gauges
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import stage
@@ -63,15 +62,12 @@ def train_worker(train_loop_config: dict[str, Task]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     _redirect_output(task.run_dir / "logs" / f"rank{rank}.log")
-    gauges = Gauges(str(task.config.run.name))
 
     def report(event: Event) -> None:
         if isinstance(event, Skipped | Warned):
             print(event.message)
         if rank == 0 or isinstance(event, Skipped):
             channel.push.remote(event)
-        if rank == 0:
-            gauges.set(event)
 
     report(WorkersStarted(context.get_world_size()))
     try:

@@ -125,7 +125,7 @@ def _name_objects(documents: list[dict[str, Any]], config: RunConfig) -> None:
             f"RayJob: up to 47 lowercase letters, digits and hyphens, and a letter first."
         )
     kinds = {"Job", *(document["kind"] for document in documents)}  # KubeRay creates a Job of this name
-    for other in kustomize(*(K8S / folder for folder in ("namespace", "mlflow", "data"))):
+    for other in kustomize(*(K8S / folder for folder in ("namespace", "mlflow", "data", "monitoring"))):
         if other["kind"] in kinds and other["metadata"]["name"] == name:
             raise UserError(f"run.name={name} is the name of another {other['kind']} of k8s/: choose another.")
     for document in documents:

@@ -56,6 +56,9 @@ class Step:
         loss_scale: The loss scale of fp16.
         gpu_memory_gb: Peak allocated GPU memory of rank 0, in GB (1e9 bytes).
         mfu: Model FLOPs utilization of rank 0, in [0, 1].
+        slow_ranks: How many ranks were slow in this interval and the one before (`meter.SLOW_RATIO`).
+        slowest_rank: The rank that took longest until the end of its forward passes.
+        slowest_rank_ratio: Its time over the median rank's, at least 1.
     """
 
     step: int
@@ -73,6 +76,9 @@ class Step:
     loss_scale: float | None = None
     gpu_memory_gb: float | None = None
     mfu: float | None = None
+    slow_ranks: int = 0
+    slowest_rank: int = 0
+    slowest_rank_ratio: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class IntervalMetrics:
         step_s: Seconds per optimizer step.
         data_wait: Fraction of the time waiting for data, in [0, 1], on the slowest rank, which holds up all others.
         eta_s: Seconds left in training.
+        stragglers: The slow ranks.
     """
 
     loss: float | None
@@ -39,6 +40,7 @@ class IntervalMetrics:
     step_s: float
     data_wait: float
     eta_s: float
+    stragglers: "Stragglers"
 
 
 class Meter:
@@ -126,7 +128,7 @@ class Meter:
         own_R = torch.zeros(self._derived.workers, device=self._loss.device)
         own_R[dist.get_rank()] = self._own_s()
         dist.all_reduce(own_R)
-        self._stragglers.update(own_R.tolist())
+        stragglers = self._stragglers.update(own_R.tolist())
         largest = torch.tensor([self._waited_s / elapsed_s, *map(float, flags)], device=self._loss.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         data_wait, *agreed = largest.tolist()
@@ -144,6 +146,7 @@ class Meter:
             step_s=elapsed_s / steps,
             data_wait=data_wait,
             eta_s=(self._derived.total_steps - step) * elapsed_s / steps,
+            stragglers=stragglers,
         )
         self.reset()
         self._skipped = 0
@@ -152,6 +155,21 @@ class Meter:
     def mean_img_per_s(self) -> float:
         """Returns images per second over all finished intervals and all workers."""
         return self._images / self._seconds
+
+
+@dataclass(frozen=True)
+class Stragglers:
+    """The slow ranks of an interval.
+
+    Attributes:
+        slow_ranks: How many ranks were slow in this interval and the one before.
+        slowest_rank: The rank that took longest until the end of its forward passes.
+        slowest_rank_ratio: Its time over the median rank's, at least 1.
+    """
+
+    slow_ranks: int
+    slowest_rank: int
+    slowest_rank_ratio: float
 
 
 class StragglerDetector:
@@ -168,15 +186,17 @@ class StragglerDetector:
         self._slow: set[int] = set()
         self._reported: set[int] = set()
 
-    def update(self, own_s: list[float]) -> None:
+    def update(self, own_s: list[float]) -> Stragglers:
         """Takes each rank's seconds before it waits for others in this interval."""
         median_s = median(own_s)
-        slow = {rank for rank, spent_s in enumerate(own_s) if median_s > 0 and spent_s >= SLOW_RATIO * median_s}
-        for rank in sorted((slow & self._slow) - self._reported):
+        ratios = [spent_s / median_s if median_s > 0 else 1.0 for spent_s in own_s]
+        slow = {rank for rank, ratio in enumerate(ratios) if ratio >= SLOW_RATIO}
+        slow_twice = slow & self._slow
+        for rank in sorted(slow_twice - self._reported):
             self._reported.add(rank)
-            ratio = own_s[rank] / median_s
             self._warn(
-                f"rank {rank} on {self._hosts[rank]} is slow: its forward passes take {ratio:.1f} times as long as "
-                f"the median rank's, and the other ranks wait for it"
+                f"rank {rank} on {self._hosts[rank]} is slow: its forward passes take {ratios[rank]:.1f} times as long "
+                f"as the median rank's, and the other ranks wait for it"
             )
         self._slow = slow
+        return Stragglers(len(slow_twice), ratios.index(max(ratios)), max(ratios))

@@ -250,6 +250,9 @@ class Trainer:
                 loss_scale=scale,
                 gpu_memory_gb=memory_gb,
                 mfu=mfu,
+                slow_ranks=metrics.stragglers.slow_ranks,
+                slowest_rank=metrics.stragglers.slowest_rank,
+                slowest_rank_ratio=metrics.stragglers.slowest_rank_ratio,
             )
         )
         for sample, problem in self.inputs.newly_skipped():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.kubernetes.manifests import K8S
 from tests.conftest import BIN, PROJECT
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -67,7 +68,7 @@ def test_the_demo_and_a_prediction(run_installed, installed):
     assert predicted.returncode == 0, predicted.stdout
 
 
-def test_the_wheel_includes_configs_and_manifests(run_installed, tmp_path):
+def test_the_wheel_includes_configs_and_manifests(installed, run_installed, tmp_path):
     listed = run_installed("densenet", "configs", "list")
     assert {"demo", "densenet121", "recipes/paper"} <= {line.split()[0] for line in listed.stdout.splitlines()}
     assert (
@@ -90,6 +91,8 @@ def test_the_wheel_includes_configs_and_manifests(run_installed, tmp_path):
     )
     assert rendered.returncode == 0, rendered.stdout
     assert "kind: RayJob" in rendered.stdout
+    manifests = installed / "launch" / "kubernetes" / "k8s" / "monitoring"
+    assert sorted(file.name for file in manifests.iterdir()) == sorted(p.name for p in (K8S / "monitoring").iterdir())
 
 
 def test_a_missing_package_is_reported_with_its_extra(run_installed, tmp_path):

@@ -156,8 +156,8 @@ def test_profile_steps_writes_a_trace(one_rank, indexes, tmp_path):
     assert "aten::conv2d" in names
 
 
-def run_with_a_slow_rank(indexes: tuple, run_dir: Path) -> list[str]:
-    """Returns rank 0's warnings in a run whose rank 1 is slow in each forward pass."""
+def run_with_a_slow_rank(indexes: tuple, run_dir: Path) -> tuple[list[str], list[Step]]:
+    """Returns rank 0's warnings and steps in a run whose rank 1 is slow in each forward pass."""
     events: list[Event] = []
     config, derived = settings(*indexes, 2, train={"epochs": 1, "log_every_steps": 1})
     trainer = new_trainer(config, derived, indexes, run_dir, events.append)
@@ -169,15 +169,19 @@ def run_with_a_slow_rank(indexes: tuple, run_dir: Path) -> list[str]:
 
     trainer.criterion = criterion_that_waits  # type: ignore[assignment]
     trainer.fit()
-    return [event.message for event in events if isinstance(event, Warned)]
+    steps = [event for event in events if isinstance(event, Step)]
+    return [event.message for event in events if isinstance(event, Warned)], steps
 
 
 @pytest.mark.slow
 def test_a_straggler_is_warned_of_once(run_ranks, indexes, tmp_path):
-    (warning,), _ = run_ranks(2, run_with_a_slow_rank, indexes(), tmp_path)
+    ((warning,), steps), _ = run_ranks(2, run_with_a_slow_rank, indexes(), tmp_path)
     assert re.match(
         rf"rank 1 on {socket.gethostname()} is slow: its forward passes take [\d.]+ times as long as", warning
     )
+    assert [event.slow_ranks for event in steps] == [0, *[1] * (len(steps) - 1)]
+    assert {event.slowest_rank for event in steps} == {1}
+    assert all(event.slowest_rank_ratio >= 1.2 for event in steps)
 
 
 def test_out_of_memory_names_a_micro_batch_that_keeps_the_global_batch(one_rank, indexes, tmp_path):

@@ -49,9 +49,15 @@ def test_a_run_over_two_nodes_resumes_when_one_is_lost_and_returns(cluster: Clus
     assert "warning: the cluster has changed: all workers were restarted (start 3)" in output()
     assert "the run now has 3 workers, previously 2" in output()
 
-    wait_until(lambda: "densenet_loss" in exported_metrics(cluster, shell), output, WAIT_TIMEOUT_S)
-    assert 'run="elastic"' in exported_metrics(cluster, shell)
-    assert "densenet_img_per_s" in exported_metrics(cluster, shell)
+    def exported(name: str) -> list[str]:
+        """Returns the values of a metric of the run on all nodes."""
+        series = rf'^{name}{{[^}}]*run="elastic"[^}}]*}} (.*)$'
+        return re.findall(series, exported_metrics(cluster, shell), re.MULTILINE)
+
+    wait_until(lambda: exported("ray_densenet_images_per_second"), output, WAIT_TIMEOUT_S)
+    wait_until(lambda: exported("ray_densenet_restarts_total") == ["2.0"], output, WAIT_TIMEOUT_S)
+    assert exported("ray_densenet_worker_failures_total") == ["1.0"]
+    assert exported("ray_densenet_workers") == ["3.0"]
 
     (added,) = [node for node, _, is_head in live_nodes(cluster, shell) if not is_head]
     hook = ["-m", "launch.kubernetes.pre_stop", str(tmp_path), "--node-id", added]
