@@ -111,6 +111,8 @@ def test_the_manifests_select_the_training_pods():
     cluster = job["spec"]["rayClusterSpec"]
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         assert monitor["selector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "metrics", "containerPort": 8080} in container["ports"]
     config = by_kind["ConfigMap"]
     assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert json.loads(config["data"]["dashboard.json"]) == DASHBOARD
