@@ -1,1 +1,1 @@
-"""Slurm: the batch script of a training."""
+"""Slurm: the batch script of a run."""

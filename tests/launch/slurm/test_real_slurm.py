@@ -80,7 +80,7 @@ class Job:
         return int(re.findall(r"^resumed at (\d+) samples", self._since(start), re.MULTILINE)[0])
 
     def wait_for_checkpoint(self) -> None:
-        self.wait_for(lambda: list(checkpoint_root(self.folder / self.name).glob("samples-*")))
+        self.wait_for(lambda: latest_valid(checkpoint_root(self.folder / self.name), lambda skipped: None))
 
     def latest(self) -> int:
         """Returns the samples of the latest checkpoint; fails if it is not valid."""

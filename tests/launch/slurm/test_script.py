@@ -113,7 +113,7 @@ def test_bash_gets_the_overrides_unchanged(overrides):
     assert shown.stdout.decode().split("\0")[:-1] == ["densenet", "train", "demo", *overrides]
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck")
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_accepts_the_script(render):
     subprocess.run(["shellcheck", "-"], input=render("--nodes", "2"), text=True, check=True)
 
