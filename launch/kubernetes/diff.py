@@ -57,7 +57,7 @@ def _objects(output: str) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any
 def _difference(live: dict[str, Any] | None, applied: dict[str, Any] | None) -> str:
     """Returns the unified diff of an object as it is and as it would be, without the operators' own changes."""
     _remove_operators_changes(live, applied)
-    before, after = (to_yaml([value]).splitlines() if value else [] for value in (live, applied))
+    before, after = (to_yaml([value], sort_keys=True).splitlines() if value else [] for value in (live, applied))
     some = applied or live or {}
     name = f"{some['kind']}/{some['metadata']['name']}"
     lines = difflib.unified_diff(before, after, f"{name} (cluster)", f"{name} (applied)", lineterm="")

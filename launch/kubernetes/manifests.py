@@ -77,9 +77,9 @@ def render(path: Path, overrides: list[str], overlay: str, part: str, image: str
     return header + to_yaml(documents)
 
 
-def to_yaml(documents: list[dict[str, Any]]) -> str:
+def to_yaml(documents: list[dict[str, Any]], sort_keys: bool = False) -> str:
     """Returns objects as YAML from which kubectl reads equal objects."""
-    return str(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20))
+    return str(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=sort_keys, allow_unicode=True, width=2**20))
 
 
 def _with_defaults(path: Path, overrides: list[str], overlay: str) -> tuple[RunConfig, dict[str, Any]]:
