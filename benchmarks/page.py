@@ -1,9 +1,13 @@
 """Writes docs/benchmarks.md and its plot from the latest result of each benchmark.
 
-python -m benchmarks.page
+    python -m benchmarks.page [FILE...]
+
+Each FILE is a results.csv of another machine, whose rows are added to this project's first.
 """
 
 import csv
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +147,20 @@ def plot(rows: list[Row]) -> Figure:
     return figure
 
 
+def add(file: Path, results: Path = RESULTS) -> None:
+    """Appends the rows of another results file with the same columns.
+
+    Raises:
+        ValueError: the columns differ.
+    """
+    columns, _, rows = file.read_text(encoding="utf-8").partition("\n")
+    with results.open("r+", encoding="utf-8", newline="") as lines:
+        if lines.readline().rstrip("\n") != columns:
+            raise ValueError(f"{file}: the first line must have the columns of {results.name}.")
+        lines.seek(0, os.SEEK_END)
+        lines.write(rows)
+
+
 def write() -> None:
     """Writes the page and the plot."""
     rows = latest()
@@ -152,4 +170,6 @@ def write() -> None:
 
 
 if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        add(Path(name))
     write()
