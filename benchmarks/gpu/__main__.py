@@ -2,4 +2,5 @@
 
 from benchmarks.gpu.day import main
 
-main()
+if __name__ == "__main__":
+    main()

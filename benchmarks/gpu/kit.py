@@ -25,7 +25,7 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -216,7 +216,7 @@ def compress(folder: Path, work: Path, options: argparse.Namespace) -> list[Comp
             groups[-1].append(file)
             free -= size
     targets = [work / f"{folder.name}-{i:02d}{SUFFIX}" for i in range(len(groups))]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         count = len(groups)
         list(pool.map(write_part, targets, [folder] * count, groups, [options.level] * count))
     before, after = (sum(file.stat().st_size for file in found) for found in (files, targets))

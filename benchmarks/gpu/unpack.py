@@ -9,13 +9,14 @@ import lzma
 import os
 import sys
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 KIT = Path("outputs/gpu-kit")
 MANIFEST = "manifest.json"
 SUFFIX = ".tar.xz"
+BLOCK_BYTES = 2**20
 
 
 class KitError(Exception):
@@ -49,7 +50,7 @@ def unpack(kit: Path) -> Unpacked:
     parts, target = read_manifest(kit), kit / "unpacked"
     new = [part for part in parts if not _is_done(target, part) and (kit / part.piece / part.name).is_file()]
     new.sort(key=lambda part: -(kit / part.piece / part.name).stat().st_size)  # the slowest first
-    with ProcessPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # decompression releases the interpreter's lock
         errors = dict(zip(new, pool.map(_unpack_part, new, [kit] * len(new), [target] * len(new)), strict=True))
     folders: dict[str, Path] = {}
     problems: dict[str, str] = {}
@@ -91,11 +92,11 @@ def _is_done(target: Path, part: Part) -> bool:
 
 
 def _unpack_part(part: Part, kit: Path, target: Path) -> str | None:
-    """Unpacks one part, in a process of its own; returns its problem, if there is one."""
+    """Unpacks one part; returns its problem, if there is one."""
     file = kit / part.piece / part.name
     if hashlib.sha256(file.read_bytes()).hexdigest() != part.sha256:
         return f"{file} is corrupt, its SHA-256 is not the manifest's: copy {part.piece} again"
-    with lzma.open(file) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+    with lzma.open(file) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK_BYTES) as archive:
         archive.extractall(target / part.tier, filter="data")
     marker = _marker(target, part)
     marker.parent.mkdir(parents=True, exist_ok=True)
