@@ -26,7 +26,8 @@ HEAD = """# Benchmarks
 `make bench` writes this page from `benchmarks/results.csv`, to which every run appends its rows with commit, versions
 and machine. A benchmark runs this project and its peer in interleaved rounds on the same machine and discards the first
 round; the ratio is the median over the rounds, with minimum and maximum. `make bench ONLY="loader engine"` runs some
-benchmarks, `make bench IMAGES=FOLDER` uses your JPEGs instead of synthetic images. GPU figures come from `make gpu`.
+benchmarks, `make bench IMAGES=FOLDER` uses your JPEGs instead of synthetic images. GPU figures come from `make gpu` and
+`make gpu-day` ([gpu.md](gpu.md)).
 
 ![Ratios to the peers](benchmarks.png)
 

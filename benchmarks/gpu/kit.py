@@ -55,7 +55,7 @@ SOURCE_ONLY = {"deepspeed"}
 DROPPED = (
     "*/include/*", "*/tests/*", "*/test/*", "*.pyi", "*.h", "*.hpp", "*.cuh", "*.a", "*.map", "*.dist-info/RECORD",
     "*.dist-info/licenses/*", "*.dist-info/sboms/*", "*/__pycache__/*", "*.data/*", "deepspeed/ops/csrc/*",
-    "nvidia/dali/Acknowledgements.txt", "nvidia/nvimgcodec/nvimgcodec_impl*.so",
+    "nvidia/dali/Acknowledg*.txt", "nvidia/nvimgcodec/nvimgcodec_impl*.so",
     "nvidia/nvimgcodec/extensions/libnvtiff_ext*", "nvidia/nvimgcodec/tools/*",
     "nvidia/nvimgcodec/extensions/libnvjpeg2k_ext*", "ray/jars/*", "ray/rllib/*", "ray/cpp/*",
     "ray/dashboard/client/build/speedscope*/*", "mlflow/server/js/build/static/*", "mlflow/server/js/build/lib/*",

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.common import interleaved
 from benchmarks.engine import PLAIN_LOOP, engine_step, settings
 from benchmarks.gpu.context import CLASSES, Context, Step, first_step, synchronize, throughput
-from pipeline.config import Model, Optim, Precision
+from pipeline.config import Model, Optim, Precision, RunConfig
 from pipeline.model.densenet import create
 from pipeline.train.engine import Engine, set_cuda_flags
 from pipeline.train.optim import create_optimizer, parameter_groups
@@ -38,6 +38,8 @@ def plain_loop(
     compiled: bool = False,
 ) -> Step:
     """Returns a training step of timm's model; `memory` is one of this project's memory modes."""
+    if not context.tiny:
+        set_cuda_flags(RunConfig())
     torch.manual_seed(1)
     model: Any = create(Model(name=name, memory=memory), CLASSES)  # type: ignore[arg-type]
     model = model.to(context.torch_device).to(memory_format=torch.channels_last)

@@ -21,10 +21,11 @@ import pipeline
 from benchmarks.common import interleaved, load_images, seconds
 from benchmarks.engine import settings
 from benchmarks.gpu.context import Context, synchronize
-from benchmarks.loader import MEAN, STD, torchvision_loader, write_class_folders
-from pipeline.config import Device
+from benchmarks.loader import CORES, MEAN, STD, torchvision_loader, write_class_folders
+from pipeline.config import Device, Rgb
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.dataset import open_splits
+from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch
 from pipeline.derived import derive
 from pipeline.train.checkpoint import checkpoint_root, checkpoints
@@ -38,29 +39,9 @@ CIFAR_SECONDS = 120
 def decode(context: Context) -> None:
     """Compares DALI's mixed decoding with decoding on the CPU: pixels, then throughput next to torchvision's loader."""
     batch, batches = (4, 2) if context.tiny else (256, 20)
-    cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         index, _ = open_splits(str(image_set(context, Path(folder), 8 * batch)), "train", "val", Path(folder))
-
-        def create_loader(device: Device, mean: tuple = MEAN, std: tuple = STD) -> Loader:
-            return Loader(
-                index,
-                device=device,
-                device_id=0 if device == "cuda" else None,
-                threads=cores,
-                max_batch_size=batch,
-                interpolation="bilinear",
-                mean=mean,
-                std=std,
-            )
-
-        planned = EvalPlan(index.widths_N, index.heights_N, 256, 224).batch(np.arange(batch))
-        pixels: dict[Device, torch.Tensor] = {}
-        for device in (context.device, "cpu"):
-            with create_loader(device, (0, 0, 0), (1 / 255, 1 / 255, 1 / 255)) as loader:
-                (found,) = loader.run([planned])
-            pixels[device] = found.images_NCHW.cpu()
-        differences = (pixels[context.device] - pixels["cpu"]).abs()
+        differences = pixel_differences(index, batch, context.device)
         context.record(images=batch, largest_difference=differences.max().item())
         title = "mean pixel difference from the CPU, of 255"
         context.save(title, "libjpeg's chroma", differences.mean().item(), "")
@@ -78,13 +59,38 @@ def decode(context: Context) -> None:
 
         torchvision = torchvision_loader(Path(folder, "set", "train"), batch)
         ours = "mixed decode, libjpeg's chroma"
-        with create_loader(context.device) as mixed, create_loader("cpu") as cpu:
+        with new_loader(index, context.device, batch) as mixed, new_loader(index, "cpu", batch) as cpu:
             cases = {
                 ours: load(mixed),
-                f"CPU decode, {cores} threads": load(cpu),
+                f"CPU decode, {CORES} threads": load(cpu),
                 "torchvision": lambda: 8 * batch / seconds(lambda: list(torchvision)),
             }
             context.compare("loader, original JPEGs", interleaved(cases, min(2, context.rounds)), "img/s", ours)
+
+
+def pixel_differences(index: DatasetIndex, count: int, device: Device) -> torch.Tensor:
+    """Returns the absolute differences of the first images' pixels (0 to 255) on a device from those on the CPU."""
+    planned = EvalPlan(index.widths_N, index.heights_N, 256, 224).batch(np.arange(count))
+    found = []
+    for where in (device, "cpu"):
+        with new_loader(index, where, count, (0, 0, 0), (1 / 255, 1 / 255, 1 / 255)) as loader:
+            (batch,) = loader.run([planned])
+        assert batch.images_NCHW.device.type == batch.labels_N.device.type == where
+        found.append(batch.images_NCHW.cpu())
+    return (found[0] - found[1]).abs()
+
+
+def new_loader(index: DatasetIndex, device: Device, batch: int, mean: Rgb = MEAN, std: Rgb = STD) -> Loader:
+    return Loader(
+        index,
+        device=device,
+        device_id=0 if device == "cuda" else None,
+        threads=CORES,
+        max_batch_size=batch,
+        interpolation="bilinear",
+        mean=mean,
+        std=std,
+    )
 
 
 def image_set(context: Context, folder: Path, count: int) -> Path:
@@ -113,8 +119,7 @@ def feed(context: Context) -> None:
         sections = {"train": train, "data": {"image_size": context.side}, "eval": crop}
         config, _ = settings(name, batch, 1, 0, context.device, **sections)
         sizes = {"train_samples": len(indexes[0]), "val_samples": len(indexes[1]), "num_classes": 8}
-        cores = len(os.sched_getaffinity(0))
-        derived = derive(config, workers=1, cpus_per_worker=cores, device=context.device, **sizes)
+        derived = derive(config, workers=1, cpus_per_worker=CORES, device=context.device, **sizes)
         for case, kind in {"JPEGs decoded by DALI": Inputs, "one repeated batch": RepeatedBatch}.items():
             events: list[Event] = []
             inputs, run_dir = kind(config, derived, *indexes, context.torch_device), Path(folder, case)
