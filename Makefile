@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-tools coverage check policy bench gpu lock clean
+.PHONY: help demo test test-long test-tools coverage check policy bench gpu gpu-kit gpu-day lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -52,7 +52,15 @@ bench: $(READY)  ## run all benchmarks or ONLY="NAME...", with synthetic JPEGs o
 
 gpu: $(READY)  ## run the tests and benchmarks that need a GPU with CUDA
 	$(BIN)/python -m pytest tests/gpu
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu --seconds 3600 $(GPU_OPTIONS)
+
+gpu-kit: $(READY)  ## pack what a GPU machine without package access lacks (docs/gpu.md); TARGET=3.12 ARCH=90
+	$(BIN)/python -m benchmarks.gpu.kit $(if $(TARGET),--python $(TARGET)) $(if $(ARCH),--architecture $(ARCH)) \
+		$(if $(PRESENT),--present $(PRESENT)) $(if $(IMAGES),--images $(IMAGES)) $(if $(CIFAR),--cifar $(CIFAR))
+
+GPU_OPTIONS = $(STEPS) $(if $(OUT),--output $(OUT)) $(if $(IMAGES),--images $(IMAGES)) $(if $(CIFAR),--cifar $(CIFAR))
+gpu-day:  ## on that machine: unpack and measure, at most nine minutes; STEPS="decode zero" runs some steps
+	$(PYTHON) -m benchmarks.gpu --kit outputs/gpu-kit $(if $(SECONDS),--seconds $(SECONDS)) $(GPU_OPTIONS)
 
 lock: $(READY)  ## regenerate the lock files from pyproject.toml
 	$(LOCK) --upgrade --all-extras pyproject.toml --output-file requirements.lock

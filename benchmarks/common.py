@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -21,7 +22,9 @@ _COLUMNS = (
     "date", "commit", "machine", "versions", "benchmark", "case", "value", "unit", "ratio", "ratio_low", "ratio_high",
     "ours", "rounds",
 )  # fmt: skip
-_PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
+_PACKAGES = (
+    "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy",
+)  # fmt: skip
 
 
 def interleaved(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -105,28 +108,40 @@ def load_images(images: Path | None, folder: Path) -> list[Path]:
 
 
 def machine() -> str:
-    """Returns the names of the GPU, if any, and the CPU, and the number of usable cores."""
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    """Returns the name of the GPU, or of the CPU without one, and the number of usable cores."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{gpu}{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else names[0] if names else platform.machine()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
+@functools.cache
 def _versions() -> str:
-    """Returns the versions of the installed packages; `benchmarks.gpu` may run with some missing."""
+    """Returns the versions of the installed packages, and of CUDA and its driver on a GPU."""
     found = []
     for name in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name}={importlib.metadata.version(name)}")
+    if torch.cuda.is_available():
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        found += [f"cuda={torch.version.cuda}", f"driver={output_of(*query) or 'unknown'}"]
     return " ".join(found)
 
 
+@functools.cache
 def _commit() -> str:
-    """Returns the git commit, marked `-dirty` if the tree has changes other than these results."""
+    """Returns the git commit, marked `-dirty` if the tree has changes other than these results.
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent)
+    Without a repository, as on a machine to which only the files were copied, the variable COMMIT names it.
+    """
+    changed = output_of("git", "status", "--porcelain", "--", ":/", ":!/benchmarks/results.csv", ":!/docs/benchmarks.*")
+    commit = output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT") or "unknown"
+    return commit + ("-dirty" if changed else "")
+
+
+def output_of(*command: str) -> str:
+    """Returns what a command prints, in the project's folder; an empty string if it fails or is not installed."""
+    with suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ":/", ":!results.csv", ":!/docs/benchmarks.*")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    return ""

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks.common import interleaved, machine, report, save_result, seconds
-from pipeline.config import RunConfig
+from pipeline.config import Device, RunConfig
 from pipeline.data.dataset import open_splits
 from pipeline.derived import Derived, derive
 from pipeline.model.densenet import create
@@ -50,30 +51,34 @@ def main() -> None:
         run_with_checkpoints(name, batch, max(3, rounds // 3))
 
 
-def settings(name: str, batch: int, workers: int, stage: int = 1) -> tuple[RunConfig, Derived]:
-    """Returns a config for training steps on images in memory."""
-    config = RunConfig.model_validate(
-        {
-            "model": {"name": name},
-            "train": {"epochs": 1, "global_batch_size": batch * workers},
-            "engine": {"zero_stage": stage},
-        }
-    )
+def settings(
+    name: str, batch: int, workers: int, stage: int = 1, device: Device = "cpu", **sections: dict[str, Any]
+) -> tuple[RunConfig, Derived]:
+    """Returns a config for training steps on images in memory; `sections` has further keys of the config."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"name": name},
+        "train": {"epochs": 1, "global_batch_size": batch * workers, "max_device_batch_size": batch},
+        "engine": {"zero_stage": stage},
+    }
+    for section, keys in sections.items():
+        tree[section] = tree.get(section, {}) | keys
+    config = RunConfig.model_validate(tree)
     sizes = {"train_samples": 1000 * batch * workers, "val_samples": 1, "num_classes": CLASSES}
-    return config, derive(config, workers=workers, cpus_per_worker=1, device="cpu", **sizes)
+    return config, derive(config, workers=workers, cpus_per_worker=1, device=device, **sizes)
 
 
 def images(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 3, SIDE, SIDE), torch.randint(0, CLASSES, (batch,))
 
 
-def engine_step(engine: Engine, config: RunConfig, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> None:
-    """Runs one training step like the trainer."""
+def engine_step(engine: Engine, config: RunConfig, images_NCHW: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Runs one training step like the trainer, and returns the loss."""
     engine.set_learning_rate(0.1)
     loss = Criterion(config.loss, CLASSES)(engine.forward(images_NCHW), labels_N, images_NCHW)
     engine.backward(loss)
     engine.step()
     engine.update_ema(1)
+    return loss.detach()
 
 
 def engine_overhead(name: str, batch: int, rounds: int) -> None:

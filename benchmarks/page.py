@@ -1,9 +1,13 @@
 """Writes docs/benchmarks.md and its plot from the latest result of each benchmark.
 
-python -m benchmarks.page
+    python -m benchmarks.page [FILE...]
+
+Each FILE is a results.csv of another machine, whose rows are added to this project's first.
 """
 
 import csv
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +26,8 @@ HEAD = """# Benchmarks
 `make bench` writes this page from `benchmarks/results.csv`, to which every run appends its rows with commit, versions
 and machine. A benchmark runs this project and its peer in interleaved rounds on the same machine and discards the first
 round; the ratio is the median over the rounds, with minimum and maximum. `make bench ONLY="loader engine"` runs some
-benchmarks, `make bench IMAGES=FOLDER` uses your JPEGs instead of synthetic images. GPU figures come from `make gpu`.
+benchmarks, `make bench IMAGES=FOLDER` uses your JPEGs instead of synthetic images. GPU figures come from `make gpu` and
+`make gpu-day` ([gpu.md](gpu.md)).
 
 ![Ratios to the peers](benchmarks.png)
 
@@ -143,6 +148,20 @@ def plot(rows: list[Row]) -> Figure:
     return figure
 
 
+def add(file: Path, results: Path = RESULTS) -> None:
+    """Appends the rows of another results file with the same columns.
+
+    Raises:
+        ValueError: the columns differ.
+    """
+    columns, _, rows = file.read_text(encoding="utf-8").partition("\n")
+    with results.open("r+", encoding="utf-8", newline="") as lines:
+        if lines.readline().rstrip("\n") != columns:
+            raise ValueError(f"{file}: the first line must have the columns of {results.name}.")
+        lines.seek(0, os.SEEK_END)
+        lines.write(rows)
+
+
 def write() -> None:
     """Writes the page and the plot."""
     rows = latest()
@@ -152,4 +171,6 @@ def write() -> None:
 
 
 if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        add(Path(name))
     write()
