@@ -52,23 +52,18 @@ def render(path: Path, overrides: list[str], overlay: str, part: str, image: str
             raise UserError(f"--{option}={value} is not known: use {', '.join(known)}.")
     settings = parse_settings(words)
     config, defaults = _with_defaults(path, overrides, overlay)
-    check_model(config)
-    components = ["stage"] if config.data.stage is not None else []
-    documents = kustomize(K8S / "overlays" / overlay, components=components)
-    job, policy = _find(documents, "RayJob"), _find(documents, "NetworkPolicy")
-    fit_pods(job, config, overlay, settings)
-    policy["spec"]["egress"] += _egress(config, settings)
     notes = [f"Part {part} of overlay {overlay}, written by `densenet k8s render`."]
     if part == "run":
-        documents.insert(0, _config_map(config, policy["metadata"]))
+        documents = _run(config, overlay, settings)
         _name_objects(documents, config)
+        job = _find(documents, "RayJob")
         _set_image(job, check_image(image))
         notes += _origins(path, overrides, overlay, defaults, words, job)
     else:
         documents = kustomize(_part(part, overlay))
         for document in documents:
             if document["kind"] == "ClusterQueue":
-                raise_quotas(document, job)
+                raise_quotas(document, _find(_run(config, overlay, settings), "RayJob"))
             elif document["kind"] == "PersistentVolumeClaim":
                 _set_storage_class(document, overlay, settings)
     if settings.namespace is not None:
@@ -93,6 +88,17 @@ def _with_defaults(path: Path, overrides: list[str], overlay: str) -> tuple[RunC
             defaults.setdefault(section, {}).update({k: v for k, v in values.items() if k not in is_set})
     config = load_config({"include": str(path), **defaults}, *overrides)
     return config, {f"{section}.{key}": value for section, values in defaults.items() for key, value in values.items()}
+
+
+def _run(config: RunConfig, overlay: str, settings: Settings) -> list[dict[str, Any]]:
+    """Returns the objects of a run, fitted to the config, with the base's names."""
+    check_model(config)
+    components = ["stage"] if config.data.stage is not None else []
+    documents = kustomize(K8S / "overlays" / overlay, components=components)
+    policy = _find(documents, "NetworkPolicy")
+    policy["spec"]["egress"] += _egress(config, settings)
+    fit_pods(_find(documents, "RayJob"), config, overlay, settings)
+    return [_config_map(config, policy["metadata"]), *documents]
 
 
 def _part(part: str, overlay: str) -> Path:

@@ -237,7 +237,7 @@ def test_an_overlays_values_hold_unless_the_config_sets_them(densenet, render):
     ]
 
 
-def test_the_part_of_a_run_takes_neither_the_namespace_nor_the_volumes_with_it(render):
+def test_the_part_of_a_run_takes_neither_the_namespace_nor_the_volumes_with_it(densenet, render):
     kinds = {
         part: sorted({document["kind"] for document in render("kueue", f"--part={part}", "--set=storage-class=nfs")})
         for part in PARTS
@@ -247,6 +247,10 @@ def test_the_part_of_a_run_takes_neither_the_namespace_nor_the_volumes_with_it(r
         "namespace": ["LocalQueue", "PersistentVolumeClaim", "ServiceAccount"],
         "run": ["ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "RayJob"],
     }
+    for part in ("cluster", "namespace"):  # no run yet: neither its name nor its batch size matters
+        words = ("densenet121", "--overlay=spot", f"--part={part}", "--set=storage-class=nfs")
+        code, printed = densenet("k8s", "render", *words)
+        assert code == 0, printed
     documents = render("multi-node", "--part=namespace", "--set=storage-class=nfs", "--set=namespace=team")
     claims = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
     assert {claim["spec"]["storageClassName"] for claim in claims} == {"nfs"}
