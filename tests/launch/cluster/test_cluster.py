@@ -60,7 +60,7 @@ def test_a_run_over_two_nodes_resumes_when_one_is_lost_and_returns(cluster: Clus
     assert exported("ray_densenet_workers") == ["3.0"]
 
     (added,) = [node for node, _, is_head in live_nodes(cluster, shell) if not is_head]
-    hook = ["-m", "launch.kubernetes.pre_stop", str(tmp_path), "--node-id", added]
+    hook = ["-m", "launch.kubernetes.pre_stop", "--run", str(tmp_path / "elastic"), "--node-id", added]
     drained = shell("python", *hook, env=cluster.env | {"RAY_ADDRESS": cluster.address})
     assert re.search(r"^wrote checkpoint .*/samples-\d+$", drained.stdout, re.MULTILINE), drained.stdout
     until("warning: a node of this run will be preempted; a checkpoint is written now")
