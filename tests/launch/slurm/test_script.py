@@ -32,6 +32,7 @@ _STUBS = {
             SLURM_NODEID=$SLURM_NODEID SLURM_CPUS_ON_NODE=$((SLURM_NODEID + 3)) setsid "$@" & pids+=" -$!"
         done
         trap 'kill -USR1 $pids' USR1
+        for group in $pids; do until kill -0 "$group" 2> /dev/null; do sleep 0.1; done; done
         echo $$ > srun.pid
         wait; wait""",
     "ray": """
