@@ -26,12 +26,14 @@ OPTIONS = SlurmOptions(nodes=2, cpus_per_node=8, gpus_per_node=0, time=None, par
 # Stubs: `srun` (two tasks, forwards SIGUSR1), Ray, the wait for the nodes, the run and Slurm's other commands.
 _STUBS = {
     "srun": """
-        echo "$*" >> srun.args; echo $$ > srun.pid
+        echo "$*" >> srun.args
         while [[ $1 == --* ]]; do shift; done
         for SLURM_NODEID in 0 1; do
             SLURM_NODEID=$SLURM_NODEID SLURM_CPUS_ON_NODE=$((SLURM_NODEID + 3)) setsid "$@" & pids+=" -$!"
         done
         trap 'kill -USR1 $pids' USR1
+        for group in $pids; do until kill -0 "$group" 2> /dev/null; do sleep 0.1; done; done
+        echo $$ > srun.pid
         wait; wait""",
     "ray": """
         [[ $2 == --head && -e no-head ]] && exit 1
@@ -50,7 +52,9 @@ _STUBS = {
     "scontrol": """
         echo "$*" >> scontrol.args""",
     "scancel": """
-        echo "$*" >> scancel.args; kill -USR1 "$(cat srun.pid)" """,
+        echo "$*" >> scancel.args
+        until [[ -s srun.pid ]]; do sleep 0.1; done
+        kill -USR1 "$(cat srun.pid)" """,
     "squeue": """
         cat state""",
 }
