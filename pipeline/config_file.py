@@ -165,9 +165,14 @@ def _problem_lines(error: ValidationError) -> list[str]:
     allowed: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     for problem in error.errors():
-        where = [str(part) for part in problem["loc"] if not _is_union_branch(str(part))]
+        is_unknown = (
+            problem["type"] == "extra_forbidden"
+        )  # then the last part is the user's key, whatever it looks like
+        *parents, last = [str(part) for part in problem["loc"]] or [""]
+        where = [part for part in parents if not _is_union_branch(part)]
+        where += [last] if last and (is_unknown or not _is_union_branch(last)) else []
         key = ".".join(where) or "config"
-        if problem["type"] == "extra_forbidden":
+        if is_unknown:
             known = _known_keys(where[:-1])
             near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
             hint = f"did you mean '{'.'.join([*where[:-1], near[0]])}'?" if near else f"known: {', '.join(known)}"

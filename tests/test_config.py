@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -226,6 +226,8 @@ def test_any_values_give_a_config_that_survives_a_round_trip_or_an_error_that_na
 
 @settings(max_examples=200)
 @given(content=st.binary(max_size=80) | st.text(max_size=80).map(lambda text: text.encode()))
+@example(content=b"literal[: 1")
+@example(content=b"cluster: {workers: {'literal[': 1, min: 1}}")
 def test_any_file_is_a_config_or_an_error(content, tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "any.yaml"
     file.write_bytes(content)
