@@ -16,15 +16,15 @@ from benchmarks.gpu.steps import FUNCTIONS
 from benchmarks.gpu.unpack import Unpacked
 
 FAKE = """
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys
 match sys.argv[-1]:
     case "works": print("fine")
     case "raises": raise ValueError("no such image")
     case "dies": os.kill(os.getpid(), signal.SIGKILL)
     case "hangs":
-        child = subprocess.Popen(["sleep", "600"])
+        child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
         print(child.pid, flush=True)
-        time.sleep(600)
+        signal.pause()
     case "imports": import training_package, ray_package
 """
 

@@ -38,8 +38,8 @@ _STUBS = {
     "ray": """
         [[ $2 == --head && -e no-head ]] && exit 1
         echo "$*" >> "ray$SLURM_NODEID.args"; env > "ray$SLURM_NODEID.env"; echo $$ > "ray$SLURM_NODEID.pid"
-        [[ $2 == --head ]] && exec {python} -c "import os, socket, time
-        s = socket.create_server(('127.0.0.1', int(os.environ['port']))); time.sleep(1000)"
+        [[ $2 == --head ]] && exec {python} -c "import os, signal, socket
+        s = socket.create_server(('127.0.0.1', int(os.environ['port']))); signal.pause()"
         exec sleep 1000""",
     "python": """
         echo "$*" > python.args
