@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 POLICY := .venv-policy
+PEERS := .venv-peers
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-tools coverage check policy bench gpu gpu-kit gpu-day lock clean
+.PHONY: help demo test test-long test-tools coverage check policy bench bench-peers gpu gpu-kit gpu-day lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -53,6 +54,11 @@ policy: $(READY) $(POLICY)/.ready  ## check the Kubernetes manifests and the Doc
 bench: $(READY)  ## run all benchmarks or ONLY="NAME...", with synthetic JPEGs or those in IMAGES=FOLDER
 	$(BIN)/python -m benchmarks $(ONLY) $(if $(IMAGES),--images $(IMAGES))
 
+# FFCV is compiled from source, and SPDL loads FFmpeg's libraries:
+# apt-get install --no-install-recommends g++ pkg-config libopencv-dev libturbojpeg0-dev ffmpeg
+bench-peers: $(READY) $(PEERS)/.ready  ## run the loader benchmark beside FFCV, SPDL, litdata, streaming and datasets
+	$(PEERS)/bin/python -m benchmarks loader $(if $(IMAGES),--images $(IMAGES))
+
 gpu: $(READY)  ## run the tests and benchmarks that need a GPU with CUDA
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m benchmarks.gpu --seconds 3600 $(GPU_OPTIONS)
@@ -71,7 +77,7 @@ lock: $(READY)  ## regenerate the lock files from pyproject.toml
 	$(LOCK) --upgrade --group policy --output-file requirements-policy.lock
 
 clean:  ## remove the environment and all outputs
-	rm -rf $(VENV) $(POLICY) outputs
+	rm -rf $(VENV) $(POLICY) $(PEERS) outputs
 
 $(PACKAGES): requirements.lock requirements-dev.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else \
@@ -92,4 +98,14 @@ $(READY): $(PACKAGES) pyproject.toml
 $(POLICY)/.ready: requirements-policy.lock
 	@$(PYTHON) -m venv --clear $(POLICY)
 	@$(POLICY)/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements-policy.lock
+	@touch $@
+
+$(PEERS)/.ready: benchmarks/requirements-peers.txt
+	@$(PYTHON) -m venv --clear $(PEERS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	@$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		-r <(grep --invert-match ffcv benchmarks/requirements-peers.txt)
+	@$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		-r <(grep ffcv benchmarks/requirements-peers.txt) || echo "FFCV cannot be compiled here: it is left out"
 	@touch $@

@@ -23,7 +23,8 @@ _COLUMNS = (
     "ours", "rounds",
 )  # fmt: skip
 _PACKAGES = (
-    "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy",
+    "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "webdataset", "pillow", "simplejpeg", "numpy",
+    "spdl", "litdata", "mosaicml-streaming", "datasets", "ffcv",
 )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.common import interleaved, load_images, report
 from benchmarks.engine import CPU, engine_step
-from benchmarks.loader import MEAN, STD, timm_loader, torchvision_loader, write_class_folders
+from benchmarks.loader import write_class_folders
+from benchmarks.loader_peers import MEAN, STD, timm_loader, torchvision_loader
 from pipeline.config import RunConfig
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_splits

@@ -21,7 +21,8 @@ import pipeline
 from benchmarks.common import interleaved, load_images, seconds
 from benchmarks.engine import settings
 from benchmarks.gpu.context import Context, synchronize
-from benchmarks.loader import CORES, MEAN, STD, torchvision_loader, write_class_folders
+from benchmarks.loader import write_class_folders
+from benchmarks.loader_peers import CORES, MEAN, STD, torchvision_loader
 from pipeline.config import Device, Rgb
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.dataset import open_splits
