@@ -23,6 +23,7 @@ from pipeline.data.plan import PlannedBatch, TrainPlan
 from pipeline.data.reading import ReadBatch, Reader
 from pipeline.data.resize import Resizer
 from pipeline.errors import DataError, listed
+from pipeline.host_memory import keep_freed_memory
 
 _PREFETCH = 2  # batches read ahead of DALI, which prefetches as many more
 _FILTERS = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
@@ -69,6 +70,8 @@ class Loader:
         channels: Literal[1, 3] = 3,
         num_classes: int | None = None,
     ) -> None:
+        if device == "cpu":
+            keep_freed_memory()
         augment = augment or Augment()
         self.index = index
         self.device = torch.device(device) if device_id is None else torch.device(device, device_id)

@@ -5,6 +5,7 @@ MLflow runs this file when it loads the model ("models from code"), so nothing i
 
 import base64
 import binascii
+import ctypes
 import importlib
 import io
 import json
@@ -92,10 +93,11 @@ class Classifier(PythonModel):
         self.transform: dict[str, Any] = card["transform"]
         self.channels: int = card["architecture"].get("in_chans", 3)
         self.max_pixels: int = card.get("max_pixels", _MAX_PIXELS)
+        _keep_freed_memory()
         with _single_thread():
             self.model = build_model(card["architecture"], card["num_classes"])
             self.model.load_state_dict(weights)
-            self.model.eval()
+            self.model.eval().to(memory_format=torch.channels_last)  # faster on CPUs
         self._worker = ThreadPoolExecutor(1, "classifier")
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -152,6 +154,14 @@ class Classifier(PythonModel):
             hint = f": {_SUPPORTED_INPUTS}" if str(error).startswith(_NOT_AN_IMAGE) else ""
             raise MlflowException.invalid_parameter_value(f"row {row} of `image` {error}{hint}") from error
         return evaluation_transform(rgb, **self.transform, channels=self.channels)
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc's malloc reuse freed activations, which otherwise cost a page fault per 4 kB in each request."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+            mallopt(option, value)
 
 
 @contextmanager
