@@ -19,6 +19,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "prepare": ("--images",),
     "plan": (),
     "index_scale": (),
+    "growth": (),
     "engine": (),
     "memory_modes": (),
     "startup": (),
@@ -39,7 +40,9 @@ def main() -> None:
         parser.error(f"{', '.join(unknown)} is unknown: use {', '.join(NAMES)}.")
     failed = []
     for name in options.names or NAMES:
-        arguments = ["--rounds", str(options.rounds)] if options.rounds and name != "index_scale" else []
+        arguments = (
+            ["--rounds", str(options.rounds)] if options.rounds and name not in ("index_scale", "growth") else []
+        )
         if options.images and "--images" in NAMES[name]:
             arguments += ["--images", str(options.images)]
         if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments]).returncode:

@@ -49,8 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_set(root)
-        arguments = [sys.executable, "-c", MEASURE, str(root), str(EPOCH * N + SAMPLE), str(BATCH)]
-        runs = [json.loads(subprocess.run(arguments, check=True, capture_output=True).stdout) for _ in range(3)]
+        runs = [measure(root, EPOCH * N + SAMPLE) for _ in range(3)]
         size = index_file(root, "train").stat().st_size
     print(f"\nindex of {N:,} samples: {machine()}, medians of {len(runs)} processes; {size / 1e6:.1f} MB on disk")
     labels = {
@@ -66,12 +65,18 @@ def main() -> None:
         save_result("index of 1,281,167 samples", label, amount, unit, rounds=len(runs))
 
 
-def write_set(root: Path) -> None:
+def measure(root: Path, position: int) -> dict[str, float]:
+    """Returns seconds and bytes of a new process that opens the index and plans the batch at `position`."""
+    arguments = [sys.executable, "-c", MEASURE, str(root), str(position), str(BATCH)]
+    return json.loads(subprocess.run(arguments, check=True, capture_output=True).stdout)
+
+
+def write_set(root: Path, samples: int = N, train_shards: int = SHARDS) -> None:
     """Writes the manifest and indexes of a data set without images."""
     classes = tuple(f"n{i:08d}" for i in range(1000))
     rng = np.random.default_rng(0)
     splits = {}
-    for split, count, shards in (("train", N, SHARDS), ("val", VAL, 40)):
+    for split, count, shards in (("train", samples, train_shards), ("val", VAL, 40)):
         lengths = rng.integers(20_000, 200_000, count)
         shard = np.sort(np.arange(count) % shards)
         names = [f"{split}/{split}-{i:06d}.tar" for i in range(shards)]

@@ -34,6 +34,13 @@ benchmarks, `make bench IMAGES=FOLDER` uses your JPEGs instead of synthetic imag
 ## Comparisons
 """
 
+GROWTH = "growth with "
+GROWTH_HEAD = """## How cost grows
+
+`make bench ONLY=growth`: synthetic indexes, one rank's plan and the event channel at simulated numbers of ranks, and
+the journal of a run that logs 100 steps per epoch.
+"""
+
 SLOWER = """## Where this project is slower, and why
 
 - **Startup** does more than a plain script: Ray with its dashboard, MLflow's store (the first start creates its
@@ -99,7 +106,10 @@ def latest(file: Path = RESULTS) -> list[Row]:
 
 def text(rows: list[Row]) -> str:
     """Returns the page's Markdown."""
-    return "\n".join([HEAD, *_comparisons(rows), "", "## Other measurements", "", *_others(rows), "", SLOWER])
+    growth = [row for row in rows if row.benchmark.startswith(GROWTH)]
+    single = [row for row in rows if row not in growth]
+    others = ["## Other measurements", "", *_others(single)]
+    return "\n".join([HEAD, *_comparisons(single), "", *others, "", GROWTH_HEAD, *_growth(growth), "", SLOWER])
 
 
 def _comparisons(rows: list[Row]) -> Iterator[str]:
@@ -123,6 +133,23 @@ def _others(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         if row.ratio is None:
             yield f"| {row.benchmark} | {row.case} | {_amount(row)} | {row.commit}, {row.machine} |"
+
+
+def _growth(rows: list[Row]) -> Iterator[str]:
+    """Yields a table per axis (samples, ranks, epochs): a row per quantity, a column per size."""
+    axes: dict[str, dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        axis, _, quantity = row.benchmark.removeprefix(GROWTH).partition(": ")
+        axes.setdefault(axis, {}).setdefault(quantity, {})[int(row.case)] = row
+    for axis, quantities in axes.items():
+        sizes = sorted({size for cells in quantities.values() for size in cells})
+        yield f"| {axis} | " + " | ".join(f"{size:,}" for size in sizes) + " | commit, machine |"
+        yield "|---|" + "---|" * (len(sizes) + 1)
+        for quantity, cells in quantities.items():
+            amounts = (f"{cells[size].value:,.3g} {cells[size].unit}" if size in cells else "" for size in sizes)
+            newest = cells[max(cells)]
+            yield f"| {quantity} | " + " | ".join(amounts) + f" | {newest.commit}, {newest.machine} |"
+        yield ""
 
 
 def _amount(row: Row) -> str:
