@@ -54,7 +54,7 @@ bench: $(READY)  ## run all benchmarks or ONLY="NAME...", with synthetic JPEGs o
 	$(BIN)/python -m benchmarks $(ONLY) $(if $(IMAGES),--images $(IMAGES))
 
 gpu: $(READY)  ## run the tests and benchmarks that need a GPU with CUDA
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/gpu tests/model/test_fused.py
 	$(BIN)/python -m benchmarks.gpu --seconds 3600 $(GPU_OPTIONS)
 
 gpu-kit: $(READY)  ## pack what a GPU machine without package access lacks (docs/gpu.md); TARGET=3.12 ARCH=90

@@ -99,7 +99,7 @@ class _FirstHalf(torch.autograd.Function):
         scale_C = weight_C * inverse_C
         affine_3C = torch.stack((mean_C, scale_C, bias_C.to(scale_C.dtype)))
         weight_KC = weight_KC11.flatten(1).to(features_NCHW.dtype)
-        reduced_MK = _operator(features_NCHW).forward(_matrix(features_NCHW), affine_3C, weight_KC)
+        reduced_MK = operator_for(features_NCHW).forward(_matrix(features_NCHW), affine_3C, weight_KC)
         # `.data` has a version of its own: later layers write to the buffers, but not to the channels that are read.
         ctx.save_for_backward(features_NCHW.data, stats_2C.data, affine_3C, inverse_C, weight_KC11)
         ctx.new, ctx.measured, ctx.uses_batch_stats = new, measured, norm.training
@@ -115,10 +115,10 @@ class _FirstHalf(torch.autograd.Function):
         features_NCHW, stats_2C, affine_3C, inverse_C, weight_KC11 = ctx.saved_tensors
         needs_features = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         weight_KC = weight_KC11.flatten(1).to(features_NCHW.dtype)
-        grad_MK = grad_NKHW.permute(0, 2, 3, 1).reshape(-1, len(weight_KC))
+        grad_MK = _matrix(grad_NKHW.contiguous(memory_format=torch.channels_last))
         grad_MC = _matrix(grad_NCHW) if needs_features else None
         matrices = _matrix(features_NCHW), affine_3C, weight_KC, grad_MK, grad_MC
-        grad_scale_C, grad_bias_C, grad_weight_KC = _operator(features_NCHW).backward(*matrices)
+        grad_scale_C, grad_bias_C, grad_weight_KC = operator_for(features_NCHW).backward(*matrices)
         parameters = grad_scale_C * inverse_C, grad_bias_C, grad_weight_KC[:, :, None, None], None, None
         if not needs_features:
             return None, None, None, *parameters
@@ -205,7 +205,7 @@ class Eager:
         return (grad_normalized_MC * centered_MC).sum(0), grad_normalized_MC.sum(0), grad_weight_KC
 
 
-def _operator(features_NCHW: torch.Tensor) -> Any:
+def operator_for(features_NCHW: torch.Tensor) -> Any:
     """Returns the kernels for 16-bit and TF32 features on CUDA, or for all in Triton's interpreter; `Eager` for others.
 
     The operator replaces a convolution, so cuDNN's switch decides on TF32.

@@ -122,10 +122,11 @@ class Kernels:
         rows, (outputs, channels) = len(x_MC), weight_KC.shape
         y_MK = x_MC.new_empty(rows, outputs)
         tiles = FORWARD[x_MC.element_size()]
-        forward_kernel[(triton.cdiv(rows, tiles.rows),)](
-            x_MC, affine_3C, weight_KC, y_MK, rows, channels, outputs, x_MC.stride(0),
-            BK=padded(outputs), **tiles.options,
-        )  # fmt: skip
+        with torch.cuda.device_of(x_MC):
+            forward_kernel[(triton.cdiv(rows, tiles.rows),)](
+                x_MC, affine_3C, weight_KC, y_MK, rows, channels, outputs, x_MC.stride(0),
+                BK=padded(outputs), **tiles.options,
+            )  # fmt: skip
         return y_MK
 
     @staticmethod
@@ -145,11 +146,12 @@ class Kernels:
         splits = triton.cdiv(rows, rows_per_split)
         sums_2SC = affine_3C.new_empty(2, splits, channels)
         weight_sums_SKC = affine_3C.new_empty(splits, outputs, channels)
-        backward_kernel[(channel_tiles, splits)](
-            x_MC, affine_3C, weight_KC, grad_MK, x_MC if grad_MC is None else grad_MC, sums_2SC[0], sums_2SC[1],
-            weight_sums_SKC, rows, channels, outputs, x_MC.stride(0), rows_per_split,
-            BK=padded(outputs), ADD=grad_MC is not None, **tiles.options,
-        )  # fmt: skip
+        with torch.cuda.device_of(x_MC):
+            backward_kernel[(channel_tiles, splits)](
+                x_MC, affine_3C, weight_KC, grad_MK, x_MC if grad_MC is None else grad_MC, sums_2SC[0], sums_2SC[1],
+                weight_sums_SKC, rows, channels, outputs, x_MC.stride(0), rows_per_split,
+                BK=padded(outputs), ADD=grad_MC is not None, **tiles.options,
+            )  # fmt: skip
         return *sums_2SC.sum(1), weight_sums_SKC.sum(0)
 
 
