@@ -17,6 +17,7 @@ from timm.models.densenet import DenseBlock
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.model import fused_kernels
 from pipeline.model.fused import Eager, FusedBlock, operator_for
 from tests.model.kernels import compiled_usage, correct_bf16
 
@@ -24,7 +25,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"  # of the operator's tests
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
 TF32_ROUNDING = 2.0**-10
-SHAPES = ((98, 64, 48), (150, 40, 128), (33, 70, 192))  # rows, channels, outputs: tiles are never full
+# Rows, channels, outputs, and programs of the backward pass: tiles are partly empty; of few programs each has many tiles.
+SHAPES = ((98, 64, 48, 256), (150, 40, 128, 256), (33, 70, 192, 256), (290, 70, 48, 6))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,9 +64,10 @@ def reference(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_the_operator_equals_autograd_to_round_off(dtype, shape):
-    x_MC, affine_3C, weight_KC, grad_MK, grad_MC = operands(*shape, dtype)
-    channels = shape[1]
+def test_the_operator_equals_autograd_to_round_off(dtype, shape, monkeypatch):
+    rows, channels, outputs, programs = shape
+    monkeypatch.setattr(fused_kernels, "SPLIT_PROGRAMS", programs)
+    x_MC, affine_3C, weight_KC, grad_MK, grad_MC = operands(rows, channels, outputs, dtype)
     y_MK, x_grad_MC, scale_C, bias_C, weight_KC_grad = reference(x_MC, affine_3C, weight_KC, grad_MK)
     added_MC = grad_MC.clone()
     operator = operator_for(x_MC)
@@ -191,15 +194,18 @@ def test_dropout_uses_the_same_random_numbers():
     check_close(step(fused, images()), step(plain, images()))
 
 
-def test_gradients_accumulate_and_backward_may_run_twice():
+def test_backward_may_run_twice_and_does_not_change_the_given_gradient():
     _, fused = blocks()
     first_NCHW = images()
-    loss = fused(first_NCHW).square().sum()
-    loss.backward(retain_graph=True)
+    output_NCHW = fused(first_NCHW)
+    given_NCHW = torch.randn_like(output_NCHW)
+    copy_NCHW = given_NCHW.clone()
+    output_NCHW.backward(given_NCHW, retain_graph=True)
     once = [parameter.grad.clone() for parameter in [first_NCHW, *fused.parameters()]]
-    loss.backward()
+    output_NCHW.backward(given_NCHW)
     for parameter, gradient in zip([first_NCHW, *fused.parameters()], once, strict=True):
         assert torch.equal(parameter.grad, 2 * gradient)
+    assert torch.equal(given_NCHW, copy_NCHW)
 
 
 def test_steps_repeat_bit_for_bit():
