@@ -94,7 +94,7 @@ class _FirstHalf(torch.autograd.Function):
             update_running_stats(norm, mean_C, variance_C, features_NCHW[:, 0].numel())
         else:
             assert norm.running_mean is not None and norm.running_var is not None
-            mean_C, variance_C = norm.running_mean.to(stats_2C.dtype, copy=True), norm.running_var.to(stats_2C.dtype)
+            mean_C, variance_C = norm.running_mean.to(stats_2C.dtype), norm.running_var.to(stats_2C.dtype)
         inverse_C = torch.rsqrt(variance_C + norm.eps)
         scale_C = weight_C * inverse_C
         affine_3C = torch.stack((mean_C, scale_C, bias_C.to(scale_C.dtype)))

@@ -25,7 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"  # of the operator's tests
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
 TF32_ROUNDING = 2.0**-10
-# Rows, channels, outputs, and programs of the backward pass: tiles are partly empty; of few programs each has many tiles.
+# Rows, channels, outputs, programs of the backward pass: tiles are partly empty; with few programs each has many tiles.
 SHAPES = ((98, 64, 48, 256), (150, 40, 128, 256), (33, 70, 192, 256), (290, 70, 48, 6))
 
 
