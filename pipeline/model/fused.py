@@ -115,7 +115,9 @@ class _FirstHalf(torch.autograd.Function):
         features_NCHW, stats_2C, affine_3C, inverse_C, weight_KC11 = ctx.saved_tensors
         needs_features = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         weight_KC = weight_KC11.flatten(1).to(features_NCHW.dtype)
-        grad_MK = _matrix(grad_NKHW.contiguous(memory_format=torch.channels_last))
+        # No copies in a block's usual graph: there the gradient of the features is the copy that `_Append` made.
+        grad_NCHW, grad_NKHW = (g.contiguous(memory_format=torch.channels_last) for g in (grad_NCHW, grad_NKHW))
+        grad_MK = _matrix(grad_NKHW)
         grad_MC = _matrix(grad_NCHW) if needs_features else None
         matrices = _matrix(features_NCHW), affine_3C, weight_KC, grad_MK, grad_MC
         grad_scale_C, grad_bias_C, grad_weight_KC = operator_for(features_NCHW).backward(*matrices)

@@ -208,6 +208,17 @@ def test_backward_may_run_twice_and_does_not_change_the_given_gradient():
     assert torch.equal(given_NCHW, copy_NCHW)
 
 
+def test_the_gradient_of_an_inner_layer_alone():
+    gradients = []
+    for block in blocks():
+        outputs: list[torch.Tensor] = []
+        block.denselayer2.conv2.register_forward_hook(lambda _, inputs, output, outputs=outputs: outputs.append(output))
+        first_NCHW = images()
+        block(first_NCHW)
+        gradients += torch.autograd.grad(outputs[0].square().sum(), first_NCHW)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_steps_repeat_bit_for_bit():
     first, second = (step(blocks()[1], images()) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
