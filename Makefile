@@ -60,7 +60,7 @@ bench-peers: $(READY) $(PEERS)/.ready  ## run the loader benchmark beside FFCV, 
 	$(PEERS)/bin/python -m benchmarks loader $(if $(IMAGES),--images $(IMAGES))
 
 gpu: $(READY)  ## run the tests and benchmarks that need a GPU with CUDA
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/gpu tests/model/test_fused.py
 	$(BIN)/python -m benchmarks.gpu --seconds 3600 $(GPU_OPTIONS)
 
 gpu-kit: $(READY)  ## pack what a GPU machine without package access lacks (docs/gpu.md); TARGET=3.12 ARCH=90

@@ -11,15 +11,16 @@ import json
 import resource
 import subprocess
 import sys
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.common import report, seconds
-from pipeline.config import Model
+from pipeline.config import MemoryMode, Model
 from pipeline.model.densenet import create
 
-MODES = ("none", "activation-checkpointing", "shared-stats")
+MODES = get_args(MemoryMode)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ MAX_PIXELS = 178_956_970  # default limit per image, the same as PIL's against d
 Auto = Literal["auto"]
 Device = Literal["cpu", "cuda"]
 Interpolation = Literal["bilinear", "bicubic"]
-MemoryMode = Literal["none", "activation-checkpointing", "shared-stats"]
+MemoryMode = Literal["none", "activation-checkpointing", "shared-stats", "fused"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -146,7 +146,7 @@ class Model(Section):
     memory: MemoryMode = Field(
         "none",
         description="save GPU memory in DenseNets, if out of memory: recompute activations in the backward pass "
-        "instead of storing them",
+        "instead of storing them; fused: also without concatenation, by Triton kernels",
     )
     weights: Annotated[str | None, Location("input")] = Field(
         None,
@@ -752,14 +752,15 @@ class RunConfig(Section):
                 "engine.offload_optimizer needs engine.zero_stage=1, 2 or 3, and an optim.name and train.precision "
                 "that support it"
             )
-        if self.engine.sync_batch_norm and self.model.memory == "shared-stats":
+        computes_stats = self.model.memory in ("shared-stats", "fused")
+        if self.engine.sync_batch_norm and computes_stats:
             raise ValueError(
-                "engine.sync_batch_norm and model.memory=shared-stats both compute batch statistics: choose one"
+                f"engine.sync_batch_norm and model.memory={self.model.memory} both compute batch statistics: choose one"
             )
-        if stage == 3 and (self.model.memory == "shared-stats" or self.engine.compile != "off"):
+        if stage == 3 and (computes_stats or self.engine.compile != "off"):
             raise ValueError(
-                "engine.zero_stage=3 gathers weights module by module: model.memory=shared-stats and engine.compile "
-                "need stage 0, 1 or 2"
+                "engine.zero_stage=3 gathers weights module by module: model.memory=shared-stats or fused, and "
+                "engine.compile, need stage 0, 1 or 2"
             )
         return self
 

@@ -170,9 +170,12 @@ def test_one_cycle_takes_no_warmup():
         RunConfig.model_validate({"schedule": {"name": "one-cycle", "warmup_epochs": 1}})
 
 
-def test_shared_stats_with_zero_stage_3_is_an_error():
-    with pytest.raises(ValidationError, match=r"engine.zero_stage=3 .* model.memory=shared-stats"):
-        RunConfig.model_validate({"model": {"memory": "shared-stats"}, "engine": {"zero_stage": 3}})
+@pytest.mark.parametrize("memory", ["shared-stats", "fused"])
+def test_shared_statistics_with_zero_stage_3_or_sync_batch_norm_are_an_error(memory):
+    with pytest.raises(ValidationError, match=r"engine.zero_stage=3 .* model.memory=shared-stats or fused"):
+        RunConfig.model_validate({"model": {"memory": memory}, "engine": {"zero_stage": 3}})
+    with pytest.raises(ValidationError, match=f"engine.sync_batch_norm and model.memory={memory} both compute"):
+        RunConfig.model_validate({"model": {"memory": memory}, "engine": {"sync_batch_norm": True}})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.multiprocessing as mp
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.common import interleaved
 from benchmarks.engine import PLAIN_LOOP, engine_step, settings
 from benchmarks.gpu.context import CLASSES, Context, Step, first_step, synchronize, throughput
-from pipeline.config import Model, Optim, Precision, RunConfig
+from pipeline.config import MemoryMode, Model, Optim, Precision, RunConfig
 from pipeline.model.densenet import create
 from pipeline.train.engine import Engine, set_cuda_flags
 from pipeline.train.optim import create_optimizer, parameter_groups
@@ -141,11 +141,11 @@ def memory(context: Context) -> None:
         batch, data = models[name], context.batch(models[name])
         cases: dict[str, Callable[[], float]] = {}
         peaks: dict[str, list[float]] = {}
-        for mode in ("none", "activation-checkpointing", "shared-stats"):
+        for mode in get_args(MemoryMode):
             step, peak_mb = first_step(lambda mode=mode: plain_loop(context, name, "bf16", *data, mode))  # type: ignore[misc] # noqa: B023
             cases[mode], peaks[mode] = throughput(context, batch, step), [peak_mb]
         values = interleaved(cases, context.rounds)
-        for mode in ("activation-checkpointing", "shared-stats"):
+        for mode in get_args(MemoryMode)[1:]:
             title = f"{name}, model.memory={mode}, batch {batch} at {context.side} px, bf16"
             context.compare(f"training step, {title}", {m: values[m] for m in (mode, "none")}, "img/s", mode)
             if not context.tiny:

@@ -26,6 +26,7 @@ FUNCTIONS = {
     "resume": "run_steps.resume",
     "cifar": "run_steps.cifar",
     "train": "run_steps.train",
+    "fused": "kernel_steps.fused",
     "memory": "model_steps.memory",
     "switches": "model_steps.switches",
     "compile": "model_steps.compiled",

@@ -16,13 +16,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import MemoryMode
+from pipeline.model.dense_layers import second_half, update_running_stats
+from pipeline.model.fused import FusedBlock
 
 
 def apply_memory_mode(model: DenseNet, memory: MemoryMode) -> None:
     """Replaces the dense blocks of a model in place by those of a memory mode. Parameters stay the same objects."""
     if memory == "none":
         return
-    new_block = {"activation-checkpointing": CheckpointBlock, "shared-stats": SharedStatsBlock}[memory]
+    blocks = {"activation-checkpointing": CheckpointBlock, "shared-stats": SharedStatsBlock, "fused": FusedBlock}
+    new_block = blocks[memory]
     for name, block in list(model.features.named_children()):
         if isinstance(block, DenseBlock):
             setattr(model.features, name, new_block(block))
@@ -57,7 +60,7 @@ class CheckpointBlock(nn.ModuleDict):
             reduced_NCHW = checkpoint(bottleneck, *features, use_reentrant=False, context_fn=contexts)
         else:
             reduced_NCHW = bottleneck(*features)
-        return _second_half(layer, reduced_NCHW)
+        return second_half(layer, reduced_NCHW)
 
 
 class SharedStatsBlock(nn.ModuleDict):
@@ -95,7 +98,7 @@ class SharedStatsBlock(nn.ModuleDict):
     ) -> torch.Tensor:
         norm = layer.norm1
         count = features[0].numel() // features[0].shape[1]
-        _update_running_stats(norm, mean_C.detach(), variance_C.detach(), count)
+        update_running_stats(norm, mean_C.detach(), variance_C.detach(), count)
         scale_C = norm.weight * torch.rsqrt(variance_C + norm.eps)
         shift_C = norm.bias - mean_C * scale_C
 
@@ -107,23 +110,7 @@ class SharedStatsBlock(nn.ModuleDict):
             reduced_NCHW = checkpoint(bottleneck, scale_C, shift_C, *features, use_reentrant=False)
         else:
             reduced_NCHW = bottleneck(scale_C, shift_C, *features)
-        return _second_half(layer, reduced_NCHW)
-
-
-def _second_half(layer: DenseLayer, reduced_NCHW: torch.Tensor) -> torch.Tensor:
-    """Second batch norm, ReLU, 3x3 convolution and dropout of a dense layer."""
-    new_NCHW = layer.conv2(layer.norm2(reduced_NCHW))
-    return nn.functional.dropout(new_NCHW, layer.drop_rate, layer.training)
-
-
-@torch.no_grad()
-def _update_running_stats(norm: nn.BatchNorm2d, mean_C: torch.Tensor, variance_C: torch.Tensor, count: int) -> None:
-    """Updates the running statistics as batch norm does, with the unbiased variance."""
-    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-    assert norm.momentum is not None
-    norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_(mean_C.to(norm.running_mean.dtype), norm.momentum)
-    norm.running_var.lerp_((variance_C * (count / max(1, count - 1))).to(norm.running_var.dtype), norm.momentum)
+        return second_half(layer, reduced_NCHW)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def test_every_zero_stage_has_the_losses_of_a_plain_loop_over_20_steps(run_ranks
     """The memory modes change nothing either."""
     expected = plain(frozen=False)
     (found,) = run_ranks(
-        1, some_stages, {0: "none", 1: "none", 2: "shared-stats", 3: "activation-checkpointing"}, BATCH, False
+        1, some_stages, {0: "none", 1: "fused", 2: "shared-stats", 3: "activation-checkpointing"}, BATCH, False
     )
     for stage, losses_of_stage in found.items():
         assert losses_of_stage == pytest.approx(expected, rel=1e-3), f"stage {stage}"
