@@ -176,7 +176,7 @@ def feed(context: Context) -> None:
     """Compares the trainer fed by DALI with one batch in memory, and finds what slows the former down.
 
     With one batch in memory, a loader runs in another thread: on the GPU, it takes time of the GPU and of Python's
-    interpreter lock; on the CPU, of the lock and the cores. `host_s` of a step is the CPU time of the thread that trains.
+    interpreter lock; on the CPU, of the lock and the cores. `host_s` of a step is the training thread's CPU time.
     """
     name, batch = context.model
     every, epochs = (2, 1) if context.tiny else (8, 5)
