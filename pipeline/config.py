@@ -549,7 +549,8 @@ class Engine(Section):
         "auto", description="dtype in which workers exchange gradients; auto: DeepSpeed's choice"
     )
     reduce_bucket_size: Count = Field(
-        500_000_000, description="bucket size of gradient communication in ZeRO 1-3, in elements"
+        4_000_000,
+        description="bucket size of gradient communication, which overlaps with the backward pass, in elements",
     )
     deepspeed: dict[str, Any] = Field(
         {},

@@ -142,8 +142,8 @@ _RULES = (
     _Rule(("engine.communication_data_type",), lambda c, d: d.workers > 1, "there is one worker"),
     _Rule(
         ("engine.reduce_bucket_size",),
-        lambda c, d: d.zero_stage > 0,
-        "it applies to ZeRO stages 1 to 3, this run uses stage 0",
+        lambda c, d: d.workers > 1 or d.zero_stage > 0,
+        "there is one worker, and ZeRO stage 0",
     ),
     _Rule(
         ("checkpoint.every_samples",),

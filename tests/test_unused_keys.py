@@ -58,7 +58,6 @@ NO_EFFECT = {
     "data.window=4": "data.window=4 has no effect: data.shuffle is full",
     "train.nan_limit=3": "train.nan_limit=3 has no effect: train.on_nan is stop",
     "train.profile_steps=[5,999999]": "train.profile_steps=[5, 999999] has no effect: the run ends at step 351563",
-    "engine.reduce_bucket_size=7 engine.zero_stage=0": "engine.reduce_bucket_size=7 has no effect: it applies to ZeRO",
     "checkpoint.every_samples=99999999": "checkpoint.every_samples=99999999 has no effect: the run ends at 900",
     "checkpoint.keep_every_epochs=91": "checkpoint.keep_every_epochs=91 has no effect: the run ends at epoch 90",
     "cluster.resize_interval_s=9 cluster.workers=8": "cluster.resize_interval_s=9.0 has no effect: the number of work",
@@ -101,6 +100,7 @@ def _split(overrides: str) -> list[str]:
             {"engine": {"communication_data_type": "bf16"}},
             "engine.communication_data_type=bf16 has no effect: there is one",
         ),
+        (1, "cuda", {"engine": {"reduce_bucket_size": 7}}, "engine.reduce_bucket_size=7 has no effect: there is one"),
         (1, "cuda", {"engine": {"sync_batch_norm": True}}, "engine.sync_batch_norm=true has no effect"),
         (8, "cpu", {"engine": {"offload_optimizer": True}}, "engine.offload_optimizer=true has no effect"),
         (

@@ -41,10 +41,10 @@ class Step:
 
 STEPS = (
     Step("environment", 30, (), required=True),
-    Step("decode", 70),
+    Step("decode", 90),
     Step("zero", 90),
     Step("throughput", 110),
-    Step("feed", 70),
+    Step("feed", 110),
     Step("resume", 60),
     Step("cifar", 140, ("training", "cifar")),
     Step("train", 120, ("training", "ray", "mlflow")),

@@ -160,7 +160,7 @@ def switches(context: Context) -> None:
     title = f"training step, {name}, batch {batch} at {context.side} px"
     fp32 = {"train": {"precision": "fp32"}}
     comparisons: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
-        f"{title}, bf16": {
+        f"{title}, bf16, switches": {
             "engine": {},
             "non-deterministic": {"engine": {"deterministic": False}},
             "ZeRO 1": {"engine": {"zero_stage": 1}},

@@ -1,20 +1,28 @@
 """Steps that decode images or train a run: the loader, the trainer, a killed run, CIFAR-10, `densenet train`."""
 
+import itertools
 import os
+import queue
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import nvidia.dali.types as types
 import torch
 import torch.multiprocessing as mp
+from nvidia.dali import fn
 from safetensors.torch import load_file
 
 import pipeline
@@ -24,17 +32,19 @@ from benchmarks.gpu.context import Context, synchronize
 from benchmarks.loader import write_class_folders
 from benchmarks.loader_peers import CORES, MEAN, STD, torchvision_loader
 from pipeline.config import Device, Rgb
+from pipeline.data import dali
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch
-from pipeline.derived import derive
+from pipeline.derived import Derived, derive
 from pipeline.train.checkpoint import checkpoint_root, checkpoints
 from pipeline.train.events import Evaluated, Event, Resumed, Saved, Step
 from pipeline.train.inputs import Inputs
 from pipeline.train.trainer import Trainer
 
 CIFAR_SECONDS = 120
+FED = "JPEGs decoded by DALI"
 
 
 def decode(context: Context) -> None:
@@ -67,6 +77,21 @@ def decode(context: Context) -> None:
                 "torchvision": lambda: 8 * batch / seconds(lambda: list(torchvision)),
             }
             context.compare("loader, original JPEGs", interleaved(cases, min(2, context.rounds)), "img/s", ours)
+        for whole, hardware_load in itertools.product((False, True), (0.0, 0.65, 1.0)):
+            how = "whole images, then slices" if whole else "slices"
+            decoded = partial(_decoded, whole=whole, hardware_load=hardware_load)
+            with mock.patch.object(dali, "_decoded", decoded), new_loader(index, context.device, batch) as loader:
+                img_per_s = max(load(loader)() for _ in range(2))
+            context.save("mixed decode", f"{how}, hw_decoder_load {hardware_load}", img_per_s, "img/s")
+
+
+def _decoded(encoded: Any, start: Any, shape: Any, decoder: str, whole: bool, hardware_load: float) -> Any:
+    """Decodes windows as `pipeline.data.dali` does; `whole`: decodes the image, which the hardware decoder supports."""
+    options = {"output_type": types.RGB, "adjust_orientation": False, "use_fast_idct": False}
+    options |= {"jpeg_fancy_upsampling": True, "hw_decoder_load": hardware_load, "device": decoder}
+    if whole:
+        return fn.slice(fn.decoders.image(encoded, **options), start=start, shape=shape, axis_names="HW")
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW", **options)
 
 
 def pixel_differences(index: DatasetIndex, count: int, device: Device) -> torch.Tensor:
@@ -100,18 +125,63 @@ def image_set(context: Context, folder: Path, count: int) -> Path:
     return folder / "set"
 
 
-def feed(context: Context) -> None:
-    """Compares the trainer fed by DALI with the trainer fed by one batch that is already in memory."""
+class TimedInputs(Inputs):
+    """Counts the time of the thread that trains, between two batches: `host_s`."""
 
-    class RepeatedBatch(Inputs):
-        def batches(self, first_step: int) -> Generator[Batch]:
-            with closing(super().batches(first_step)) as batches:
-                batch = next(batches)
-            while True:
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.host_s: list[float] = []
+
+    def batches(self, first_step: int) -> Generator[Batch]:
+        with closing(self._batches(first_step)) as batches:
+            for batch in batches:
+                started = time.thread_time()
                 yield batch
+                self.host_s.append(time.thread_time() - started)
 
+    def _batches(self, first_step: int) -> Generator[Batch]:
+        return super().batches(first_step)
+
+
+class RepeatedBatch(TimedInputs):
+    """Repeats the first batch, which is in memory; for each, a thread takes a batch from `loading`, if given."""
+
+    def __init__(self, *args: Any, loading: Inputs | None = None) -> None:
+        super().__init__(*args)
+        self._loading = loading
+
+    def _batches(self, first_step: int) -> Generator[Batch]:
+        with closing(super()._batches(first_step)) as batches:
+            batch = next(batches)
+        if self._loading is None:
+            yield from itertools.repeat(batch)
+            return
+        steps: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # so that the thread is not faster than the trainer
+
+        def load(inputs: Inputs) -> None:
+            with closing(inputs), closing(inputs.batches(0)) as batches:
+                for _ in zip(iter(steps.get, None), batches, strict=False):
+                    pass
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(load, self._loading)
+            try:
+                for step in itertools.count():
+                    steps.put(step)
+                    yield batch
+            finally:
+                steps.put(None)
+
+
+def feed(context: Context) -> None:
+    """Compares the trainer fed by DALI with one batch in memory, and finds what slows the former down.
+
+    With one batch in memory, a loader runs in another thread: on the GPU, it takes time of the GPU and of Python's
+    interpreter lock; on the CPU, of the lock and the cores. `host_s` of a step is the training thread's CPU time.
+    """
     name, batch = context.model
     every, epochs = (2, 1) if context.tiny else (8, 5)
+    device, cpu = context.torch_device, torch.device("cpu")
     values: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, context.process_group():
         indexes = open_splits(str(image_set(context, Path(folder), 8 * batch)), "train", "val", Path(folder))
@@ -121,15 +191,33 @@ def feed(context: Context) -> None:
         config, _ = settings(name, batch, 1, 0, context.device, **sections)
         sizes = {"train_samples": len(indexes[0]), "val_samples": len(indexes[1]), "num_classes": 8}
         derived = derive(config, workers=1, cpus_per_worker=CORES, device=context.device, **sizes)
-        for case, kind in {"JPEGs decoded by DALI": Inputs, "one repeated batch": RepeatedBatch}.items():
+        on_cpu = derived.model_copy(update={"device": "cpu"})
+
+        def with_loader(where: Derived, device: torch.device) -> RepeatedBatch:
+            return RepeatedBatch(*arguments, loading=Inputs(config, where, *indexes, device))
+
+        arguments = (config, derived, *indexes, device)
+        kinds: dict[str, Callable[[], TimedInputs]] = {
+            FED: lambda: TimedInputs(*arguments),
+            "one repeated batch": lambda: RepeatedBatch(*arguments),
+            "one repeated batch, loader in a thread": lambda: with_loader(derived, device),
+            "one repeated batch, CPU loader in a thread": lambda: with_loader(on_cpu, cpu),
+        }
+        for case, create in kinds.items():
             events: list[Event] = []
-            inputs, run_dir = kind(config, derived, *indexes, context.torch_device), Path(folder, case)
-            device = context.torch_device
-            Trainer(config, derived, inputs, run_dir=run_dir, device=device, report=events.append).fit()
+            inputs = create()
+            Trainer(config, derived, inputs, run_dir=Path(folder, case), device=device, report=events.append).fit()
             steps = [event for event in events if isinstance(event, Step)]
-            context.record(case=case, steps=[vars(step) for step in steps])
+            context.record(case=case, steps=[vars(step) for step in steps], host_s=inputs.host_s)
+            context.save(f"CPU time of the training thread, {name}", case, statistics.median(inputs.host_s), "s")
             values[case] = [step.img_per_s for step in steps[-context.rounds :]]
-    context.compare(f"training, {name}, batch {batch}, bf16", values, "img/s", "JPEGs decoded by DALI")
+        with closing(Inputs(*arguments)) as alone, closing(alone.batches(0)) as batches:
+            next(batches)  # warm-up
+            started = time.perf_counter()
+            images = sum(len(batch.labels_N) for batch in batches)
+            synchronize()
+        context.save("loader alone", context.device, images / (time.perf_counter() - started), "img/s")
+    context.compare(f"training, {name}, batch {batch}, bf16", values, "img/s", FED)
 
 
 def resume(context: Context) -> None:

@@ -22,6 +22,7 @@ from pipeline.train import optimizer_state
 from pipeline.train.compile import compile_model
 from pipeline.train.deepspeed_config import AUTOCAST_DTYPES, deepspeed_config
 from pipeline.train.deepspeed_schema import import_deepspeed
+from pipeline.train.gradients import BucketedReduction, PartitionedGradients, order_streams_on_device
 from pipeline.train.optim import create_optimizer, parameter_groups
 
 
@@ -76,8 +77,7 @@ class Engine:
         zero = settings["zero_optimization"]  # DeepSpeed allocates whole buckets, however small the model is
         zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], sum(p.numel() for p in model.parameters()))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        if self.stage == 0 and config.optim.clip_grad_norm:  # DeepSpeed's own clipping does not store the norm
-            self._engine.clip_fp32_gradients = partial(self._clip, config.optim.clip_grad_norm)
+        self._prepare_gradients(config, zero, device)
         if self.ema is not None:
             pairs = list(zip(_tensors(self.ema.module), _tensors(self.module), strict=True))
             self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -86,6 +86,25 @@ class Engine:
         self._statistics = [b for m in self.module.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
         self._saved_statistics = [torch.empty_like(buffer) for buffer in self._statistics]
         self.train()
+
+    def _prepare_gradients(self, config: RunConfig, zero: dict[str, Any], device: torch.device) -> None:
+        """Replaces what DeepSpeed does to gradients where it waits for the device or leaves it idle."""
+        self._reduction: BucketedReduction | None = None
+        self._partitions: PartitionedGradients | None = (
+            None  # None with CPU offload, where DeepSpeed measures and clips
+        )
+        self._max_norm = config.optim.clip_grad_norm
+        if self.stage > 0:
+            if not config.engine.offload_optimizer:
+                self._partitions = PartitionedGradients(self._optimizer, self.stage)
+            if self.stage < 3 and device.type == "cuda" and zero.get("overlap_comm"):
+                order_streams_on_device(self._optimizer, self._deepspeed.accelerator.get_accelerator())
+            return
+        if self._max_norm is not None:  # DeepSpeed's own clipping does not store the norm
+            self._engine.clip_fp32_gradients = partial(self._clip, self._max_norm)
+        self._engine.enable_backward_allreduce = False
+        if dist.get_world_size() > 1:
+            self._reduction = BucketedReduction(self._engine, zero["reduce_bucket_size"], device)
 
     @property
     def module(self) -> nn.Module:
@@ -116,6 +135,8 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulates the gradients of a micro-batch's mean loss (gradient accumulation)."""
         self._engine.backward(loss)
+        if self._reduction is not None:
+            self._reduction.finish()
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
@@ -126,6 +147,10 @@ class Engine:
         where the step was skipped, or where fp16 gradients overflowed.
         """
         self._skip, self._measure_norm, self._norm, self._applied = skip, measure_norm, None, False
+        if self._partitions is not None and not skip and (measure_norm or self._max_norm is not None):
+            self._norm = self._partitions.norm()
+            if self._max_norm is not None:
+                self._partitions.clip(self._norm, self._max_norm)
         self._engine.step()
         self._skip = False
         return self._applied
@@ -133,7 +158,8 @@ class Engine:
     @property
     def grad_norm(self) -> float | None:
         """The L2 norm of the last step's gradient before clipping, or None if not measured; waits for the device."""
-        norm = self._norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        deepspeed_measures = self.stage > 0 and self._partitions is None
+        norm = self._engine.get_global_grad_norm() if deepspeed_measures else self._norm
         return None if norm is None else float(norm)
 
     def _clip(self, max_norm: float) -> None:
@@ -161,7 +187,9 @@ class Engine:
         torch._foreach_copy_(self._statistics, self._saved_statistics)
 
     def close(self) -> None:
-        """Releases DeepSpeed's hooks and buffers."""
+        """Releases hooks and buffers."""
+        if self._reduction is not None:
+            self._reduction.close()
         self._engine.destroy()
 
     def update_ema(self, steps: int) -> None:

@@ -60,11 +60,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(nccl, indexes, tm
         assert all(torch.equal(one[key], two[key]) for key in one), file
 
 
-def test_between_log_lines_the_host_only_waits_for_the_exchange_of_the_loss(nccl, indexes, tmp_path: Path):
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_between_log_lines_the_host_only_waits_for_the_exchange_of_the_loss(nccl, indexes, tmp_path: Path, stage):
     """The exchange waits on a separate stream (`pipeline/train/non_finite.py`); nothing else may synchronize."""
     data, batches = indexes(), iter(range(99))
     plan = {
         "train": {"epochs": 4, "log_every_steps": 20},
+        "engine": {"zero_stage": stage},
+        "optim": {"clip_grad_norm": 1.0},
         "augment": {"brightness": 0.4, "erase_prob": 0.5, "mixup_alpha": 0.2, "cutmix_alpha": 1.0},
         "ema": {"decay": 0.9},
         "checkpoint": {"every_epochs": 9},

@@ -77,7 +77,7 @@ def test_running_statistics_are_averaged_over_ranks_that_saw_different_data(run_
 def test_gradient_clipping_is_always_explicit():
     config, d = settings(1)
     assert deepspeed_config(config, d)["gradient_clipping"] == 0.0
-    config, d = settings(1, clip_grad_norm=2.5)
+    config, d = settings(0, clip_grad_norm=2.5)
     assert deepspeed_config(config, d)["gradient_clipping"] == 2.5
 
 
