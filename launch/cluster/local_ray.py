@@ -5,10 +5,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc  # type: ignore[import-untyped]
 import ray
 from ray._private.authentication.authentication_token_setup import (
     enable_token_auth_by_default,
@@ -25,6 +26,7 @@ from launch.cluster.allocation import Allocation
 from launch.cluster.ports import HOST
 from launch.cluster.ray_logs import log_to_file, printed_to, ray_process_environment
 from pipeline.config import Device, RunConfig
+from pipeline.train.events import Event, Step, WorkersStarted
 
 _SETTINGS = {
     "preload_python_modules": [preload.__name__],
@@ -42,7 +44,8 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # time until a lost worker is noticed; Ray's default is 2
 }
 _TRAIN_VARIABLES = ("RAY_TRAIN_", "TORCHFT_LIGHTHOUSE", "NCCL_RAS_ADDR")  # Ray Train passes them on
-_RPC_TIMEOUT_S = 60
+_SPARES_FROM_S = 120  # seconds left in training; starting spare workers takes a few seconds of CPU time for each
+_RPC_TIMEOUT_S = 30
 _KEEP_ALIVE_S = 24 * 3600
 
 
@@ -73,6 +76,24 @@ def training_processes(config: RunConfig, allocation: Allocation) -> list[Proces
     workers = json.dumps(worker, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     others = [Processes(1, controller), Processes(1, "")]  # for the controller; for the event channel
     return [Processes(allocation.workers, workers), *others] if allocation.device == "cpu" else others
+
+
+class SpareWorkers:
+    """Processes for the workers of the next start, so that a restart after a lost worker need not import packages."""
+
+    def __init__(self, config: RunConfig, allocation: Allocation) -> None:
+        self._processes = training_processes(config, allocation)[:1]
+        self._wanted = allocation.embedded and allocation.device == "cpu" and config.cluster.max_failures > 0
+        self._started = False
+
+    def on_event(self, event: Event) -> None:
+        """Starts them in a run that goes on for a while, once for each start of the workers."""
+        if isinstance(event, WorkersStarted):
+            self._started = False
+        elif isinstance(event, Step) and self._wanted and not self._started and event.eta_s > _SPARES_FROM_S:
+            self._started = True
+            with suppress(grpc.RpcError):  # a restart works without them too
+                _start_workers(ray.get_runtime_context().worker.node, self._processes)
 
 
 def _controller_env() -> dict[str, str]:

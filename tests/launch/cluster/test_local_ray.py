@@ -70,6 +70,29 @@ def test_the_run_trains_in_processes_that_started_before_it(tmp_path):
     assert not any("IDLE" in title for title in titles), titles
 
 
+def test_a_long_run_has_a_spare_process_for_a_lost_worker(tmp_path):
+    settings = ["train.epochs=9999", "train.log_every_steps=1", "cluster.workers=1", f"run.output={tmp_path}"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        run = subprocess.Popen([BIN / "densenet", "train", *DEMO, *settings], cwd=PROJECT, stdout=output)
+    driver, idle = psutil.Process(run.pid), list[psutil.Process]()
+
+    def is_spare_ready() -> bool:
+        assert run.poll() is None, log.read_text()
+        idle[:] = [process for process in children(driver, "ray::IDLE") if DEVICE in process.environ()]
+        return bool(idle and children(driver, "RayTrainWorker"))
+
+    try:
+        wait_until(is_spare_ready, log.read_text)
+        children(driver, "RayTrainWorker")[0].kill()
+        wait_until(lambda: "all workers were restarted (start 2)" in log.read_text(), log.read_text)
+        assert children(driver, "RayTrainWorker") == idle
+    finally:
+        run.terminate()
+        code = run.wait(WAIT_TIMEOUT_S)
+    assert code == 128 + signal.SIGTERM, log.read_text()
+
+
 def test_an_unusable_store_ends_the_start_of_ray_with_nothing_but_the_error(densenet, tmp_path):
     store = tmp_path / "store"
     store.write_text("no database")
