@@ -1,6 +1,7 @@
 """A local Ray for one run: its processes start in a thread, while the driver prepares the run."""
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -47,6 +48,7 @@ _TRAIN_VARIABLES = ("RAY_TRAIN_", "TORCHFT_LIGHTHOUSE", "NCCL_RAS_ADDR")  # Ray 
 _SPARES_FROM_S = 120  # seconds left in training; starting spare workers takes a few seconds of CPU time for each
 _RPC_TIMEOUT_S = 30
 _KEEP_ALIVE_S = 24 * 3600
+_log = logging.getLogger("ray")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class SpareWorkers:
         self._started = False
 
     def on_event(self, event: Event) -> None:
-        """Starts them in a run that goes on for a while, once for each start of the workers."""
+        """Starts them in a run with minutes left, once for each start of the workers."""
         if isinstance(event, WorkersStarted):
             self._started = False
         elif isinstance(event, Step) and self._wanted and not self._started and event.eta_s > _SPARES_FROM_S:
@@ -134,6 +136,7 @@ def starting_ray(
         def connect() -> str | None:
             node = ray_processes.wait()
             stack.enter_context(printed_to(stream))
+            _log.info("Started a local Ray instance, whose processes log to %s.", node.get_logs_dir_path())
             with ray_process_environment(log_file.parent):
                 ray.init(address=node.gcs_address, log_to_driver=False)
             return f"http://{node.webui_url}" if node.webui_url else None
