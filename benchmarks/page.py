@@ -43,8 +43,9 @@ the journal of a run that logs 100 steps per epoch.
 
 SLOWER = """## Where this project is slower, and why
 
-- **Startup** does more than a plain script: Ray with its dashboard, MLflow's store (the first start creates its
-  tables), Ray Train's controller, and more imports in each worker. The line `time` at a run's end has the seconds.
+- **Startup** does more than a plain script: Ray, MLflow's store (the first start creates its tables), Ray Train's
+  controller, and more imports in each worker (Ray, DALI, DeepSpeed). They overlap where there are cores; two cores are
+  busy all the time. The line `time` at a run's end has the seconds.
 - **Re-encoding** decodes and encodes like Pillow, and in addition writes and hashes shards on the same cores.
 - **A served image** costs HTTP, JSON and base64; several images per request share this overhead.
 - **Memory modes** (activation checkpointing) trade time for memory by design.

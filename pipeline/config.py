@@ -660,8 +660,8 @@ class Cluster(Section):
         ge=60,
         description="hang detection: seconds without a batch until a worker's stacks are logged and it restarts",
     )
-    dashboard_port: int | Auto = Field(
-        "auto", description="port of the Ray dashboard on loopback, for an embedded Ray; auto: any free port"
+    dashboard_port: int | Auto | None = Field(
+        None, description="port on loopback of an embedded Ray's dashboard; auto: any free port; null: no dashboard"
     )
 
 

@@ -1,11 +1,11 @@
 """Resources of a machine or cluster, and their allocation to the workers of a run."""
 
-import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.config import Device, Elastic, RunConfig
+from pipeline.cuda import has_driver
 from pipeline.derived import split_batch
 from pipeline.errors import ConfigError
 
@@ -44,13 +44,15 @@ class Resources:
 class Allocation:
     """Resources that the workers of a run take, with warnings for the user.
 
-    `workers` is the number of workers that fit now; `bounds` are the fewest and the most that elastic training allows.
+    `workers` is the number of workers that fit now; `bounds` are the fewest and the most that elastic training allows;
+    `embedded` is whether this run starts a local Ray.
     """
 
     device: Device
     workers: int
     bounds: tuple[int, int]
     cpus_per_worker: int
+    embedded: bool
     warnings: tuple[str, ...]
 
     @property
@@ -62,12 +64,8 @@ class Allocation:
 def machine_resources() -> Resources:
     """Returns the CPU cores that this process may use, and the CUDA devices that torch finds."""
     devices = 0
-    try:
-        ctypes.CDLL("libcuda.so.1")  # torch opens the driver's library too: without it there is no CUDA device
-    except OSError:
-        pass
-    else:
-        import torch  # takes seconds to import, so only where there may be a GPU
+    if has_driver():
+        import torch
 
         devices = torch.cuda.device_count()
     return Resources("this machine", len(os.sched_getaffinity(0)), devices, embedded=True)
@@ -134,7 +132,7 @@ def allocate(config: RunConfig, available: Resources) -> Allocation:
             f"cluster.accelerator_type={accelerator}: {available.name} has "
             f"{', '.join(accelerators) or 'none that Ray knows'}: change it",
         )
-    return Allocation(device, workers, bounds, cpus, tuple(warnings))
+    return Allocation(device, workers, bounds, cpus, available.embedded, tuple(warnings))
 
 
 def _cpus_per_worker(config: RunConfig, available: Resources, workers: int) -> int:

@@ -1,13 +1,11 @@
 """The event channel, a small actor: workers and controller send events to the driver, which can request a stop."""
 
-import textwrap
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import UserError
@@ -15,7 +13,6 @@ from pipeline.train.events import Event, Failed, Report, WorkersLost, WorkersSta
 
 _POLL_S = 0.2
 _NAMESPACE = "densenet"
-_MAX_CAUSE_LENGTH = 160
 _STALE_ACTOR_S = 20  # an ended driver's actors may exist for some seconds
 
 
@@ -50,30 +47,6 @@ class EventChannel:
     def stop_requested(self) -> bool:
         """Returns whether the workers must end."""
         return self._stop
-
-
-class WorkerFailureCallback(UserCallback):
-    """Sends worker failures, with their causes, to the event channel; runs in Ray Train's controller."""
-
-    def __init__(self, channel: Any) -> None:
-        self._channel = channel
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Sends the failed workers and the causes; Ray Train calls this before it restarts the workers."""
-        if ray.get(self._channel.error.remote()) is not None:
-            return  # an error that the user must fix, reported already
-        causes = {rank: _failure_cause(error) for rank, error in worker_exceptions.items()}
-        ray.get(self._channel.push.remote(WorkersLost(causes)))
-
-
-def _failure_cause(error: Exception) -> str:
-    """Returns the last line of an error's text, shortened, or a short text for Ray's long ones of a lost process."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, ray.exceptions.RayActorError) or "The actor" in str(error):
-        return "its process or node died"
-    if any(word in lines[-1] for word in ("gloo", "NCCL", "by peer")):
-        return "its connection to another worker broke"
-    return textwrap.shorten(lines[-1], _MAX_CAUSE_LENGTH, placeholder=" ...")
 
 
 def open_event_channel(run_name: str) -> Any:

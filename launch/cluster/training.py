@@ -12,13 +12,17 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import FailureConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launch.cluster.connect import ray_log_folder
-from launch.cluster.event_channel import WorkerFailureCallback, forward_events, open_event_channel
+from launch.cluster.event_channel import forward_events, open_event_channel
+from launch.cluster.local_ray import SpareWorkers, worker_env
 from launch.cluster.metrics import RunMetrics
 from launch.cluster.prepared_run import PreparedRun
+from launch.cluster.process_group import ProcessGroupConfig
+from launch.cluster.trainer import LocalTrainer
 from launch.cluster.worker import Task, code_version, train_worker
+from launch.cluster.worker_failures import WorkerFailureCallback
 from pipeline.errors import TrainingError, UserError
 from pipeline.train.checkpoint import checkpoint_root, latest_valid, samples_of
 from pipeline.train.events import Event, Report, Stopped, Warned
@@ -40,7 +44,9 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
     config, allocation, run_dir = prepared.config, prepared.allocation, prepared.run_dir
     channel = open_event_channel(str(config.run.name))
     low, high = allocation.bounds
-    trainer = TorchTrainer(
+    env = worker_env(config, allocation.device) if allocation.embedded else config.cluster.env
+    trainer_class = LocalTrainer if allocation.embedded else DataParallelTrainer
+    trainer = trainer_class(
         train_worker,
         train_loop_config={
             "task": Task(
@@ -53,6 +59,7 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
                 val_index=ray.put(prepared.val_index),
                 code=code_version(config.run.plugins),
                 channel=channel,
+                preemptible=not allocation.embedded,
             )
         },
         scaling_config=ScalingConfig(
@@ -64,13 +71,13 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
             accelerator_type=config.cluster.accelerator_type,
             elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
-        torch_config=TorchConfig(backend="nccl" if allocation.device == "cuda" else "gloo"),
+        backend_config=ProcessGroupConfig("nccl" if allocation.device == "cuda" else "gloo"),
         # A new name each time, which disables Ray's own restore: workers find the latest valid checkpoint themselves.
         run_config=ray.train.RunConfig(
             name=f"{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            worker_runtime_env={"env_vars": config.cluster.env},
+            worker_runtime_env={"env_vars": env},
             callbacks=[WorkerFailureCallback(channel)],
         ),
     )
@@ -91,9 +98,11 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
         channel.request_stop.remote()
 
     metrics = RunMetrics(str(config.run.name), prepared.derived.total_samples)
+    spares = SpareWorkers(config, allocation)
 
     def on_any_event(event: Event) -> None:
         metrics.on_event(event)
+        spares.on_event(event)
         on_event(replace(event, signal=signals[0]) if isinstance(event, Stopped) and signals else event)
 
     arguments = (channel, on_any_event, done, config.cluster.replacement_timeout_s, abort)

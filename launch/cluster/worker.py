@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
@@ -36,6 +35,7 @@ class Task:
         val_index: Ray reference to a `DatasetIndex`.
         code: The driver's `code_version`.
         channel: Handle of the `EventChannel`.
+        preemptible: Whether a node of the run can be preempted: not on the local Ray of one run.
     """
 
     config: RunConfig
@@ -47,6 +47,7 @@ class Task:
     val_index: Any
     code: str
     channel: Any
+    preemptible: bool
 
 
 def train_worker(train_loop_config: dict[str, Task]) -> None:
@@ -78,7 +79,9 @@ def train_worker(train_loop_config: dict[str, Task]) -> None:
 
 
 def _train(task: Task, report: Report) -> None:
-    from pipeline.train.rank import train_rank  # torch, timm and DALI take seconds to import
+    import ray.train.torch  # torch, timm and DALI take seconds to import
+
+    from pipeline.train.rank import train_rank
 
     config, run_dir, derived, context = task.config, task.run_dir, task.derived, ray.train.get_context()
     if context.get_world_size() != derived.workers:
@@ -97,7 +100,7 @@ def _train(task: Task, report: Report) -> None:
         pretrained=task.sources,
         resume=task.resume,
         should_stop=_stop_check(task.channel),
-        should_save=_preemption_check(report),
+        should_save=_preemption_check(report) if task.preemptible else lambda: False,
         hang_timeout_s=config.cluster.hang_timeout_s,
     )
 

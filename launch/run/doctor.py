@@ -9,7 +9,6 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cluster.ports import free_port
 from pipeline.config import Device, RunConfig
 from pipeline.derived import derive
 
@@ -128,9 +127,10 @@ def _deepspeed() -> str:
 
 
 def _ray() -> str:
-    from launch.cluster.connect import embedded_ray, run_test_task
+    from launch.cluster.connect import run_test_task
+    from launch.cluster.local_ray import embedded_ray
 
-    with tempfile.TemporaryDirectory() as folder, embedded_ray(1, free_port(), Path(folder, "ray.log")):
+    with tempfile.TemporaryDirectory() as folder, embedded_ray(1, Path(folder, "ray.log")):
         return f"a task ran in process {run_test_task()} of an embedded Ray"
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.allocation import Resources, machine_resources
-from launch.cluster.connect import cluster_resources, connected_ray, embedded_ray
-from launch.cluster.ports import cluster_address, free_port
+from launch.cluster.connect import cluster_resources, connected_ray
+from launch.cluster.local_ray import embedded_ray
+from launch.cluster.ports import cluster_address
 from launch.cluster.search import Trial, boundary_overrides, parse_space, report_evaluation, search, trial_id
 from launch.cluster.training import run_training
 from launch.run.prepare import prepare, read_config
@@ -61,7 +62,7 @@ def sweep(
             per_trial = prepared.derived.workers * prepared.derived.cpus_per_worker
             if address is None:
                 cpus = max(per_trial, available.cpus) + 1
-                stack.enter_context(embedded_ray(cpus, free_port(), log_file))
+                stack.enter_context(embedded_ray(cpus, log_file))
             max_concurrent = max(1, available.cpus // per_trial)
             if available.gpus:
                 max_concurrent = max(1, available.gpus // prepared.derived.workers)

@@ -4,8 +4,10 @@ import os
 import shlex
 import shutil
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -20,10 +22,7 @@ from launch.run.prepare import prepare, read_config
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.counts import EvalResult, format_accuracy
-from pipeline.export.package import RegisteredModel
-from pipeline.export.tracked import TrackedRun, tracked
 from pipeline.formatting import speed
-from pipeline.tracking.run import Tracker
 from pipeline.tracking.stores import Stores, redacted
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root, read_state
@@ -32,6 +31,11 @@ from pipeline.train.events import Event, FirstStep, Trained, WorkersStarted
 from pipeline.train.progress import WEIGHTS, Display
 from pipeline.train.run_lock import run_lock
 from pipeline.train.setup import check_writable
+
+if TYPE_CHECKING:
+    from pipeline.export.package import RegisteredModel
+    from pipeline.export.tracked import TrackedRun
+    from pipeline.tracking.run import Tracker
 
 _PHASES = {WorkersStarted: "worker start", FirstStep: "first step"}
 
@@ -95,7 +99,7 @@ def _train_command(
                 wait_for_resources,
             )
 
-            dashboard = stack.enter_context(connected_ray(address, log_file))
+            dashboard: str | None = stack.enter_context(connected_ray(address, log_file))
             if wait:
                 wait_for_resources(config, address, lambda text: console.print(text, style="yellow", soft_wrap=True))
             prepared = prepare(config, cluster_resources(address), resume)
@@ -105,6 +109,10 @@ def _train_command(
         print_warnings(console, prepared)
         check_disk_space(prepared)
         stack.enter_context(run_lock(run_dir, config))
+        if address is None:
+            connect = stack.enter_context(_starting_ray(prepared, dashboard_port, log_file))
+        from pipeline.export.tracked import tracked  # MLflow takes seconds to import, while Ray starts
+
         display = _display(console, prepared, quiet)
         run = stack.enter_context(tracked(prepared, display.warning))
         tracker = run.tracker
@@ -112,12 +120,10 @@ def _train_command(
         with display:
             if address is None:
                 display.status("starting Ray")
-                from launch.cluster.connect import embedded_ray
-
-                cpus = max(prepared.derived.workers * prepared.derived.cpus_per_worker, machine_resources().cpus)
-                dashboard = stack.enter_context(embedded_ray(cpus, dashboard_port, log_file))
+                dashboard = connect()
                 timer.end_phase("Ray start")
-            display.status(f"starting {prepared.derived.workers} workers; Ray dashboard {dashboard}")
+            where = f"; Ray dashboard {dashboard}" if dashboard is not None else ""
+            display.status(f"starting {prepared.derived.workers} workers{where}")
             try:
                 img_per_s = _train(prepared, run, display, timer)
             except Exception:  # raised again; the logs help to find the cause of any error
@@ -142,12 +148,24 @@ def _train_command(
     _print_end(console, run_dir, results + commands, tracker, display)
 
 
-def _dashboard_port(config: RunConfig) -> int:
+def _dashboard_port(config: RunConfig) -> int | None:
     port = config.cluster.dashboard_port
     if port == "auto":
         return free_port()
-    check_port(port, "cluster.dashboard_port")
+    if port is not None:
+        check_port(port, "cluster.dashboard_port")
     return port
+
+
+def _starting_ray(
+    prepared: PreparedRun, dashboard_port: int | None, log_file: Path
+) -> AbstractContextManager[Callable[[], str | None]]:
+    """Starts a local Ray with the run's processes, see `launch.cluster.local_ray.starting_ray`."""
+    from launch.cluster.local_ray import starting_ray, training_processes  # Ray takes half a second to import
+
+    allocation = prepared.allocation
+    cpus = max(allocation.workers * allocation.cpus_per_worker, machine_resources().cpus)
+    return starting_ray(cpus, log_file, dashboard_port, training_processes(prepared.config, allocation))
 
 
 def _display(console: Console, prepared: PreparedRun, quiet: bool) -> Display:
@@ -155,19 +173,19 @@ def _display(console: Console, prepared: PreparedRun, quiet: bool) -> Display:
     return Display(console, prepared.config.train.epochs, derived.total_steps, derived.workers, quiet)
 
 
-def _train(prepared: PreparedRun, tracked_run: TrackedRun, display: Display, timer: PhaseTimer) -> float | None:
+def _train(prepared: PreparedRun, tracked_run: "TrackedRun", display: Display, timer: PhaseTimer) -> float | None:
     """Trains on the connected cluster; returns the mean images/s, or None if the run was complete already."""
     img_per_s: float | None = None
 
     def on_event(event: Event) -> None:
         nonlocal img_per_s
-        tracked_run.on_event(event)
         phase = _PHASES.get(type(event))
         if phase is not None and phase not in timer.phases:
             timer.end_phase(phase)
         if isinstance(event, Trained):
             img_per_s = event.img_per_s
         display.on_event(event)
+        tracked_run.on_event(event)
 
     from launch.cluster.training import run_training
 
@@ -176,7 +194,7 @@ def _train(prepared: PreparedRun, tracked_run: TrackedRun, display: Display, tim
 
 
 def _print_end(
-    console: Console, run_dir: Path, lines: list[tuple[str, str]], tracker: Tracker, display: Display
+    console: Console, run_dir: Path, lines: list[tuple[str, str]], tracker: "Tracker", display: Display
 ) -> None:
     """Prints the summary, and warnings of skipped images and unsent records."""
     console.rule("done")
@@ -202,7 +220,7 @@ def _summary(
     prepared: PreparedRun,
     stores: Stores,
     best: Path,
-    registered: RegisteredModel | None,
+    registered: "RegisteredModel | None",
     img_per_s: float | None,
     timer: PhaseTimer,
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, ndtri
 
 from pipeline.config import Augment
 from pipeline.data.philox import AUTO_AUGMENT, COLOR, ERASE, MIX, PLUGIN, Ints, draw
@@ -103,6 +102,8 @@ def plan_augmentations(
 
 
 def _color(config: Augment, u_4B2: NDArray[np.float64]) -> Color:
+    from scipy.special import ndtri  # imported by the few runs that use it
+
     brightness_B, contrast_B, saturation_B = (
         1 + strength * (2 * u_4B2[i, :, 0] - 1)
         for i, strength in enumerate((config.brightness, config.contrast, config.saturation))
@@ -145,6 +146,8 @@ def _mix(config: Augment, seed: int, positions_B: Ints, side: int) -> Mix:
 
     As in CutMix, the target's lambda follows from the area of the box after clipping to the image.
     """
+    from scipy.special import betaincinv
+
     pairs_P, pair_of_B = np.unique(positions_B // 2, return_inverse=True)
     u_4P2 = draw(seed, pairs_P >> 32, pairs_P & 0xFFFFFFFF, {MIX: 2})[MIX]
     mixed_P = u_4P2[0, :, 0] < config.mix_prob

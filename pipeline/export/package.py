@@ -24,7 +24,6 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.model.card import CARD, ModelCard
-from pipeline.model.weights import import_model_code
 from pipeline.tracking.client import connect, connect_registry, first_line
 from pipeline.tracking.registry import create_registered_model, find_version, move_alias
 from pipeline.tracking.stores import Stores, redacted
@@ -164,6 +163,8 @@ def _log(
 
 def _model_code(card: ModelCard, checkpoint: Path) -> list[str] | None:
     """Returns the code of a plugin's model, which is packaged with it; None for models of timm and this project."""
+    from pipeline.model.weights import import_model_code  # torch and timm take seconds to import
+
     import_model_code(card, checkpoint)
     module = card.architecture.get("module")
     if module is None:

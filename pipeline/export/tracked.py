@@ -7,9 +7,9 @@ from pathlib import Path
 from pipeline.export.package import RegisteredModel
 from pipeline.export.registration import check_registry, reason_not_to_register, send_and_register
 from pipeline.tracking.run import Tracker
-from pipeline.train.artifacts import attach_curves, attach_sample_predictions, record_setup
+from pipeline.train.artifacts import attach_curves, attach_sample_predictions, attach_schedule, record_setup
 from pipeline.train.checkpoint import best_checkpoint
-from pipeline.train.events import Event
+from pipeline.train.events import Event, Step
 from pipeline.train.recorder import Recorder
 from pipeline.train.run_lock import PROBE
 from pipeline.train.setup import RunSetup
@@ -22,11 +22,16 @@ class TrackedRun:
     def __init__(self, setup: RunSetup, tracker: Tracker, warn: Callable[[str], None]) -> None:
         self.tracker = tracker
         self._setup, self._warn = setup, warn
+        self._has_schedule = False
         self._recorder = Recorder(tracker, setup.config, setup.run_dir)
 
     def on_event(self, event: Event) -> None:
         """Logs one event."""
         self._recorder.on_event(event)
+        if isinstance(event, Step) and not self._has_schedule:  # not before the first step: it takes a second
+            self._has_schedule = True
+            with _errors_as_warnings(self._warn):
+                attach_schedule(self.tracker, self._setup)
 
     def attach_logs(self) -> None:
         """Logs the workers' log files as artifacts, to diagnose a failed run."""

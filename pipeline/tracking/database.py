@@ -10,7 +10,6 @@ import sqlite3
 from pathlib import Path
 
 import sqlalchemy
-from alembic.script import ScriptDirectory
 from mlflow.store import db_migrations
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.version import VERSION
@@ -20,6 +19,8 @@ from sqlalchemy.pool import NullPool
 from pipeline.errors import UserError
 from pipeline.tracking.stores import redacted, sqlite_file
 
+_REVISION = re.compile(r'^revision = "(\w+)"', re.MULTILINE)
+_DOWN_REVISION = re.compile(r'^down_revision = "(\w+)"', re.MULTILINE)
 _LOCK_TIMEOUT_S = 5.0
 _OTHERWISE = "or set tracking.uri, --uri or MLFLOW_TRACKING_URI to another store"
 
@@ -65,10 +66,10 @@ def check_database(uri: str) -> None:
 
 
 def _check_schema(uri: str, revision: str | None) -> None:
-    scripts = ScriptDirectory(str(Path(db_migrations.__path__[0])))
-    if revision in scripts.get_heads():
+    known, replaced = _schemas()
+    if revision in known - replaced:
         return
-    if revision in {script.revision for script in scripts.walk_revisions()}:
+    if revision in known:
         raise UserError(
             f"the database {redacted(uri)} belongs to an older MLflow (schema {revision}) than the installed "
             f"{VERSION}: back it up, stop all programs that use it, and run `mlflow db upgrade '{redacted(uri)}'`, "
@@ -79,6 +80,16 @@ def _check_schema(uri: str, revision: str | None) -> None:
         f"it belongs to a newer MLflow or to another program, and stays unchanged. Install the MLflow version that "
         f"created it, {_OTHERWISE}."
     )
+
+
+def _schemas() -> tuple[set[str], set[str]]:
+    """Returns the schemas that the installed MLflow knows, and those among them that a later one replaces.
+
+    Reads the files of its migrations as text: Alembic imports them all, which takes a third of a second.
+    """
+    migrations = Path(db_migrations.__path__[0], "versions").glob("*.py")
+    text = "\n".join(file.read_text(encoding="utf-8") for file in migrations)
+    return set(_REVISION.findall(text)), set(_DOWN_REVISION.findall(text))
 
 
 def check_file(uri: str) -> None:

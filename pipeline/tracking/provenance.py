@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from pipeline.cuda import has_driver
+
 _PACKAGES = ("torch", "timm", "deepspeed", "ray", "mlflow", "nvidia-dali-cuda130")
 _PROJECT = Path(__file__).parents[2]
 _LARGEST_DIFF = 1_000_000  # bytes
@@ -61,6 +63,8 @@ def write_provenance(folder: Path) -> list[Path]:
 
 
 def _gpus() -> str:
+    if not has_driver():
+        return "none"
     import torch
 
     names: list[Any] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

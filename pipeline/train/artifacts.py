@@ -2,8 +2,7 @@
 
 import json
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from pipeline.data.dataset import DatasetIndex
 from pipeline.data.staging import is_remote
@@ -16,6 +15,9 @@ from pipeline.train.checkpoint import write_json
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.schedule import learning_rate
 from pipeline.train.setup import RunSetup
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAMPLES = "samples.json"
 _PLOTTED = 1000
@@ -47,11 +49,16 @@ def record_setup(tracker: Tracker, setup: RunSetup) -> None:
     write_json(run_dir / "deepspeed.json", deepspeed_config(config, derived))
     for file in (run_dir / "config.yaml", run_dir / "deepspeed.json", *write_provenance(run_dir)):
         tracker.log_artifact(file)
+
+
+def attach_schedule(tracker: Tracker, setup: RunSetup) -> None:
+    """Logs a plot of the learning rate of the whole run."""
+    config, derived = setup.config, setup.derived
     stride = max(1, derived.total_steps // _PLOTTED)
     samples = [step * derived.global_batch_size for step in range(0, derived.total_steps, stride)]
     learning_rates = [learning_rate(config.schedule, derived, samples_seen) for samples_seen in samples]
     epochs = [samples_seen / derived.train_samples for samples_seen in samples]
-    _attach_image(tracker, curve(epochs, learning_rates, "epoch", "learning rate"), run_dir / "learning_rate.png")
+    _attach_image(tracker, curve(epochs, learning_rates, "epoch", "learning rate"), setup.run_dir / "learning_rate.png")
 
 
 def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
@@ -90,6 +97,6 @@ def attach_sample_predictions(tracker: Tracker, setup: RunSetup, best: Path) -> 
     tracker.log_artifact(file)
 
 
-def _attach_image(tracker: Tracker, figure: Figure, file: Path) -> None:
+def _attach_image(tracker: Tracker, figure: "Figure", file: Path) -> None:
     figure.savefig(file, dpi=120)
     tracker.log_artifact(file)

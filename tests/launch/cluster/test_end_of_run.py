@@ -8,8 +8,7 @@ import ray.train
 
 from launch.cluster import training
 from launch.cluster.allocation import Resources
-from launch.cluster.connect import embedded_ray
-from launch.cluster.ports import free_port
+from launch.cluster.local_ray import embedded_ray
 from launch.run.prepare import prepare, read_config
 from pipeline.errors import TrainingError
 from pipeline.train.events import Event, Warned
@@ -23,12 +22,12 @@ def test_a_failure_after_the_last_checkpoint_is_a_warning(tmp_path, one_rank, mo
     def fails(trainer: Any) -> None:
         raise ray.train.TrainingFailedError("controller error:\nthe placement group could not be removed")
 
-    monkeypatch.setattr(training.TorchTrainer, "fit", fails)
+    monkeypatch.setattr(training.LocalTrainer, "fit", fails)
     few = ["train.epochs=0.1", "schedule.warmup_epochs=0", "cluster.workers=1", "cluster.cpus_per_worker=1"]
     config = read_config(PROJECT / "configs" / "demo.yaml", [*few, "run.name=run", f"run.output={tmp_path}"])
     prepared = prepare(config, Resources("this machine", 2, 0, embedded=True))
     events: list[Event] = []
-    with embedded_ray(1, free_port(), Path(tmp_path, "logs", "ray.log")):
+    with embedded_ray(1, Path(tmp_path, "logs", "ray.log")):
         with pytest.raises(TrainingError, match="the placement group could not be removed"):
             training.run_training(prepared, events.append)
         assert not events

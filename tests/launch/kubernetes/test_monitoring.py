@@ -140,6 +140,7 @@ class TrainingRun:
         self._log = folder / "run.log"
         self._discovery = folder / "ray" / "prom_metrics_service_discovery.json"
         settings = [f"run.output={folder / 'out'}", "run.name=demo", "train.epochs=3000", "ema.decay=0.9"]
+        settings.append("cluster.dashboard_port=auto")
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [BIN / "densenet", "train", "configs/demo.yaml", *settings],

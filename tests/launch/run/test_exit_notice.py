@@ -37,21 +37,21 @@ import os, sys
 from contextlib import contextmanager
 from pathlib import Path
 from rich.console import Console
-import launch.cluster.connect, launch.cluster.training
+import launch.cluster.local_ray, launch.cluster.training
 from launch.run.train import train_command
 from pipeline.errors import TrainingError
 
 @contextmanager
-def embedded_ray(*arguments):
+def starting_ray(*arguments):
     try:
-        yield "http://127.0.0.1"
+        yield lambda: None
     finally:
         os._exit(1)
 
 def run_training(*arguments):
     raise TrainingError("a worker was lost")
 
-launch.cluster.connect.embedded_ray, launch.cluster.training.run_training = embedded_ray, run_training
+launch.cluster.local_ray.starting_ray, launch.cluster.training.run_training = starting_ray, run_training
 settings = ["run.name=run", f"run.output={sys.argv[1]}"]
 train_command(Console(), Path("configs/demo.yaml"), settings, None, quiet=True)
 """
