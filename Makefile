@@ -83,7 +83,8 @@ $(PACKAGES): requirements.lock requirements-dev.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else \
 		f"Python 3.11 or 3.12 is required, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	@echo "Installing the environment in $(VENV): about 7 GB, 4-10 minutes, once."
-	@$(PYTHON) -m venv --clear $(VENV)
+	@# the base interpreter, because $(PYTHON) may be that of the activated $(VENV), which is cleared
+	@$$($(PYTHON) -c 'import sys; print(sys._base_executable)') -m venv --clear $(VENV)
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off --require-hashes \
 		-r requirements.lock -r requirements-dev.lock \
 		| awk '/^Collecting/ && ++n % 25 == 0 {print "  " n " packages fetched"; fflush()} \
@@ -101,7 +102,7 @@ $(POLICY)/.ready: requirements-policy.lock
 	@touch $@
 
 $(PEERS)/.ready: benchmarks/requirements-peers.txt
-	@$(PYTHON) -m venv --clear $(PEERS)
+	@$(BIN)/python -m venv --clear $(PEERS)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
 	@$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
