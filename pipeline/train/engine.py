@@ -90,9 +90,8 @@ class Engine:
     def _prepare_gradients(self, config: RunConfig, zero: dict[str, Any], device: torch.device) -> None:
         """Replaces what DeepSpeed does to gradients where it waits for the device or leaves it idle."""
         self._reduction: BucketedReduction | None = None
-        self._partitions: PartitionedGradients | None = (
-            None  # None with CPU offload, where DeepSpeed measures and clips
-        )
+        # With CPU offload DeepSpeed measures and clips.
+        self._partitions: PartitionedGradients | None = None
         self._max_norm = config.optim.clip_grad_norm
         if self.stage > 0:
             if not config.engine.offload_optimizer:
