@@ -58,6 +58,7 @@ def _free_address() -> tuple[str, int]:
 def _join(backend: str, address: str, port: int) -> None:
     """Joins the process group, and sets the environment variables of torchrun, which DeepSpeed reads."""
     import torch.distributed as dist
+    from ray.train.torch import get_device
 
     context = ray.train.get_context()
     variables = {
@@ -70,7 +71,8 @@ def _join(backend: str, address: str, port: int) -> None:
         "NODE_RANK": context.get_node_rank(),
     }
     os.environ.update({name: str(value) for name, value in variables.items()})
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    device = get_device() if backend == "nccl" else None
+    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device)
 
 
 def _leave() -> None:

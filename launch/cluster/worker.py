@@ -99,7 +99,8 @@ def _train(task: Task, report: Report) -> None:
         report=report,
         pretrained=task.sources,
         resume=task.resume,
-        should_stop=_stop_check(task.channel),
+        # Asked by one rank for all, so that the channel's load does not grow with the ranks.
+        should_stop=_stop_check(task.channel) if context.get_world_rank() == 0 else lambda: False,
         should_save=_preemption_check(report) if task.preemptible else lambda: False,
         hang_timeout_s=config.cluster.hang_timeout_s,
     )
