@@ -56,7 +56,7 @@ bench: $(READY)  ## run all benchmarks or ONLY="NAME...", with synthetic JPEGs o
 
 # FFCV is compiled from source, and SPDL loads FFmpeg's libraries:
 # apt-get install --no-install-recommends g++ pkg-config libopencv-dev libturbojpeg0-dev ffmpeg
-bench-peers: $(READY) $(PEERS)/.ready  ## run the loader benchmark beside FFCV, SPDL, litdata, streaming and datasets
+bench-peers: $(READY) $(PEERS)/.ready  ## run the loader benchmark next to FFCV, SPDL, litdata, streaming and datasets
 	$(PEERS)/bin/python -m benchmarks loader $(if $(IMAGES),--images $(IMAGES))
 
 gpu: $(READY)  ## run the tests and benchmarks that need a GPU with CUDA
@@ -108,5 +108,5 @@ $(PEERS)/.ready: benchmarks/requirements-peers.txt
 	@$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 		-r <(grep --invert-match ffcv benchmarks/requirements-peers.txt)
 	@$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
-		-r <(grep ffcv benchmarks/requirements-peers.txt) || echo "FFCV cannot be compiled here: it is left out"
+		-r <(grep ffcv benchmarks/requirements-peers.txt) || echo "FFCV cannot be compiled here: it is skipped"
 	@touch $@

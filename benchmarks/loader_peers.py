@@ -46,7 +46,7 @@ def installed_peers(folders: Path, shards: Path, work: Path) -> dict[str, Epoch]
     }
     missing = [package for package, _ in peers.values() if importlib.util.find_spec(package) is None]
     if missing:
-        print(f"not installed, left out: {', '.join(missing)}")
+        print(f"not installed, skipped: {', '.join(missing)}")
     return {name: new() for name, (package, new) in peers.items() if package not in missing}
 
 

@@ -50,7 +50,7 @@ PROSE = {
     r"sealed|seals": "committed",
     r"sound (one|checkpoint|weights|file|set|image)s?": "valid",
     r"mend(s|ed|ing)?": "fix",
-    r"faults?(?![ -]tolera)": "error, problem",
+    r"(?<!page )faults?(?![ -]tolera)": "error, problem",
     r"cures?": "fix",
     r"spoiled": "non-finite, corrupt",
     r"left out|leaves? out|leaving out": "skipped, ignored, omit",

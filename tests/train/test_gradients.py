@@ -53,7 +53,8 @@ def waits(indexes, folder) -> list[set[tuple[int, int]]]:
             run_dir = folder / f"stage{stage}"
             new_trainer(config, derived, indexes, run_dir, lambda event: None, heartbeat=heartbeat).fit()
         starts = per_batch[: derived.total_steps * micro_batches : micro_batches]
-        found.append({(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(starts)})
+        # Not the first step, in which DeepSpeed's stage 3 compares the order of the layers between the ranks.
+        found.append({(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(starts[1:])})
     return found
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 
 import psutil
 import pytest
@@ -70,6 +71,7 @@ def test_the_run_trains_in_processes_that_started_before_it(tmp_path):
     assert not any("IDLE" in title for title in titles), titles
 
 
+@pytest.mark.long
 def test_a_long_run_has_a_spare_process_for_a_lost_worker(tmp_path):
     settings = ["train.epochs=9999", "train.log_every_steps=1", "cluster.workers=1", f"run.output={tmp_path}"]
     log = tmp_path / "log"
@@ -104,12 +106,13 @@ def test_an_unusable_store_ends_the_start_of_ray_with_nothing_but_the_error(dens
     assert_ended([process for process in children(psutil.Process()) if process not in before])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_during_the_start_leaves_no_process(tmp_path, number, code):
     command = [BIN / "densenet", "train", *DEMO, f"run.output={tmp_path}"]
-    run = subprocess.Popen(
-        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    default_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # child processes of xdist ignore SIGINT
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    run = subprocess.Popen(command, cwd=PROJECT, start_new_session=True, preexec_fn=default_sigint, **pipes)
     driver, found = psutil.Process(run.pid), []
 
     def appears(title: str) -> Callable[[], bool]:
