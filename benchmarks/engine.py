@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks.common import interleaved, machine, report, save_result, seconds
-from pipeline.config import Device, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_fields import Device
 from pipeline.data.dataset import open_splits
 from pipeline.derived import Derived, derive
 from pipeline.model.densenet import create

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.common import save_result, seconds
 from benchmarks.index_scale import EPOCH, measure, write_set
-from launch.cluster.connect import embedded_ray
+from launch.cluster.local_ray import embedded_ray
 from pipeline.config import RunConfig
 from pipeline.data.dataset import index_file
 from pipeline.data.plan import TrainPlan, micro_batch, permutation
@@ -96,7 +96,7 @@ def grow_ranks(ranks: int) -> None:
 
 def grow_channel() -> None:
     """Measures the event channel's answers to one call of every rank, as at a log step."""
-    with tempfile.TemporaryDirectory() as folder, embedded_ray(2, 0, Path(folder) / "ray.log"):
+    with tempfile.TemporaryDirectory() as folder, embedded_ray(2, Path(folder) / "ray.log"):
         import ray
 
         from launch.cluster.event_channel import open_event_channel

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import report, seconds
-from pipeline.config import MemoryMode, Model
+from pipeline.config import Model
+from pipeline.config_fields import MemoryMode
 from pipeline.model.densenet import create
 
 MODES = get_args(MemoryMode)

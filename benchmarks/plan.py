@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.common import interleaved, machine, save_result, seconds
-from pipeline.config import Augment
+from pipeline.config_data import Augment
 from pipeline.data.plan import TrainPlan, permutation
 
 N, BATCH, BATCHES = 1_281_167, 256, 200

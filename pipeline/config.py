@@ -1,84 +1,17 @@
 """The configuration schema of a run, and its validation. `pipeline/config_file.py` loads it from YAML."""
 
-import difflib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import fsspec
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.extension_points import AUGMENTATIONS, DATA_SOURCES, OPTIMIZERS, SCHEDULES, TRACKERS, is_generated
+from pipeline.config_data import Augment, Data, Eval
+from pipeline.config_fields import Auto, Count, Device, Location, MemoryMode, Name, Section, Uri, registered, valid_by
+from pipeline.config_train import Ema, Loss, Optim, Schedule, Train
+from pipeline.extension_points import TRACKERS
 from pipeline.mlflow_names import alias_error, experiment_name_error, model_name_error
 from pipeline.plugins import import_plugins, is_file
-from pipeline.registry import Registry
-
-MAX_PIXELS = 178_956_970  # default limit per image, the same as PIL's against decompression bombs
-
-Auto = Literal["auto"]
-Device = Literal["cpu", "cuda"]
-Interpolation = Literal["bilinear", "bicubic"]
-MemoryMode = Literal["none", "activation-checkpointing", "shared-stats", "fused"]
-Precision = Literal["fp32", "bf16", "fp16"]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rgb = tuple[float, float, float]
-
-
-def _plain_name(name: str) -> str:
-    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
-        raise ValueError("must be a plain folder name: no slashes, no leading dot")
-    return name
-
-
-def _no_password(uri: str) -> str:
-    if re.search(r"://[^/@:]*:[^/@]+@", uri):
-        raise ValueError("must not contain a password, since configs are saved and logged: use environment variables")
-    return uri
-
-
-def _check_scheme(root: str) -> None:
-    """Raises `ValueError`, with the closest name, if no data source or file system has the URI's scheme."""
-    scheme, known = root.partition("://")[0].rpartition("::")[2], [*DATA_SOURCES, *fsspec.available_protocols()]
-    if scheme not in known:
-        near = difflib.get_close_matches(scheme, known, n=1)
-        hint = f"did you mean '{near[0]}://'?" if near else f"plugins add more to {', '.join(DATA_SOURCES)}"
-        raise ValueError(f"root={root}: no data source or file system is called {scheme}; {hint}")
-
-
-def _valid_by(error_of: Callable[[str], str | None]) -> AfterValidator:
-    """Returns a validator that rejects a name for which `error_of` returns an error."""
-
-    def check(name: str) -> str:
-        error = error_of(name)
-        if error is not None:
-            raise ValueError(error)
-        return name
-
-    return AfterValidator(check)
-
-
-def _registered(registry: Registry[Any]) -> AfterValidator:
-    return AfterValidator(registry.check)
-
-
-Name = Annotated[str, AfterValidator(_plain_name)]
-Uri = Annotated[str, AfterValidator(_no_password)]
-
-
-@dataclass(frozen=True)
-class Location:
-    """Marks a key whose value is a path or URI; `pipeline.locations` finds them.
-
-    All nodes must see the same `input` and `output`; `local` is on each node's own disk, `store` is an MLflow store.
-    Values for which `matches` is false are not locations.
-    """
-
-    kind: Literal["input", "output", "local", "store"]
-    matches: Callable[[str], bool] = lambda value: True
-
 
 _FastDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C if PyYAML was built with libyaml: ten times as fast
 
@@ -99,12 +32,6 @@ def _import_plugins(plugins: tuple[str, ...]) -> tuple[str, ...]:
     """Imports the plugins before other keys are validated: `run` is the first section."""
     import_plugins(plugins)
     return plugins
-
-
-class Section(BaseModel):
-    """A section of the config: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Run(Section):
@@ -176,355 +103,6 @@ class Finetune(Section):
     head_lr_mult: float = Field(1, gt=0, description="learning rate multiplier of the classifier")
 
 
-class Data(Section):
-    """`data.*`: the data set, reading, shuffling, cropping, resizing and normalization."""
-
-    root: Annotated[Uri | None, Location("input")] = Field(
-        None,
-        description="path or URI (s3://...) of a prepared data set, or a folder with class folders in each split",
-    )
-    train: Name = Field("train", description="name of the training split")
-    val: Name = Field("val", description="name of the evaluation split")
-    license: str | None = Field(None, description="license of the data, recorded with the registered model")
-    stage: Annotated[str | None, Location("local")] = Field(
-        None, description="local folder on each node's own disk, to which shards are copied before training"
-    )
-    on_corrupt: Literal["error", "skip"] = Field(
-        "error", description="corrupt training images: `error` ends the run, `skip` replaces them by other images"
-    )
-    max_pixels: Count = Field(
-        MAX_PIXELS, description="images with more pixels are errors; the model card records the limit"
-    )
-    shuffle: Literal["full", "windowed"] = Field(
-        "full", description="shuffle over the whole split (`full`), or within windows of shards (`windowed`)"
-    )
-    window: Count = Field(16, description="shuffle window of `windowed`, in shards")
-    image_size: int = Field(
-        224, ge=8, le=1024, description="training image size after the random crop, pixels per side"
-    )
-    progressive_resize: tuple[tuple[float, int], ...] = Field(
-        (),
-        description="progressive resizing: [epoch, size] pairs, each size until its epoch; then `image_size`",
-    )
-    scale: tuple[float, float] = Field(
-        (0.08, 1.0), description="random resized crop: range of the crop's fraction of the image area"
-    )
-    ratio: tuple[float, float] = Field(
-        (3 / 4, 4 / 3), description="random resized crop: range of the crop's aspect ratio, width / height"
-    )
-    hflip: Fraction = Field(0.5, description="probability of a random horizontal flip")
-    mean: Rgb = Field((0.485, 0.456, 0.406), description="normalization mean per channel, of pixel values in [0, 1]")
-    std: Rgb = Field(
-        (0.229, 0.224, 0.225), description="normalization standard deviation per channel, of pixel values in [0, 1]"
-    )
-    interpolation: Interpolation = Field(
-        "bilinear", description="interpolation of the training resize, always antialiased"
-    )
-    threads: Count | Auto = Field(
-        "auto", description="data loader: DALI decoding threads per worker; auto: the worker's CPU cores"
-    )
-    readers: int = Field(
-        4,
-        ge=0,
-        le=256,
-        description="data loader: threads per worker that read files ahead; 0: the planning thread reads them",
-    )
-
-    @model_validator(mode="after")
-    def _ranges(self) -> "Data":
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"scale={[low, high]} must be two numbers with 0 < low <= high <= 1")
-        low, high = self.ratio
-        if not 0 < low <= high:
-            raise ValueError(f"ratio={[low, high]} must be two numbers with 0 < low <= high")
-        if min(self.std) <= 0:
-            raise ValueError(f"std={list(self.std)} must be positive")
-        if self.root is not None and "://" in self.root and not is_generated(self.root):
-            _check_scheme(self.root)
-            if self.stage is None:
-                raise ValueError(f"root={self.root} is a URI: set stage to a folder on each node's own disk")
-        epochs = [epoch for epoch, _ in self.progressive_resize]
-        if (
-            epochs != sorted(set(epochs))
-            or any(e <= 0 for e in epochs)
-            or any(size < 8 for _, size in self.progressive_resize)
-        ):
-            pairs = [list(pair) for pair in self.progressive_resize]
-            raise ValueError(
-                f"progressive_resize={pairs} must be [epoch, size] pairs with increasing epochs and sizes >= 8"
-            )
-        return self
-
-    @property
-    def max_image_size(self) -> int:
-        """The largest training image size, pixels per side."""
-        return max(self.image_size, *(size for _, size in self.progressive_resize), 0)
-
-    def image_size_at(self, epoch: float) -> int:
-        """Returns the training image size at an epoch, pixels per side."""
-        return next((size for until, size in self.progressive_resize if epoch < until), self.image_size)
-
-
-class Augment(Section):
-    """`augment.*`: augmentations of training images in addition to crop and flip."""
-
-    brightness: Fraction = Field(0, description="color jitter: brightness factor uniform in [1 - b, 1 + b]")
-    contrast: Fraction = Field(0, description="color jitter: contrast factor uniform in [1 - c, 1 + c]")
-    saturation: Fraction = Field(0, description="color jitter: saturation factor uniform in [1 - s, 1 + s]")
-    lighting: float = Field(0, ge=0, description="AlexNet's PCA lighting noise: standard deviation; the paper's is 0.1")
-    auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field(
-        "none", description="automatic augmentation policy: DALI's RandAugment or TrivialAugment"
-    )
-    randaugment_num_ops: int = Field(2, ge=1, le=8, description="RandAugment: operators per image")
-    randaugment_magnitude: int = Field(9, ge=0, le=30, description="RandAugment: magnitude, 0 to 30")
-    erase_prob: Fraction = Field(0, description="random erasing: probability")
-    erase_scale: tuple[float, float] = Field(
-        (0.02, 1 / 3), description="random erasing: range of the box's fraction of the image area"
-    )
-    erase_ratio: tuple[float, float] = Field(
-        (0.3, 3.3), description="random erasing: range of the box's aspect ratio, height / width"
-    )
-    erase_fill: Literal["mean", "noise"] = Field(
-        "mean", description="random erasing: fill with the mean color or with noise"
-    )
-    mixup_alpha: float = Field(
-        0, ge=0, description="mixup: alpha of the Beta distribution of the mixing weight; 0: no mixup"
-    )
-    cutmix_alpha: float = Field(
-        0, ge=0, description="CutMix: alpha of the Beta distribution of the mixing weight; 0: no CutMix"
-    )
-    mix_prob: Fraction = Field(1, description="mixup and CutMix: probability per pair of images")
-    mix_switch_prob: Fraction = Field(0.5, description="probability of CutMix instead of mixup if both are on")
-    custom: tuple[Annotated[str, _registered(AUGMENTATIONS)], ...] = Field(
-        (), description="augmentations of plugins by name, applied in order before mixup and CutMix"
-    )
-
-    @model_validator(mode="after")
-    def _ranges(self) -> "Augment":
-        low, high = self.erase_scale
-        if not 0 < low <= high < 1:
-            raise ValueError(f"erase_scale={[low, high]} must be two numbers with 0 < low <= high < 1")
-        low, high = self.erase_ratio
-        if not 0 < low <= high:
-            raise ValueError(f"erase_ratio={[low, high]} must be two numbers with 0 < low <= high")
-        return self
-
-    @property
-    def color_jitter(self) -> bool:
-        """Whether color jitter or PCA lighting is on."""
-        return bool(self.brightness or self.contrast or self.saturation or self.lighting)
-
-    @property
-    def auto_augment_num_ops(self) -> int:
-        """Operators per image of `auto_augment`; 0 if it is off."""
-        return {"none": 0, "randaugment": self.randaugment_num_ops, "trivialaugment": 1}[self.auto_augment]
-
-    @property
-    def mixes_images(self) -> bool:
-        """Whether mixup or CutMix mix pairs of images."""
-        return bool(self.mixup_alpha or self.cutmix_alpha)
-
-
-_EVAL_PRESETS: dict[str, tuple[float, Interpolation]] = {  # crop / resize, interpolation
-    "torchvision": (224 / 256, "bilinear"),  # torchvision.transforms._presets.ImageClassification's defaults
-    "timm": (0.875, "bicubic"),  # timm.data.constants: DEFAULT_CROP_PCT and its models' usual interpolation
-}
-
-
-def describe_transform(resize: int, interpolation: Interpolation, crop: int) -> str:
-    """Describes an evaluation transform in one line, which is printed with every accuracy."""
-    return f"resize {resize} {interpolation} antialias, center crop {crop}, no EXIF rotation"
-
-
-class Eval(Section):
-    """`eval.*`: interval, batch size and image transform of evaluation."""
-
-    transform: Literal["torchvision", "timm"] = Field(
-        "torchvision", description="evaluation preset: sets the defaults of `resize` and `interpolation`"
-    )
-    crop: int = Field(224, ge=8, le=1024, description="center crop, pixels per side")
-    resize: int = Field(
-        256, ge=8, le=2048, description="size of the shorter side after the resize, pixels; default: crop / 0.875"
-    )
-    interpolation: Interpolation = Field(
-        "bilinear", description="interpolation of the resize, always antialiased; default: bilinear, bicubic for `timm`"
-    )
-    batch_size: Count | Auto = Field(
-        "auto", description="evaluation batch size per worker; auto: the training micro-batch per device"
-    )
-    every_epochs: Count = Field(1, description="evaluation interval, epochs; the end of the run is always evaluated")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        """Fills in the preset's sizes and interpolation, so that a saved config contains them."""
-        presets = list(_EVAL_PRESETS)  # a list: the value is not validated yet and may be unhashable
-        if not isinstance(values, dict) or values.get("transform", "torchvision") not in presets:
-            return values
-        crop_ratio, interpolation = _EVAL_PRESETS[values.get("transform", "torchvision")]
-        crop = values.get("crop", 224)
-        defaults: dict[str, Any] = {"interpolation": interpolation}
-        if isinstance(crop, int):
-            defaults["resize"] = int(crop / crop_ratio)
-        return defaults | values
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> "Eval":
-        if self.crop > self.resize:
-            raise ValueError(f"crop={self.crop} must not exceed resize={self.resize}")
-        return self
-
-    @property
-    def description(self) -> str:
-        """The transform in one line, which is printed with every accuracy."""
-        return describe_transform(self.resize, self.interpolation, self.crop)
-
-
-class Train(Section):
-    """`train.*`: epochs, batch size, mixed precision, and recovery from NaN and out of memory."""
-
-    epochs: float = Field(
-        90, gt=0, description="number of epochs (passes over the training split); fractions are allowed"
-    )
-    global_batch_size: Count = Field(
-        256, description="images per optimizer step over all workers; gradient accumulation where devices hold fewer"
-    )
-    max_device_batch_size: Count = Field(
-        64,
-        description="largest micro-batch per device; lower it if out of memory: gradient accumulation fills up "
-        "the batch",
-    )
-    precision: Auto | Precision = Field(
-        "auto",
-        description="mixed precision (autocast): bf16 or fp16 (loss scaling; needs ZeRO stage 0); auto: bf16 on "
-        "CUDA, fp32 on the CPU",
-    )
-    log_every_steps: Count = Field(10, description="logging interval, optimizer steps")
-    on_nan: Literal["stop", "skip", "rewind"] = Field(
-        "stop",
-        description="if the loss is NaN or infinite: `stop` the run, `skip` the step, or `rewind` to the latest "
-        "checkpoint",
-    )
-    nan_limit: Count = Field(10, description="maximum number of skipped steps or rewinds, after which the run ends")
-    on_out_of_memory: Literal["stop", "halve"] = Field(
-        "stop",
-        description="if out of memory: `stop`, or `halve` the micro-batch per device, before training, until it fits",
-    )
-    profile_steps: tuple[Count, Count] | None = Field(
-        None, description="profile steps [first, last] on rank 0; the trace goes to the run's folder and artifacts"
-    )
-
-    @model_validator(mode="after")
-    def _profile(self) -> "Train":
-        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
-            raise ValueError(f"profile_steps={list(self.profile_steps)} must be [first, last] with first <= last")
-        return self
-
-
-class Optim(Section):
-    """`optim.*`: the optimizer, learning rate, weight decay and gradient clipping."""
-
-    name: Annotated[str, _registered(OPTIMIZERS)] = Field(
-        "sgd",
-        description="optimizer: `sgd`, `adamw`, `lamb`, `lars`, `muon` (the last three need ZeRO stage 0), or a "
-        "plugin's",
-    )
-    lr: float = Field(0.1, gt=0, description="peak learning rate, before `lr_scaling`")
-    lr_scaling: Literal["none", "linear", "sqrt"] = Field(
-        "none",
-        description="scale the learning rate by global batch size / `lr_base_batch` (linear), or by its square root",
-    )
-    lr_base_batch: Count = Field(256, description="global batch size for which `lr` is meant, if it is scaled")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of `sgd`, `lars` and `muon`")
-    nesterov: bool = Field(True, description="Nesterov momentum of `sgd`, `lars` and `muon`; no effect at momentum 0")
-    betas: tuple[Fraction, Fraction] = Field(
-        (0.9, 0.999), description="Adam betas of `adamw`, `lamb` and `muon`, each below 1"
-    )
-    eps: float = Field(1e-8, gt=0, description="Adam epsilon of `adamw`, `lamb` and `muon`")
-    weight_decay: float = Field(
-        1e-4, ge=0, description="weight decay of convolution and linear weights; none for biases and norms"
-    )
-    clip_grad_norm: float | None = Field(
-        None, gt=0, description="gradient clipping: maximum global gradient norm; null: no clipping"
-    )
-
-    @model_validator(mode="after")
-    def _below_one(self) -> "Optim":
-        if max(self.betas) >= 1:
-            raise ValueError(f"betas={list(self.betas)} must each be below 1")
-        return self
-
-    @property
-    def needs_full_weights(self) -> bool:
-        """Whether the optimizer computes on whole weight tensors, which ZeRO 1-3 shard."""
-        return OPTIMIZERS[self.name].needs_full_weights
-
-    def peak_lr(self, global_batch_size: int) -> float:
-        """Returns the scaled learning rate: linear (Goyal et al. 2017, arXiv 1706.02677) or by the square root."""
-        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.lr_scaling]
-        return self.lr * (global_batch_size / self.lr_base_batch) ** power
-
-
-class Loss(Section):
-    """`loss.*`: the loss function, label smoothing and knowledge distillation."""
-
-    name: Literal["cross-entropy", "bce"] = Field(
-        "cross-entropy", description="loss function; `bce`: binary cross-entropy, mean over the classes"
-    )
-    label_smoothing: float = Field(
-        0, ge=0, lt=1, description="label smoothing: fraction of the target that is spread over all classes"
-    )
-    teacher: Annotated[str | None, Location("input")] = Field(
-        None,
-        description="knowledge distillation: teacher model, models:/NAME@ALIAS or a checkpoint or run folder",
-    )
-    distillation_alpha: Fraction = Field(
-        0.5, description="knowledge distillation: weight of the teacher's loss; the labels' loss has 1 - alpha"
-    )
-    distillation_temperature: float = Field(
-        1, gt=0, description="knowledge distillation: temperature that divides the logits of teacher and student"
-    )
-
-
-class Ema(Section):
-    """`ema.*`: exponential moving average (EMA) of the weights."""
-
-    decay: float | None = Field(
-        None, ge=0, lt=1, description="EMA (exponential moving average) of the weights: decay per step; null: no EMA"
-    )
-    warmup: bool = Field(True, description="EMA warmup, smaller decays at first: at most 1 - (1 + step) ** (-2 / 3)")
-
-
-class Schedule(Section):
-    """`schedule.*`: the learning rate schedule and warmup."""
-
-    name: Annotated[str, _registered(SCHEDULES)] = Field(
-        "cosine",
-        description="learning rate schedule after warmup: `cosine`, `step`, `linear`, `one-cycle`, or a plugin's",
-    )
-    warmup_epochs: float = Field(0, ge=0, description="learning rate warmup: epochs of linear increase to the peak")
-    milestones: tuple[float, ...] = Field(
-        (30, 60), description="`step`: epochs at which the learning rate is multiplied by `gamma`"
-    )
-    gamma: float = Field(0.1, gt=0, le=1, description="`step`: learning rate factor at each milestone")
-    pct_start: float = Field(
-        0.3,
-        gt=0,
-        lt=1,
-        description="`one-cycle`: fraction of the run in which the learning rate increases from peak / 25",
-    )
-    min_lr_ratio: Fraction = Field(
-        0, description="learning rate at the end of the run as a fraction of the peak: `cosine`, `linear`, `one-cycle`"
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Schedule":
-        if list(self.milestones) != sorted(set(self.milestones)) or any(m <= 0 for m in self.milestones):
-            raise ValueError(f"milestones={list(self.milestones)} must be positive and increasing")
-        return self
-
-
 class Engine(Section):
     """`engine.*`: DeepSpeed ZeRO, memory format, determinism, synchronized batch norm and torch.compile."""
 
@@ -563,6 +141,8 @@ class Engine(Section):
 
 
 # A run resumes from a checkpoint only if these are unchanged, except those in `checkpoint.allow_changed`.
+
+
 CheckpointIdentity = Literal[
     "model.name",
     "run.seed",
@@ -674,10 +254,10 @@ class Tracking(Section):
     registry_uri: Annotated[Uri | None, Location("store")] = Field(
         None, description="MLflow model registry URI; default: MLFLOW_REGISTRY_URI, else the tracking store"
     )
-    experiment: Annotated[str, _valid_by(experiment_name_error)] = Field(
+    experiment: Annotated[str, valid_by(experiment_name_error)] = Field(
         "densenet", description="MLflow experiment, created if missing"
     )
-    registered_model_name: Annotated[str, _valid_by(model_name_error)] | None = Field(
+    registered_model_name: Annotated[str, valid_by(model_name_error)] | None = Field(
         None, description="name of the registered model; default: `model.name`"
     )
     wait_timeout_s: float = Field(
@@ -690,10 +270,10 @@ class Tracking(Section):
         description="if the store is unreachable at the start: `fail`, or `spool` the records to disk until it "
         "is reachable",
     )
-    alias: Annotated[str, _valid_by(alias_error)] = Field(
+    alias: Annotated[str, valid_by(alias_error)] = Field(
         "candidate", description="alias of the new model version; MLflow reserves `latest` and `v` with a number"
     )
-    custom: tuple[Annotated[str, _registered(TRACKERS)], ...] = Field(
+    custom: tuple[Annotated[str, registered(TRACKERS)], ...] = Field(
         (), description="additional trackers of plugins by name; they receive the same records as MLflow"
     )
 

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import RunConfig, Section
+from pipeline.config import RunConfig
+from pipeline.config_fields import Section
 from pipeline.errors import ConfigError
 
 BUILT_IN = Path(__file__).parent / "configs"

@@ -3,7 +3,8 @@
 import math
 from typing import Literal
 
-from pipeline.config import Count, Device, Precision, RunConfig, Section
+from pipeline.config import RunConfig
+from pipeline.config_fields import Count, Device, Precision, Section
 from pipeline.errors import ConfigError
 
 

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Iterator
 
-from pipeline.config import Location, RunConfig, Section
+from pipeline.config import RunConfig
+from pipeline.config_fields import Location, Section
 
 _URI = re.compile(r"[a-z][a-z0-9+.:-]*:/")  # s3://..., models:/..., sqlite:///...
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from pipeline.config import Device, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_fields import Device
 from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation.counts import EvalResult
 from pipeline.model.timm_models import check_model

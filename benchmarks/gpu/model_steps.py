@@ -17,7 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.common import interleaved
 from benchmarks.engine import PLAIN_LOOP, engine_step, settings
 from benchmarks.gpu.context import CLASSES, Context, Step, first_step, synchronize, throughput
-from pipeline.config import MemoryMode, Model, Optim, Precision, RunConfig
+from pipeline.config import Model, RunConfig
+from pipeline.config_fields import MemoryMode, Precision
+from pipeline.config_train import Optim
 from pipeline.model.densenet import create
 from pipeline.train.engine import Engine, set_cuda_flags
 from pipeline.train.optim import create_optimizer, parameter_groups

@@ -31,7 +31,7 @@ from benchmarks.engine import settings
 from benchmarks.gpu.context import Context, synchronize
 from benchmarks.loader import write_class_folders
 from benchmarks.loader_peers import CORES, MEAN, STD, torchvision_loader
-from pipeline.config import Device, Rgb
+from pipeline.config_fields import Device, Rgb
 from pipeline.data import dali
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.dataset import open_splits

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launch.cli.common.output import console
-from pipeline.config import MAX_PIXELS
+from pipeline.config_data import MAX_PIXELS
 from pipeline.errors import UserError
 
 app = typer.Typer(

@@ -4,7 +4,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.config import Device, Elastic, RunConfig
+from pipeline.config import Elastic, RunConfig
+from pipeline.config_fields import Device
 from pipeline.cuda import has_driver
 from pipeline.derived import split_batch
 from pipeline.errors import ConfigError

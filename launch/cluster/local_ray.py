@@ -26,7 +26,8 @@ from launch.cluster import preload
 from launch.cluster.allocation import Allocation
 from launch.cluster.ports import HOST
 from launch.cluster.ray_logs import log_to_file, printed_to, ray_process_environment
-from pipeline.config import Device, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_fields import Device
 from pipeline.train.events import Event, Step, WorkersStarted
 
 _SETTINGS = {

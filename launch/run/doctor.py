@@ -9,7 +9,8 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Device, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_fields import Device
 from pipeline.derived import derive
 
 _REINSTALL = "run `make clean test` in the project's folder, or `pip install --require-hashes -r requirements.lock`"

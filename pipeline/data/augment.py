@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Augment
+from pipeline.config_data import Augment
 from pipeline.data.philox import AUTO_AUGMENT, COLOR, ERASE, MIX, PLUGIN, Ints, draw
 
 MAGNITUDES = 31  # bins, as in RandAugment and TrivialAugment

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline.config import Rgb
+from pipeline.config_fields import Rgb
 from pipeline.data.augment import Augmentations, Color, Erase, Mix
 from pipeline.data.philox import Ints
 from pipeline.extension_points import AUGMENTATIONS

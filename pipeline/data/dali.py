@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from pipeline.config import Augment, Device, Interpolation, Rgb
+from pipeline.config_data import Augment
+from pipeline.config_fields import Device, Interpolation, Rgb
 from pipeline.data import batch_ops
 from pipeline.data.auto_augment import apply_auto_augment
 from pipeline.data.index import DatasetIndex

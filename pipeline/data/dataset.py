@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.config import MAX_PIXELS
+from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import class_name_warnings, missing_class_warning, require_two_classes
 from pipeline.data.folders import scan_split, scan_splits
 from pipeline.data.images import TooLarge, check_size

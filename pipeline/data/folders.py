@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.config import MAX_PIXELS
+from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import check_known_classes, folders_by_class, require_two_classes
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.images import HEAD, TAIL, Header, NotAnImage, TooLarge, check_size, header, ignore_pil_warnings

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TILELENGTH, TILEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from pipeline.config import MAX_PIXELS
+from pipeline.config_data import MAX_PIXELS
 from pipeline.data.formats import SUPPORTED_FORMATS, unsupported_format
 
 # By magic number. Not `Image.open`: it rejects large images by its own limit before their size is known.

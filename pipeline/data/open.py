@@ -7,7 +7,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import MAX_PIXELS, Device, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_data import MAX_PIXELS
+from pipeline.config_fields import Device
 from pipeline.data.dataset import check_sizes, open_split, open_splits, read_manifest
 from pipeline.data.folders import list_classes
 from pipeline.data.generated import generate_data

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Augment
+from pipeline.config_data import Augment
 from pipeline.data.augment import Augmentations, draw_counts, plan_augmentations
 from pipeline.data.philox import CROP, REPLACE, SHUFFLE, SHUFFLE_SHARDS, Ints, draw, philox
 
@@ -83,7 +83,7 @@ class PlannedBatch:
 
 @dataclass(frozen=True, eq=False)
 class TrainPlan:
-    """The training sampler: shuffled order, random-resized crops and flips; arguments as in `pipeline.config.Data`.
+    """The training sampler: shuffled order, random-resized crops and flips; arguments as in `config_data.Data`.
 
     `files_N` gives each sample's shard, for the windowed shuffle in windows of `window` shards; None: full shuffle.
     """
@@ -183,7 +183,7 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """The evaluation sampler: shorter-side resize and crop; sizes as in `pipeline.config.Eval`.
+    """The evaluation sampler: shorter-side resize and crop; sizes as in `config_data.Eval`.
 
     `anchor` is the crop's (vertical, horizontal) position, each in [0, 1]; (0.5, 0.5): center crop.
     """

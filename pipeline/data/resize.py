@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config import Interpolation, Rgb
+from pipeline.config_fields import Interpolation, Rgb
 from pipeline.data.plan import PlannedBatch
 
 _MAX_ASPECT = 8  # if a resized image is longer than this times the crop, only the crop is computed

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.config import Interpolation
+from pipeline.config_fields import Interpolation
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import UserError
 from pipeline.evaluation.labels import map_labels, read_label_sets

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.config import Device
+from pipeline.config_fields import Device
 from pipeline.data.dali import Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, rank_eval_batches

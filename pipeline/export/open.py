@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pipeline.config import Interpolation
+from pipeline.config_fields import Interpolation
 from pipeline.data.dataset import open_split
 from pipeline.data.index import DatasetIndex
 from pipeline.data.open import resolve_data_root

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config import MAX_PIXELS, Interpolation, Model, Rgb, describe_transform
+from pipeline.config import Model
+from pipeline.config_data import MAX_PIXELS, describe_transform
+from pipeline.config_fields import Interpolation, Rgb
 from pipeline.errors import UserError
 
 CARD = "model.json"

@@ -15,7 +15,7 @@ from timm.models.densenet import DenseBlock, DenseLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config import MemoryMode
+from pipeline.config_fields import MemoryMode
 from pipeline.model.dense_layers import second_half, update_running_stats
 from pipeline.model.fused import FusedBlock
 

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from pipeline.config import Augment, Interpolation, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_data import Augment
+from pipeline.config_fields import Interpolation
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.open import eval_plan, train_plan

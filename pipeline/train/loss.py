@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import Loss
+from pipeline.config_train import Loss
 
 Teacher = Callable[[torch.Tensor], torch.Tensor]
 

@@ -1,6 +1,7 @@
 """Model FLOPs utilization (MFU): the fraction of a GPU's peak FLOP/s that training uses."""
 
-from pipeline.config import Model, Precision
+from pipeline.config import Model
+from pipeline.config_fields import Precision
 from pipeline.model.timm_models import size
 
 # NVIDIA's data sheets, TFLOP/s of dense matrices: fp16 or bf16, and what fp32 convolutions use by default in PyTorch

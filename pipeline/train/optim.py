@@ -6,7 +6,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from pipeline.config import Optim
+from pipeline.config_train import Optim
 from pipeline.extension_points import OPTIMIZERS
 
 _DECAYED = (nn.Conv2d, nn.Linear)

@@ -1,6 +1,6 @@
 """Learning rate schedules as pure functions of the samples seen."""
 
-from pipeline.config import Schedule
+from pipeline.config_train import Schedule
 from pipeline.derived import Derived
 from pipeline.extension_points import SCHEDULES, RunPosition
 

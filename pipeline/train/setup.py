@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Device, Location, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_fields import Device, Location
 from pipeline.data.dataset import check_classes, check_sizes, open_splits
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from pipeline.config import Augment, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_data import Augment
 from pipeline.data import batch_ops
 from pipeline.data.augment import (
     MAGNITUDES,

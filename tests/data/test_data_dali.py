@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from pipeline.config import Augment
+from pipeline.config_data import Augment
 from pipeline.data.augment import Augmentations, AutoAugment
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Batch, Loader

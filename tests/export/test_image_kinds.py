@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config import Augment
+from pipeline.config_data import Augment
 from pipeline.data import reading
 from pipeline.data.augment import Augmentations, AutoAugment
 from pipeline.data.auto_augment import suite

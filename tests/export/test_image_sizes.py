@@ -16,7 +16,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from pipeline.config import Interpolation
+from pipeline.config_fields import Interpolation
 from pipeline.data.dataset import open_split, open_splits
 from pipeline.data.images import NotAnImage, TooLarge, decode
 from pipeline.data.plan import EvalPlan

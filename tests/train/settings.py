@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Device, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_fields import Device
 from pipeline.data.index import DatasetIndex
 from pipeline.derived import Derived, derive
 from pipeline.train.batch_size_finder import find_batch_size

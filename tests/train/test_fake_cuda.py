@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from pipeline.config import Augment, Loss, Model, Optim
+from pipeline.config import Model
+from pipeline.config_data import Augment
+from pipeline.config_train import Loss, Optim
 from pipeline.data import batch_ops
 from pipeline.data.augment import draw_counts, plan_augmentations
 from pipeline.data.philox import CROP, draw

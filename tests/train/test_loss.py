@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 
-from pipeline.config import Loss
+from pipeline.config_train import Loss
 from pipeline.train.loss import Criterion
 
 torch.manual_seed(0)

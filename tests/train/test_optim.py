@@ -5,7 +5,8 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import Finetune, Optim, RunConfig
+from pipeline.config import Finetune, RunConfig
+from pipeline.config_train import Optim
 from pipeline.model.densenet import create
 from pipeline.model.weights import lr_scales
 from pipeline.train.engine import Engine

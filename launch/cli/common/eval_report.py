@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline.config import Interpolation
+from pipeline.config_fields import Interpolation
 from pipeline.evaluation.counts import format_accuracy
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.scores import Scores

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import MAX_PIXELS
+from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
 from pipeline.data.index import SCHEMA, Shard, save_table

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from pipeline.config import MAX_PIXELS
+from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
 from pipeline.data.files import Files

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.config import MAX_PIXELS
+from pipeline.config_data import MAX_PIXELS
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, ignore_pil_warnings, to_rgb
 from pipeline.data.plan import permutation

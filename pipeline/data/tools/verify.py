@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import MAX_PIXELS
+from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import class_name_warnings, missing_class_warning, require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, read_manifest
 from pipeline.data.index import Shard, rows_of
