@@ -57,6 +57,11 @@ class Allocation:
     warnings: tuple[str, ...]
 
     @property
+    def total_cpus(self) -> int:
+        """CPU cores of all workers together."""
+        return self.workers * self.cpus_per_worker
+
+    @property
     def gpus_per_worker(self) -> int:
         """One GPU per worker: NCCL refuses two ranks on the same GPU."""
         return 1 if self.device == "cuda" else 0

@@ -16,7 +16,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launch.cluster.connect import ray_log_folder
 from launch.cluster.event_channel import forward_events, open_event_channel
-from launch.cluster.local_ray import SpareWorkers, worker_env
+from launch.cluster.fork_server import worker_env
 from launch.cluster.metrics import RunMetrics
 from launch.cluster.prepared_run import PreparedRun
 from launch.cluster.process_group import ProcessGroupConfig
@@ -44,7 +44,6 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
     config, allocation, run_dir = prepared.config, prepared.allocation, prepared.run_dir
     channel = open_event_channel(str(config.run.name))
     low, high = allocation.bounds
-    env = worker_env(config, allocation.device) if allocation.embedded else config.cluster.env
     trainer_class = LocalTrainer if allocation.embedded else DataParallelTrainer
     trainer = trainer_class(
         train_worker,
@@ -77,7 +76,7 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
             name=f"{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            worker_runtime_env={"env_vars": env},
+            worker_runtime_env={"env_vars": worker_env(config, allocation)},
             callbacks=[WorkerFailureCallback(channel)],
         ),
     )
@@ -98,11 +97,9 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
         channel.request_stop.remote()
 
     metrics = RunMetrics(str(config.run.name), prepared.derived.total_samples)
-    spares = SpareWorkers(config, allocation)
 
     def on_any_event(event: Event) -> None:
         metrics.on_event(event)
-        spares.on_event(event)
         on_event(replace(event, signal=signals[0]) if isinstance(event, Stopped) and signals else event)
 
     arguments = (channel, on_any_event, done, config.cluster.replacement_timeout_s, abort)

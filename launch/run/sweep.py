@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.cluster.allocation import Resources, machine_resources
 from launch.cluster.connect import cluster_resources, connected_ray
+from launch.cluster.fork_server import fork_server
 from launch.cluster.local_ray import embedded_ray
 from launch.cluster.ports import cluster_address
 from launch.cluster.search import Trial, boundary_overrides, parse_space, report_evaluation, search, trial_id
@@ -59,9 +60,10 @@ def sweep(
             parent.log_params(config.model_dump(mode="json") | {"space": " ".join(space), "trials": trials})
             if not parent.flush(_FLUSH_S):
                 raise UserError(f"MLflow at {redacted(parent.uri)} does not accept records, which the trials need.")
-            per_trial = prepared.derived.workers * prepared.derived.cpus_per_worker
+            per_trial = prepared.allocation.total_cpus
             if address is None:
                 cpus = max(per_trial, available.cpus) + 1
+                stack.enter_context(fork_server(prepared.allocation.device, log_file))
                 stack.enter_context(embedded_ray(cpus, log_file))
             max_concurrent = max(1, available.cpus // per_trial)
             if available.gpus:

@@ -4,14 +4,14 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from launch.cluster.allocation import machine_resources
+from launch.cluster.fork_server import fork_server
 from launch.cluster.job_env import check_secrets
 from launch.cluster.ports import check_port, cluster_address, free_port
 from launch.cluster.prepared_run import PreparedRun
@@ -110,7 +110,11 @@ def _train_command(
         check_disk_space(prepared)
         stack.enter_context(run_lock(run_dir, config))
         if address is None:
-            connect = stack.enter_context(_starting_ray(prepared, dashboard_port, log_file))
+            stack.enter_context(fork_server(prepared.allocation.device, log_file))
+            from launch.cluster.local_ray import starting_ray  # Ray takes half a second to import
+
+            cpus = max(prepared.allocation.total_cpus, machine_resources().cpus)
+            connect = stack.enter_context(starting_ray(cpus, log_file, dashboard_port))
         from pipeline.export.tracked import tracked  # MLflow takes seconds to import, while Ray starts
 
         display = _display(console, prepared, quiet)
@@ -155,17 +159,6 @@ def _dashboard_port(config: RunConfig) -> int | None:
     if port is not None:
         check_port(port, "cluster.dashboard_port")
     return port
-
-
-def _starting_ray(
-    prepared: PreparedRun, dashboard_port: int | None, log_file: Path
-) -> AbstractContextManager[Callable[[], str | None]]:
-    """Starts a local Ray with the run's processes, see `launch.cluster.local_ray.starting_ray`."""
-    from launch.cluster.local_ray import starting_ray, training_processes  # Ray takes half a second to import
-
-    allocation = prepared.allocation
-    cpus = max(allocation.workers * allocation.cpus_per_worker, machine_resources().cpus)
-    return starting_ray(cpus, log_file, dashboard_port, training_processes(prepared.config, allocation))
 
 
 def _display(console: Console, prepared: PreparedRun, quiet: bool) -> Display:
