@@ -21,6 +21,7 @@ from pipeline.config import RunConfig
 from pipeline.config_fields import Device
 from pipeline.data.dataset import open_splits
 from pipeline.derived import Derived, derive
+from pipeline.host_memory import keep_freed_memory
 from pipeline.model.densenet import create
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import checkpoint_root
@@ -110,21 +111,37 @@ def engine_overhead(name: str, batch: int, rounds: int) -> None:
 
 
 def two_ranks(name: str, batch: int, rounds: int) -> None:
-    """Compares images per second of two ranks and of one, with one thread and `batch` images per rank."""
-    speeds: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(2):
-        for workers in speeds:
-            folder = Path(tempfile.mkdtemp())
-            mp.start_processes(_rank, (workers, folder, name, batch, rounds), workers, start_method="spawn")
-            speeds[workers].append(float((folder / "speed").read_text()))
-    values = {"two ranks": speeds[2], "one rank": speeds[1]}
-    report(f"training throughput, {name}, batch {batch} per rank, one thread per rank", values, "img/s", "two ranks")
+    """Compares two ranks with one, and with two runs that share the cores but exchange nothing.
+
+    One thread and `batch` images per rank, at ZeRO stages 0 and 1.
+    """
+    for stage in (0, 1):
+        groups = {"two ranks": (2,), "one rank": (1,), "two runs at the same time": (1, 1)}
+        cases = {case: lambda g=group, s=stage: _speed(g, s, name, batch, rounds) for case, group in groups.items()}  # type: ignore[misc]
+        benchmark = f"training throughput, {name}, ZeRO {stage}, batch {batch} per rank, one thread per rank"
+        report(benchmark, interleaved(cases, max(2, rounds // 2)), "img/s", "two ranks")
 
 
-def _rank(rank: int, workers: int, folder: Path, name: str, batch: int, rounds: int) -> None:
+def _speed(groups: tuple[int, ...], stage: int, name: str, batch: int, rounds: int) -> float:
+    """Returns the images per second of all process groups together; `groups` has their numbers of ranks."""
+    folders = [Path(tempfile.mkdtemp()) for _ in groups]
+    started = [
+        mp.start_processes(
+            _rank, (workers, folder, name, batch, rounds, stage), workers, join=False, start_method="spawn"
+        )
+        for workers, folder in zip(groups, folders, strict=True)
+    ]
+    for processes in started:
+        while not processes.join():
+            pass
+    return sum(float((folder / "speed").read_text()) for folder in folders)
+
+
+def _rank(rank: int, workers: int, folder: Path, name: str, batch: int, rounds: int, stage: int) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the loader does in a run on CPUs
     with process_group(folder / "store", rank, workers):
-        config, derived = settings(name, batch, workers)
+        config, derived = settings(name, batch, workers, stage)
         engine = Engine(config, derived, create(name, CLASSES), CPU)
         images_NCHW, labels_N = images(batch)
         engine_step(engine, config, images_NCHW, labels_N)

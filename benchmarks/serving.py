@@ -10,16 +10,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import requests
 import timm
 import torch
 import torchvision.transforms.v2 as transforms
 from torchvision.io import decode_image
 
-from benchmarks.common import interleaved, report, seconds, write_images
+from benchmarks.common import interleaved, report, save_result, seconds, write_images
 from benchmarks.tracking import write_model
 from launch.cluster.ports import free_port
 from pipeline.config import RunConfig
@@ -32,6 +37,7 @@ from pipeline.tracking.run import Tracker
 
 _TIMEOUT_S = 120
 _BATCH = 16
+_ROUND_S = 10  # duration of a round with several clients
 
 
 def main() -> None:
@@ -40,11 +46,14 @@ def main() -> None:
     parser.add_argument("--model", default="densenet121")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--load-s", type=float, default=60, help="seconds of load by eight clients")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     model = write_model(folder / "checkpoint", options.model)
     images = write_images(folder / "images", options.images)
-    serving_latency(folder, model, options.model, images, options.rounds)
+    with model_server(folder, model, options.model) as (server, uri):
+        serving_latency(uri, PlainTimm(model, options.model), options.model, images, options.rounds)
+        serving_throughput(server, uri, options.model, images, max(3, options.rounds // 2), options.load_s)
     batch_prediction(model, options.model, images, max(3, options.rounds // 2))
     export_formats(folder, model, options.model, options.rounds)
 
@@ -70,8 +79,9 @@ class PlainTimm:
             return self.model(torch.stack(images)).softmax(dim=1)
 
 
-def serving_latency(folder: Path, model: Path, name: str, images: list[Path], rounds: int) -> None:
-    """Compares requests of 1 and 16 images to `mlflow models serve` on loopback with plain timm in this process."""
+@contextmanager
+def model_server(folder: Path, model: Path, name: str) -> Iterator[tuple[psutil.Process, str]]:
+    """Serves a model with `mlflow models serve` on loopback; yields the server's process and its URI."""
     tree = {"run": {"output": str(folder)}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
     with Tracker(RunConfig.model_validate(tree), folder / "run", "benchmark", print) as tracker:
         names = {"name": name, "alias": "candidate", "data_fingerprint": "f00d"}
@@ -85,25 +95,69 @@ def serving_latency(folder: Path, model: Path, name: str, images: list[Path], ro
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    uri, plain = f"http://127.0.0.1:{port}", PlainTimm(model, name)
     try:
-        wait_for_server(f"{uri}/ping")
-        for count in (1, _BATCH):
-            rows = [[base64.b64encode(file.read_bytes()).decode()] for file in images[:count]]
-            request = {"dataframe_split": {"columns": ["image"], "data": rows}}
-
-            def send(request: dict = request) -> None:
-                requests.post(f"{uri}/invocations", json=request, timeout=_TIMEOUT_S).raise_for_status()
-
-            cases = {
-                "served": lambda send=send, count=count: seconds(send) / count,  # type: ignore[misc]
-                "plain timm": lambda count=count: seconds(lambda: plain(images[:count])) / count,  # type: ignore[misc]
-            }
-            values = {case: [1000 * s for s in case_s] for case, case_s in interleaved(cases, rounds).items()}
-            report(f"latency per image, {count} per request, {name}", values, "ms", "served")
+        wait_for_server(f"http://127.0.0.1:{port}/ping")
+        yield psutil.Process(server.pid), f"http://127.0.0.1:{port}"
     finally:
         os.killpg(server.pid, 9)
         server.wait()
+
+
+def request_of(images: list[Path]) -> dict[str, Any]:
+    rows = [[base64.b64encode(file.read_bytes()).decode()] for file in images]
+    return {"dataframe_split": {"columns": ["image"], "data": rows}}
+
+
+def serving_latency(uri: str, plain: PlainTimm, name: str, images: list[Path], rounds: int) -> None:
+    """Compares requests of 1 and 16 images to the server with plain timm in this process."""
+    for count in (1, _BATCH):
+        request = request_of(images[:count])
+
+        def send(request: dict = request) -> None:
+            requests.post(f"{uri}/invocations", json=request, timeout=_TIMEOUT_S).raise_for_status()
+
+        cases = {
+            "served": lambda send=send, count=count: seconds(send) / count,  # type: ignore[misc]
+            "plain timm": lambda count=count: seconds(lambda: plain(images[:count])) / count,  # type: ignore[misc]
+        }
+        values = {case: [1000 * s for s in case_s] for case, case_s in interleaved(cases, rounds).items()}
+        report(f"latency per image, {count} per request, {name}", values, "ms", "served")
+
+
+def serving_throughput(
+    server: psutil.Process, uri: str, name: str, images: list[Path], rounds: int, load_s: float
+) -> None:
+    """Compares eight clients at once with one, each with one image per request; then checks memory under load."""
+    requests_of_one = [request_of([image]) for image in images]
+
+    def throughput(clients: int, duration_s: float) -> float:
+        """Returns the images per second of this many clients."""
+        counts, end = [0] * clients, time.monotonic() + duration_s
+
+        def run(client: int) -> None:
+            with requests.Session() as session:
+                while time.monotonic() < end:
+                    request = requests_of_one[(client + counts[client] * clients) % len(requests_of_one)]
+                    session.post(f"{uri}/invocations", json=request, timeout=_TIMEOUT_S).raise_for_status()
+                    counts[client] += 1
+
+        with ThreadPoolExecutor(clients) as pool:
+            elapsed = seconds(lambda: list(pool.map(run, range(clients))))
+        return sum(counts) / elapsed
+
+    cases = {f"{n} clients": lambda n=n: throughput(n, _ROUND_S) for n in (8, 1)}  # type: ignore[misc]
+    report(f"served, one image per request, {name}", interleaved(cases, rounds), "img/s", "8 clients")
+    benchmark = f"served for {load_s:g} s, 8 clients, {name}"
+    before = memory(server)
+    save_result(benchmark, "throughput", throughput(8, load_s), "img/s")
+    for case, value in (("memory before", before), ("memory after", memory(server))):
+        print(f"{benchmark}, {case}: {value:.0f} MB")
+        save_result(benchmark, case, value, "MB")
+
+
+def memory(server: psutil.Process) -> float:
+    """Returns the resident memory of the server and its child processes in MB."""
+    return sum(process.memory_info().rss for process in (server, *server.children(recursive=True))) / 1e6
 
 
 def wait_for_server(uri: str) -> None:

@@ -8,8 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config_fields import Auto, Count, Fraction, Interpolation, Location, Name, Rgb, Section, Uri, registered
 from pipeline.extension_points import AUGMENTATIONS, DATA_SOURCES, is_generated
-
-MAX_PIXELS = 178_956_970  # default limit per image, the same as PIL's against decompression bombs
+from pipeline.limits import MAX_PIXELS
 
 
 def _check_scheme(root: str) -> None:

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config_file import BUILT_IN, built_in_configs, find_config, included_files
 from pipeline.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +23,8 @@ def list_configs() -> None:
 
     Example: densenet configs list
     """
+    from pipeline.config_file import built_in_configs
+
     configs = built_in_configs()
     width = max(map(len, configs)) + 2
     for name, file in configs.items():
@@ -42,6 +43,8 @@ def show(name: Name) -> None:
 
     Example: densenet configs show densenet121
     """
+    from pipeline.config_file import find_config
+
     sys.stdout.write(find_config(name).read_text(encoding="utf-8"))
 
 
@@ -53,6 +56,8 @@ def copy(
 
     Example: densenet configs copy densenet121 my-configs
     """
+    from pipeline.config_file import BUILT_IN, find_config, included_files
+
     root = BUILT_IN.resolve()
     copies = {file: folder / file.relative_to(root) for file in included_files(find_config(name))}
     existing = [str(file) for file in copies.values() if file.exists()]

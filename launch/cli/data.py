@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from launch.cli.common.output import console
-from pipeline.config_data import MAX_PIXELS
 from pipeline.errors import UserError
+from pipeline.limits import MAX_PIXELS
 
 app = typer.Typer(
     name="data", help="Prepare, verify, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None

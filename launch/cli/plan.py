@@ -8,11 +8,11 @@ import typer
 from launch.cli.common.options import Address, AsJson, Config, Overrides
 from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
-from pipeline.config import RunConfig
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from launch.run.estimate import Estimate
+    from pipeline.config import RunConfig
 
 app = typer.Typer()
 
@@ -49,7 +49,7 @@ def plan(
     plan.print_warnings(console, prepared)
 
 
-def _print_estimate(config: RunConfig, cluster: str) -> None:
+def _print_estimate(config: "RunConfig", cluster: str) -> None:
     """Prints the ImageNet estimate for the cluster, and for smaller and larger clusters of the same GPU type."""
     from launch.run.estimate import EFFICIENCY, HOP_S, IMAGENET, LAUNCH_S, estimate, scaling  # torch takes seconds
     from pipeline.formatting import duration

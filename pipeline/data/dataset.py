@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import class_name_warnings, missing_class_warning, require_two_classes
 from pipeline.data.folders import scan_split, scan_splits
 from pipeline.data.images import TooLarge, check_size
 from pipeline.data.index import DatasetIndex, Shard, load_table
 from pipeline.errors import DataError, listed
 from pipeline.files import write_text
+from pipeline.limits import MAX_PIXELS
 
 MANIFEST = "dataset.json"
 _FORMAT = 1

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import Model
-from pipeline.config_data import MAX_PIXELS, describe_transform
+from pipeline.config_data import describe_transform
 from pipeline.config_fields import Interpolation, Rgb
 from pipeline.errors import UserError
+from pipeline.limits import MAX_PIXELS
 
 CARD = "model.json"
 

@@ -5,9 +5,12 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.config import RunConfig
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 TRACKING_VARIABLE, REGISTRY_VARIABLE = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 _SQLITE = "sqlite:///"
@@ -41,7 +44,7 @@ class Stores:
         return options
 
 
-def stores_from_config(config: RunConfig) -> Stores:
+def stores_from_config(config: "RunConfig") -> Stores:
     """Returns the stores of a run.
 
     The tracking store is `tracking.uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `run.output`. The registry is

@@ -77,14 +77,27 @@ def test_ctrl_c_ends_a_command_without_a_traceback(densenet, monkeypatch):
     assert densenet("plan", DEMO) == (130, "")
 
 
+_SLOW = {"torch", "timm", "nvidia.dali", "ray", "mlflow", "deepspeed"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, plan imports torch to count the CUDA devices")
 def test_a_plan_imports_no_slow_packages(tmp_path):
+    assert not _SLOW & _imported_by("plan", str(DEMO), f"run.output={tmp_path}")
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in (*names("Train"), *names("Data and plan")))])
+def test_help_does_not_import_the_config(arguments):
+    assert not (_SLOW | {"pipeline.config", "omegaconf", "fsspec", "numpy"}) & _imported_by(*arguments, "--help")
+
+
+def _imported_by(*arguments: str) -> set[str]:
+    """Returns the modules that a new process has imported after a command."""
     program = "import sys; from launch.cli import app\n"
     program += "app(sys.argv[1:], standalone_mode=False); print(*sys.modules, file=sys.stderr)"
-    words = ["plan", str(DEMO), f"run.output={tmp_path}"]
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=PROJECT)
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 0, done.stderr
-    assert not {"torch", "timm", "nvidia.dali", "ray", "mlflow", "deepspeed"} & set(done.stderr.split())
+    return set(done.stderr.split())
 
 
 def test_a_plan_as_json_is_complete(densenet, tmp_path):

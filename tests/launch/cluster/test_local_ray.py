@@ -12,7 +12,6 @@ import pytest
 from launch.cluster.connect import run_test_task
 from launch.cluster.local_ray import embedded_ray
 from launch.cluster.ports import free_port, is_reachable
-from launch.cluster.preload import DEVICE
 from tests.conftest import BIN, PROJECT
 from tests.launch.conftest import WAIT_TIMEOUT_S, wait_until
 
@@ -54,41 +53,42 @@ def test_a_dashboard_runs_only_on_a_port_that_was_asked_for(tmp_path):
     assert "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S" not in os.environ
 
 
-def test_the_run_trains_in_processes_that_started_before_it(tmp_path):
-    """No process was started in vain, also if a variable of the workers has other characters than ASCII."""
-    few = ["train.epochs=0.1", "schedule.warmup_epochs=0", "cluster.workers=1", "cluster.env={NAME: größer}"]
+@pytest.mark.parametrize("variables", ["{}", "{NAME: größer}"])
+def test_all_processes_are_forks_but_workers_with_variables_of_the_user(tmp_path, variables):
+    few = ["train.epochs=0.1", "schedule.warmup_epochs=0", "cluster.workers=1", f"cluster.env={variables}"]
     command = [BIN / "densenet", "train", *DEMO, *few, f"run.output={tmp_path}"]
+    parents: dict[str, str] = {}
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if line.startswith("workers started"):
-                processes = children(psutil.Process(run.pid), "ray::")
-                titles = [process.cmdline()[0] for process in processes]
-                workers = [process for process in processes if DEVICE in process.environ()]
+                parents = {p.cmdline()[0]: p.parent().cmdline()[0] for p in children(psutil.Process(run.pid), "ray::")}
     assert run.returncode == 0
-    assert sum("RayTrainWorker" in title for title in titles) == len(workers) == 1, titles
-    assert sum("TrainController" in title for title in titles) == 1, titles
-    assert not any("IDLE" in title for title in titles), titles
+    worker = next(parent for title, parent in parents.items() if "RayTrainWorker" in title)
+    assert worker.endswith("raylet") == (variables != "{}"), parents
+    assert next(parent for title, parent in parents.items() if "TrainController" in title) == str(BIN / "python")
+    assert not any("IDLE" in title for title in parents), parents
 
 
-@pytest.mark.long
-def test_a_long_run_has_a_spare_process_for_a_lost_worker(tmp_path):
+def test_the_worker_after_a_lost_one_is_a_fork_too(tmp_path):
     settings = ["train.epochs=9999", "train.log_every_steps=1", "cluster.workers=1", f"run.output={tmp_path}"]
     log = tmp_path / "log"
     with log.open("w") as output:
         run = subprocess.Popen([BIN / "densenet", "train", *DEMO, *settings], cwd=PROJECT, stdout=output)
-    driver, idle = psutil.Process(run.pid), list[psutil.Process]()
+    driver = psutil.Process(run.pid)
 
-    def is_spare_ready() -> bool:
+    def is_training() -> bool:
         assert run.poll() is None, log.read_text()
-        idle[:] = [process for process in children(driver, "ray::IDLE") if DEVICE in process.environ()]
-        return bool(idle and children(driver, "RayTrainWorker"))
+        return "step 1/" in log.read_text()
 
     try:
-        wait_until(is_spare_ready, log.read_text)
-        children(driver, "RayTrainWorker")[0].kill()
+        wait_until(is_training, log.read_text)
+        (first,) = children(driver, "RayTrainWorker")
+        server = first.parent()
+        first.kill()
         wait_until(lambda: "all workers were restarted (start 2)" in log.read_text(), log.read_text)
-        assert children(driver, "RayTrainWorker") == idle
+        (second,) = children(driver, "RayTrainWorker")
+        assert second.parent() == server
     finally:
         run.terminate()
         code = run.wait(WAIT_TIMEOUT_S)
