@@ -119,7 +119,7 @@ def two_ranks(name: str, batch: int, rounds: int) -> None:
         groups = {"two ranks": (2,), "one rank": (1,), "two runs at the same time": (1, 1)}
         cases = {case: lambda g=group, s=stage: _speed(g, s, name, batch, rounds) for case, group in groups.items()}  # type: ignore[misc]
         benchmark = f"training throughput, {name}, ZeRO {stage}, batch {batch} per rank, one thread per rank"
-        report(benchmark, interleaved(cases, max(2, rounds // 2)), "img/s", "two ranks")
+        report(benchmark, interleaved(cases, max(2, rounds // 3)), "img/s", "two ranks")
 
 
 def _speed(groups: tuple[int, ...], stage: int, name: str, batch: int, rounds: int) -> float:
