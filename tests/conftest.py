@@ -20,9 +20,14 @@ from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.train.process_group import ENV_VARIABLES, process_group
 
-# Ranks are forked from a server that has imported the heavy packages once and started no threads.
-multiprocessing.set_forkserver_preload(["torch", "timm", "deepspeed", "pipeline.train.trainer"])
+# Ranks and commands are forked from a server that has imported the heavy packages once and started no threads.
+multiprocessing.set_forkserver_preload(["torch", "timm", "deepspeed", "pipeline.train.trainer", "mlflow.pyfunc"])
 os.environ["DS_ACCELERATOR"] = "cpu"
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:
+    # Threads beyond the cores wait for each other, here and in the processes of the tests.
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = f"{threads}"
 
 BIN = Path(sys.executable).parent
 # The same examples each time and no database: failures are reproducible.
@@ -153,3 +158,34 @@ def shell() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def forked_densenet(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Like `shell("densenet", ...)`, but the process is a fork, which need not import packages for seconds."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        output = tmp_path_factory.mktemp("command") / "output"
+        environment = os.environ | (env or {})
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_command_main, args=(arguments, dict(environment), output)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text())
+
+    return run
+
+
+def _command_main(arguments: tuple[str, ...], environment: dict[str, str], output: Path) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(PROJECT)
+    sys.argv = ["densenet", *arguments]
+    from launch.cli import main
+
+    main()

@@ -17,6 +17,8 @@ from pipeline.evaluation.scores import NO_CLASS, best_class
 from pipeline.mlflow_names import alias_error
 from pipeline.model.card import ModelCard
 from pipeline.tracking.registry import (
+    PREVIOUS_VERSION,
+    PROMOTED_AT,
     REGISTRY,
     alias_version,
     check_permissions,
@@ -27,8 +29,6 @@ from pipeline.tracking.registry import (
     versions,
 )
 from pipeline.tracking.stores import Stores
-
-PROMOTED_AT, PREVIOUS_VERSION = "promoted.at", "promoted.before"  # tags of a model version
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pipeline.tracking.client import connect, connect_registry, first_line
 from pipeline.tracking.stores import Stores, redacted
 
 REGISTRY, RUNS = "models:/", "runs:/"
+PROMOTED_AT, PREVIOUS_VERSION = "promoted.at", "promoted.before"  # tags of a model version
 _MADE_BY = "made_by"  # tag of a registered model
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 

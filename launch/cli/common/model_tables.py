@@ -2,17 +2,28 @@
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
 from launch.cli.common.tables import print_table
-from launch.run.promote import PREVIOUS_VERSION, PROMOTED_AT, Candidate
 from pipeline.errors import UserError
 from pipeline.tracking.queries import differences, get_run
-from pipeline.tracking.registry import REGISTRY, ModelVersion, registered_names, resolve, versions
+from pipeline.tracking.registry import (
+    PREVIOUS_VERSION,
+    PROMOTED_AT,
+    REGISTRY,
+    ModelVersion,
+    registered_names,
+    resolve,
+    versions,
+)
 from pipeline.tracking.stores import Stores, redacted, sqlite_file
+
+if TYPE_CHECKING:
+    from launch.run.promote import Candidate
 
 
 def registered_command(console: Console, stores: Stores) -> None:
@@ -113,7 +124,7 @@ def _top1_tag(version: ModelVersion) -> str:
     return f"{correct}/{total} = {100 * int(correct) / int(total):.2f} % at {side}"
 
 
-def print_candidate(console: Console, candidate: Candidate) -> None:
+def print_candidate(console: Console, candidate: "Candidate") -> None:
     """Prints the accuracies of the candidate and of the alias's current version, and McNemar's test."""
     paired, old_correct_N = candidate.paired, candidate.old_correct_N
     if old_correct_N is None or paired is None:

@@ -53,24 +53,7 @@ def test_a_dashboard_runs_only_on_a_port_that_was_asked_for(tmp_path):
     assert "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S" not in os.environ
 
 
-@pytest.mark.parametrize("variables", ["{}", "{NAME: größer}"])
-def test_all_processes_are_forks_but_workers_with_variables_of_the_user(tmp_path, variables):
-    few = ["train.epochs=0.1", "schedule.warmup_epochs=0", "cluster.workers=1", f"cluster.env={variables}"]
-    command = [BIN / "densenet", "train", *DEMO, *few, f"run.output={tmp_path}"]
-    parents: dict[str, str] = {}
-    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if line.startswith("workers started"):
-                parents = {p.cmdline()[0]: p.parent().cmdline()[0] for p in children(psutil.Process(run.pid), "ray::")}
-    assert run.returncode == 0
-    worker = next(parent for title, parent in parents.items() if "RayTrainWorker" in title)
-    assert worker.endswith("raylet") == (variables != "{}"), parents
-    assert next(parent for title, parent in parents.items() if "TrainController" in title) == str(BIN / "python")
-    assert not any("IDLE" in title for title in parents), parents
-
-
-def test_the_worker_after_a_lost_one_is_a_fork_too(tmp_path):
+def test_all_processes_are_forks_also_after_a_worker_was_lost(tmp_path):
     settings = ["train.epochs=9999", "train.log_every_steps=1", "cluster.workers=1", f"run.output={tmp_path}"]
     log = tmp_path / "log"
     with log.open("w") as output:
@@ -84,7 +67,11 @@ def test_the_worker_after_a_lost_one_is_a_fork_too(tmp_path):
     try:
         wait_until(is_training, log.read_text)
         (first,) = children(driver, "RayTrainWorker")
+        (controller,) = children(driver, "TrainController")
         server = first.parent()
+        assert controller.parent() == server.parent()
+        assert server.parent().parent() == driver
+        assert not children(driver, "ray::IDLE")
         first.kill()
         wait_until(lambda: "all workers were restarted (start 2)" in log.read_text(), log.read_text)
         (second,) = children(driver, "RayTrainWorker")
@@ -93,6 +80,21 @@ def test_the_worker_after_a_lost_one_is_a_fork_too(tmp_path):
         run.terminate()
         code = run.wait(WAIT_TIMEOUT_S)
     assert code == 128 + signal.SIGTERM, log.read_text()
+
+
+@pytest.mark.long
+def test_workers_with_variables_of_the_user_are_not_forked(tmp_path):
+    few = ["train.epochs=0.1", "schedule.warmup_epochs=0", "cluster.workers=1", "cluster.env={NAME: größer}"]
+    command = [BIN / "densenet", "train", *DEMO, *few, f"run.output={tmp_path}"]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("workers started"):
+                (worker,) = children(psutil.Process(run.pid), "RayTrainWorker")
+                parent, variables = worker.parent().cmdline()[0], worker.environ()
+    assert run.returncode == 0
+    assert parent.endswith("raylet")
+    assert variables["NAME"] == "größer"
 
 
 def test_an_unusable_store_ends_the_start_of_ray_with_nothing_but_the_error(densenet, tmp_path):
@@ -106,7 +108,6 @@ def test_an_unusable_store_ends_the_start_of_ray_with_nothing_but_the_error(dens
     assert_ended([process for process in children(psutil.Process()) if process not in before])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_during_the_start_leaves_no_process(tmp_path, number, code):
     command = [BIN / "densenet", "train", *DEMO, f"run.output={tmp_path}"]

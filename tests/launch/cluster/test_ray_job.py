@@ -50,12 +50,12 @@ def test_the_demo_by_ray_job_submit_and_a_job_that_fails(cluster, shell, tmp_pat
     assert "has 2: set fewer cluster.workers" in failed.stdout
 
 
-def test_a_driver_joins_a_cluster_and_reads_its_resources(cluster, shell, tmp_path):
+def test_a_driver_joins_a_cluster_and_reads_its_resources(cluster, forked_densenet, tmp_path):
     arguments = ["configs/demo.yaml", f"run.output={tmp_path}", "--address", cluster.address]
-    too_many = shell("densenet", "plan", *arguments, "cluster.workers=4", env=cluster.env)
+    too_many = forked_densenet("plan", *arguments, "cluster.workers=4", env=cluster.env)
     assert too_many.returncode == 2
     assert f"the cluster at {cluster.address} has 2: set fewer cluster.workers" in too_many.stdout
-    fitting = shell("densenet", "plan", *arguments, env=cluster.env)
+    fitting = forked_densenet("plan", *arguments, env=cluster.env)
     assert fitting.returncode == 0, fitting.stdout
     assert "workers      2 on cpu, 1 CPU cores each" in fitting.stdout
 
@@ -76,7 +76,7 @@ def interrupt_submit(arguments: list[str], env: dict[str, str], answer: str) -> 
     return child.exitstatus, printed.getvalue()
 
 
-def test_submit_sends_only_the_code_and_a_job_is_listed_followed_and_stopped(cluster, shell, tmp_path):
+def test_submit_sends_only_the_code_and_a_job_is_listed_followed_and_stopped(cluster, forked_densenet, tmp_path):
     """A long training run stops after a checkpoint, and no worker is left."""
     before = uploaded_files(cluster)
     where = ["--address", cluster.dashboard]
@@ -88,22 +88,22 @@ def test_submit_sends_only_the_code_and_a_job_is_listed_followed_and_stopped(clu
     assert f"stop {job}? [y/N] n" in printed
     assert f"{job} continues; `densenet jobs logs {job} --follow` shows it" in " ".join(printed.split())
 
-    again = shell("densenet", *long, env=cluster.env)
+    again = forked_densenet(*long, env=cluster.env)
     assert again.returncode == 2
     assert f"the job {job} trains run.name=long already: `densenet jobs stop {job}` ends it" in again.stdout
     checkpoints = tmp_path / "long" / "checkpoints"
     wait_until(lambda: list(checkpoints.glob("samples-*/manifest.json")), lambda: f"no checkpoint in {checkpoints}")
-    listed = shell("densenet", "jobs", "list", *where, env=cluster.env).stdout
+    listed = forked_densenet("jobs", "list", *where, env=cluster.env).stdout
     assert re.search(rf"{job}\s+long\s+RUNNING", listed), listed
-    known = json.loads(shell("densenet", "jobs", "list", "--json", *where, env=cluster.env).stdout)
+    known = json.loads(forked_densenet("jobs", "list", "--json", *where, env=cluster.env).stdout)
     assert [(one["metadata"]["run"], one["status"]) for one in known if one["submission_id"] == job] == [
         ("long", "RUNNING")
     ]
-    stopped = shell("densenet", "jobs", "stop", job, *where, env=cluster.env)
+    stopped = forked_densenet("jobs", "stop", job, *where, env=cluster.env)
     assert f"{job} is stopped" in stopped.stdout
-    logs = shell("densenet", "jobs", "logs", job, *where, env=cluster.env).stdout
+    logs = forked_densenet("jobs", "logs", job, *where, env=cluster.env).stdout
     assert re.search(r"stopped by SIGTERM at [\d,]+ samples, after a checkpoint", logs), logs
-    followed = shell("densenet", "jobs", "logs", job, "--follow", *where, env=cluster.env)
+    followed = forked_densenet("jobs", "logs", job, "--follow", *where, env=cluster.env)
     assert followed.returncode == 143
     assert followed.stdout == logs
     wait_until(lambda: not cluster.processes("RayTrainWorker"), lambda: "a worker is left")
@@ -113,22 +113,22 @@ def test_submit_sends_only_the_code_and_a_job_is_listed_followed_and_stopped(clu
         name for name in new if not name.startswith(("pipeline", "launch", "job.yaml", "commit.json", "git.diff"))
     ]
 
-    wide = shell("densenet", *submit, "run.name=wide", "cluster.workers=3", "--wait", "--detach", env=cluster.env)
+    wide = forked_densenet(*submit, "run.name=wide", "cluster.workers=3", "--wait", "--detach", env=cluster.env)
     job = re.search(r"job (wide-\d+) trains wide", wide.stdout)[1]
     waiting = "waiting: 3 workers with 1 CPU cores each need 3, the cluster at"
 
     def printed() -> str:
-        return shell("densenet", "jobs", "logs", job, *where, env=cluster.env).stdout
+        return forked_densenet("jobs", "logs", job, *where, env=cluster.env).stdout
 
     wait_until(lambda: waiting in printed(), printed)
-    shell("densenet", "jobs", "stop", job, *where, env=cluster.env)
+    forked_densenet("jobs", "stop", job, *where, env=cluster.env)
 
-    failed = shell("densenet", *submit, "run.name=short", "--secret", "NOT_THERE", env=cluster.env)
+    failed = forked_densenet(*submit, "run.name=short", "--secret", "NOT_THERE", env=cluster.env)
     assert failed.returncode == 2
     assert "error: NOT_THERE: not set on the cluster" in failed.stdout
 
 
-def test_errors_of_submit_and_jobs(cluster, shell, tmp_path, monkeypatch):
+def test_errors_of_submit_and_jobs(cluster, forked_densenet, tmp_path):
     where = ["--address", cluster.dashboard]
     messages = {
         ("submit", "configs/demo.yaml", "run.output=here", *where): "run.output=here must be an absolute path",
@@ -145,11 +145,11 @@ def test_errors_of_submit_and_jobs(cluster, shell, tmp_path, monkeypatch):
         ("jobs", "list", "--address", "http://127.0.0.1:1"): "no Ray dashboard is reachable at http://127.0.0.1:1",
     }
     for arguments, message in messages.items():
-        done = shell("densenet", *arguments, env=cluster.env)
+        done = forked_densenet(*arguments, env=cluster.env)
         assert done.returncode == 2, arguments
         assert message in done.stdout, done.stdout
         assert "Traceback" not in done.stdout
     no_token = {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
-    done = shell("densenet", "jobs", "list", *where, env=cluster.env | no_token)
+    done = forked_densenet("jobs", "list", *where, env=cluster.env | no_token)
     assert done.returncode == 2
     assert "requires a token: put the cluster's token into ~/.ray/auth_token" in done.stdout

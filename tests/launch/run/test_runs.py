@@ -18,7 +18,7 @@ from pipeline.data.staging import stage
 pytestmark = pytest.mark.slow
 
 
-def test_the_demo_from_training_to_prediction(shell, tmp_path):
+def test_the_demo_from_training_to_prediction(shell, forked_densenet, tmp_path):
     """Three epochs of the demo: every line of the summary is correct, and README's commands on its model work."""
     done = shell("densenet", "train", "configs/demo.yaml", "train.epochs=3", f"run.output={tmp_path}")
     assert done.returncode == 0, done.stdout
@@ -75,28 +75,28 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert best["top1"] == pytest.approx(100 * int(top1) / 360)
 
     data = tmp_path / "data" / "digits"
-    evaluated = shell("densenet", "eval", "models:/densenet_tiny@candidate", "--data", str(data), "--uri", uri)
+    evaluated = forked_densenet("eval", "models:/densenet_tiny@candidate", "--data", str(data), "--uri", uri)
     assert evaluated.returncode == 0, evaluated.stdout
     assert f"plain     top-1 {top1}/360 = " in evaluated.stdout, "the count of the training run"
 
     version_uri = "models:/densenet_tiny@candidate"
     gate = ["densenet_tiny@candidate", "--data", str(data), "--uri", uri]
-    promoted = shell("densenet", "models", "promote", *gate)
+    promoted = forked_densenet("models", "promote", *gate)
     assert promoted.returncode == 0, promoted.stdout
     assert f"version 1: top-1 {top1}/360 = " in promoted.stdout
     assert "densenet_tiny@champion is version 1 now" in promoted.stdout
-    exported = shell("densenet", "export", version_uri, "--to", "onnx", "--out", str(tmp_path / "onnx"), "--uri", uri)
+    exported = forked_densenet("export", version_uri, "--to", "onnx", "--out", str(tmp_path / "onnx"), "--uri", uri)
     assert exported.returncode == 0, exported.stdout
-    page = shell("densenet", "report", run_dir.name, "--out", str(tmp_path / "report.html"), "--uri", uri)
+    page = forked_densenet("report", run_dir.name, "--out", str(tmp_path / "report.html"), "--uri", uri)
     assert page.returncode == 0, page.stdout
     assert run_dir.name in (tmp_path / "report.html").read_text()
-    listed = shell("densenet", "models", "list", "--uri", uri)
+    listed = forked_densenet("models", "list", "--uri", uri)
     assert re.search(r"^densenet_tiny +1 +@candidate, @champion +\d+/360 = ", listed.stdout, re.MULTILINE)
-    (known,) = json.loads(shell("densenet", "models", "list", "--json", "--uri", uri).stdout)["densenet_tiny"]
-    shown = json.loads(shell("densenet", "models", "show", "densenet_tiny@champion", "--json", "--uri", uri).stdout)
+    (known,) = json.loads(forked_densenet("models", "list", "--json", "--uri", uri).stdout)["densenet_tiny"]
+    shown = json.loads(forked_densenet("models", "show", "densenet_tiny@champion", "--json", "--uri", uri).stdout)
     assert shown == {"name": "densenet_tiny"} | known
     assert (known["version"], known["aliases"]) == ("1", ["candidate", "champion"])
-    listed = shell("densenet", "runs", "list", "--uri", uri, env={"COLUMNS": "200"})
+    listed = forked_densenet("runs", "list", "--uri", uri, env={"COLUMNS": "200"})
     assert re.search(rf"^{run_dir.name} +FINISHED .* densenet_tiny ", listed.stdout, re.MULTILINE), listed.stdout
 
     program, *arguments = shlex.split(out.splitlines()[-1].removeprefix("predict"))
@@ -104,7 +104,7 @@ def test_the_demo_from_training_to_prediction(shell, tmp_path):
     assert predicted.returncode == 0, predicted.stdout
     label = Path(arguments[2]).parent.name
     assert re.search(rf"\d\d\.\d\d%  {label}$", predicted.stdout.splitlines()[1]), predicted.stdout
-    (prediction,) = json.loads(shell(program, *arguments, "--json").stdout)
+    (prediction,) = json.loads(forked_densenet(*arguments, "--json").stdout)
     assert (prediction["image"], next(iter(prediction["classes"]))) == (arguments[2], label)
 
 
