@@ -4,8 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from launch.cluster.fork_server import worker_env
 from launch.cluster.metrics import RunMetrics
 from launch.cluster.prepared_run import PreparedRun
 from launch.cluster.process_group import ProcessGroupConfig
+from launch.cluster.signals import signal_handler
 from launch.cluster.trainer import LocalTrainer
 from launch.cluster.worker import Task, code_version, train_worker
 from launch.cluster.worker_failures import WorkerFailureCallback
@@ -108,7 +108,7 @@ def run_training(prepared: PreparedRun, on_event: Report) -> None:
     thread.start()
     failure: Exception | None = None
     try:
-        with _signal_handler(request_stop):
+        with signal_handler(request_stop):
             trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
@@ -145,21 +145,6 @@ def _is_complete(prepared: PreparedRun) -> bool:
         fetch_checkpoints(prepared.config, prepared.run_dir)
     latest = latest_valid(checkpoint_root(prepared.run_dir), lambda skipped: None)
     return latest is not None and samples_of(latest) >= prepared.derived.total_samples
-
-
-@contextmanager
-def _signal_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Sets the handler of SIGTERM and SIGHUP, except for a signal that is ignored, as SIGHUP under `nohup`."""
-    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep
-        yield
-        return
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous_handler in previous.items():
-            signal.signal(number, previous_handler)
 
 
 def _worker_error(channel: Any) -> str | None:

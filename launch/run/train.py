@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from launch.cluster.fork_server import fork_server
 from launch.cluster.job_env import check_secrets
 from launch.cluster.ports import check_port, cluster_address, free_port
 from launch.cluster.prepared_run import PreparedRun
+from launch.cluster.signals import signal_handler
 from launch.run.exit_notice import exit_notice
 from launch.run.phase_timer import PhaseTimer
 from launch.run.plan import print_plan, print_warnings
@@ -56,13 +58,27 @@ def train_command(
     Raises:
         UserError: Bad input; nothing is left running.
         TrainingError: The workers failed for another reason.
-        SystemExit: 130 after Ctrl-C; after a checkpoint, 143 for SIGTERM or 129 for SIGHUP.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. In training the two last write a checkpoint.
     """
     try:
-        _train_command(console, path, overrides, address, resume, wait, quiet)
-    except KeyboardInterrupt:
-        console.print("interrupted: the checkpoints and records so far are saved", style="yellow")
-        raise SystemExit(130) from None
+        with signal_handler(_raise_signal):
+            _train_command(console, path, overrides, address, resume, wait, quiet)
+    except (KeyboardInterrupt, _Terminated) as end:
+        number = end.number if isinstance(end, _Terminated) else signal.SIGINT
+        console.print(f"ended by {number.name}: the checkpoints and records so far are saved", style="yellow")
+        raise SystemExit(128 + number) from None
+
+
+class _Terminated(BaseException):
+    """A signal before or after training; like `KeyboardInterrupt` no handler of errors catches it."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _raise_signal(number: int, frame: object) -> None:
+    raise _Terminated(signal.Signals(number))
 
 
 def _train_command(

@@ -108,7 +108,7 @@ def test_an_unusable_store_ends_the_start_of_ray_with_nothing_but_the_error(dens
     assert_ended([process for process in children(psutil.Process()) if process not in before])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_during_the_start_leaves_no_process(tmp_path, number, code):
     command = [BIN / "densenet", "train", *DEMO, f"run.output={tmp_path}"]
     default_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # child processes of xdist ignore SIGINT
@@ -128,6 +128,7 @@ def test_a_signal_during_the_start_leaves_no_process(tmp_path, number, code):
     run.send_signal(number)
     output, _ = run.communicate(timeout=WAIT_TIMEOUT_S)
     assert run.returncode == code, output
+    assert f"ended by {number.name}" in output
     assert "Traceback" not in output
     assert_ended(found)
 

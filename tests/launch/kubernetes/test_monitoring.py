@@ -145,7 +145,7 @@ class TrainingRun:
             self.process = subprocess.Popen(
                 [BIN / "densenet", "train", "configs/demo.yaml", *settings],
                 cwd=PROJECT,
-                env=os.environ | {"RAY_TMPDIR": str(folder), "RAY_metrics_report_interval_ms": "1000"},
+                env=os.environ | {"RAY_TMPDIR": str(folder)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
