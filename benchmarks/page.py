@@ -43,11 +43,13 @@ the journal of a run that logs 100 steps per epoch.
 
 SLOWER = """## Where this project is slower, and why
 
-- **Startup** does more than a plain script: Ray, MLflow's store (the first start creates its tables), Ray Train's
-  controller, and more imports in each worker (Ray, DALI, DeepSpeed). They overlap where there are cores; two cores are
-  busy all the time. The line `time` at a run's end has the seconds.
+- **Startup** does more than a plain script: Ray's processes, MLflow's store (the first start creates its tables) and
+  Ray Train's controller. The imports of all workers are made once, while the driver prepares the run. The line `time`
+  at a run's end has the seconds.
+- **Two ranks** share the memory bandwidth: two runs that exchange nothing are the limit on this machine.
 - **Re-encoding** decodes and encodes like Pillow, and in addition writes and hashes shards on the same cores.
-- **A served image** costs HTTP, JSON and base64; several images per request share this overhead.
+- **A served image** costs HTTP, JSON and base64; several images per request share this overhead. The memory format
+  NHWC makes up for it.
 - **Memory modes** (activation checkpointing) trade time for memory by design.
 - **ZeRO 1** keeps the host busy with partitions; `auto` is stage 0.
 - **Training from JPEGs on a GPU** shares the GPU with the decoder's kernels and the interpreter with the reading
