@@ -124,11 +124,11 @@ def test_a_long_temporary_folder(programs, monkeypatch):
 
 def test_it_ends_with_a_driver_that_is_killed(programs):
     code = """if True:
-        import pathlib, sys, time
+        import pathlib, signal, sys
         from launch.cluster.fork_server import fork_server
         with fork_server("cpu", pathlib.Path(sys.argv[1])):
             print("started", flush=True)
-            time.sleep(600)
+            signal.pause()
     """
     command = [sys.executable, "-c", code, str(programs / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
