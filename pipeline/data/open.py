@@ -7,6 +7,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.config import RunConfig
 from pipeline.config_data import MAX_PIXELS
 from pipeline.config_fields import Device
@@ -14,6 +16,7 @@ from pipeline.data.dataset import check_sizes, open_split, open_splits, read_man
 from pipeline.data.folders import list_classes
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
+from pipeline.data.philox import Ints
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, rank_eval_batches
 from pipeline.errors import DataError, UserError
 from pipeline.extension_points import is_generated
@@ -279,10 +282,14 @@ def train_plan(config: RunConfig, index: DatasetIndex, seed: int | None = None) 
         scale=data.scale,
         ratio=data.ratio,
         hflip=data.hflip,
-        files_N=index.files_N if data.shuffle == "windowed" else None,
+        files_N=_files_of(index) if data.shuffle == "windowed" else None,
         window=data.window,
         augment=config.augment,
     )
+
+
+def _files_of(index: DatasetIndex) -> Ints:
+    return np.repeat(np.arange(len(index.files)), np.diff(index.first_rows_S1))
 
 
 def eval_plan(config: RunConfig, index: DatasetIndex, crop: int | None = None) -> EvalPlan:

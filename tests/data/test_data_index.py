@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.dataset import open_splits
-from pipeline.data.index import rows_of, table_of
+from pipeline.data.tables import rows_of, table_of
 from pipeline.errors import DataError
 
 
@@ -22,7 +22,7 @@ def test_rows_are_sorted_and_labeled_by_class_position(folders):
     train, val = open_set(folders())
     assert (len(train), len(val)) == (41, 12)
     assert train.classes == val.classes == ("a", "b", "c")
-    paths = train.table["path"].to_pylist()
+    paths = train.to_table()["path"].to_pylist()
     assert paths == sorted(paths)
     assert [train.classes[label] for label in train.labels_N] == [p.split("/")[1] for p in paths]
     for i in (0, 17, 40):
@@ -51,7 +51,7 @@ def test_sizes_ignore_exif_orientation(folders):
 def test_known_files_are_not_opened_again_and_changed_ones_are(folders, tmp_path):
     root = folders()
     first, _ = open_set(root)
-    victim = root / first.table["path"][3].as_py()
+    victim = root / first.to_table()["path"][3].as_py()
     stat = victim.stat()
     victim.write_bytes(b"x" * stat.st_size)
     os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))

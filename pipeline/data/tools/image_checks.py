@@ -23,7 +23,7 @@ from pipeline.data.images import (
     ignore_pil_warnings,
     orientation,
 )
-from pipeline.data.index import rows_of
+from pipeline.data.tables import rows_of
 
 CHUNK_IMAGES = 256  # images per task
 _DIGEST_BYTES = 16  # length of a content hash

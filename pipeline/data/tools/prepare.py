@@ -25,12 +25,13 @@ from filelock import FileLock, Timeout
 
 from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import require_two_classes
-from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
+from pipeline.data.dataset import MANIFEST, Manifest, read_manifest, save_split
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, check_size, decode, encode, header, ignore_pil_warnings, shrink, to_rgb
-from pipeline.data.index import Shard, load_table, rows_of, save_table, table_of
+from pipeline.data.index import Shard
 from pipeline.data.plan import permutation
 from pipeline.data.space import check_space
+from pipeline.data.tables import load_table, rows_of, save_table, table_of
 from pipeline.data.tools import tars
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
@@ -448,15 +449,12 @@ def _complete(scan: Scan, parts: list[_Part], target: Path, options: PrepareOpti
         tables = [load_table(part.record) for part in split_parts]
         table = pa.concat_tables(tables).unify_dictionaries().combine_chunks().replace_schema_metadata()
         _check_classes(table, scan.classes, split)
-        file = index_file(target, split)
-        file.parent.mkdir(exist_ok=True)
-        save_table(table, file)
         shards = {
             part.shard: Shard(results[part.record].bytes, results[part.record].sha256)
             for part in split_parts
             if options.to == "shards"
         }
-        splits[split] = Split(len(table), pc.sum(table["length"]).as_py(), shards)
+        splits[split] = save_split(target, split, table, scan.classes, shards)
     made = {
         "from": scan.layout,
         "job": job,
