@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.class_names import class_name_warnings, missing_class_warning, require_two_classes
+from pipeline.data.class_subset import with_classes
 from pipeline.data.columns import columns_of
 from pipeline.data.folder_index import scan_split, scan_splits
 from pipeline.data.images import TooLarge, check_size
@@ -110,8 +111,10 @@ def save_split(
     return Split(len(table), summary.bytes, file.relative_to(root).as_posix(), shards or {})
 
 
-def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
+def open_index(root: Path, manifest: Manifest, split: str, check: bool | None = None) -> DatasetIndex:
     """Opens the index of a split of a prepared data set; does not check its shards.
+
+    `check` compares all its columns with their checksums; by default, those of files up to 256 MB.
 
     Raises:
         DataError: there is no such split, or its index is missing, corrupt or belongs to other data.
@@ -123,7 +126,7 @@ def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
     if file.suffix == ".parquet":
         index = DatasetIndex.of_table(root.absolute(), manifest.classes, load_table(file), expected.shards)
     else:
-        index = DatasetIndex.open(root.absolute(), file, expected.shards)
+        index = DatasetIndex.open(root.absolute(), file, expected.shards, check=check)
     if (len(index), index.total_bytes, index.classes) != (expected.samples, expected.bytes, manifest.classes):
         raise DataError(
             f"{file} has {len(index)} samples, {root / MANIFEST} has {expected.samples}: "
@@ -177,19 +180,24 @@ def check_sizes(index: DatasetIndex, max_pixels: int) -> None:
         )
 
 
-def open_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS) -> DatasetIndex:
+def open_split(
+    root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS, classes: Path | None = None
+) -> DatasetIndex:
     """Opens one split of a prepared data set, or indexes class folders; caches that index in `cache`.
+
+    `classes` is a list of classes to choose or merge (`pipeline.data.class_subset`).
 
     Raises:
         DataError: as `open_splits`.
     """
     manifest = read_manifest(root)
     if manifest is None:
-        return scan_split(root, split, cache, max_pixels)
-    index = open_index(root, manifest, split)
-    check_sizes(index, max_pixels)
-    check_shards(root, manifest.splits[split])
-    return index
+        index = scan_split(root, split, cache, max_pixels)
+    else:
+        index = open_index(root, manifest, split)
+        check_sizes(index, max_pixels)
+        check_shards(root, manifest.splits[split])
+    return index if classes is None else with_classes(index, classes, cache)
 
 
 def open_splits(
@@ -200,12 +208,13 @@ def open_splits(
     skip_corrupt: bool = False,
     warn: Callable[[str], None] = print,
     max_pixels: int = MAX_PIXELS,
+    classes: Path | None = None,
 ) -> tuple[DatasetIndex, DatasetIndex]:
     """Opens the training and the evaluation split of a prepared data set, or indexes class folders.
 
     Checks class folders file by file, and caches the index in the folder `cache`. With `skip_corrupt`, skips training
     files in class folders that are corrupt or have more than `max_pixels`. Passes skipped files and suspicious data to
-    `warn`.
+    `warn`. `classes` is a list of classes to choose or merge (`pipeline.data.class_subset`).
 
     Raises:
         DataError: something is missing, corrupt, or has the wrong layout.
@@ -219,6 +228,8 @@ def open_splits(
         for name, index in zip((train, val), indexes, strict=True):
             check_sizes(index, max_pixels)
             check_shards(folder, manifest.splits[name])
+    if classes is not None:
+        indexes = with_classes(indexes[0], classes, cache), with_classes(indexes[1], classes, cache)
     check_classes(*indexes, (train, val), str(root), warn)
     return indexes
 

@@ -64,9 +64,11 @@ class DatasetIndex:
         return cls(root, classes, columns_of(table), shards)
 
     @classmethod
-    def open(cls, root: Path, file: Path, shards: dict[str, Shard] | None = None) -> "DatasetIndex":
-        """Maps an index file into memory; see `pipeline.data.index_file.load_index`."""
-        opened = load_index(file)
+    def open(
+        cls, root: Path, file: Path, shards: dict[str, Shard] | None = None, *, check: bool | None = None
+    ) -> "DatasetIndex":
+        """Maps an index file into memory; for `check` see `pipeline.data.index_file.load_index`."""
+        opened = load_index(file, check)
         return cls(root, opened.classes, opened.columns, shards, file=file, summary=opened.summary)
 
     def __len__(self) -> int:

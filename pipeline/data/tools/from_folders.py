@@ -39,7 +39,7 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
         raise DataError(f"{root} has no {MANIFEST}: it is not a data set of this project.")
     tables = {}
     for split in manifest.splits:
-        table = open_index(root, manifest, split).to_table()
+        table = open_index(root, manifest, split, check=True).to_table()
         if manifest.layout == "folders":
             rows = zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True)
             names = [f"{manifest.classes[label]}/{path.rpartition('/')[2]}" for path, label in rows]
