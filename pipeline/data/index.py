@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.files import File, Files
+from pipeline.data.files import File, Files, Opener
 from pipeline.data.images import TAIL, format_problem
 from pipeline.errors import CorruptSample, DataError
 from pipeline.files import atomic_file
@@ -61,9 +61,15 @@ class DatasetIndex:
     """
 
     def __init__(
-        self, root: Path, classes: tuple[str, ...], table: pa.Table, shards: dict[str, Shard] | None = None
+        self,
+        root: Path,
+        classes: tuple[str, ...],
+        table: pa.Table,
+        shards: dict[str, Shard] | None = None,
+        opener: Opener | None = None,
     ) -> None:
         self.root, self.classes, self.table, self.shards = root, classes, table, shards or {}
+        self._shards = opener or Files()
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -72,9 +78,9 @@ class DatasetIndex:
         """Pickles the arguments, without cached values."""
         return DatasetIndex, (self.root, self.classes, self.table, self.shards)
 
-    def with_root(self, root: Path) -> "DatasetIndex":
-        """Returns an index of the same data below another root."""
-        return DatasetIndex(root, self.classes, self.table, self.shards)
+    def with_root(self, root: Path, opener: Opener | None = None) -> "DatasetIndex":
+        """Returns an index of the same data below another root; `opener` opens its shards."""
+        return DatasetIndex(root, self.classes, self.table, self.shards, opener)
 
     def subset(self, rows_N: NDArray[np.int64]) -> "DatasetIndex":
         """Returns an index of the samples `rows_N`, in that order."""
@@ -99,6 +105,16 @@ class DatasetIndex:
     def files_N(self) -> NDArray[np.int64]:
         """Each sample's file number, int64; files are numbered in order of first appearance."""
         return self._path.indices.to_numpy().astype(np.int64)
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of all files below the root, in order of first appearance."""
+        return self._files
+
+    @cached_property
+    def first_rows_S1(self) -> NDArray[np.int64]:
+        """The first sample of each shard, and the number of samples, int64."""
+        return np.append(self._first_of_file, len(self))
 
     @cached_property
     def in_shards(self) -> bool:
@@ -133,10 +149,6 @@ class DatasetIndex:
     def _crc32_N(self) -> NDArray[np.uint32] | None:
         column = self.table["crc32"]
         return None if column.null_count else column.to_numpy()
-
-    @cached_property
-    def _shards(self) -> Files:
-        return Files()
 
     @cached_property
     def fingerprint(self) -> str:

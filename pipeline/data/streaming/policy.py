@@ -1,0 +1,151 @@
+"""Which shards a node's cache fetches and evicts: arithmetic on what its ranks will read.
+
+The future is known, so the optimal policy is possible (Belady 1966): evict what is needed last. Needs have a strict
+order: first by the number of samples until the shard's window starts, then by the age of the rank. A shard is fetched
+only in place of shards that are needed later than it. So if the current windows of all ranks fit the limit, none of
+their shards is evicted; if not, the oldest ranks still progress, and there is no deadlock.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.philox import Ints
+from pipeline.data.streaming.windows import WindowedOrder
+
+NEVER = int(np.iinfo(np.int64).max)
+NO_SHARD = -1
+UNKNOWN = -1  # the position of a rank that has not started to read
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one rank will read.
+
+    Attributes:
+        order: Its epochs' windows.
+        position: The first position of the run's sample order that it may still read, or `UNKNOWN`.
+        stop: Position at which its run ends.
+        demand: The shard that it waits for, or `NO_SHARD`.
+    """
+
+    order: WindowedOrder
+    position: int
+    stop: int
+    demand: int = NO_SHARD
+
+    @property
+    def window(self) -> int:
+        """The number of the window at the position, counted from the start of the run; or `UNKNOWN`, or `NEVER`."""
+        if not 0 <= self.position < self.stop:
+            return UNKNOWN if self.position < 0 else NEVER
+        epoch, offset = divmod(self.position, int(self.order.first_rows_S1[-1]))
+        windows = self.order.windows(epoch)
+        return epoch * len(windows) + int(windows.at(np.array(offset)))
+
+
+@dataclass(frozen=True, eq=False)
+class Priorities:
+    """When each shard is needed.
+
+    Attributes:
+        shards_S: All shards, the one that is needed first at the front.
+        uses_S: For each shard the number of samples until its window starts; 0: it is being read; `NEVER`.
+    """
+
+    shards_S: Ints
+    uses_S: Ints
+
+
+@dataclass(frozen=True)
+class Actions:
+    """Shards to evict, and then to fetch, in order."""
+
+    evict: list[int]
+    fetch: list[int]
+
+
+def next_uses(order: WindowedOrder, position: int, stop: int) -> Ints:
+    """Returns for each shard the number of samples from `position` until the window that needs it starts.
+
+    0: the window at the position; `NEVER`: not before `stop`. Shape [S], int64.
+    """
+    num_shards, samples = len(order.first_rows_S1) - 1, int(order.first_rows_S1[-1])
+    uses_S = np.full(num_shards, NEVER)
+    if not 0 <= position < stop:
+        return uses_S
+    epoch = position // samples
+    for later in (epoch + 1, epoch):  # an earlier use replaces the later one
+        windows = order.windows(later)
+        starts_W, ends_W = (
+            later * samples + windows.first_offsets_W1[:-1],
+            later * samples + windows.first_offsets_W1[1:],
+        )
+        is_read_W = (ends_W > position) & (starts_W < stop)
+        windows_S = np.arange(num_shards) // windows.size
+        is_read_S = is_read_W[windows_S]
+        uses_S[windows.shards_S[is_read_S]] = np.maximum(starts_W - position, 0)[windows_S[is_read_S]]
+    return uses_S
+
+
+def prioritize(needs: Sequence[Need], num_shards: int) -> Priorities:
+    """Orders all shards by when the ranks need them; `needs` starts with the oldest rank."""
+    uses_S, ages_S = np.full(num_shards, NEVER), np.zeros(num_shards, np.int64)
+    is_demanded_S = np.zeros(num_shards, bool)
+    for age, need in enumerate(needs):
+        own_S = next_uses(need.order, need.position, need.stop)
+        if need.demand != NO_SHARD:
+            own_S[need.demand] = 0
+        sooner_S = own_S < uses_S
+        uses_S[sooner_S], ages_S[sooner_S] = own_S[sooner_S], age
+        if need.demand != NO_SHARD and sooner_S[need.demand]:
+            is_demanded_S[need.demand] = True
+    return Priorities(np.lexsort((~is_demanded_S, ages_S, uses_S)), uses_S)
+
+
+def plan_actions(
+    priorities: Priorities,
+    bytes_S: Ints,
+    present_S: NDArray[np.bool_],
+    fetching_S: NDArray[np.bool_],
+    postponed_S: NDArray[np.bool_],
+    limit: int,
+    slots: int,
+) -> Actions:
+    """Returns what to evict and what to fetch, so that present shards and those being fetched fit the limit.
+
+    Args:
+        priorities: When each shard is needed.
+        bytes_S: The shards' sizes.
+        present_S: Which shards are on disk.
+        fetching_S: Which shards are being fetched; they count with their full size, and are not evicted.
+        postponed_S: Which shards are not fetched at the moment, because that failed.
+        limit: Bytes.
+        slots: Number of shards that can be fetched in addition.
+    """
+    shards_S = priorities.shards_S
+    used = int(bytes_S[present_S | fetching_S].sum())
+    evictable = iter(shards_S[::-1][present_S[shards_S[::-1]]].tolist())  # the one that is needed last first
+    missing_S = ~(present_S | fetching_S | postponed_S) & (priorities.uses_S < NEVER)
+    rank_S = np.empty(len(shards_S), np.int64)
+    rank_S[shards_S] = np.arange(len(shards_S))
+    actions = Actions([], [])
+    candidate = next(evictable, None)
+    while used > limit and candidate is not None:  # the limit has become smaller
+        actions.evict.append(candidate)
+        used -= int(bytes_S[candidate])
+        candidate = next(evictable, None)
+    for shard in shards_S[missing_S[shards_S]][:slots].tolist():
+        freed, victims = 0, []
+        while used - freed + bytes_S[shard] > limit and candidate is not None and rank_S[candidate] > rank_S[shard]:
+            victims.append(candidate)
+            freed += int(bytes_S[candidate])
+            candidate = next(evictable, None)
+        if used - freed + bytes_S[shard] > limit:
+            break
+        actions.evict.extend(victims)
+        actions.fetch.append(shard)
+        used += int(bytes_S[shard]) - freed
+    return actions
