@@ -88,7 +88,7 @@ class ShardCache:
             order.first_rows_S1,
         )
         self._numbers = {self._folder.root / name: number for number, name in enumerate(index.files)}
-        self._patience_s = min(_MAX_PATIENCE_S, (hang_timeout_s or np.inf) / 2)
+        self._patience_s = min(_MAX_PATIENCE_S, (hang_timeout_s or np.inf) / 3)
         self._kept: frozenset[int] = frozenset()
         self._window: tuple[int, int] | None = None
         self._open_files: dict[int, File] = {}
@@ -138,10 +138,17 @@ class ShardCache:
         number = self._numbers[path]
         file = self._open_files.get(number)
         if file is None:
-            file = _open_existing(path) or self._wait(path, number)
+            file = self._open_existing(path, number) or self._wait(path, number)
             if number in self._kept:
                 self._open_files[number] = file
         return file
+
+    def _open_existing(self, path: Path, number: int) -> File | None:
+        """Opens a shard if it is there; one of another size is not: the process that fetches will remove it."""
+        try:
+            return File(path) if path.stat().st_size == self._shards.bytes_S[number] else None
+        except FileNotFoundError:
+            return None
 
     def _advance(self, position: int) -> None:
         """Publishes the first position that is still to be read; first closes the shards of earlier windows.
@@ -162,7 +169,7 @@ class ShardCache:
         with self._demand_lock:
             started, started_ns, starts, checked = time.monotonic(), time.time_ns(), 0, -np.inf
             try:
-                while (file := _open_existing(path)) is None:
+                while (file := self._open_existing(path, number)) is None:
                     if self._closed.is_set():
                         raise RuntimeError("this cache is closed")
                     self._registration.set_demand(number)
@@ -188,7 +195,7 @@ class ShardCache:
             pass
 
     def _raise_if_hopeless(self, number: int, waited_s: float, starts: int) -> None:
-        if starts <= _MAX_STARTS and waited_s < 1.5 * self._patience_s:
+        if starts <= _MAX_STARTS and waited_s < 2.5 * self._patience_s:
             return
         log = self._folder.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
         raise DataError(
@@ -224,10 +231,3 @@ class ShardCache:
         finally:
             os.close(descriptor)
         return True
-
-
-def _open_existing(path: Path) -> File | None:
-    try:
-        return File(path)
-    except FileNotFoundError:
-        return None

@@ -4,6 +4,10 @@ The future is known, so the optimal policy is possible (Belady 1966): evict what
 order: first by the number of samples until the shard's window starts, then by the age of the rank. A shard is fetched
 only in place of shards that are needed later than it. So if the current windows of all ranks fit the limit, none of
 their shards is evicted; if not, the oldest ranks still progress, and there is no deadlock.
+
+Shards are fetched into free space as early as possible, but others are evicted for them only if they are among the next
+shards, of half the limit. The other half keeps what the next epoch needs first. With a cache of a third of the data, a
+third of each epoch is read from it, as in the optimum; without this bound, a tenth.
 """
 
 from collections.abc import Sequence
@@ -17,6 +21,7 @@ from pipeline.data.streaming.windows import WindowedOrder
 
 NEVER = int(np.iinfo(np.int64).max)
 NO_SHARD = -1
+LOOKAHEAD = 0.5  # of the limit: for shards that are needed so soon, others are evicted
 UNKNOWN = -1  # the position of a rank that has not started to read
 
 
@@ -125,27 +130,24 @@ def plan_actions(
         limit: Bytes.
         slots: Number of shards that can be fetched in addition.
     """
-    shards_S = priorities.shards_S
+    shards_R = priorities.shards_S  # R: ranks in the order of need
+    bytes_R, uses_R, present_R = bytes_S[shards_R], priorities.uses_S[shards_R], present_S[shards_R]
+    is_soon_R = np.cumsum(bytes_R * (uses_R > 0)) <= limit * LOOKAHEAD
+    is_missing_R = ~(present_R | fetching_S[shards_R] | postponed_S[shards_R]) & (uses_R < NEVER)
     used = int(bytes_S[present_S | fetching_S].sum())
-    evictable = iter(shards_S[::-1][present_S[shards_S[::-1]]].tolist())  # the one that is needed last first
-    missing_S = ~(present_S | fetching_S | postponed_S) & (priorities.uses_S < NEVER)
-    rank_S = np.empty(len(shards_S), np.int64)
-    rank_S[shards_S] = np.arange(len(shards_S))
-    actions = Actions([], [])
-    candidate = next(evictable, None)
-    while used > limit and candidate is not None:  # the limit has become smaller
-        actions.evict.append(candidate)
-        used -= int(bytes_S[candidate])
-        candidate = next(evictable, None)
-    for shard in shards_S[missing_S[shards_S]][:slots].tolist():
-        freed, victims = 0, []
-        while used - freed + bytes_S[shard] > limit and candidate is not None and rank_S[candidate] > rank_S[shard]:
-            victims.append(candidate)
-            freed += int(bytes_S[candidate])
-            candidate = next(evictable, None)
-        if used - freed + bytes_S[shard] > limit:
+    evictable = np.flatnonzero(present_R).tolist()  # the last one is needed last
+    evict, fetch = [], []
+    while used > limit and evictable:  # the limit has become smaller
+        used -= int(bytes_R[evictable[-1]])
+        evict.append(evictable.pop())
+    for missing in np.flatnonzero(is_missing_R)[:slots].tolist():
+        free, victims = limit - used, []
+        while free < bytes_R[missing] and is_soon_R[missing] and evictable and evictable[-1] > missing:
+            free += int(bytes_R[evictable[-1]])
+            victims.append(evictable.pop())
+        if free < bytes_R[missing]:
             break
-        actions.evict.extend(victims)
-        actions.fetch.append(shard)
-        used += int(bytes_S[shard]) - freed
-    return actions
+        used = limit - free + int(bytes_R[missing])
+        evict += victims
+        fetch.append(missing)
+    return Actions(shards_R[evict].tolist(), shards_R[fetch].tolist())
