@@ -11,7 +11,6 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from launch.cli.common.tables import print_table
 from pipeline.data.dataset import Manifest
-from pipeline.data.space import format_bytes
 from pipeline.data.tools.image_checks import FINDING_KINDS
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareResult
@@ -19,7 +18,7 @@ from pipeline.data.tools.stats import Stats
 from pipeline.data.tools.verify import Report
 from pipeline.errors import UserError
 from pipeline.files import write_text
-from pipeline.formatting import duration
+from pipeline.formatting import duration, format_bytes
 
 _MAX_SHOWN = 5  # findings of each kind; the JSON report has all of them
 _PROGRESS_S = 10  # seconds between progress lines without a terminal

@@ -29,7 +29,7 @@ from pipeline.data.dataset import MANIFEST, Manifest, read_manifest, save_split
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, check_size, decode, encode, header, ignore_pil_warnings, shrink, to_rgb
 from pipeline.data.index import Shard
-from pipeline.data.plan import permutation
+from pipeline.data.order import ORDER_VERSION, permutation
 from pipeline.data.space import check_space
 from pipeline.data.tables import load_table, rows_of, save_table, table_of
 from pipeline.data.tools import tars
@@ -147,7 +147,8 @@ def prepare(
         if finished is not None:
             if finished.made.get("job") != job:
                 raise DataError(
-                    f"{target} already contains a data set of other images or other options: choose another folder."
+                    f"{target} already contains a data set of other images, of other options, or in the sample order "
+                    f"of an earlier version: choose another folder."
                 )
             return PrepareResult(finished, 0, 0, finished.made["ignored"], notes=notes)
         with FileLock(work / "turn"):
@@ -215,7 +216,8 @@ def _work_folder(target: Path, share: tuple[int, int]) -> Iterator[Path]:
 
 def _job_hash(scan: Scan, options: PrepareOptions) -> str:
     """Returns a hash of everything that determines the output."""
-    digest = hashlib.sha256(json.dumps([scan.layout, scan.classes, asdict(options)]).encode())
+    order = ORDER_VERSION if options.to == "shards" else None
+    digest = hashlib.sha256(json.dumps([scan.layout, scan.classes, asdict(options), order]).encode())
     for split, table in scan.splits.items():
         digest.update(split.encode())
         for name in ("path", "name"):
@@ -232,8 +234,9 @@ def _check_same_job(work: Path, job: str, target: Path) -> None:
         write_text(record, job)
     elif record.read_text(encoding="utf-8") != job:
         raise DataError(
-            f"{target} contains an unfinished preparation of other images, with other options or another number of "
-            f"shares: repeat that command, or remove {target} to start from scratch."
+            f"{target} contains an unfinished preparation of other images, with other options, with another number of "
+            f"shares or by an earlier version, whose sample order differs: repeat that command, with that version, or "
+            f"remove {target} to start from scratch."
         )
 
 
@@ -243,7 +246,7 @@ def _parts(
     table = scan.splits[split]
     count = len(table)
     if options.to == "shards":
-        table = table.take(permutation(options.seed, 0, count))
+        table = table.take(permutation(options.seed, 0, count)(np.arange(count)))
         num_parts = max(1, -(-pc.sum(table["length"]).as_py() // options.shard_bytes))
     else:
         _check_names(table, split)
