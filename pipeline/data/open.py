@@ -8,8 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pipeline.config import RunConfig
 from pipeline.config_data import MAX_PIXELS
 from pipeline.config_fields import Device
@@ -17,7 +15,6 @@ from pipeline.data.dataset import check_sizes, open_split, open_splits, read_man
 from pipeline.data.folders import list_classes
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
-from pipeline.data.philox import Ints
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, rank_eval_batches
 from pipeline.data.streaming.cache import ShardCache, open_cache
 from pipeline.data.streaming.limits import check_limit
@@ -369,15 +366,10 @@ def train_plan(config: RunConfig, index: DatasetIndex, seed: int | None = None) 
         scale=data.scale,
         ratio=data.ratio,
         hflip=data.hflip,
-        first_rows_S1=_first_rows(index) if data.shuffle == "windowed" else None,
+        first_rows_S1=index.first_rows_S1 if data.shuffle == "windowed" else None,
         window=data.window,
         augment=config.augment,
     )
-
-
-def _first_rows(index: DatasetIndex) -> Ints:
-    """Returns each shard's first sample, and the number of samples, int64 [S + 1]."""
-    return np.append(np.flatnonzero(np.diff(index.files_N, prepend=-1)), len(index))
 
 
 def eval_plan(config: RunConfig, index: DatasetIndex, crop: int | None = None) -> EvalPlan:

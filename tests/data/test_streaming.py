@@ -21,10 +21,10 @@ import torch
 
 import pipeline
 from pipeline.data.dataset import open_splits
+from pipeline.data.order import WindowedOrder
 from pipeline.data.plan import PlannedBatch
 from pipeline.data.streaming.cache import ShardCache
 from pipeline.data.streaming.folder import CacheFolder
-from pipeline.data.streaming.windows import WindowedOrder
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import DataError, UserError

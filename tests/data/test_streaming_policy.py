@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.order import WindowedOrder
 from pipeline.data.streaming.policy import NEVER, NO_SHARD, UNKNOWN, Need, next_uses, plan_actions, prioritize
-from pipeline.data.streaming.windows import WindowedOrder
 
 RUNS = st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(0, 40), st.integers(1, 3))
 SAMPLES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -83,7 +83,7 @@ class Node:
             return False
         epoch, offset = divmod(need.position, int(need.order.first_rows_S1[-1]))
         windows = need.order.windows(epoch)
-        window = int(windows.at(np.array(offset)))
+        window = need.order.window_of(epoch, offset)
         shard = random.Random(need.position).choice(windows.shards(window).tolist())
         if not self.present_S[shard]:
             self.needs[i] = replace(need, demand=shard)

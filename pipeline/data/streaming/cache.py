@@ -13,10 +13,10 @@ import numpy as np
 from pipeline.config_data import Data
 from pipeline.data.files import File
 from pipeline.data.index import DatasetIndex
+from pipeline.data.order import WindowedOrder
 from pipeline.data.plan import PlannedBatch
 from pipeline.data.streaming.folder import CacheFolder, Client, Registration, Shards, try_lock
 from pipeline.data.streaming.policy import NO_SHARD
-from pipeline.data.streaming.windows import WindowedOrder
 from pipeline.errors import DataError
 
 _POLL_S = 0.02
@@ -157,7 +157,7 @@ class ShardCache:
         """
         epoch, offset = divmod(position, self._num_samples)
         windows = self._order.windows(epoch)
-        window = int(windows.at(np.array(offset)))
+        window = self._order.window_of(epoch, offset)
         if self._window != (epoch, window):
             self._window, self._kept = (epoch, window), frozenset(windows.shards(window).tolist())
             self._open_files = {number: file for number, file in self._open_files.items() if number in self._kept}

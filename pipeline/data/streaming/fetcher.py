@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.order import WindowedOrder
 from pipeline.data.sources import PARALLEL_COPIES, DiskError
 from pipeline.data.space import free_bytes
 from pipeline.data.streaming.download import Download, FetchError, Stopped
 from pipeline.data.streaming.folder import CacheFolder, ClientView, Shards, new_clients
 from pipeline.data.streaming.policy import Need, Priorities, plan_actions, prioritize
-from pipeline.data.streaming.windows import WindowedOrder
 from pipeline.files import write_text
 from pipeline.formatting import format_bytes
 

@@ -43,7 +43,7 @@ def check_limit(data: Data, train_index: DatasetIndex, val: int) -> None:
         raise DataError(
             f"data.stage_limit={data.stage_limit} ({format_bytes(limit)}) is too small for {sizes}: two windows of "
             f"data.window={data.window} shards need {format_bytes(needed - val)} on disk, since one is fetched while "
-            f"the other is read. Set data.stage_limit to {needed // 10**6 + 1}MB or more, {advice}."
+            f"the other is read. Set data.stage_limit to {-(-needed // 10**6)}MB or more, {advice}."
         )
 
 

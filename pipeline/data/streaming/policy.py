@@ -5,9 +5,10 @@ order: first by the number of samples until the shard's window starts, then by t
 only in place of shards that are needed later than it. So if the current windows of all ranks fit the limit, none of
 their shards is evicted; if not, the oldest ranks still progress, and there is no deadlock.
 
-Shards are fetched into free space as early as possible, but others are evicted for them only if they are among the next
-shards, of half the limit. The other half keeps what the next epoch needs first. With a cache of a third of the data, a
-third of each epoch is read from it, as in the optimum; without this bound, a tenth.
+Shards are fetched into free space as early as possible, but others are evicted only for shards that are needed soon:
+those that are read now, and the next ones, up to half the limit or to as many bytes as are read now. The rest keeps
+what the next epoch needs first. With a cache of a third of the data, a third of each epoch is read from it, as in the
+optimum; without this bound it is a tenth.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.order import WindowedOrder
 from pipeline.data.philox import Ints
-from pipeline.data.streaming.windows import WindowedOrder
 
 NEVER = int(np.iinfo(np.int64).max)
 NO_SHARD = -1
-LOOKAHEAD = 0.5  # of the limit: for shards that are needed so soon, others are evicted
 UNKNOWN = -1  # the position of a rank that has not started to read
 
 
@@ -47,8 +47,7 @@ class Need:
         if not 0 <= self.position < self.stop:
             return UNKNOWN if self.position < 0 else NEVER
         epoch, offset = divmod(self.position, int(self.order.first_rows_S1[-1]))
-        windows = self.order.windows(epoch)
-        return epoch * len(windows) + int(windows.at(np.array(offset)))
+        return epoch * len(self.order.windows(epoch)) + self.order.window_of(epoch, offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +131,8 @@ def plan_actions(
     """
     shards_R = priorities.shards_S  # R: ranks in the order of need
     bytes_R, uses_R, present_R = bytes_S[shards_R], priorities.uses_S[shards_R], present_S[shards_R]
-    is_soon_R = np.cumsum(bytes_R * (uses_R > 0)) <= limit * LOOKAHEAD
+    read_now = int(bytes_R[uses_R == 0].sum())
+    is_soon_R = np.cumsum(bytes_R) <= max(limit // 2, 2 * read_now)
     is_missing_R = ~(present_R | fetching_S[shards_R] | postponed_S[shards_R]) & (uses_R < NEVER)
     used = int(bytes_S[present_S | fetching_S].sum())
     evictable = np.flatnonzero(present_R).tolist()  # the last one is needed last
