@@ -26,7 +26,7 @@ def losses(run: Path) -> list[tuple[str, str]]:
 
 
 def test_two_workers_train_from_a_bucket_as_from_a_folder(forked_densenet, tmp_path, monkeypatch):
-    """The same losses, with a third of the shards on disk at a time; a limit that is too small is refused at the start."""
+    """The same losses, with a third of the shards on disk at a time; a limit that is too small is refused."""
     with Pool(1) as pool:
         prepare(Path(generate_data("digits://", tmp_path)), tmp_path / "set", PrepareOptions(shard_bytes=100_000), pool)
     manifest = read_manifest(tmp_path / "set")
