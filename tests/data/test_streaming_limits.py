@@ -3,14 +3,13 @@
 import re
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from pipeline.config import RunConfig
 from pipeline.config_data import Data
-from pipeline.data.index import DatasetIndex, Shard, table_of
+from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.streaming.limits import check_limit, shard_bytes
+from pipeline.data.tables import table_of
 from pipeline.errors import DataError
 from pipeline.formatting import format_bytes, parse_bytes
 
@@ -21,10 +20,9 @@ def index(sizes_gb: list[int]) -> DatasetIndex:
     """An index of shards of these sizes, with one sample each."""
     names = [f"train/train-{i:06d}.tar" for i in range(len(sizes_gb))]
     count = len(names)
-    table: pa.Table = table_of({"path": names, "name": names, "label": [0] * count, "length": [1] * count})
-    return DatasetIndex(
-        Path("/set"), ("a", "b"), table, {n: Shard(s * GB, "") for n, s in zip(names, sizes_gb, strict=True)}
-    )
+    ones = dict.fromkeys(("label", "length", "width", "height"), [1] * count)
+    shards = {name: Shard(size * GB, "") for name, size in zip(names, sizes_gb, strict=True)}
+    return DatasetIndex.of_table(Path("/set"), ("a", "b"), table_of({"path": names, "name": names} | ones), shards)
 
 
 def data(**values: object) -> Data:
@@ -87,14 +85,6 @@ def test_the_windowed_shuffle_needs_two_windows_on_disk():
 
 
 def test_class_folders_have_no_shards_to_limit():
+    table = table_of({"path": ["a/b.jpg"], "label": [0], "length": [1], "width": [1], "height": [1]})
     with pytest.raises(DataError, match="data.root=/set has class folders: prepare shards or unset data.stage"):
-        check_limit(data(stage_limit="5GB"), DatasetIndex(Path("/set"), ("a",), table_of({"path": ["a/b.jpg"]})), 0)
-
-
-def test_first_rows_are_those_of_the_shards():
-    table = table_of(
-        {"path": ["b", "b", "a", "c", "c", "c"], "name": list("uvwxyz"), "label": [0] * 6, "length": [1] * 6}
-    )
-    found = DatasetIndex(Path("/set"), ("a",), table)
-    assert (found.files, found.first_rows_S1.tolist()) == (["b", "a", "c"], [0, 2, 3, 6])
-    assert np.array_equal(np.repeat(np.arange(3), np.diff(found.first_rows_S1)), found.files_N)
+        check_limit(data(stage_limit="5GB"), DatasetIndex.of_table(Path("/set"), ("a",), table), 0)

@@ -6,8 +6,8 @@ only in place of shards that are needed later than it. So if the current windows
 their shards is evicted; if not, the oldest ranks still progress, and there is no deadlock.
 
 Shards are fetched into free space as early as possible, but others are evicted only for shards that are needed soon:
-those that are read now, and the next ones, up to half the limit or to as many bytes as are read now. The rest keeps what
-the next epoch needs first. With a cache of a third of the data, a third of each epoch is read from it, as in the
+those that are read now, and the next ones, up to half the limit or to as many bytes as are read now. The rest keeps
+what the next epoch needs first. With a cache of a third of the data, a third of each epoch is read from it, as in the
 optimum; without this bound it is a tenth.
 """
 
