@@ -21,11 +21,22 @@ Root = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="number of processes", show_default="one per CPU core")]
 Layout = Annotated[
     str | None,
-    typer.Option(help="prepared, ilsvrc, kaggle, parquet, webdataset, folders or list; detected by default"),
+    typer.Option(
+        help="prepared, ilsvrc, kaggle, parquet, webdataset, wordnet-tars, folders or list; detected by default"
+    ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the complete report")]
 MaxPixels = Annotated[
     int, typer.Option(min=1, help="maximum pixels per image", show_default="178,956,970, PIL's limit")
+]
+Classes = Annotated[
+    Path | None, typer.Option("--classes", help="list of the classes to use: a name per line, optionally a new name")
+]
+MinImages = Annotated[
+    int, typer.Option(min=0, help="drop classes with fewer training images, before the validation split")
+]
+ValPerClass = Annotated[
+    int, typer.Option(min=0, help="images of each class for the validation split, of a source without one")
 ]
 CORES = len(os.sched_getaffinity(0))
 
@@ -42,11 +53,16 @@ def prepare(
         int | None, typer.Option(min=1, max=100, help="quality of encoded JPEGs; 90 with --shorter-side, else 95")
     ] = None,
     shard_size: Annotated[float, typer.Option(min=0.01, help="MB of images per shard")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="random seed of the order in the shards")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="random seed of the order in the shards and of the validation split")
+    ] = 0,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="skip corrupt images")] = False,
     share: Annotated[
         str, typer.Option(help="K/N: write part K (from 0) of N, to prepare on N machines that share both folders")
     ] = "0/1",
+    classes: Classes = None,
+    min_images: MinImages = 0,
+    val_per_class: ValPerClass = 0,
     workers: Workers = CORES,
     layout: Layout = None,
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -59,6 +75,7 @@ def prepare(
     """
     from launch.cli.common.data_report import print_prepared, process_pool
     from pipeline.data.tools.prepare import PrepareOptions, prepare
+    from pipeline.data.tools.selection import Selection
 
     if to not in ("shards", "folders"):
         raise UserError(f"--to={to} is unknown: use shards or folders.")
@@ -73,14 +90,24 @@ def prepare(
     if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
         raise UserError(f"--share={share} is invalid: use K/N with K from 0 to N - 1, such as 0/8.")
     share_of_total = int(index), int(shares)
+    selection = Selection(classes, min_images, val_per_class, seed)
     started = time.perf_counter()
     with process_pool(console, workers) as pool:
-        result = prepare(source, target, options, pool, layout, skip_corrupt, share_of_total, max_pixels)
+        result = prepare(source, target, options, pool, layout, skip_corrupt, share_of_total, max_pixels, selection)
     print_prepared(console, target, share_of_total, result, time.perf_counter() - started)
 
 
 @app.command()
-def index(root: Root, workers: Workers = CORES, layout: Layout = None, max_pixels: MaxPixels = MAX_PIXELS) -> None:
+def index(
+    root: Root,
+    classes: Classes = None,
+    min_images: MinImages = 0,
+    val_per_class: ValPerClass = 0,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of the validation split")] = 0,
+    workers: Workers = CORES,
+    layout: Layout = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+) -> None:
     """Index class folders, shards or archives in place.
 
     Writes the index with sizes and checksums into the folder and copies nothing.
@@ -89,9 +116,11 @@ def index(root: Root, workers: Workers = CORES, layout: Layout = None, max_pixel
     """
     from launch.cli.common.data_report import print_indexed, process_pool
     from pipeline.data.tools.index_in_place import index_in_place
+    from pipeline.data.tools.selection import Selection
 
     with process_pool(console, workers) as pool:
-        manifest, notes = index_in_place(root, pool, layout, max_pixels)
+        selection = Selection(classes, min_images, val_per_class, seed)
+        manifest, notes = index_in_place(root, pool, layout, max_pixels, selection)
     print_indexed(console, root, manifest, notes)
 
 
