@@ -1,6 +1,7 @@
 """Sources with one tar archive per WordNet id: ImageNet-21k, as `n*.tar` files or one archive of them."""
 
 import re
+from array import array
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,9 +35,13 @@ class ClassArchive:
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The n images of a class in the order of their names: `CLASS/FILE` (strings), offsets and lengths in bytes."""
+    """The n images of a class in the order of their names; offsets and lengths in bytes.
 
-    names: pa.Array
+    `names` has all names `CLASS/FILE` in UTF-8, one after the other, and `name_ends_n` the positions of their ends.
+    """
+
+    names: bytes
+    name_ends_n: NDArray[np.int64]
     offsets_n: NDArray[np.int64]
     lengths_n: NDArray[np.int64]
 
@@ -77,25 +82,56 @@ def scan_class_archives(
     for one, other in pairwise(archives):
         if one.wnid == other.wnid:
             raise DataError(f"{one.where} and {other.where} are archives of the same class: remove one.")
-    scanned = pool.map(_scan, archives, "scanning", [archive.length for archive in archives])
-    for _, ignored_members in scanned:
+    columns = _Columns()
+    for archive, (images, ignored_members) in zip(
+        archives, pool.imap(_scan, archives, "scanning", [archive.length for archive in archives]), strict=True
+    ):
         ignored.merge(ignored_members)
-    found = [(archive, images) for archive, (images, _) in zip(archives, scanned, strict=True) if len(images.names)]
-    classes = tuple(archive.wnid for archive, _ in found)
-    counts_K = [len(images.names) for _, images in found]
-    files = list(dict.fromkeys(archive.path for archive, _ in found))
-    numbers = {path: i for i, path in enumerate(files)}
-    file_K = np.array([numbers[archive.path] for archive, _ in found], np.int32)
-    columns = {
-        "path": pa.DictionaryArray.from_arrays(np.repeat(file_K, counts_K), pa.array(files, pa.string())),
-        "name": pa.concat_arrays([images.names for _, images in found] or [pa.array([], pa.string())]),
-        "offset": np.concatenate([np.empty(0, np.int64), *(images.offsets_n for _, images in found)]),
-        "length": np.concatenate([np.empty(0, np.int64), *(images.lengths_n for _, images in found)]),
-        "label": np.repeat(np.arange(len(found), dtype=np.int32), counts_K),
-    }
-    rows = len(columns["label"])
-    nulls = {field.name: pa.nulls(rows, field.type) for field in SCHEMA if field.name not in columns}
-    return classes, pa.table(columns | nulls, schema=SCHEMA)
+        columns.append(archive, images)
+    return tuple(columns.classes), columns.table()
+
+
+class _Columns:
+    """The columns of a table with millions of rows: they grow in place, so that memory has them only once."""
+
+    def __init__(self) -> None:
+        self.classes: list[str] = []
+        self._counts: list[int] = []
+        self._files: dict[str, int] = {}
+        self._file_of_class: list[int] = []
+        self._names, self._name_ends = bytearray(), array("q", [0])
+        self._offsets, self._lengths = array("q"), array("q")
+
+    def append(self, archive: ClassArchive, images: ClassImages) -> None:
+        """Appends the images of a class; skips an empty one."""
+        if not len(images.offsets_n):
+            return
+        self.classes.append(archive.wnid)
+        self._counts.append(len(images.offsets_n))
+        self._file_of_class.append(self._files.setdefault(archive.path, len(self._files)))
+        self._name_ends.frombytes((images.name_ends_n + len(self._names)).tobytes())
+        self._names += images.names
+        self._offsets.frombytes(images.offsets_n.tobytes())
+        self._lengths.frombytes(images.lengths_n.tobytes())
+
+    def table(self) -> pa.Table:
+        """Returns the table; the columns share its memory."""
+        rows = len(self._offsets)
+        name = pa.Array.from_buffers(
+            pa.large_string(), rows, [None, pa.py_buffer(self._name_ends), pa.py_buffer(self._names)]
+        )
+        files = pa.array(list(self._files), pa.string())
+        columns = {
+            "path": pa.DictionaryArray.from_arrays(
+                np.repeat(np.array(self._file_of_class, np.int32), self._counts), files
+            ),
+            "name": name.cast(pa.string()),
+            "offset": np.frombuffer(self._offsets, np.int64),
+            "length": np.frombuffer(self._lengths, np.int64),
+            "label": np.repeat(np.arange(len(self.classes), dtype=np.int32), self._counts),
+        }
+        nulls = {field.name: pa.nulls(rows, field.type) for field in SCHEMA if field.name not in columns}
+        return pa.table(columns | nulls, schema=SCHEMA)
 
 
 def _scan(archive: ClassArchive) -> tuple[ClassImages, IgnoredFiles]:
@@ -108,8 +144,10 @@ def _scan(archive: ClassArchive) -> tuple[ClassImages, IgnoredFiles]:
         else:
             ignored.add(reason, f"{archive.wnid}.tar, {member.name}")
     members.sort(key=lambda member: (member.name, member.offset))
+    names = [f"{archive.wnid}/{_base(member.name)}".encode() for member in members]
     images = ClassImages(
-        pa.array([f"{archive.wnid}/{_base(member.name)}" for member in members], pa.string()),
+        b"".join(names),
+        np.cumsum([len(name) for name in names], dtype=np.int64),
         np.array([member.offset for member in members], np.int64),
         np.array([member.length for member in members], np.int64),
     )

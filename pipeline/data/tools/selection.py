@@ -129,10 +129,11 @@ def _choose(table: pa.Table, labels_N: NDArray[np.int32], selection: Selection) 
         digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8, key=key).digest() for name in names)
         hashes_N[start : start + len(names)] = np.frombuffer(digests, "<u8")
     order_N = np.lexsort((hashes_N, labels_N))
-    sorted_N = labels_N[order_N]
-    rank_N = np.arange(len(order_N)) - np.searchsorted(sorted_N, sorted_N)
+    del hashes_N
+    starts_K = np.searchsorted(labels_N[order_N], np.arange(labels_N.max() + 1, dtype=np.int32))
     chosen_N = np.zeros(len(order_N), np.bool_)
-    chosen_N[order_N[(rank_N < selection.val_per_class) & (sorted_N >= 0)]] = True
+    for start in starts_K:
+        chosen_N[order_N[start : start + selection.val_per_class]] = True
     return chosen_N
 
 
