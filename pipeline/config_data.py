@@ -29,7 +29,9 @@ class Data(Section):
     )
     train: Name = Field("train", description="name of the training split")
     val: Name = Field("val", description="name of the evaluation split")
-    license: str | None = Field(None, description="license of the data, recorded with the registered model")
+    license: str | None = Field(
+        None, description="license of the data, recorded with the registered model; null: the one in dataset.json"
+    )
     stage: Annotated[str | None, Location("local")] = Field(
         None, description="local folder on each node's own disk, to which shards are copied before training"
     )

@@ -38,6 +38,12 @@ MinImages = Annotated[
 ValPerClass = Annotated[
     int, typer.Option(min=0, help="images of each class for the validation split, of a source without one")
 ]
+License = Annotated[
+    str | None, typer.Option("--license", help="license of the images, recorded in the data set and with models")
+]
+Citation = Annotated[
+    str | None, typer.Option("--source", help="source of the images, a citation or address, recorded in the data set")
+]
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -63,6 +69,8 @@ def prepare(
     classes: Classes = None,
     min_images: MinImages = 0,
     val_per_class: ValPerClass = 0,
+    license_: License = None,
+    citation: Citation = None,
     workers: Workers = CORES,
     layout: Layout = None,
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -74,6 +82,7 @@ def prepare(
     Example: densenet data prepare /downloads /data/imagenet
     """
     from launch.cli.common.data_report import print_prepared, process_pool
+    from pipeline.data.tools.data_card import Origin
     from pipeline.data.tools.prepare import PrepareOptions, prepare
     from pipeline.data.tools.selection import Selection
 
@@ -91,9 +100,12 @@ def prepare(
         raise UserError(f"--share={share} is invalid: use K/N with K from 0 to N - 1, such as 0/8.")
     share_of_total = int(index), int(shares)
     selection = Selection(classes, min_images, val_per_class, seed)
+    origin = Origin(license_, citation)
     started = time.perf_counter()
     with process_pool(console, workers) as pool:
-        result = prepare(source, target, options, pool, layout, skip_corrupt, share_of_total, max_pixels, selection)
+        result = prepare(
+            source, target, options, pool, layout, skip_corrupt, share_of_total, max_pixels, selection, origin
+        )
     print_prepared(console, target, share_of_total, result, time.perf_counter() - started)
 
 

@@ -23,6 +23,7 @@ from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
 from pipeline.data.index import save_table
+from pipeline.data.tools.data_card import UNKNOWN, Origin, write_data_card
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.parts import (
     WORK,
@@ -75,13 +76,14 @@ def prepare(
     share: tuple[int, int] = (0, 1),
     max_pixels: int = MAX_PIXELS,
     selection: Selection = EVERYTHING,
+    origin: Origin = UNKNOWN,
 ) -> PrepareResult:
     """Creates a data set in `target` from the images in `source`, or resumes an interrupted preparation.
 
     Images that are corrupt, of an unsupported format or larger than `max_pixels` raise an error after all others are
     written; `skip_corrupt` skips them instead. `share` is (K, N): N processes, on any machines that see both folders,
     write every N-th part each, and the last one to finish completes the data set. `selection` chooses classes and the
-    validation split.
+    validation split; `origin` is only recorded, also in a finished data set.
 
     Raises:
         DataError: the source's layout is unknown or an archive is corrupt, or the target is in use, lacks disk space
@@ -102,6 +104,7 @@ def prepare(
                 raise DataError(
                     f"{target} already contains a data set of other images or other options: choose another folder."
                 )
+            finished = _with_origin(finished, target, origin)
             return PrepareResult(finished, 0, 0, finished.made["ignored"], notes=notes)
         with FileLock(work / "turn"):
             check_same_job(work, f"{job} {share[1]}", target)
@@ -122,7 +125,7 @@ def prepare(
             manifest = read_manifest(target)  # another share may have completed the data set meanwhile
             missing = [] if manifest else [part for part in parts if not is_finished(part)]
             if not manifest and not missing:
-                manifest = _complete(scan, parts, target, options, selection, job)
+                manifest = _complete(scan, parts, target, options, selection, origin, job)
         skipped = manifest.made["ignored"] if manifest else corrupt
         return PrepareResult(manifest, len(share_parts), reused, skipped, len(missing), notes)
 
@@ -226,9 +229,15 @@ def _check_names(table: pa.Table, split: str) -> None:
 
 
 def _complete(
-    scan: Scan, parts: list[Part], target: Path, options: PrepareOptions, selection: Selection, job: str
+    scan: Scan,
+    parts: list[Part],
+    target: Path,
+    options: PrepareOptions,
+    selection: Selection,
+    origin: Origin,
+    job: str,
 ) -> Manifest:
-    """Writes the indexes of all parts and then the manifest, which marks the data set as complete."""
+    """Writes the indexes of all parts, the data card, and then the manifest, which marks the data set as complete."""
     splits = {}
     for split in dict.fromkeys(part.split for part in parts):
         split_parts = [part for part in parts if part.split == split]
@@ -239,7 +248,7 @@ def _complete(
         save_table(table, file)
         splits[split] = Split(len(table), pc.sum(table["length"]).as_py(), shards)
     results = [read_record(part) for part in parts]
-    made = {
+    made = origin.to_json() | {
         "from": scan.layout,
         "job": job,
         **asdict(options),
@@ -250,6 +259,17 @@ def _complete(
     if selection.to_json():
         made["selection"] = selection.to_json()
     manifest = Manifest(options.to, scan.classes, splits, made)
+    write_data_card(target, manifest)
+    manifest.save(target)
+    return manifest
+
+
+def _with_origin(manifest: Manifest, target: Path, origin: Origin) -> Manifest:
+    """Records license and source in a finished data set, if they are new."""
+    if manifest.made | origin.to_json() == manifest.made:
+        return manifest
+    manifest = replace(manifest, made=manifest.made | origin.to_json())
+    write_data_card(target, manifest)
     manifest.save(target)
     return manifest
 
