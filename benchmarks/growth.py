@@ -64,7 +64,7 @@ def grow_samples(samples: int) -> None:
     """Measures the index: size on disk, time and memory to open it, first batch, fingerprint."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_set(root, samples, -(-samples // SAMPLES_PER_SHARD))
+        write_set(root, samples)
         runs = [measure(root, EPOCH * samples + samples // 2) for _ in range(3)]
         save("samples", "index on disk", samples, index_file(root, "train").stat().st_size / 1e6, "MB")
     for key, quantity in (

@@ -29,6 +29,9 @@ class Data(Section):
     )
     train: Name = Field("train", description="name of the training split")
     val: Name = Field("val", description="name of the evaluation split")
+    classes: Annotated[str | None, Location("input")] = Field(
+        None, description="text file with the classes to train on, one per line; a second column merges classes"
+    )
     license: str | None = Field(
         None, description="license of the data, recorded with the registered model; null: the one in dataset.json"
     )

@@ -1,4 +1,4 @@
-"""`densenet data`: prepare, verify, index and describe data sets."""
+"""`densenet data`: prepare, extend, verify, index, compare and describe data sets."""
 
 import os
 import time
@@ -12,7 +12,10 @@ from pipeline.errors import UserError
 from pipeline.limits import MAX_PIXELS
 
 app = typer.Typer(
-    name="data", help="Prepare, verify, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None
+    name="data",
+    help="Prepare, extend, verify, index, compare and describe data sets.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 Root = Annotated[
@@ -107,6 +110,59 @@ def prepare(
             source, target, options, pool, layout, skip_corrupt, share_of_total, max_pixels, selection, origin
         )
     print_prepared(console, target, share_of_total, result, time.perf_counter() - started)
+
+
+@app.command()
+def append(
+    source: Annotated[Path, typer.Argument(help="folder with the new archives, shards or class folders")],
+    target: Annotated[Path, typer.Argument(help="folder of a prepared data set in shards")],
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="skip images whose class and name the data set has already")
+    ] = False,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="skip corrupt images")] = False,
+    citation: Citation = None,
+    workers: Workers = CORES,
+    layout: Layout = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+) -> None:
+    """Add images of known classes to a prepared data set, as new shards.
+
+    Repeat the command to resume after an interruption.
+
+    Example: densenet data append /downloads/more /data/imagenet
+    """
+    from launch.cli.common.data_report import print_appended, process_pool
+    from pipeline.data.tools.append import append
+    from pipeline.data.tools.data_card import Origin
+
+    with process_pool(console, workers) as pool:
+        result = append(source, target, pool, layout, skip_existing, skip_corrupt, max_pixels, Origin(source=citation))
+    print_appended(console, target, result)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="folder of a prepared or indexed data set")],
+    second: Annotated[Path, typer.Argument(help="folder of another one")],
+    by: Annotated[str, typer.Option(help="identify images by file name, or by content (checksum and length)")] = "name",
+    json_file: Json = None,
+) -> None:
+    """Compare two data sets image by image; exit code 1 if they differ.
+
+    Reads the indexes only.
+
+    Example: densenet data diff /data/old /data/new
+    """
+    from launch.cli.common.data_report import print_difference, write_json
+    from pipeline.data.tools.diff import diff
+
+    if by not in ("name", "content"):
+        raise UserError(f"--by={by} is unknown: use name or content.")
+    result = diff(first, second, by)  # type: ignore[arg-type]
+    if json_file is not None:
+        write_json(json_file, result.to_json())
+    print_difference(console, result)
+    raise typer.Exit(0 if result.is_equal else 1)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.common.options import AsJson, Model, RegistryUri, Uri
+from launch.cli.common.options import AsJson, Classes, Model, RegistryUri, Uri
 from launch.cli.common.output import console
 from pipeline.tracking.stores import stores_from_options
 
@@ -30,6 +30,7 @@ def evaluate(
     labels: Annotated[
         Path | None, typer.Option(help="JSON with each image's correct classes, such as ReaL labels")
     ] = None,
+    classes: Classes = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for CSV files: classes, confusion matrix, predictions")
     ] = None,
@@ -44,5 +45,5 @@ def evaluate(
     """
     from launch.cli.common.eval_report import Options, eval_command
 
-    options = Options(split, crop, resize, interpolation, tta, labels, out, batch_size)  # type: ignore[arg-type]
+    options = Options(split, crop, resize, interpolation, tta, labels, classes, out, batch_size)  # type: ignore[arg-type]
     eval_command(console, model, data, options, stores_from_options(uri, registry_uri), as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.common.options import AsJson, RegistryUri, Uri
+from launch.cli.common.options import AsJson, Classes, RegistryUri, Uri
 from launch.cli.common.output import console
 from launch.cli.common.tables import print_table
 from pipeline.tracking.stores import stores_from_options
@@ -101,6 +101,7 @@ def promote(
     data: Annotated[Path, typer.Option(help="data set folder, or a folder with class folders")],
     to: Annotated[str, typer.Option(help="alias to move")] = "champion",
     split: Annotated[str, typer.Option(help="split of the data set")] = "val",
+    classes: Classes = None,
     min_gain: Annotated[float, typer.Option(help="minimum top-1 gain, percentage points")] = 0.0,
     max_p: Annotated[float, typer.Option(min=0, max=1, help="maximum p-value of McNemar's test")] = 0.05,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="compare only, move no alias")] = False,
@@ -117,7 +118,7 @@ def promote(
     from launch.run import promote
 
     stores = stores_from_options(uri, registry_uri)
-    candidate = promote.evaluate_candidate(model, to, data, split, stores, will_promote=not dry_run)
+    candidate = promote.evaluate_candidate(model, to, data, split, stores, classes=classes, will_promote=not dry_run)
     passes = candidate.passes(min_gain, max_p)
     print_candidate(console, candidate)
     if candidate.paired is not None:

@@ -63,11 +63,19 @@ class Candidate:
 
 
 def evaluate_candidate(
-    model: str, alias: str, root: Path, split: str, stores: Stores, *, will_promote: bool
+    model: str,
+    alias: str,
+    root: Path,
+    split: str,
+    stores: Stores,
+    *,
+    classes: Path | None = None,
+    will_promote: bool,
 ) -> Candidate:
     """Evaluates the model and the alias's current version on the same images.
 
-    With `will_promote` it first checks the permission to move the alias.
+    `classes` is a list of classes to choose or merge. With `will_promote` it first checks the permission to move the
+    alias.
 
     Raises:
         UserError: The model or split does not exist, its classes do not match, or the model gives NaN or infinities.
@@ -81,7 +89,7 @@ def evaluate_candidate(
     if will_promote:
         check_permissions(new.name, stores)  # before an evaluation of perhaps an hour
     limit = ModelCard.read(download(new.uri, stores, outputs / "models")).max_pixels
-    index = open_split(root, split, outputs / "index", limit)
+    index = open_split(root, split, outputs / "index", limit, classes)
     new_correct_N, transform, non_finite = _correct_predictions(new.uri, stores, index, outputs)
     if non_finite:
         raise UserError(

@@ -4,9 +4,6 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.errors import DataError, listed
 
 
@@ -75,10 +72,9 @@ def class_name_warnings(classes: Sequence[str]) -> list[str]:
     return warnings
 
 
-def missing_class_warning(classes: Sequence[str], labels_N: NDArray[np.int64], split: str) -> str | None:
+def missing_class_warning(classes: Sequence[str], counts_K: Sequence[int], split: str) -> str | None:
     """Returns a warning that names the classes without images in a split; None if there are none."""
-    counts_K = np.bincount(labels_N, minlength=len(classes))
-    names = [classes[k] for k in np.flatnonzero(counts_K == 0).tolist()]
+    names = [name for name, count in zip(classes, counts_K, strict=True) if count == 0]
     return f"{split} has no image of {len(names):,} of the {len(classes):,} classes: {listed(names)}" if names else None
 
 

@@ -77,7 +77,6 @@ class Loader:
         self.index = index
         self.device = torch.device(device) if device_id is None else torch.device(device, device_id)
         self.channels = channels
-        self._labels_N = torch.from_numpy(index.labels_N)
         self._planner = ThreadPoolExecutor(1, "plan")
         self._reader = Reader(index, readers, replacement_plan)
         self.skipped = self._reader.skipped
@@ -245,7 +244,8 @@ class Loader:
         return loaded.decode_inputs() + loaded.resize_inputs() + loaded.auto_augment_inputs()
 
     def _output(self, images: Any, planned: PlannedBatch) -> "_Output":
-        labels_N = self._labels_N[planned.ids_B].to(self.device, non_blocking=True)
+        labels_N = torch.from_numpy(self.index.labels_N[planned.ids_B].astype(np.int64))
+        labels_N = labels_N.to(self.device, non_blocking=True)
         if self._resizer is not None:
             windows = [images.at(i) for i in range(len(planned))]
             return _Output(self._resizer.submit(windows, planned).result, labels_N, planned)

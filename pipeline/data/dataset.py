@@ -1,4 +1,4 @@
-"""A prepared data set: `dataset.json`, `index/SPLIT.parquet`, and the data in `SPLIT/` as shards or class folders.
+"""A prepared data set: `dataset.json`, `index/SPLIT.arrow`, and the data in `SPLIT/` as shards or class folders.
 
 `dataset.json` is written last, so a folder with this file is complete.
 """
@@ -10,25 +10,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.data.class_names import class_name_warnings, missing_class_warning, require_two_classes
-from pipeline.data.folders import scan_split, scan_splits
+from pipeline.data.class_subset import with_classes
+from pipeline.data.columns import columns_of
+from pipeline.data.folder_index import scan_split, scan_splits
 from pipeline.data.images import TooLarge, check_size
-from pipeline.data.index import DatasetIndex, Shard, load_table
+from pipeline.data.index import DatasetIndex, Shard
+from pipeline.data.index_file import save_index
+from pipeline.data.tables import load_table
 from pipeline.errors import DataError, listed
 from pipeline.files import write_text
 from pipeline.limits import MAX_PIXELS
 
 MANIFEST = "dataset.json"
-_FORMAT = 1
+_FORMAT = 2
+_PARQUET_FORMAT = 1  # of data sets whose indexes are Parquet files, which are read into memory
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split: number of samples, their total bytes, and shards by path below the root (none for class folders)."""
+    """One split.
+
+    Attributes:
+        samples: Number of samples.
+        bytes: Of all its encoded images.
+        index: Path of its index below the root.
+        shards: Shards by path below the root; none for class folders.
+    """
 
     samples: int
     bytes: int
+    index: str
     shards: dict[str, Shard] = field(default_factory=dict)
 
 
@@ -54,12 +68,18 @@ def parse_manifest(text: str, where: str) -> Manifest:
     """
     try:
         content = json.loads(text)
-        if content.pop("format") != _FORMAT:
+        version = content.pop("format")
+        if version not in (_FORMAT, _PARQUET_FORMAT):
             raise DataError(
                 f"{where} was written by another version of this project: create the data set or its index again."
             )
         splits = {
-            name: Split(split["samples"], split["bytes"], {p: Shard(**s) for p, s in split["shards"].items()})
+            name: Split(
+                split["samples"],
+                split["bytes"],
+                split["index"] if version == _FORMAT else f"index/{name}.parquet",
+                {path: Shard(**shard) for path, shard in split["shards"].items()},
+            )
             for name, split in content.pop("splits").items()
         }
         return Manifest(classes=tuple(content.pop("classes")), splits=splits, **content)
@@ -77,12 +97,24 @@ def read_manifest(root: Path) -> Manifest | None:
 
 
 def index_file(root: Path, split: str) -> Path:
-    """Returns the path of a split's index in a prepared data set."""
-    return root / "index" / f"{split}.parquet"
+    """Returns the path of the index of a split in a new data set."""
+    return root / "index" / f"{split}.arrow"
 
 
-def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
+def save_split(
+    root: Path, split: str, table: pa.Table, classes: tuple[str, ...], shards: dict[str, Shard] | None = None
+) -> Split:
+    """Writes a split's index from a table in `pipeline.data.tables.SCHEMA`; returns its entry in `dataset.json`."""
+    file = index_file(root, split)
+    file.parent.mkdir(exist_ok=True)
+    summary = save_index(columns_of(table), classes, file)
+    return Split(len(table), summary.bytes, file.relative_to(root).as_posix(), shards or {})
+
+
+def open_index(root: Path, manifest: Manifest, split: str, check: bool | None = None) -> DatasetIndex:
     """Opens the index of a split of a prepared data set; does not check its shards.
+
+    `check` compares all its columns with their checksums; by default, those of files up to 256 MB.
 
     Raises:
         DataError: there is no such split, or its index is missing, corrupt or belongs to other data.
@@ -90,10 +122,14 @@ def open_index(root: Path, manifest: Manifest, split: str) -> DatasetIndex:
     if split not in manifest.splits:
         raise DataError(f"{root} has no split '{split}', it has {', '.join(manifest.splits)}: correct the name.")
     expected = manifest.splits[split]
-    index = DatasetIndex(root.absolute(), manifest.classes, load_table(index_file(root, split)), expected.shards)
-    if len(index) != expected.samples or index.total_bytes != expected.bytes:
+    file = root.absolute() / expected.index
+    if file.suffix == ".parquet":
+        index = DatasetIndex.of_table(root.absolute(), manifest.classes, load_table(file), expected.shards)
+    else:
+        index = DatasetIndex.open(root.absolute(), file, expected.shards, check=check)
+    if (len(index), index.total_bytes, index.classes) != (expected.samples, expected.bytes, manifest.classes):
         raise DataError(
-            f"{index_file(root, split)} has {len(index)} samples, {root / MANIFEST} has {expected.samples}: "
+            f"{file} has {len(index)} samples, {root / MANIFEST} has {expected.samples}: "
             f"they belong to different data sets. Create the data set or its index again."
         )
     return index
@@ -128,8 +164,10 @@ def check_sizes(index: DatasetIndex, max_pixels: int) -> None:
     Raises:
         DataError: some have more pixels; the message names the first few.
     """
+    if index.summary.largest_pixels <= max_pixels:
+        return
     large = []
-    for sample in np.flatnonzero(index.widths_N * index.heights_N > max_pixels).tolist():
+    for sample in np.flatnonzero(index.widths_N.astype(np.int64) * index.heights_N > max_pixels).tolist():
         try:
             check_size(int(index.widths_N[sample]), int(index.heights_N[sample]), max_pixels)
         except TooLarge as error:
@@ -142,19 +180,24 @@ def check_sizes(index: DatasetIndex, max_pixels: int) -> None:
         )
 
 
-def open_split(root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS) -> DatasetIndex:
+def open_split(
+    root: Path, split: str, cache: Path, max_pixels: int = MAX_PIXELS, classes: Path | None = None
+) -> DatasetIndex:
     """Opens one split of a prepared data set, or indexes class folders; caches that index in `cache`.
+
+    `classes` is a list of classes to choose or merge (`pipeline.data.class_subset`).
 
     Raises:
         DataError: as `open_splits`.
     """
     manifest = read_manifest(root)
     if manifest is None:
-        return scan_split(root, split, cache, max_pixels)
-    index = open_index(root, manifest, split)
-    check_sizes(index, max_pixels)
-    check_shards(root, manifest.splits[split])
-    return index
+        index = scan_split(root, split, cache, max_pixels)
+    else:
+        index = open_index(root, manifest, split)
+        check_sizes(index, max_pixels)
+        check_shards(root, manifest.splits[split])
+    return index if classes is None else with_classes(index, classes, cache)
 
 
 def open_splits(
@@ -165,12 +208,13 @@ def open_splits(
     skip_corrupt: bool = False,
     warn: Callable[[str], None] = print,
     max_pixels: int = MAX_PIXELS,
+    classes: Path | None = None,
 ) -> tuple[DatasetIndex, DatasetIndex]:
     """Opens the training and the evaluation split of a prepared data set, or indexes class folders.
 
     Checks class folders file by file, and caches the index in the folder `cache`. With `skip_corrupt`, skips training
     files in class folders that are corrupt or have more than `max_pixels`. Passes skipped files and suspicious data to
-    `warn`.
+    `warn`. `classes` is a list of classes to choose or merge (`pipeline.data.class_subset`).
 
     Raises:
         DataError: something is missing, corrupt, or has the wrong layout.
@@ -184,6 +228,8 @@ def open_splits(
         for name, index in zip((train, val), indexes, strict=True):
             check_sizes(index, max_pixels)
             check_shards(folder, manifest.splits[name])
+    if classes is not None:
+        indexes = with_classes(indexes[0], classes, cache), with_classes(indexes[1], classes, cache)
     check_classes(*indexes, (train, val), str(root), warn)
     return indexes
 
@@ -200,7 +246,7 @@ def check_classes(
     if names[0] == names[1]:
         warn(f"data.train and data.val are both '{names[0]}': the training images are evaluated")
     lines = [
-        missing_class_warning(index.classes, index.labels_N, name)
+        missing_class_warning(index.classes, index.summary.counts_K, name)
         for index, name in zip((train_index, val_index), names, strict=True)
     ]
     for line in [*class_name_warnings(train_index.classes), *filter(None, lines)]:

@@ -1,12 +1,9 @@
 """The index of a split: each sample's file, byte offset and length, label, image size and checksum.
 
-The samplers need all widths and heights; the readers need file, offset and length. An index is a Parquet file next to
-the data (see `pipeline.data.dataset`), or is created from class folders at the start of a run (see
-`pipeline.data.folders`).
+The samplers need all widths and heights; the readers need file, offset and length. An index is a file next to the data
+(see `pipeline.data.dataset`), or is created from class folders at the start of a run (see `pipeline.data.folders`).
 """
 
-import hashlib
-import json
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,33 +13,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.columns import Columns, Int32s, Int64s, Summary, columns_of
 from pipeline.data.files import File, Files
 from pipeline.data.images import TAIL, format_problem
+from pipeline.data.index_file import load_index
 from pipeline.errors import CorruptSample, DataError
-from pipeline.files import atomic_file
-
-SCHEMA = pa.schema(
-    [
-        ("path", pa.dictionary(pa.int32(), pa.string())),  # below the root: an image, or the shard that contains it
-        ("name", pa.string()),  # of a sample in a shard: its name in the source
-        ("offset", pa.int64()),  # bytes
-        ("length", pa.int64()),  # bytes
-        ("label", pa.int32()),
-        ("width", pa.int32()),  # pixels as stored, EXIF orientation not applied
-        ("height", pa.int32()),
-        ("crc32", pa.uint32()),  # of the sample's bytes
-        ("mtime_ns", pa.int64()),  # of an image's file, when the index serves as a cache
-    ]
-)
-
 
 _ADVICE = (
     "Replace or remove it and start again; `densenet data verify` finds all such images, and "
     "data.on_corrupt=skip replaces them with other samples in training."
 )
+_PICKLED_BYTES = 1 << 29  # larger indexes are opened by path in other processes
 
 
 @dataclass(frozen=True)
@@ -54,116 +37,121 @@ class Shard:
 
 
 class DatasetIndex:
-    """One split of a data set below `root`; `table` has the columns of `SCHEMA`.
+    """One split of a data set below `root`.
 
-    `classes` are the training classes; a label is an index into them. Samples of one shard are contiguous. `shards` has
-    each shard's size and hash by path (empty for class folders).
+    `classes` are the training classes; a label is an index into them. Samples of one shard are consecutive. `shards`
+    has each shard's size and hash by path (empty for class folders).
     """
 
     def __init__(
-        self, root: Path, classes: tuple[str, ...], table: pa.Table, shards: dict[str, Shard] | None = None
+        self,
+        root: Path,
+        classes: tuple[str, ...],
+        columns: Columns,
+        shards: dict[str, Shard] | None = None,
+        *,
+        file: Path | None = None,
+        summary: Summary | None = None,
     ) -> None:
-        self.root, self.classes, self.table, self.shards = root, classes, table, shards or {}
+        self.root, self.classes, self.columns, self.shards = root, classes, columns, shards or {}
+        self._file, self._summary = file, summary
+
+    @classmethod
+    def of_table(
+        cls, root: Path, classes: tuple[str, ...], table: pa.Table, shards: dict[str, Shard] | None = None
+    ) -> "DatasetIndex":
+        """Returns the index of a table in `pipeline.data.tables.SCHEMA`, in memory."""
+        return cls(root, classes, columns_of(table), shards)
+
+    @classmethod
+    def open(
+        cls, root: Path, file: Path, shards: dict[str, Shard] | None = None, *, check: bool | None = None
+    ) -> "DatasetIndex":
+        """Maps an index file into memory; for `check` see `pipeline.data.index_file.load_index`."""
+        opened = load_index(file, check)
+        return cls(root, opened.classes, opened.columns, shards, file=file, summary=opened.summary)
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return len(self.columns)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles the arguments, without cached values."""
-        return DatasetIndex, (self.root, self.classes, self.table, self.shards)
+        """Pickles the columns, which Ray shares among a node's processes; of a large index file, its path."""
+        if self._file is not None and self.columns.nbytes > _PICKLED_BYTES:
+            return _reopened, (self.root, self._file, self.shards, self.fingerprint)
+        return _unpickled, (self.root, self.classes, self.columns, self.shards, self._file, self._summary)
 
     def with_root(self, root: Path) -> "DatasetIndex":
         """Returns an index of the same data below another root."""
-        return DatasetIndex(root, self.classes, self.table, self.shards)
+        return DatasetIndex(root, self.classes, self.columns, self.shards, file=self._file, summary=self._summary)
 
-    def subset(self, rows_N: NDArray[np.int64]) -> "DatasetIndex":
+    def subset(self, rows_N: Int64s) -> "DatasetIndex":
         """Returns an index of the samples `rows_N`, in that order."""
-        return DatasetIndex(self.root, self.classes, self.table.take(rows_N), self.shards)
+        return DatasetIndex(self.root, self.classes, self.columns.take(rows_N), self.shards)
 
-    @cached_property
-    def labels_N(self) -> NDArray[np.int64]:
-        """Labels, int64, in [0, number of classes)."""
-        return self._integers("label")
+    def to_table(self) -> pa.Table:
+        """Returns a table in `pipeline.data.tables.SCHEMA`."""
+        return self.columns.to_table()
 
-    @cached_property
-    def widths_N(self) -> NDArray[np.int64]:
-        """Widths as stored, int64, pixels."""
-        return self._integers("width")
+    @property
+    def labels_N(self) -> Int32s:
+        """Labels, int32, in [0, number of classes)."""
+        return self.columns.labels_N
 
-    @cached_property
-    def heights_N(self) -> NDArray[np.int64]:
-        """Heights as stored, int64, pixels."""
-        return self._integers("height")
+    @property
+    def widths_N(self) -> Int32s:
+        """Widths as stored, int32, pixels."""
+        return self.columns.widths_N
 
-    @cached_property
-    def files_N(self) -> NDArray[np.int64]:
-        """Each sample's file number, int64; files are numbered in order of first appearance."""
-        return self._path.indices.to_numpy().astype(np.int64)
+    @property
+    def heights_N(self) -> Int32s:
+        """Heights as stored, int32, pixels."""
+        return self.columns.heights_N
 
-    @cached_property
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of shards or folders below the root, in the order of their samples."""
+        return self.columns.files
+
+    @property
+    def first_rows_S1(self) -> Int64s:
+        """The first sample in each of `files`, int64; the last entry is the number of samples."""
+        return self.columns.first_rows_S1
+
+    @property
     def in_shards(self) -> bool:
         """Whether the samples are stored in shards."""
-        return self.table["name"].null_count == 0
+        return self.columns.in_shards
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Fingerprint, bytes, largest image and class counts; computed if the index is not from a file."""
+        return self._summary or self.columns.summarize(self.classes)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all encoded images."""
-        return int(self._lengths_N.sum())
+        return self.summary.bytes
 
-    @cached_property
-    def _path(self) -> pa.DictionaryArray:
-        path = self.table["path"].combine_chunks()
-        if isinstance(path, pa.ChunkedArray):  # pyarrow returns one for no or several dictionaries
-            path = path.unify_dictionaries().chunk(0) if path.num_chunks else pa.array([], SCHEMA.field("path").type)
-        return path
-
-    @cached_property
-    def _files(self) -> list[str]:
-        return self._path.dictionary.to_pylist()
-
-    @cached_property
-    def _offsets_N(self) -> NDArray[np.int64]:
-        return self._integers("offset")
-
-    @cached_property
-    def _lengths_N(self) -> NDArray[np.int64]:
-        return self._integers("length")
-
-    @cached_property
-    def _crc32_N(self) -> NDArray[np.uint32] | None:
-        column = self.table["crc32"]
-        return None if column.null_count else column.to_numpy()
-
-    @cached_property
-    def _shards(self) -> Files:
-        return Files()
-
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over classes, paths, offsets, lengths and labels; independent of the root."""
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        path = self._path.dictionary.take(self._path.indices)
-        digest.update(pc.binary_length(path).to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
-        digest.update("".join(path.to_pylist()).encode())
-        for values_N in (self._offsets_N, self._lengths_N, self.labels_N):
-            digest.update(values_N.tobytes())
-        return digest.hexdigest()
+        return self.summary.fingerprint
 
     def path(self, sample: int) -> Path:
         """Returns the path of a sample's file."""
-        return self.root / self._files[self.files_N[sample]]
+        return self.root / self.columns.file_of(sample)
 
     def names(self) -> list[str]:
         """Returns all samples' file names, without folders and extensions."""
-        paths = self.table["name" if self.in_shards else "path"].to_pylist()
-        return [path.rpartition("/")[2].partition(".")[0] for path in paths]
+        names = pc.replace_substring_regex(self.columns.all_names, pattern=r"(?s)\A.*/", replacement="")
+        return pc.replace_substring_regex(names, pattern=r"(?s)\..*\z", replacement="").to_pylist()
 
     def describe(self, sample: int) -> str:
         """Describes a sample for messages: its file, and in a shard also its name and byte offset."""
-        if not self.in_shards:
+        if self.columns.offsets_N is None:
             return str(self.path(sample))
-        name = self.table["name"][int(sample)].as_py()
-        return f"{self.path(sample)}, sample {name} at byte {self._offsets_N[sample]}"
+        name, offset = self.columns.name_of(sample), self.columns.offsets_N[sample]
+        return f"{self.path(sample)}, sample {name} at byte {offset}"
 
     def read(self, sample: int) -> NDArray[np.uint8]:
         """Reads a sample's encoded bytes.
@@ -172,17 +160,18 @@ class DatasetIndex:
             CorruptSample: the bytes differ from the indexed ones, are not an image, or are a truncated image.
             DataError: the file cannot be read.
         """
-        path, offset, length = self.path(sample), int(self._offsets_N[sample]), int(self._lengths_N[sample])
+        columns = self.columns
+        path, length = self.path(sample), int(columns.lengths_N[sample])
         try:
-            if self.in_shards:
-                content = self._shards.open(path).read(offset, length)
+            if columns.offsets_N is not None:
+                content = self._shards.open(path).read(int(columns.offsets_N[sample]), length)
             else:
-                content = File(path).read(offset, length + 1)
+                content = File(path).read(0, length + 1)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if len(content) != length:
             problem: str | None = f"has changed since it was indexed; {length} bytes were expected"
-        elif self._crc32_N is not None and zlib.crc32(content) != self._crc32_N[sample]:
+        elif columns.crc32_N is not None and zlib.crc32(content) != columns.crc32_N[sample]:
             problem = "does not have the checksum that it was indexed with"
         else:
             problem = format_problem(content[:16], content[-TAIL:])
@@ -190,79 +179,44 @@ class DatasetIndex:
             raise CorruptSample(f"{self.describe(sample)} {problem}. {_ADVICE}")
         return np.frombuffer(content, np.uint8)
 
+    @cached_property
+    def _shards(self) -> Files:
+        return Files()
+
     def find_difference(self, count: int, compare_sizes: bool = True) -> str | None:
         """Checks up to `count` evenly spaced files; returns a message on a missing file or a changed size, or None."""
-        total = len(self._files)
-        for number in np.unique(np.linspace(0, max(0, total - 1), min(count, total)).astype(np.int64)):
-            name = self._files[number]
+        total = len(self.files) if self.in_shards else len(self)
+        for number in np.unique(np.linspace(0, max(0, total - 1), min(count, total)).astype(np.int64)).tolist():
+            name = self.files[number] if self.in_shards else self.columns.file_of(number)
             try:
                 size = (self.root / name).stat().st_size
             except OSError as error:
                 return f"{self.root / name}: {error.strerror}"
             expected = self.shards[name].bytes if name in self.shards else None
-            if expected is None and not self.in_shards:
-                expected = int(self._lengths_N[self._first_of_file[number]])
+            if not self.in_shards:
+                expected = int(self.columns.lengths_N[number])
             if compare_sizes and expected is not None and size != expected:
                 return f"{self.root / name} has {size:,} bytes, {expected:,} were indexed"
         return None
 
-    @cached_property
-    def _first_of_file(self) -> NDArray[np.int64]:
-        return np.unique(self.files_N, return_index=True)[1]
 
-    def save(self, file: Path) -> None:
-        """Writes the index as Parquet."""
-        save_table(self.table, file)
-
-    def _integers(self, column: str) -> NDArray[np.int64]:
-        return self.table[column].to_numpy().astype(np.int64)
-
-
-def table_of(rows: dict[str, list[Any]]) -> pa.Table:
-    """Builds a table with the schema from columns; missing columns are null, missing offsets 0."""
-    count = len(rows["path"])
-    columns = (
-        {"offset": [0] * count} | {field.name: [None] * count for field in SCHEMA if field.name != "offset"} | rows
-    )
-    return pa.table(
-        [
-            pa.array(columns[f.name], pa.string()).dictionary_encode()
-            if f.name == "path"
-            else pa.array(columns[f.name], f.type)
-            for f in SCHEMA
-        ],
-        schema=SCHEMA,
-    )
-
-
-def rows_of(table: pa.Table, start: int, count: int) -> pa.Table:
-    """Copies some rows, with paths as plain strings: pickling a slice would pickle the whole table."""
-    rows = table.take(np.arange(start, min(start + count, len(table))))
-    return rows.set_column(0, "path", rows["path"].cast(pa.string())) if "path" in rows.column_names else rows
-
-
-def save_table(table: pa.Table, file: Path) -> None:
-    """Writes a table as a Parquet file, atomically."""
-    with atomic_file(file) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
-def load_table(file: Path) -> pa.Table:
-    """Reads a table in the index's schema.
-
-    Raises:
-        DataError: the file is missing, corrupt, or an index of another version.
-    """
-    try:
-        table = pq.read_table(file, read_dictionary=["path"], page_checksum_verification=True)
-        table.validate(full=True)
-        columns = [f"{field.name} ({field.type})" for field in table.schema]
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist: create the index with `densenet data index`.") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: corrupt column names
+def _reopened(root: Path, file: Path, shards: dict[str, Shard], fingerprint: str) -> DatasetIndex:
+    """Opens a large index by its path, in another process, maybe on another node."""
+    index = DatasetIndex.open(root, file, shards)
+    if index.fingerprint != fingerprint:
         raise DataError(
-            f"{file} cannot be read as an index ({str(error).splitlines()[0]}): create it again."
-        ) from error
-    if not table.schema.equals(SCHEMA):
-        raise DataError(f"{file} is not an index of this version: its columns are {', '.join(columns)}.")
-    return table
+            f"{file} is the index of other data on this node than on the driver's: put it on storage that all "
+            f"nodes share."
+        )
+    return index
+
+
+def _unpickled(
+    root: Path,
+    classes: tuple[str, ...],
+    columns: Columns,
+    shards: dict[str, Shard],
+    file: Path | None,
+    summary: Summary | None,
+) -> DatasetIndex:
+    return DatasetIndex(root, classes, columns, shards, file=file, summary=summary)

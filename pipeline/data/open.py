@@ -7,13 +7,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.config import RunConfig
 from pipeline.config_data import MAX_PIXELS
 from pipeline.config_fields import Device
+from pipeline.data.class_list import read_class_list, relabel
+from pipeline.data.class_subset import with_classes
 from pipeline.data.dataset import check_sizes, open_split, open_splits, read_manifest
 from pipeline.data.folders import list_classes
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
+from pipeline.data.philox import Ints
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, rank_eval_batches
 from pipeline.errors import DataError, UserError
 from pipeline.extension_points import is_generated
@@ -31,6 +36,7 @@ def open_dataset(
     train: str = "train",
     stage: str | Path | None = None,
     cache: str | Path = "outputs",
+    classes: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> "Dataset":
     """Opens a data set, without reading images yet.
@@ -41,12 +47,20 @@ def open_dataset(
         train: Name of the training split; its classes define the labels of all splits.
         stage: For a URI: folder on this machine's local disk, to which shards are copied.
         cache: Folder for cached indexes of class folders and URIs; use the `run.output` of training runs.
+        classes: File with the classes to use, one per line; a second column is a class's new name, to merge classes.
         max_pixels: Maximum number of pixels of an image; larger ones are errors.
 
     Raises:
         DataError: the data set does not exist, or has the wrong layout.
     """
-    return Dataset(root, train, None if stage is None else Path(stage), Path(cache).absolute(), max_pixels)
+    return Dataset(
+        root,
+        train,
+        None if stage is None else Path(stage),
+        Path(cache).absolute(),
+        None if classes is None else Path(classes),
+        max_pixels,
+    )
 
 
 def resolve_data_root(root: str | Path, cache: Path) -> Path:
@@ -60,8 +74,11 @@ class Dataset:
     `root` is its folder; `splits` are the names of the splits.
     """
 
-    def __init__(self, root: str | Path, train: str, stage: Path | None, cache: Path, max_pixels: int) -> None:
+    def __init__(
+        self, root: str | Path, train: str, stage: Path | None, cache: Path, classes: Path | None, max_pixels: int
+    ) -> None:
         self._train, self._stage, self._cache, self._max_pixels = train, stage, cache, max_pixels
+        self._class_list = classes
         self._uri: str | None = None
         self._indexes: dict[str, DatasetIndex] = {}
         if "://" in str(root) and not is_generated(str(root)):
@@ -72,17 +89,18 @@ class Dataset:
         manifest = read_manifest(self.root)
         if manifest is None and not self.root.is_dir():
             raise DataError(f"{root} is not a folder: use a data set's folder, or one that contains SPLIT/CLASS/*.")
-        self._is_prepared = manifest is not None
         self.splits: tuple[str, ...] = tuple(manifest.splits) if manifest is not None else self._split_folders()
-        self._classes = None if manifest is None else manifest.classes
+        self._manifest = manifest
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The class names of the training split, in order of the labels."""
-        if self._classes is not None:
-            return self._classes
-        name = self._train if self._train in self.splits else self.splits[0]
-        return tuple(list_classes(self.root if name == _WHOLE else self.root / name))
+        if self._manifest is not None:
+            known = self._manifest.classes
+        else:
+            name = self._train if self._train in self.splits else self.splits[0]
+            known = tuple(list_classes(self.root if name == _WHOLE else self.root / name))
+        return known if self._class_list is None else relabel(read_class_list(self._class_list, known), known)[0]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -196,10 +214,18 @@ class Dataset:
         cache = self._cache / "index"
         if self._uri is not None:
             return self._stage_split(self._uri, split)
-        if self._is_prepared or split == self._train or self._train not in self.splits:
-            return open_split(self.root, split, cache, self._max_pixels)
+        if self._manifest is not None or split == self._train or self._train not in self.splits:
+            return open_split(self.root, split, cache, self._max_pixels, self._class_list)
         warn = partial(warnings.warn, stacklevel=4)
-        train, other = open_splits(str(self.root), self._train, split, cache, warn=warn, max_pixels=self._max_pixels)
+        train, other = open_splits(
+            str(self.root),
+            self._train,
+            split,
+            cache,
+            warn=warn,
+            max_pixels=self._max_pixels,
+            classes=self._class_list,
+        )
         self._indexes[self._train] = train
         return other
 
@@ -216,6 +242,8 @@ class Dataset:
 
         (index,) = fetch_indexes(uri, (split,), self._cache / "index")
         check_sizes(index, self._max_pixels)
+        if self._class_list is not None:
+            index = with_classes(index, self._class_list, self._cache / "index")
         assert self._stage is not None
         return stage(index, uri, self._stage)
 
@@ -279,10 +307,14 @@ def train_plan(config: RunConfig, index: DatasetIndex, seed: int | None = None) 
         scale=data.scale,
         ratio=data.ratio,
         hflip=data.hflip,
-        files_N=index.files_N if data.shuffle == "windowed" else None,
+        files_N=_files_of(index) if data.shuffle == "windowed" else None,
         window=data.window,
         augment=config.augment,
     )
+
+
+def _files_of(index: DatasetIndex) -> Ints:
+    return np.repeat(np.arange(len(index.files)), np.diff(index.first_rows_S1))
 
 
 def eval_plan(config: RunConfig, index: DatasetIndex, crop: int | None = None) -> EvalPlan:

@@ -16,6 +16,8 @@ from pipeline.config_data import Augment
 from pipeline.data.augment import Augmentations, draw_counts, plan_augmentations
 from pipeline.data.philox import CROP, REPLACE, SHUFFLE, SHUFFLE_SHARDS, Ints, draw, philox
 
+Sides = NDArray[np.int32] | NDArray[np.int64]  # widths or heights of all samples, pixels
+
 _TRIES = 10
 _CHUNK = 1 << 14  # samples whose random words fit the CPU cache
 
@@ -89,8 +91,8 @@ class TrainPlan:
     """
 
     seed: int
-    widths_N: Ints = field(repr=False)
-    heights_N: Ints = field(repr=False)
+    widths_N: Sides = field(repr=False)
+    heights_N: Sides = field(repr=False)
     scale: tuple[float, float]
     ratio: tuple[float, float]
     hflip: float
@@ -140,7 +142,8 @@ class TrainPlan:
         """
         draws = draw(self.seed, epochs_B, ids_B, {CROP: _TRIES + 1} | draw_counts(self.augment))
         u_4BT = draws[CROP]
-        starts_B2, shapes_B2 = self._windows(self.heights_N[ids_B], self.widths_N[ids_B], u_4BT[..., :_TRIES])
+        heights_B, widths_B = _sides(self.heights_N, ids_B), _sides(self.widths_N, ids_B)
+        starts_B2, shapes_B2 = self._windows(heights_B, widths_B, u_4BT[..., :_TRIES])
         return PlannedBatch(
             positions_B=positions_B,
             epochs_B=epochs_B,
@@ -188,8 +191,8 @@ class EvalPlan:
     `anchor` is the crop's (vertical, horizontal) position, each in [0, 1]; (0.5, 0.5): center crop.
     """
 
-    widths_N: Ints = field(repr=False)
-    heights_N: Ints = field(repr=False)
+    widths_N: Sides = field(repr=False)
+    heights_N: Sides = field(repr=False)
     resize: int
     crop: int
     anchor: tuple[float, float] = (0.5, 0.5)
@@ -200,7 +203,7 @@ class EvalPlan:
         `Resize(int)`: the shorter side becomes `resize`, the longer `int(resize * long / short)`. `CenterCrop`: the
         crop starts at `int(round((side - crop) / 2))`.
         """
-        shapes_B2 = np.stack([self.heights_N[ids_B], self.widths_N[ids_B]], axis=1)
+        shapes_B2 = np.stack([_sides(self.heights_N, ids_B), _sides(self.widths_N, ids_B)], axis=1)
         short_B1 = shapes_B2.min(axis=1, keepdims=True)
         sizes_B2 = (self.resize * shapes_B2 / short_B1).astype(np.int64)
         return PlannedBatch(
@@ -214,6 +217,10 @@ class EvalPlan:
             flips_B=np.zeros(len(ids_B), np.int32),
             side=self.crop,
         )
+
+
+def _sides(sides_N: Sides, ids_B: Ints) -> Ints:
+    return sides_N[ids_B].astype(np.int64)
 
 
 def micro_batch(

@@ -12,11 +12,12 @@ from filelock import FileLock
 
 from pipeline.data.dataset import MANIFEST, open_index, parse_manifest
 from pipeline.data.index import DatasetIndex, Shard
+from pipeline.data.index_file import names_file
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
 from pipeline.extension_points import is_generated
 from pipeline.extras import install_hint
-from pipeline.files import PARTIAL_PREFIX, atomic_file
+from pipeline.files import PARTIAL_PREFIX, atomic_file, write_text
 
 _PARALLEL_COPIES = 8  # shards at once: object stores limit the bandwidth of a single stream
 _BLOCK = 8 << 20
@@ -47,11 +48,18 @@ def fetch_indexes(root: str, splits: tuple[str, ...], cache: Path) -> list[Datas
         manifest = parse_manifest(text, f"{root}/{MANIFEST}")
         if manifest.layout != "shards":
             raise DataError(f"{root} has class folders, but a data set at a URI must be in shards: prepare shards.")
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        write_text(folder / MANIFEST, text)
         for split in splits:
             if split in manifest.splits:
-                files.get_file(f"{base}/index/{split}.parquet", str(folder / "index" / f"{split}.parquet"))
+                _fetch_index(files, base, folder, manifest.splits[split].index)
     return [open_index(folder, manifest, split) for split in splits]
+
+
+def _fetch_index(files: Any, base: str, folder: Path, name: str) -> None:
+    index = folder / name
+    for file in [index] if index.suffix == ".parquet" else [index, names_file(index)]:
+        with atomic_file(file) as temporary:
+            files.get_file(f"{base}/{file.relative_to(folder).as_posix()}", str(temporary))
 
 
 def stage(index: DatasetIndex, source: str, base: Path) -> DatasetIndex:

@@ -46,7 +46,7 @@ def sample_predictions(folder: Path, index: DatasetIndex, count: int = 12) -> li
 
 
 def _thumbnail(index: DatasetIndex, sample: int) -> str:
-    pixels = int(index.widths_N[sample] * index.heights_N[sample])  # opening the index checked the limit
+    pixels = int(index.widths_N[sample]) * int(index.heights_N[sample])  # opening the index checked the limit
     small = to_rgb(decode(index.read(sample).tobytes(), pixels)).convert("RGB")
     small.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()

@@ -156,6 +156,7 @@ class TrainedModel:
         interpolation: Interpolation | None = None,
         tta: str | None = None,
         labels: str | Path | None = None,
+        classes: str | Path | None = None,
         out: str | Path | None = None,
         batch_size: int = 64,
         progress: Callable[[int, int], None] = lambda done, total: None,
@@ -170,6 +171,7 @@ class TrainedModel:
             interpolation: Filter of the resize; default: that of the model card.
             tta: Test-time augmentation, `flip` or `ten-crop`: adds scores of averaged probabilities.
             labels: JSON file with the classes that count as correct for each image, like ImageNet-ReaL.
+            classes: File with the classes to evaluate, one per line; a second column merges them (`data.classes`).
             out: Folder for scores, per-class accuracy, confusion matrix and predictions, as JSON and CSV.
             batch_size: Images per batch.
             progress: Receives the number of processed views and the total.
@@ -182,7 +184,7 @@ class TrainedModel:
         return evaluate(
             self.module,
             self.card,
-            self._index(data, split),
+            self._index(data, split, None if classes is None else Path(classes)),
             transform,
             name=self.model_uri,
             data=str(data),
@@ -238,6 +240,6 @@ class TrainedModel:
             raise UserError(f"--out={out} cannot be written: {error.strerror or error}.") from error
         return Exported(str(file), formats.TOLERANCE, formats.OPSET if to == "onnx" else None)
 
-    def _index(self, data: str | Path, split: str) -> DatasetIndex:
+    def _index(self, data: str | Path, split: str, classes: Path | None = None) -> DatasetIndex:
         root = resolve_data_root(data, self._cache)
-        return open_split(root, split, self._cache / "index", self.card.max_pixels)
+        return open_split(root, split, self._cache / "index", self.card.max_pixels, classes)

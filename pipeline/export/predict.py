@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.data.folders import scan_images
+from pipeline.data.folder_index import scan_images
 from pipeline.data.images import NotAnImage, decode
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import DataError, UserError
@@ -208,7 +208,7 @@ def _find_corrupt(index: DatasetIndex) -> tuple[NDArray[np.int64], dict[str, str
     valid, problems = [], {}
     for i in range(len(index)):
         try:
-            decode(index.read(i).tobytes(), int(index.widths_N[i] * index.heights_N[i]))
+            decode(index.read(i).tobytes(), int(index.widths_N[i]) * int(index.heights_N[i]))
             valid.append(i)
         except (NotAnImage, DataError) as error:  # `DataError`: for example a file that was deleted meanwhile
             problems[_name(index, i)] = str(error)

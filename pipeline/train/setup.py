@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.config import RunConfig
 from pipeline.config_fields import Device, Location
+from pipeline.data.class_subset import with_classes
 from pipeline.data.dataset import check_classes, check_sizes, open_splits
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
@@ -163,14 +164,17 @@ def _check_normalization(config: RunConfig, pretrained: Pretrained) -> list[str]
 
 def _open_data(config: RunConfig, cache: Path, warn: Callable[[str], None]) -> tuple[DatasetIndex, DatasetIndex]:
     data = config.data
+    classes = None if data.classes is None else Path(data.classes)
     if data.root is not None and is_remote(data.root):
         train_index, val_index = fetch_indexes(data.root, (data.train, data.val), cache)
+        if classes is not None:
+            train_index, val_index = (with_classes(index, classes, cache) for index in (train_index, val_index))
         check_classes(train_index, val_index, (data.train, data.val), data.root, warn)
         for index in (train_index, val_index):
             check_sizes(index, data.max_pixels)
         return train_index, val_index
     skip_corrupt = data.on_corrupt == "skip"
-    return open_splits(data.root, data.train, data.val, cache, skip_corrupt, warn, data.max_pixels)
+    return open_splits(data.root, data.train, data.val, cache, skip_corrupt, warn, data.max_pixels, classes)
 
 
 def check_writable(output: Path) -> None:

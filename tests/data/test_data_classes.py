@@ -58,13 +58,13 @@ def test_a_single_class_is_refused_for_training(tmp_path):
     assert len(open_split(root, "val", tmp_path / "cache")) == 2  # a model that knows the class can be evaluated
 
 
-def test_an_indexed_data_set_with_a_single_class_is_refused(tmp_path):
+def test_an_index_with_other_classes_than_its_data_set_is_refused(tmp_path):
     root = write(tmp_path / "set", ["a", "b"], ["a"])
     with Pool(1) as pool:
         index_in_place(root, pool)
     text = (root / "dataset.json").read_text()
     (root / "dataset.json").write_text(text.replace('"a",\n  "b"', '"a"'))
-    with pytest.raises(DataError, match="has only one class, a"):
+    with pytest.raises(DataError, match="they belong to different data sets"):
         open_warnings(root)
 
 

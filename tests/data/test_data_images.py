@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.folders import probe
+from pipeline.data.folder_index import probe
 from pipeline.data.images import HEAD, Header, NotAnImage, decode, encode, header, shrink, to_rgb
 from tests.data import synthetic
 

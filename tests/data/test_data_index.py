@@ -1,5 +1,6 @@
 """Class folders and the index: accepted files, refused files, and error messages."""
 
+import json
 import os
 import pickle
 import sys
@@ -9,8 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.data.dataset import open_splits
-from pipeline.data.index import rows_of, table_of
+from pipeline.data.dataset import index_file, open_splits
+from pipeline.data.index import DatasetIndex
+from pipeline.data.tables import rows_of, save_table, table_of
+from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.prepare import PrepareOptions, prepare
+from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
 
 
@@ -22,7 +27,7 @@ def test_rows_are_sorted_and_labeled_by_class_position(folders):
     train, val = open_set(folders())
     assert (len(train), len(val)) == (41, 12)
     assert train.classes == val.classes == ("a", "b", "c")
-    paths = train.table["path"].to_pylist()
+    paths = train.to_table()["path"].to_pylist()
     assert paths == sorted(paths)
     assert [train.classes[label] for label in train.labels_N] == [p.split("/")[1] for p in paths]
     for i in (0, 17, 40):
@@ -51,7 +56,7 @@ def test_sizes_ignore_exif_orientation(folders):
 def test_known_files_are_not_opened_again_and_changed_ones_are(folders, tmp_path):
     root = folders()
     first, _ = open_set(root)
-    victim = root / first.table["path"][3].as_py()
+    victim = root / first.to_table()["path"][3].as_py()
     stat = victim.stat()
     victim.write_bytes(b"x" * stat.st_size)
     os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -255,3 +260,56 @@ def test_different_data_on_another_node_are_detected(folders, tmp_path):
     assert "bytes were indexed" not in (index.find_difference(1) or "")
     assert index.find_difference(2).startswith(f"{last} has ")
     assert index.find_difference(2, compare_sizes=False) is None
+
+
+def write_first_release(root: Path, splits: dict[str, DatasetIndex]) -> None:
+    """Writes `dataset.json` and the indexes as the first release did."""
+    for split, index in splits.items():
+        save_table(index.to_table(), root / "index" / f"{split}.parquet")
+    content = json.loads((root / "dataset.json").read_text())
+    for split in content["splits"].values():
+        (root / split.pop("index")).unlink()
+    (root / "dataset.json").write_text(json.dumps(content | {"format": 1}))
+
+
+@pytest.mark.parametrize("to", ["shards", "folders"])
+def test_a_data_set_of_the_first_release_is_the_same_data(folders, tmp_path, to):
+    with Pool(1) as pool:
+        prepare(folders(), tmp_path / to, PrepareOptions(to=to, shard_bytes=9_000), pool)
+    train, val = open_set(tmp_path / to)
+    contents = [train.read(i).tobytes() for i in range(len(train))]
+    write_first_release(tmp_path / to, {"train": train, "val": val})
+    again, _ = open_set(tmp_path / to)
+    assert again.fingerprint == train.fingerprint
+    assert [again.read(i).tobytes() for i in range(len(again))] == contents
+    assert (again.summary, again.shards) == (train.summary, train.shards)
+
+
+def test_large_indexes_are_opened_by_path_in_other_processes(folders, monkeypatch):
+    index, _ = open_set(folders())
+    small = pickle.loads(pickle.dumps(index))
+    assert small.to_table().equals(index.to_table())
+    monkeypatch.setattr("pipeline.data.index._PICKLED_BYTES", 10)
+    pickled = pickle.dumps(index)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled).to_table().equals(index.to_table())
+    index._file.unlink()
+    with pytest.raises(DataError, match=r"\.arrow does not exist"):
+        pickle.loads(pickled)
+
+
+def test_damage_in_a_large_index_is_found_by_verify_alone(folders, tmp_path, monkeypatch):
+    shards_set = tmp_path / "shards"
+    with Pool(1) as pool:
+        prepare(folders(), shards_set, PrepareOptions(shard_bytes=9_000), pool)
+    file = index_file(shards_set, "train")
+    content = bytearray(file.read_bytes())
+    labels = content.index(open_set(shards_set)[0].labels_N.tobytes())
+    content[labels] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"train.arrow cannot be read as an index \(its columns are damaged\)"):
+        open_set(shards_set)
+    monkeypatch.setattr("pipeline.data.index_file._CHECKED_BYTES", 10)
+    open_set(shards_set)
+    with Pool(1) as pool, pytest.raises(DataError, match="its columns are damaged"):
+        verify(shards_set, pool)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.dataset import open_splits
-from pipeline.data.folders import scan_images
+from pipeline.data.folder_index import scan_images
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.listing import HIDDEN, SYSTEM, tree
 from pipeline.data.tools.pool import Pool
@@ -49,7 +49,7 @@ def test_special_files_are_named_and_nothing_hangs(tmp_path):
     write_image(tmp_path / "set" / "a.jpg", 0, 40, 40)
     problems = add_special_files(tmp_path / "set")
     index, found, _ = scan_images(tmp_path / "set")
-    assert index.table["path"].to_pylist() == ["a.jpg"]
+    assert index.to_table()["path"].to_pylist() == ["a.jpg"]
     assert found == problems
 
 

@@ -59,7 +59,7 @@ def test_a_list_labels_the_images(content, images):
     assert prepared(images).notes == []
     for index in open_splits(str(images.parent / "set"), "train", "val", images.parent):
         assert index.classes == CLASSES
-        names = index.table["name"].to_pylist()
+        names = index.to_table()["name"].to_pylist()
         assert len(names) == {"train": 6, "val": 4}[names[0].split("/")[1][:-5]]
         assert all(int(name[-5]) % 2 == label for name, label in zip(names, index.labels_N, strict=True))
 
@@ -124,7 +124,7 @@ def test_a_flat_validation_folder_with_training_class_folders_uses_a_list(tmp_pa
     assert detect_layout(tmp_path / "source").name == "folders"
     prepared(tmp_path / "source")
     val = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)[1]
-    names = val.table["name"].to_pylist()
+    names = val.to_table()["name"].to_pylist()
     assert sorted(names) == sorted(f"{wnid}/{name}" for wnid, files in tree["val"].items() for name in files)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits, read_manifest
 from pipeline.data.images import ignore_pil_warnings
+from pipeline.data.tools.data_card import DATA_CARD
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, PrepareResult, prepare
@@ -35,12 +36,14 @@ def run(source: Path, target: Path, options: PrepareOptions = SMALL, **arguments
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file() and f.name != DATA_CARD
+    }
 
 
 def labels_by_name(root: Path) -> dict[str, dict[str, int]]:
     train, val = open_splits(str(root), "train", "val", root)
-    tables = {"train": train.table, "val": val.table}
+    tables = {"train": train.to_table(), "val": val.to_table()}
     return {s: dict(zip(t["name"].to_pylist(), t["label"].to_pylist(), strict=True)) for s, t in tables.items()}
 
 
@@ -101,7 +104,7 @@ def test_unusual_formats_are_converted_to_jpegs_of_the_same_colors(ilsvrc, tmp_p
     done = run(ilsvrc, tmp_path / "set")
     assert done.manifest.made["converted"] == 3
     train, _ = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)
-    names = train.table["name"].to_pylist()
+    names = train.to_table()["name"].to_pylist()
     for i in range(len(train)):
         with ignore_pil_warnings(), Image.open(io.BytesIO(train.read(i))) as image:
             assert (image.format, image.mode in ("L", "RGB")) == ("JPEG", True), names[i]
@@ -170,12 +173,12 @@ def test_reencoding_limits_the_shorter_side_and_never_enlarges_a_file(tmp_path):
     run(tmp_path / "source", tmp_path / "set", PrepareOptions(shorter_side=48, quality=90))
     train, _ = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)
     assert (np.minimum(train.widths_N, train.heights_N) <= 48).all()
-    names = train.table["name"].to_pylist()
+    names = train.to_table()["name"].to_pylist()
     big = names.index("n01440764/big.JPEG")
     assert (train.widths_N[big], train.heights_N[big]) == (64, 48)
     run(tmp_path / "source", tmp_path / "kept", PrepareOptions(shorter_side=600, quality=90))
     train, _ = open_splits(str(tmp_path / "kept"), "train", "val", tmp_path)
-    rough = train.table["name"].to_pylist().index("n01440764/rough.JPEG")
+    rough = train.to_table()["name"].to_pylist().index("n01440764/rough.JPEG")
     assert train.read(rough).tobytes() == tree["train"]["n01440764"]["rough.JPEG"]
 
 

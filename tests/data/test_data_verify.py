@@ -69,7 +69,7 @@ def flip(file: Path, at: int) -> None:
 
 def flip_image(root: Path) -> None:
     train, _ = open_splits(str(root), "train", "val", root)
-    flip(train.path(3), train.table["offset"][3].as_py() + train.table["length"][3].as_py() // 2)
+    flip(train.path(3), train.to_table()["offset"][3].as_py() + train.to_table()["length"][3].as_py() // 2)
 
 
 def change_label(root: Path) -> None:
@@ -116,11 +116,11 @@ def test_an_index_of_other_shards_is_refused(shards, tmp_path):
     with pytest.raises(DataError, match=r"\d of \d shards in .* are not those that were indexed"):
         open_splits(str(shards), "train", "val", tmp_path)
     assert {"shard", "unlisted"} <= {finding.kind for finding in run_verify(shards).errors}
-    shutil.copy(tmp_path / "other" / "index" / "train.parquet", shards / "index")
+    shutil.copy(tmp_path / "other" / "index" / "train.arrow", shards / "index")
     (shards / "dataset.json").write_text(
         (shards / "dataset.json").read_text().replace('"samples": 32', '"samples": 31')
     )
-    with pytest.raises(DataError, match=r"train.parquet has 32 samples, .*dataset.json has 31"):
+    with pytest.raises(DataError, match=r"train.arrow has 32 samples, .*dataset.json has 31"):
         run_verify(shards)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config_data import MAX_PIXELS
-from pipeline.data.folders import scan_images
+from pipeline.data.folder_index import scan_images
 from pipeline.data.images import TooLarge, check_size, decode, header
 from tests.conftest import PROJECT
 from tests.data import synthetic

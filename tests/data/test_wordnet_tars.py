@@ -43,7 +43,7 @@ def run(source: Path, target: Path, selection: Selection, workers: int = 1, **ar
 
 def names(root: Path, split: str) -> list[str]:
     indexes = dict(zip(("train", "val"), open_splits(str(root), "train", "val", root), strict=True))
-    return sorted(indexes[split].table["name"].to_pylist())
+    return sorted(indexes[split].to_table()["name"].to_pylist())
 
 
 def write_whole(root: Path) -> Path:
@@ -97,7 +97,7 @@ def test_a_class_list_restricts_and_merges_classes(tmp_path):
     assert done.notes == [f"ignored: 1 classes that are not in the list: {WNIDS[2]}"]
     train, val = open_splits(str(tmp_path / "set"), "train", "val", tmp_path)
     assert (len(train), len(val)) == (9 + 6 + 12 - 2, 2)
-    for name, label in zip(train.table["name"].to_pylist(), train.labels_N, strict=True):
+    for name, label in zip(train.to_table()["name"].to_pylist(), train.labels_N, strict=True):
         folder, file_name = name.split("/")
         assert folder == train.classes[label] == ("fruit" if file_name.startswith(WNIDS[3]) else "animal")
     file.write_text("n01440765\n")
@@ -148,7 +148,7 @@ def test_archives_are_indexed_in_place_with_a_selection(tmp_path):
     assert notes == [f"ignored: 1 classes with fewer than 4 training images: {WNIDS[2]}"]
     assert {split: len(content.shards) for split, content in manifest.splits.items()} == {"train": 3, "val": 3}
     train, val = open_splits(str(root), "train", "val", tmp_path)
-    assert not set(train.table["name"].to_pylist()) & set(val.table["name"].to_pylist())
+    assert not set(train.to_table()["name"].to_pylist()) & set(val.to_table()["name"].to_pylist())
     assert len({bytes(train.read(i)) for i in range(len(train))} | {bytes(val.read(i)) for i in range(len(val))}) == 1
     run(write(tmp_path / "copy"), tmp_path / "prepared", Selection(min_images=4, val_per_class=2))
     assert names(root, "val") == names(tmp_path / "prepared", "val")

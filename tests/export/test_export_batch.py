@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipeline.data.dataset import open_split
-from pipeline.data.folders import scan_images
+from pipeline.data.folder_index import scan_images
 from pipeline.errors import DataError
 from pipeline.evaluation.probabilities import model_probabilities
 from pipeline.export.open import open_model

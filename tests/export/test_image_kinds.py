@@ -20,7 +20,7 @@ from pipeline.data.augment import Augmentations, AutoAugment
 from pipeline.data.auto_augment import suite
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_split
-from pipeline.data.folders import scan_images
+from pipeline.data.folder_index import scan_images
 from pipeline.data.images import NotAnImage, encode, ignore_pil_warnings
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan
@@ -211,10 +211,7 @@ def test_an_old_index_does_not_let_an_unsupported_image_pass(tmp_path):
     index, _, _ = scan_images(tmp_path)
     content = REFUSED["TIFF floats"][0]
     (tmp_path / "a" / "3.img").write_bytes(content)
-    i = index.table.schema.get_field_index("length")
-    lengths = index.table["length"].to_numpy().copy()
-    lengths[3] = len(content)
-    index.table = index.table.set_column(i, index.table.schema.field(i), [lengths])
+    index.columns.lengths_N[3] = len(content)
     planned = EvalPlan(index.widths_N, index.heights_N, HEIGHT, CROP).batch(np.arange(8))
     with pytest.raises(DataError, match="a/3.img: has pixels of PIL's mode F"):
         loaded(index, planned)

@@ -26,6 +26,7 @@ class Options:
     interpolation: Interpolation | None
     tta: str | None
     labels: Path | None
+    classes: Path | None
     out: Path | None
     batch_size: int
 

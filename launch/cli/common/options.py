@@ -26,4 +26,7 @@ RegistryUri = Annotated[
     str | None, typer.Option(help="MLflow registry URI; default: MLFLOW_REGISTRY_URI, else the tracking store")
 ]
 Experiment = Annotated[str, typer.Option(help="MLflow experiment")]
+Classes = Annotated[
+    Path | None, typer.Option(help="text file with the classes to use, one per line; a second column merges classes")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, for scripts")]

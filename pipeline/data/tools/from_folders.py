@@ -13,8 +13,8 @@ from pipeline.data.folders import (
     list_images,
 )
 from pipeline.data.ignored import IgnoredFiles
-from pipeline.data.index import SCHEMA
 from pipeline.data.label_lists import Row, find_label_lists, is_label_list, read_list
+from pipeline.data.tables import SCHEMA
 from pipeline.data.tools.imagenet_labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import (
@@ -39,7 +39,7 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
         raise DataError(f"{root} has no {MANIFEST}: it is not a data set of this project.")
     tables = {}
     for split in manifest.splits:
-        table = open_index(root, manifest, split).table
+        table = open_index(root, manifest, split, check=True).to_table()
         if manifest.layout == "folders":
             rows = zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True)
             names = [f"{manifest.classes[label]}/{path.rpartition('/')[2]}" for path, label in rows]
@@ -64,7 +64,7 @@ def scan_folders(root: Path, work: Path | None, pool: Pool) -> Scan:
     if is_flat(val):
         val_listing = Listing()
         list_files(val, val.name, 0, val_listing)
-        images = [_location(image, Path()) for image in val_listing.images]
+        images = [_location(image, Path()) for image in val_listing.images()]
         val_table = table_by_file_name(images, _val_labels(root, val.name), classes, ignored)
     else:
         val_listing = list_images(val, list_classes(val, ignored), classes)
@@ -108,7 +108,7 @@ def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
         )
     train_listing, val_listing = list_images(train, folders, classes), Listing()
     list_files(val, "val", 0, val_listing)
-    images = [_location(image, KAGGLE) for image in val_listing.images]
+    images = [_location(image, KAGGLE) for image in val_listing.images()]
     val_table = table_by_file_name(images, kaggle_labels(root / KAGGLE_VAL), classes, ignored)
     train_table = _table(train_listing, classes, KAGGLE)
     splits = {"train": (train_listing, train_table), "val": (val_listing, val_table)}
@@ -116,7 +116,7 @@ def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
 
 
 def _table(listing: Listing, classes: tuple[str, ...], parent: Path = Path()) -> pa.Table:
-    return labeled_table([(image.label, _location(image, parent)) for image in listing.images], classes)
+    return labeled_table([(image.label, _location(image, parent)) for image in listing.images()], classes)
 
 
 def _location(image: ImageFile, parent: Path) -> ImageLocation:

@@ -11,8 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.ignored import IgnoredFiles
-from pipeline.data.index import SCHEMA
 from pipeline.data.listing import Entry, entries, member_ignore_reason
+from pipeline.data.tables import SCHEMA
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import ILSVRC, Scan
 from pipeline.data.tools.tars import Member, read_members

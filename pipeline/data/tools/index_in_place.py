@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 
 from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import require_two_classes
-from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file
-from pipeline.data.index import SCHEMA, Shard, save_table
+from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, save_split
+from pipeline.data.index import Shard
+from pipeline.data.tables import SCHEMA
 from pipeline.data.tools.image_checks import check_images, iter_chunks
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
@@ -63,12 +64,10 @@ def index_in_place(
         for name, values in columns.items():
             i = SCHEMA.get_field_index(name)
             table = table.set_column(i, SCHEMA.field(i), pa.array(values, SCHEMA.field(i).type))
-        _save(table, index_file(root, split))
         paths = pc.unique(table["path"]).to_pylist() if in_shards else []
         new = [path for path in paths if path not in hashes]
         hashes |= zip(new, pool.map(_hash, [root / path for path in new], f"hashing {split}"), strict=True)
-        shards = {path: hashes[path] for path in paths}
-        splits[split] = Split(len(table), pc.sum(table["length"]).as_py(), shards)
+        splits[split] = _save(root, split, table, scan.classes, {path: hashes[path] for path in paths})
     made: dict[str, Any] = {"from": source_layout.name, "to": "index", "not_taken": scan.ignored.lines()}
     if selection.to_json():
         made["selection"] = selection.to_json()
@@ -77,13 +76,13 @@ def index_in_place(
     return manifest, scan.notes()
 
 
-def _save(table: pa.Table, file: Path) -> None:
+def _save(root: Path, split: str, table: pa.Table, classes: tuple[str, ...], shards: dict[str, Shard]) -> Split:
     try:
-        file.parent.mkdir(exist_ok=True)
-        save_table(table, file)
+        return save_split(root, split, table, classes, shards)
     except OSError as error:
         raise DataError(
-            f"{file} cannot be written: {error.strerror or error}. Class folders need no index for training."
+            f"{index_file(root, split)} cannot be written: {error.strerror or error}. Class folders need no index for "
+            f"training."
         ) from error
 
 

@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, check_size, decode, encode, header, ignore_pil_warnings, shrink, to_rgb
-from pipeline.data.index import Shard, load_table, save_table, table_of
+from pipeline.data.index import Shard
 from pipeline.data.plan import permutation
 from pipeline.data.space import check_space
+from pipeline.data.tables import load_table, save_table, table_of
 from pipeline.data.tools import tars
 from pipeline.data.tools.rows import Rows
 from pipeline.errors import DataError

@@ -21,8 +21,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import require_two_classes
-from pipeline.data.dataset import MANIFEST, Manifest, Split, index_file, read_manifest
-from pipeline.data.index import save_table
+from pipeline.data.dataset import MANIFEST, Manifest, read_manifest, save_split
 from pipeline.data.tools.data_card import UNKNOWN, Origin, write_data_card
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.parts import (
@@ -107,7 +106,11 @@ def prepare(
             finished = _with_origin(finished, target, origin)
             return PrepareResult(finished, 0, 0, finished.made["ignored"], notes=notes)
         with FileLock(work / "turn"):
-            check_same_job(work, f"{job} {share[1]}", target)
+            message = (
+                f"{target} contains an unfinished preparation of other images, with other options or another number of "
+                f"shares: repeat that command, or remove {target} to start from scratch."
+            )
+            check_same_job(work, f"{job} {share[1]}", message)
         if options.to == "folders":
             for split, table in scan.splits.items():
                 _check_names(table, split)
@@ -197,16 +200,13 @@ def job_hash(scan: Scan, options: PrepareOptions) -> str:
     return digest.hexdigest()
 
 
-def check_same_job(work: Path, job: str, target: Path) -> None:
-    """Records the job of a new target; raises `DataError` if an unfinished target has another job."""
+def check_same_job(work: Path, job: str, message: str) -> None:
+    """Records the job of a new target; raises `DataError` with the message if an unfinished target has another job."""
     record = work / "job"
     if not record.is_file():
         write_text(record, job)
     elif record.read_text(encoding="utf-8") != job:
-        raise DataError(
-            f"{target} contains an unfinished preparation of other images, with other options or another number of "
-            f"shares: repeat that command, or remove {target} to start from scratch."
-        )
+        raise DataError(message)
 
 
 def _check_names(table: pa.Table, split: str) -> None:
@@ -243,10 +243,7 @@ def _complete(
         split_parts = [part for part in parts if part.split == split]
         table, shards = join_records(split_parts)
         _check_classes(table, scan.classes, split)
-        file = index_file(target, split)
-        file.parent.mkdir(exist_ok=True)
-        save_table(table, file)
-        splits[split] = Split(len(table), pc.sum(table["length"]).as_py(), shards)
+        splits[split] = save_split(target, split, table, scan.classes, shards)
     results = [read_record(part) for part in parts]
     made = origin.to_json() | {
         "from": scan.layout,

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from pipeline.data.class_names import check_known_classes, class_name_warnings, missing_class_warning
 from pipeline.data.ignored import IgnoredFiles
-from pipeline.data.index import table_of
 from pipeline.data.listing import Entry, entries, joined, tree
 from pipeline.data.names import SPLIT_WORDS, is_compressed, words_of
+from pipeline.data.tables import class_counts, table_of
 from pipeline.errors import DataError, listed
 
 ILSVRC = "ILSVRC2012_"  # prefix of the names of all its archives
@@ -51,7 +51,7 @@ class Scan:
     def notes(self) -> list[str]:
         """Returns lines on ignored files, doubtful class names and classes without images."""
         lines = [
-            missing_class_warning(self.classes, table["label"].to_numpy(), split)
+            missing_class_warning(self.classes, class_counts(table, len(self.classes)), split)
             for split, table in self.splits.items()
         ]
         return (

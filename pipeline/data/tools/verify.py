@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import class_name_warnings, missing_class_warning, require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, read_manifest
-from pipeline.data.index import Shard, rows_of
+from pipeline.data.index import Shard
 from pipeline.data.listing import Tree, tree
 from pipeline.data.names import SPLIT_WORDS
+from pipeline.data.tables import class_counts, rows_of
 from pipeline.data.tools.image_checks import (
     FINDING_KINDS,
     Finding,
@@ -238,7 +239,7 @@ def _check_classes(scan: Scan) -> Iterator[Finding]:
     for line in class_name_warnings(scan.classes):
         yield Finding("doubtful", "", "classes", line)
     for split, table in scan.splits.items():
-        absent_classes = missing_class_warning(scan.classes, table["label"].to_numpy(), split)
+        absent_classes = missing_class_warning(scan.classes, class_counts(table, len(scan.classes)), split)
         if absent_classes is not None:
             yield Finding("absent", split, split, absent_classes)
 

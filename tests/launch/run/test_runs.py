@@ -123,7 +123,7 @@ def test_densenet121_on_real_imagenet_images(shell, tmp_path, imagenet_samples):
     third = int(plan.locate(np.array([2]))[1][0])
     staged = stage(index, str(root), fast)
     with staged.path(third).open("r+b") as file:
-        file.seek(index.table["offset"][third].as_py() + 900)
+        file.seek(index.to_table()["offset"][third].as_py() + 900)
         file.write(b"rot")
     done = shell(
         "densenet",
