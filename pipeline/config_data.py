@@ -45,7 +45,9 @@ class Data(Section):
     classes: Annotated[str | None, Location("input")] = Field(
         None, description="text file with the classes to train on, one per line; a second column merges classes"
     )
-    license: str | None = Field(None, description="license of the data, recorded with the registered model")
+    license: str | None = Field(
+        None, description="license of the data, recorded with the registered model; null: the one in dataset.json"
+    )
     stage: Annotated[str | None, Location("local")] = Field(
         None, description="local folder on each node's own disk, to which shards are copied before training"
     )

@@ -26,7 +26,11 @@ SMALL = [
     "cluster.workers=1",
     "device=cpu",
 ]
-REQUIRED = {"finetune.yaml": "model.weights", "distill.yaml": "loss.teacher"}
+REQUIRED = {
+    "finetune.yaml": "model.weights",
+    "finetune_imagenet1k.yaml": "model.weights",
+    "distill.yaml": "loss.teacher",
+}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,11 @@ from pipeline.unused_keys import (
 )
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-REQUIRED = {"finetune.yaml": ["model.weights=w"], "distill.yaml": ["loss.teacher=t"]}
+REQUIRED = {
+    "finetune.yaml": ["model.weights=w"],
+    "finetune_imagenet1k.yaml": ["model.weights=w"],
+    "distill.yaml": ["loss.teacher=t"],
+}
 
 
 def warnings(config: RunConfig, workers: int = 8, device: str = "cuda", embedded: bool = True) -> list[str]:

@@ -1,4 +1,4 @@
-"""`densenet data`: prepare, verify, index and describe data sets."""
+"""`densenet data`: prepare, extend, verify, index, compare and describe data sets."""
 
 import os
 import time
@@ -12,7 +12,10 @@ from pipeline.errors import UserError
 from pipeline.limits import MAX_PIXELS
 
 app = typer.Typer(
-    name="data", help="Prepare, verify, index and describe data sets.", no_args_is_help=True, rich_markup_mode=None
+    name="data",
+    help="Prepare, extend, verify, index, compare and describe data sets.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 Root = Annotated[
@@ -21,11 +24,28 @@ Root = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="number of processes", show_default="one per CPU core")]
 Layout = Annotated[
     str | None,
-    typer.Option(help="prepared, ilsvrc, kaggle, parquet, webdataset, folders or list; detected by default"),
+    typer.Option(
+        help="prepared, ilsvrc, kaggle, parquet, webdataset, wordnet-tars, folders or list; detected by default"
+    ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the complete report")]
 MaxPixels = Annotated[
     int, typer.Option(min=1, help="maximum pixels per image", show_default="178,956,970, PIL's limit")
+]
+Classes = Annotated[
+    Path | None, typer.Option("--classes", help="list of the classes to use: a name per line, optionally a new name")
+]
+MinImages = Annotated[
+    int, typer.Option(min=0, help="drop classes with fewer training images, before the validation split")
+]
+ValPerClass = Annotated[
+    int, typer.Option(min=0, help="images of each class for the validation split, of a source without one")
+]
+License = Annotated[
+    str | None, typer.Option("--license", help="license of the images, recorded in the data set and with models")
+]
+Citation = Annotated[
+    str | None, typer.Option("--source", help="source of the images, a citation or address, recorded in the data set")
 ]
 CORES = len(os.sched_getaffinity(0))
 
@@ -42,11 +62,18 @@ def prepare(
         int | None, typer.Option(min=1, max=100, help="quality of encoded JPEGs; 90 with --shorter-side, else 95")
     ] = None,
     shard_size: Annotated[float, typer.Option(min=0.01, help="MB of images per shard")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="random seed of the order in the shards")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="random seed of the order in the shards and of the validation split")
+    ] = 0,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="skip corrupt images")] = False,
     share: Annotated[
         str, typer.Option(help="K/N: write part K (from 0) of N, to prepare on N machines that share both folders")
     ] = "0/1",
+    classes: Classes = None,
+    min_images: MinImages = 0,
+    val_per_class: ValPerClass = 0,
+    license_: License = None,
+    citation: Citation = None,
     workers: Workers = CORES,
     layout: Layout = None,
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -58,7 +85,9 @@ def prepare(
     Example: densenet data prepare /downloads /data/imagenet
     """
     from launch.cli.common.data_report import print_prepared, process_pool
+    from pipeline.data.tools.data_card import Origin
     from pipeline.data.tools.prepare import PrepareOptions, prepare
+    from pipeline.data.tools.selection import Selection
 
     if to not in ("shards", "folders"):
         raise UserError(f"--to={to} is unknown: use shards or folders.")
@@ -73,14 +102,80 @@ def prepare(
     if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
         raise UserError(f"--share={share} is invalid: use K/N with K from 0 to N - 1, such as 0/8.")
     share_of_total = int(index), int(shares)
+    selection = Selection(classes, min_images, val_per_class, seed)
+    origin = Origin(license_, citation)
     started = time.perf_counter()
     with process_pool(console, workers) as pool:
-        result = prepare(source, target, options, pool, layout, skip_corrupt, share_of_total, max_pixels)
+        result = prepare(
+            source, target, options, pool, layout, skip_corrupt, share_of_total, max_pixels, selection, origin
+        )
     print_prepared(console, target, share_of_total, result, time.perf_counter() - started)
 
 
 @app.command()
-def index(root: Root, workers: Workers = CORES, layout: Layout = None, max_pixels: MaxPixels = MAX_PIXELS) -> None:
+def append(
+    source: Annotated[Path, typer.Argument(help="folder with the new archives, shards or class folders")],
+    target: Annotated[Path, typer.Argument(help="folder of a prepared data set in shards")],
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="skip images whose class and name the data set has already")
+    ] = False,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="skip corrupt images")] = False,
+    citation: Citation = None,
+    workers: Workers = CORES,
+    layout: Layout = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+) -> None:
+    """Add images of known classes to a prepared data set, as new shards.
+
+    Repeat the command to resume after an interruption.
+
+    Example: densenet data append /downloads/more /data/imagenet
+    """
+    from launch.cli.common.data_report import print_appended, process_pool
+    from pipeline.data.tools.append import append
+    from pipeline.data.tools.data_card import Origin
+
+    with process_pool(console, workers) as pool:
+        result = append(source, target, pool, layout, skip_existing, skip_corrupt, max_pixels, Origin(source=citation))
+    print_appended(console, target, result)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="folder of a prepared or indexed data set")],
+    second: Annotated[Path, typer.Argument(help="folder of another one")],
+    by: Annotated[str, typer.Option(help="identify images by file name, or by content (checksum and length)")] = "name",
+    json_file: Json = None,
+) -> None:
+    """Compare two data sets image by image; exit code 1 if they differ.
+
+    Reads the indexes only.
+
+    Example: densenet data diff /data/old /data/new
+    """
+    from launch.cli.common.data_report import print_difference, write_json
+    from pipeline.data.tools.diff import diff
+
+    if by not in ("name", "content"):
+        raise UserError(f"--by={by} is unknown: use name or content.")
+    result = diff(first, second, by)  # type: ignore[arg-type]
+    if json_file is not None:
+        write_json(json_file, result.to_json())
+    print_difference(console, result)
+    raise typer.Exit(0 if result.is_equal else 1)
+
+
+@app.command()
+def index(
+    root: Root,
+    classes: Classes = None,
+    min_images: MinImages = 0,
+    val_per_class: ValPerClass = 0,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of the validation split")] = 0,
+    workers: Workers = CORES,
+    layout: Layout = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+) -> None:
     """Index class folders, shards or archives in place.
 
     Writes the index with sizes and checksums into the folder and copies nothing.
@@ -89,9 +184,11 @@ def index(root: Root, workers: Workers = CORES, layout: Layout = None, max_pixel
     """
     from launch.cli.common.data_report import print_indexed, process_pool
     from pipeline.data.tools.index_in_place import index_in_place
+    from pipeline.data.tools.selection import Selection
 
     with process_pool(console, workers) as pool:
-        manifest, notes = index_in_place(root, pool, layout, max_pixels)
+        selection = Selection(classes, min_images, val_per_class, seed)
+        manifest, notes = index_in_place(root, pool, layout, max_pixels, selection)
     print_indexed(console, root, manifest, notes)
 
 

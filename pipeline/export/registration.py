@@ -18,7 +18,7 @@ from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint
 
 _RECORD = "registered.json"
-_FINGERPRINT = "data.train.fingerprint"
+_FINGERPRINT, _LICENSE = "data.train.fingerprint", "data.license"
 
 
 def check_registry(config: RunConfig, warn: Callable[[str], None]) -> None:
@@ -89,8 +89,8 @@ def _register(config: RunConfig, run_dir: Path, tracker: Tracker, best: Path) ->
         run_id=str(tracker.run_id),
         name=name,
         alias=alias,
-        data_fingerprint=_fingerprint(tracker),
-        data_license=config.data.license,
+        data_fingerprint=_tag(tracker, _FINGERPRINT) or "",
+        data_license=config.data.license or _tag(tracker, _LICENSE),
     )
     return _save_record(record, best, registry, registered)
 
@@ -100,10 +100,10 @@ def _save_record(record: Path, best: Path, registry: str, model: RegisteredModel
     return model
 
 
-def _fingerprint(tracker: Tracker) -> str:
-    """Returns the fingerprint of the training data from the run's tags."""
-    fingerprint = ""
+def _tag(tracker: Tracker, key: str) -> str | None:
+    """Returns the last value of one of the run's tags, or None."""
+    value = None
     for record in tracker.journal.records():
         if record["kind"] == "tags":
-            fingerprint = record["values"].get(_FINGERPRINT, fingerprint)
-    return fingerprint
+            value = record["values"].get(key, value)
+    return value

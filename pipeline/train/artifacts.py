@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data.dataset import DatasetIndex
+from pipeline.data.dataset import DatasetIndex, read_manifest
 from pipeline.data.staging import is_remote
 from pipeline.evaluation.tables import CONFUSION, read_confusion, write_csv
 from pipeline.files import write_text
@@ -30,6 +30,7 @@ _CURVES = {
 def record_setup(tracker: Tracker, setup: RunSetup) -> None:
     """Logs the config, the derived values, data, code, package versions and machine."""
     config, derived, run_dir = setup.config, setup.derived, setup.run_dir
+    data_license = config.data.license or _recorded_license(setup.train_index)
     tracker.log_params(config.model_dump(mode="json") | {"derived": derived.model_dump(mode="json")})
     tracker.set_tags(
         provenance_tags()
@@ -38,6 +39,7 @@ def record_setup(tracker: Tracker, setup: RunSetup) -> None:
             "data.val.fingerprint": setup.val_index.fingerprint,
             "eval.transform": config.eval.description,
         }
+        | ({} if data_license is None else {"data.license": data_license})
     )
     for context, split, index in (
         ("training", config.data.train, setup.train_index),
@@ -49,6 +51,12 @@ def record_setup(tracker: Tracker, setup: RunSetup) -> None:
     write_json(run_dir / "deepspeed.json", deepspeed_config(config, derived))
     for file in (run_dir / "config.yaml", run_dir / "deepspeed.json", *write_provenance(run_dir)):
         tracker.log_artifact(file)
+
+
+def _recorded_license(index: DatasetIndex) -> str | None:
+    """Returns the license in the `dataset.json` of prepared data, or None."""
+    manifest = read_manifest(index.root)
+    return None if manifest is None else manifest.made.get("license")
 
 
 def attach_schedule(tracker: Tracker, setup: RunSetup) -> None:

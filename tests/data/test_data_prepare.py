@@ -20,6 +20,7 @@ from PIL import Image
 from pipeline.data.dataset import open_splits, read_manifest
 from pipeline.data.images import ignore_pil_warnings
 from pipeline.data.order import ORDER_VERSION
+from pipeline.data.tools.data_card import DATA_CARD
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, PrepareResult, prepare
@@ -36,7 +37,9 @@ def run(source: Path, target: Path, options: PrepareOptions = SMALL, **arguments
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file() and f.name != DATA_CARD
+    }
 
 
 def labels_by_name(root: Path) -> dict[str, dict[str, int]]:

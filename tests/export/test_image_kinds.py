@@ -25,8 +25,8 @@ from pipeline.data.images import NotAnImage, encode, ignore_pil_warnings
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan
 from pipeline.data.tools.index_in_place import index_in_place
+from pipeline.data.tools.parts import PrepareOptions, convert
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import PrepareOptions, convert
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError, UserError

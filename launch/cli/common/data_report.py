@@ -11,16 +11,19 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from launch.cli.common.tables import print_table
 from pipeline.data.dataset import Manifest
+from pipeline.data.tools.append import AppendResult
+from pipeline.data.tools.diff import KINDS, Difference
 from pipeline.data.tools.image_checks import FINDING_KINDS
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareResult
 from pipeline.data.tools.stats import Stats
 from pipeline.data.tools.verify import Report
-from pipeline.errors import UserError
+from pipeline.errors import UserError, listed
 from pipeline.files import write_text
 from pipeline.formatting import duration, format_bytes
 
 _MAX_SHOWN = 5  # findings of each kind; the JSON report has all of them
+_MAX_EXAMPLES = 10  # of each kind of difference; the JSON report has all of them
 _PROGRESS_S = 10  # seconds between progress lines without a terminal
 
 
@@ -139,6 +142,45 @@ def print_notes(console: Console, notes: list[str]) -> None:
     """Prints notes on ignored files and doubtful classes."""
     for line in notes:
         console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+
+def print_difference(console: Console, result: Difference) -> None:
+    """Prints what differs between two data sets: counts, and up to ten examples of each kind."""
+    for name, data in (("first", result.a), ("second", result.b)):
+        console.print(
+            f"{name:7}{data.root}: {len(data.class_N):,} images, {len(data.classes):,} classes", soft_wrap=True
+        )
+    for title, names in (("added", result.classes_added), ("removed", result.classes_removed)):
+        if names:
+            console.print(f"classes {title}: {len(names):,}: {listed(names)}", markup=False, soft_wrap=True)
+    if result.labels_changed:
+        console.print(f"classes with another label: {result.labels_changed:,}")
+    for kind, count in result.counts.items():
+        if count:
+            console.print(f"{kind}: {count:,}  ({KINDS[kind]})", style="yellow")
+            for line in result.lines(kind, _MAX_EXAMPLES):
+                console.print(f"  {line}", markup=False, soft_wrap=True)
+            if count > _MAX_EXAMPLES:
+                console.print(f"  and {count - _MAX_EXAMPLES:,} more; --json FILE lists all of them")
+    console.print(f"images are identified by {result.key}", soft_wrap=True)
+    if result.is_equal:
+        console.print("no differences", style="green")
+
+
+def print_appended(console: Console, target: Path, result: AppendResult) -> None:
+    """Prints what was appended to a data set."""
+    print_notes(console, result.notes)
+    counts = ", ".join(f"{count:,} images of {split}" for split, count in result.images.items())
+    if result.is_repeated:
+        console.print(f"{target} has these already: {counts} were appended by an earlier command", soft_wrap=True)
+        return
+    console.print(f"{target}: {counts} appended", soft_wrap=True)
+    if result.skipped_existing:
+        console.print(f"{result.skipped_existing:,} images skipped that it had already", style="yellow")
+    if result.skipped_corrupt:
+        console.print(f"{len(result.skipped_corrupt)} corrupt images skipped, listed in {target / 'dataset.json'}")
+    for name, split in result.manifest.splits.items():
+        console.print(f"{name:6}{split.samples:,} images, {format_bytes(split.bytes)} in {len(split.shards)} shards")
 
 
 def print_stats(console: Console, result: Stats) -> None:

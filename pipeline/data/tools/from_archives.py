@@ -1,12 +1,12 @@
 """Sources that are tar archives, read without unpacking: ILSVRC2012's archives and WebDataset shards."""
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.data.files import File
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.listing import member_ignore_reason
+from pipeline.data.tools.from_wordnet import inner_archives, scan_class_archives
 from pipeline.data.tools.imagenet_labels import DEVKIT, devkit_labels
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import (
@@ -16,7 +16,6 @@ from pipeline.data.tools.scan import (
     Scan,
     count_other_entries,
     find_split_files,
-    labeled_table,
     table_by_file_name,
     tables_by_label_number,
 )
@@ -34,35 +33,18 @@ def scan_ilsvrc(root: Path, work: Path | None, pool: Pool) -> Scan:
         )
     ignored = IgnoredFiles()
     count_other_entries(root, {TRAIN_TAR, VAL_TAR, DEVKIT}, ignored)
-    archives = sorted(_visible(read_members(root / TRAIN_TAR), TRAIN_TAR, ignored), key=lambda member: member.name)
-    unexpected = [member.name for member in archives if not re.fullmatch(r"n\d{8}\.tar", member.name)]
-    if unexpected or not archives:
-        raise DataError(
-            f"{root / TRAIN_TAR} must contain one archive WNID.tar per class; it contains {listed(unexpected)}."
-        )
-    classes = tuple(member.name.removesuffix(".tar") for member in archives)
-    scanned = pool.map(_scan_class_archive, [(root / TRAIN_TAR, archive) for archive in archives], "scanning")
-    for _, ignored_members in scanned:
-        ignored.merge(ignored_members)
-    empty = [name for name, (images, _) in zip(classes, scanned, strict=True) if not images]
+    archives = inner_archives(root, TRAIN_TAR, ignored)
+    classes, train = scan_class_archives(archives, ignored, pool)
+    empty = sorted({archive.wnid for archive in archives} - set(classes))
     if empty:
         raise DataError(f"{root / TRAIN_TAR} has class archives without images: {listed(empty)}.")
-    train = [(label, image) for label, (images, _) in enumerate(scanned) for image in images]
     val_members = _visible(read_members(root / VAL_TAR), VAL_TAR, ignored)
     val = [ImageLocation(member.name, VAL_TAR, member.offset, member.length) for member in val_members]
     tables = {
-        "train": labeled_table(train, classes),
+        "train": train,
         "val": table_by_file_name(val, devkit_labels(root / DEVKIT), classes, ignored),
     }
     return Scan("ilsvrc", root, classes, tables, ignored=ignored)
-
-
-def _scan_class_archive(task: tuple[Path, Member]) -> tuple[list[ImageLocation], IgnoredFiles]:
-    """Returns the images of one class archive inside the training archive."""
-    path, archive = task
-    where, ignored = f"{path}, {archive.name}", IgnoredFiles()
-    members = _visible(read_members(path, archive.offset, archive.length, where), archive.name, ignored)
-    return [ImageLocation(member.name, path.name, member.offset, member.length) for member in members], ignored
 
 
 def _visible(members: Iterable[Member], where: str, ignored: IgnoredFiles) -> Iterator[Member]:

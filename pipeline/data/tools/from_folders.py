@@ -49,16 +49,18 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
 
 
 def scan_folders(root: Path, work: Path | None, pool: Pool) -> Scan:
-    """Scans class folders: `train/CLASS/*`, and `val/CLASS/*` or a flat `val/*` with a file of labels."""
+    """Scans class folders: `train/CLASS/*`, and `val/CLASS/*`, a flat `val/*` with a file of labels, or neither."""
     train, val = find_split_folders(root)
-    if train is None or val is None:
-        missing = "train" if train is None else "val"
-        raise DataError(f"{root} has no folder {missing}: it must contain train/CLASS/* and val/CLASS/*.")
+    if train is None:
+        raise DataError(f"{root} has no folder train: it must contain train/CLASS/* and val/CLASS/*.")
     ignored = IgnoredFiles()
-    count_other_entries(root, {train.name, val.name, *_LABEL_FILES}, ignored)
+    count_other_entries(root, {folder.name for folder in (train, val) if folder} | set(_LABEL_FILES), ignored)
     folders = list_classes(train, ignored)
     classes = tuple(folders)
     train_listing = list_images(train, folders, classes)
+    train_table = _table(train_listing, classes)
+    if val is None:
+        return _scan("folders", root, classes, {"train": (train_listing, train_table)}, ignored)
     if is_flat(val):
         val_listing = Listing()
         list_files(val, val.name, 0, val_listing)
@@ -67,22 +69,21 @@ def scan_folders(root: Path, work: Path | None, pool: Pool) -> Scan:
     else:
         val_listing = list_images(val, list_classes(val, ignored), classes)
         val_table = _table(val_listing, classes)
-    train_table = _table(train_listing, classes)
-    return _scan("folders", root, classes, (train_listing, train_table), (val_listing, val_table), ignored)
+    splits = {"train": (train_listing, train_table), "val": (val_listing, val_table)}
+    return _scan("folders", root, classes, splits, ignored)
 
 
 def _scan(
     layout: str,
     root: Path,
     classes: tuple[str, ...],
-    train: tuple[Listing, pa.Table],
-    val: tuple[Listing, pa.Table],
+    splits: dict[str, tuple[Listing, pa.Table]],
     ignored: IgnoredFiles,
 ) -> Scan:
-    for listing, _ in (train, val):
+    for listing, _ in splits.values():
         ignored.merge(listing.ignored)
-    problems = {"train": train[0].problems, "val": val[0].problems}
-    return Scan(layout, root, classes, {"train": train[1], "val": val[1]}, problems, ignored)
+    problems = {split: listing.problems for split, (listing, _) in splits.items()}
+    return Scan(layout, root, classes, {split: table for split, (_, table) in splits.items()}, problems, ignored)
 
 
 def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
@@ -110,7 +111,8 @@ def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
     images = [_location(image, KAGGLE) for image in val_listing.images()]
     val_table = table_by_file_name(images, kaggle_labels(root / KAGGLE_VAL), classes, ignored)
     train_table = _table(train_listing, classes, KAGGLE)
-    return _scan("kaggle", root, classes, (train_listing, train_table), (val_listing, val_table), ignored)
+    splits = {"train": (train_listing, train_table), "val": (val_listing, val_table)}
+    return _scan("kaggle", root, classes, splits, ignored)
 
 
 def _table(listing: Listing, classes: tuple[str, ...], parent: Path = Path()) -> pa.Table:

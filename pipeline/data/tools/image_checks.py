@@ -23,7 +23,7 @@ from pipeline.data.images import (
     ignore_pil_warnings,
     orientation,
 )
-from pipeline.data.tables import rows_of
+from pipeline.data.tools.rows import Rows
 
 CHUNK_IMAGES = 256  # images per task
 _DIGEST_BYTES = 16  # length of a content hash
@@ -76,7 +76,7 @@ class Chunk:
 
     root: Path
     split: str
-    table: pa.Table
+    rows: Rows
     decode: bool
     max_pixels: int
 
@@ -97,7 +97,7 @@ class ImageChecks:
 def iter_chunks(root: Path, split: str, table: pa.Table, decode: bool, max_pixels: int) -> Iterator[Chunk]:
     """Divides a split's table into tasks for `check_images`."""
     for start in range(0, len(table), CHUNK_IMAGES):
-        yield Chunk(root, split, rows_of(table, start, CHUNK_IMAGES), decode, max_pixels)
+        yield Chunk(root, split, Rows(table.slice(start, CHUNK_IMAGES)), decode, max_pixels)
 
 
 def describe_location(path: str, name: str | None, offset: int) -> str:
@@ -107,7 +107,7 @@ def describe_location(path: str, name: str | None, offset: int) -> str:
 
 def check_images(chunk: Chunk) -> ImageChecks:
     """Reads a chunk's images, and compares them with the index's sizes and checksums if it has them."""
-    count = len(chunk.table)
+    count = len(chunk.rows)
     checks = ImageChecks(
         np.zeros(count, np.int32),
         np.zeros(count, np.int32),
@@ -117,8 +117,9 @@ def check_images(chunk: Chunk) -> ImageChecks:
     files = Files()
     unopened: set[str] = set()
     names = ("path", "name", "offset", "length", "width", "height", "crc32")
+    table = chunk.rows.table()
     with ignore_pil_warnings():
-        for i, row in enumerate(zip(*(chunk.table[name].to_pylist() for name in names), strict=True)):
+        for i, row in enumerate(zip(*(table[name].to_pylist() for name in names), strict=True)):
             path, name, offset, length, width, height, crc32 = row
 
             def add(kind: str, detail: str, where: str = describe_location(path, name, offset)) -> None:

@@ -12,12 +12,11 @@ from pipeline.data.tools.from_archives import scan_ilsvrc, scan_webdataset
 from pipeline.data.tools.from_folders import KAGGLE, scan_folders, scan_kaggle, scan_prepared
 from pipeline.data.tools.from_lists import is_list_source, scan_lists
 from pipeline.data.tools.from_parquet import scan_parquet
+from pipeline.data.tools.from_wordnet import is_wordnet_source, scan_wordnet
 from pipeline.data.tools.imagenet_labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.scan import TRAIN_TAR, VAL_TAR, Scan, find_split_folders, has_class_folders
+from pipeline.data.tools.scan import ILSVRC, TRAIN_TAR, VAL_TAR, Scan, find_split_folders, has_class_folders
 from pipeline.errors import DataError, listed
-
-_ILSVRC = "ILSVRC2012_"  # prefix of the names of all its archives
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def detect_layout(root: Path, name: str | None = None) -> Layout:
         names = " and ".join(layout.name for layout in matching)
         raise DataError(f"{root} matches several layouts, {names}: choose one with --layout.")
     hints = "".join(f" {hint}" for hint in _hints(root))
-    supported = "\n".join(f"  {layout.name:11} {layout.description}" for layout in LAYOUTS)
+    supported = "\n".join(f"  {layout.name:12} {layout.description}" for layout in LAYOUTS)
     content = listed(sorted(os.listdir(root))) or "nothing"
     raise DataError(f"{root} has no known layout; it contains: {content}.{hints} Supported layouts:\n{supported}")
 
@@ -64,9 +63,6 @@ def _hints(root: Path) -> Iterator[str]:
     packed = [name for name in sorted(os.listdir(root)) if is_compressed(name)]
     if packed:
         yield f"Unpack {listed(packed)} first."
-    train, val = find_split_folders(root)
-    if train is not None and val is None:
-        yield "There is no validation split: move some of each class's images from train to val."
     lists = [file.name for file in find_label_lists([root])]
     if lists:
         yield f"{listed(lists)}: a label list needs a column of images, `file`, and a column of labels, `label`."
@@ -74,12 +70,14 @@ def _hints(root: Path) -> Iterator[str]:
 
 def _has_files(extension: str, root: Path) -> bool:
     folders = [root, root / "data", *filter(None, find_split_folders(root))]
-    return any(not f.name.startswith(_ILSVRC) for folder in folders for f in folder.glob(f"*.{extension}"))
+    return any(not f.name.startswith(ILSVRC) for folder in folders for f in folder.glob(f"*.{extension}"))
 
 
 def _has_class_folders(root: Path) -> bool:
     train, val = find_split_folders(root)
-    return val is not None and has_class_folders(train, minimum=2 if is_list_source(root) else 1)
+    if val is None:
+        return has_class_folders(train, minimum=1) and not is_list_source(root)
+    return has_class_folders(train, minimum=2 if is_list_source(root) else 1)
 
 
 LAYOUTS = (
@@ -110,8 +108,14 @@ LAYOUTS = (
     Layout(
         "webdataset",
         "*train*.tar and *val*.tar with NAME.jpg and NAME.cls or NAME.json",
-        lambda root: _has_files("tar", root),
+        lambda root: _has_files("tar", root) and not is_wordnet_source(root),
         scan_webdataset,
+    ),
+    Layout(
+        "wordnet-tars",
+        "n01440764.tar ..., one archive per WordNet id (ImageNet-21k), or one archive of them",
+        is_wordnet_source,
+        scan_wordnet,
     ),
     Layout(
         "folders",

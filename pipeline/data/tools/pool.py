@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -73,6 +74,32 @@ class Pool:
             self._on_progress(description, done, total)
         return results
 
+    def imap(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        description: str,
+        sizes: Sequence[int] | None = None,
+    ) -> Iterator[Result]:
+        """As `map`, but yields the results one by one, so that they need not be in memory at the same time."""
+        sizes = sizes or [1] * len(tasks)
+        total, done = sum(sizes), 0
+        for size, result in zip(sizes, self._in_order(function, tasks), strict=True):
+            yield result
+            done += size
+            self._on_progress(description, done, total)
+
+    def _in_order(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        if self._executor is None:
+            yield from map(function, tasks)
+            return
+        futures = deque(self._executor.submit(function, task) for task in tasks)
+        try:
+            while futures:
+                yield futures.popleft().result()
+        except BrokenProcessPool as error:
+            raise _worker_died() from error
+
     def _completed(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterable[tuple[int, Result]]:
         if self._executor is None:
             for i, task in enumerate(tasks):
@@ -83,10 +110,14 @@ class Pool:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process died without an error; the system may have killed it for lack of memory. Repeat the "
-                "command, with fewer --workers in that case: completed work is kept."
-            ) from error
+            raise _worker_died() from error
+
+
+def _worker_died() -> DataError:
+    return DataError(
+        "a worker process died without an error; the system may have killed it for lack of memory. Repeat the command, "
+        "with fewer --workers in that case: completed work is kept."
+    )
 
 
 def _init_worker() -> None:

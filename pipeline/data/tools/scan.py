@@ -14,7 +14,8 @@ from pipeline.data.names import SPLIT_WORDS, is_compressed, words_of
 from pipeline.data.tables import class_counts, table_of
 from pipeline.errors import DataError, listed
 
-TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+ILSVRC = "ILSVRC2012_"  # prefix of the names of all its archives
+TRAIN_TAR, VAL_TAR = f"{ILSVRC}img_train.tar", f"{ILSVRC}img_val.tar"
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -33,7 +34,7 @@ class ImageLocation:
 
 @dataclass(frozen=True)
 class Scan:
-    """A source's images: `splits` maps train and val to tables in the index's schema.
+    """A source's images: `splits` maps train and val to tables in the index's schema; val may be missing.
 
     Names are `CLASS/FILE`. Rows are sorted by label and name, and widths, heights and checksums are null; only a
     prepared data set has them, and keeps its order. `problems` are unreadable files, by split and path, with the
@@ -186,8 +187,10 @@ def is_flat(split: Path | None) -> bool:
 def find_split_files(root: Path, extension: str, ignored: IgnoredFiles) -> dict[str, list[Path]]:
     """Returns the files of train and val by the words in their paths below `root`; counts others in `ignored`.
 
+    There may be no files of val.
+
     Raises:
-        DataError: a file's split is unclear, a split has no file, or entries are not files or cannot be listed.
+        DataError: a file's split is unclear, train has no file, or entries are not files or cannot be listed.
     """
     splits: dict[str, list[Path]] = {"train": [], "val": []}
     unclear = []
@@ -207,7 +210,7 @@ def find_split_files(root: Path, extension: str, ignored: IgnoredFiles) -> dict[
             ignored.add("files of a test split", path)
         else:
             unclear.append(path)
-    if unclear or not all(splits.values()):
+    if unclear or not splits["train"]:
         counts = ", ".join(f"{len(files)} of {split}" for split, files in splits.items())
         unclear_files = f"; split unclear: {listed(unclear)}" if unclear else ""
         packed = [path for path in found.files if is_compressed(path)]
@@ -216,4 +219,4 @@ def find_split_files(root: Path, extension: str, ignored: IgnoredFiles) -> dict[
             f"{root}: the words train, val or validation in the paths of .{extension} files name their split: "
             f"{counts}{unclear_files}. Rename them.{unpack}"
         )
-    return splits
+    return {split: files for split, files in splits.items() if files}

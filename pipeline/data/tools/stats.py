@@ -71,7 +71,7 @@ def stats(root: Path, samples: int, pool: Pool, layout: str | None = None, max_p
     for split, table in scan.splits.items():
         chosen = np.sort(permutation(0, 0, len(table))(np.arange(len(table))[: samples or None]))
         tasks = list(iter_chunks(scan.root, split, table.take(chosen), decode=True, max_pixels=max_pixels))
-        parts = pool.map(_measure, tasks, f"decoding {split}", [len(task.table) for task in tasks])
+        parts = pool.map(_measure, tasks, f"decoding {split}", [len(task.rows) for task in tasks])
         sizes = np.concatenate([part[0] for part in parts])
         moments = np.concatenate([part[1] for part in parts])
         if not len(sizes):
@@ -98,7 +98,8 @@ def _measure(chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Returns sizes [n, 3] (width, height, bytes) and channel means of x and x^2 [n, 6] of the n images that decode."""
     files = Files()
     sizes, moments = [], []
-    columns = (chunk.table[name].to_pylist() for name in ("path", "offset", "length"))
+    table = chunk.rows.table()
+    columns = (table[name].to_pylist() for name in ("path", "offset", "length"))
     with ignore_pil_warnings():
         for path, offset, length in zip(*columns, strict=True):
             try:

@@ -96,7 +96,7 @@ def verify(
     splits, digests = {}, {}
     for split, table in scan.splits.items():
         tasks = list(iter_chunks(scan.root, split, table, decode=True, max_pixels=max_pixels))
-        task_bytes = [pc.sum(task.table["length"]).as_py() for task in tasks]
+        task_bytes = [task.rows.bytes for task in tasks]
         checks = pool.map(check_images, tasks, f"verifying {split}", task_bytes)
         findings += [
             Finding("unreadable", split, path, problem) for path, problem in scan.problems.get(split, {}).items()
@@ -131,6 +131,8 @@ def _split_report(table: pa.Table, checks: list[ImageChecks], num_classes: int) 
 
 def _unlisted_files(root: Path, manifest: Manifest, splits: dict[str, pa.Table]) -> Iterator[Finding]:
     """Finds files in the split folders that are not in the index; with label lists, only images count."""
+    if "selection" in manifest.made and manifest.made.get("to") == "index":
+        return  # the other images of the source were not chosen
     from_list = manifest.made.get("from") == "list" and manifest.made.get("to") == "index"
     extensions = IMAGE_EXTENSIONS if from_list else None
     for split, table in splits.items():
