@@ -25,7 +25,8 @@ from pipeline.errors import CheckpointFormatError
 from pipeline.files import write_text
 
 MANIFEST = "manifest.json"
-FORMAT = 5
+FORMAT = 6
+_READABLE = (5, FORMAT)  # 5 does not name the sample order: earlier versions must not resume a newer one in theirs
 PREFIX = "samples-"
 _PARTIAL = ".partial"
 
@@ -84,9 +85,9 @@ def manifest_entries(folder: Path) -> dict[str, Any]:
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     try:
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in _READABLE:
             raise CheckpointFormatError(
-                f"checkpoint {folder} has format {manifest['format']}, and this version reads format {FORMAT}: resume "
+                f"checkpoint {folder} has format {manifest['format']}, and this version reads formats {_READABLE}: resume "
                 f"it with the version that wrote it, or start a new run under another run.name. `densenet eval`, "
                 f"`export` and model.weights still read its weights."
             )

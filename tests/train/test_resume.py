@@ -1,6 +1,7 @@
 """A resumed run equals an uninterrupted one, at any ZeRO stage and number of ranks; when checkpoints are written."""
 
 import itertools
+import json
 import resource
 import shutil
 import signal
@@ -204,6 +205,8 @@ def test_a_run_in_an_earlier_sample_order_is_not_resumed_but_its_weights_are_rea
     (middle / checkpoint.MANIFEST).unlink()
     middle.rename(checkpoint.partial_folder(middle))
     checkpoint.commit(middle)
+    manifest = json.loads((middle / checkpoint.MANIFEST).read_text())
+    checkpoint.write_json(middle / checkpoint.MANIFEST, manifest | {"format": 5})
     message = (
         rf"wrote it \(version 1; this .* version 2\).* Finish the run with that release, .* model.weights={middle}"
     )
