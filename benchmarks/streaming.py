@@ -7,7 +7,6 @@ fills the cache: images per second, and the part of the data that came from the 
 """
 
 import argparse
-import importlib.util
 import multiprocessing
 import os
 import re
@@ -19,24 +18,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
-from PIL import Image
-from torch.utils.data import DataLoader
 
 import pipeline
 from benchmarks.common import interleaved, load_images, machine
 from benchmarks.loader import write_class_folders
-from benchmarks.loader_peers import BATCH, CORES, SIDE, samples, transform
+from benchmarks.loader_peers import BATCH, CORES, SIDE
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 
 SHARD_BYTES = 4_000_000
-CONFIG = {"data": {"shuffle": "windowed", "window": 4, "image_size": SIDE}}
+WINDOW = 4  # shards
+CONFIG = {"data": {"shuffle": "windowed", "window": WINDOW, "image_size": SIDE}}
 EPOCHS = 3
 LATENCIES_MS = (0, 50)
 
@@ -44,7 +41,7 @@ Case = Callable[[], tuple[float, float]]  # images per second, and the part of a
 
 
 def main() -> None:
-    """Measures this loader and mosaicml-streaming, if it is installed."""
+    """Measures the local folder and the object store, with each latency."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -59,13 +56,6 @@ def main() -> None:
         cases: dict[str, Case] = {"local folder": partial(measure_local, root, options.count)}
         for latency_ms in LATENCIES_MS:
             cases[f"object store, {latency_ms} ms"] = partial(measure, root, options.count, latency_ms)
-        if importlib.util.find_spec("streaming") is None:
-            print("not installed, skipped: mosaicml-streaming")
-        else:
-            write_mosaic(root / "images" / "train", root / "bucket" / "mosaic")
-            for latency_ms in LATENCIES_MS:
-                name = f"mosaicml-streaming, {latency_ms} ms"
-                cases[name] = partial(measure_mosaic, root, options.count, latency_ms)
         downloaded: dict[str, list[float]] = {name: [] for name in cases}
 
         def speed(name: str) -> float:
@@ -102,40 +92,6 @@ def measure(root: Path, count: int, latency_ms: int) -> tuple[float, float]:
         return img_per_s, sent_bytes / size
 
 
-def write_mosaic(split: Path, folder: Path) -> None:
-    """Writes mosaicml-streaming's shards of the same images."""
-    from streaming import MDSWriter
-
-    columns = {"image": "bytes", "label": "int"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit=SHARD_BYTES) as writer:
-        for path, label in samples(split):
-            writer.write({"image": Path(path).read_bytes(), "label": label})
-
-
-def measure_mosaic(root: Path, count: int, latency_ms: int) -> tuple[float, float]:
-    """Measures mosaicml-streaming with the same limit, torchvision's transforms and PyTorch's `DataLoader`."""
-    from streaming import StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
-
-    clean_stale_shared_memory()
-    size = folder_bytes(root / "bucket" / "mosaic")
-    apply = transform()
-
-    class Transformed(StreamingDataset):
-        def __getitem__(self, at: int) -> Any:
-            sample = super().__getitem__(at)
-            return apply(Image.open(BytesIO(sample["image"])).convert("RGB")), sample["label"]
-
-    with object_store(root / "bucket", latency_ms) as sent, tempfile.TemporaryDirectory() as disk:
-        dataset = Transformed(
-            remote="s3://bucket/mosaic", local=disk, shuffle=True, batch_size=BATCH, cache_limit=size // 3
-        )
-        loader = DataLoader(dataset, BATCH, num_workers=CORES, drop_last=True, persistent_workers=True)
-        sizes = (len(labels) for _ in range(EPOCHS) for _, labels in loader)
-        img_per_s, sent_bytes = steady(sizes, count, sent)
-        return img_per_s, sent_bytes / size
-
-
 def steady(sizes: Iterable[int], count: int, sent: Callable[[], int]) -> tuple[float, float]:
     """Returns images per second and bytes sent per epoch, after the first epoch of `count` images."""
     seen, started, bytes_before = 0, 0.0, 0
@@ -162,7 +118,6 @@ def object_store(bucket: Path, latency_ms: int) -> Iterator[Callable[[], int]]:
         time.sleep(0.01)
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port.value}",
-        "S3_ENDPOINT_URL": f"http://127.0.0.1:{port.value}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
     }

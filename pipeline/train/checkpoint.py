@@ -87,8 +87,8 @@ def manifest_entries(folder: Path) -> dict[str, Any]:
     try:
         if manifest["format"] not in _READABLE:
             raise CheckpointFormatError(
-                f"checkpoint {folder} has format {manifest['format']}, and this version reads formats {_READABLE}: resume "
-                f"it with the version that wrote it, or start a new run under another run.name. `densenet eval`, "
+                f"checkpoint {folder} has format {manifest['format']}, and this version reads formats {_READABLE}: "
+                f"resume it with the version that wrote it, or start a new run under another run.name. `densenet eval`, "
                 f"`export` and model.weights still read its weights."
             )
         found = {

@@ -326,6 +326,14 @@ def positions(first: int) -> PlannedBatch:
     return PlannedBatch(one, one, one, nothing, nothing, nothing, nothing, nothing[0], 8)
 
 
+def test_a_shard_that_somebody_removes_is_fetched_again(shards, tmp_path):
+    with new_cache(shards, str(shards), tmp_path / "fast") as read_sample:
+        content = read_sample(0).tobytes()
+        (file,) = cache_folder(tmp_path / "fast").root.rglob("*.tar")
+        file.unlink()
+        assert read_sample(0).tobytes() == content
+
+
 def read_on_small_disk(shards: Path, mount: Path, limit: int) -> None:
     """Reads through a cache on a file system that is smaller than the limit (in a user's mount namespace)."""
     images, _ = read(shards, mount, limit, seed=1, epochs=2)
@@ -333,11 +341,9 @@ def read_on_small_disk(shards: Path, mount: Path, limit: int) -> None:
     print(cache_folder(mount).log.read_text())
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_no_error_while_what_is_read_fits(shards, tmp_path):
-    mount = tmp_path / "disk"
+def run_on_small_disk(shards: Path, folder: Path, size: int) -> subprocess.CompletedProcess[str]:
+    mount = folder / "disk"
     mount.mkdir()
-    size = sum(split_bytes(shards)["train"]) // 2
     code = (
         "from pathlib import Path; from tests.data.test_streaming import read_on_small_disk; "
         f"read_on_small_disk(Path('{shards}'), Path('{mount}'), 10**9)"
@@ -346,9 +352,26 @@ def test_a_full_disk_is_no_error_while_what_is_read_fits(shards, tmp_path):
     done = subprocess.run(["unshare", "-rm", "sh", "-c", commands], capture_output=True, text=True, cwd=PROJECT)
     if "unshare failed" in done.stderr or "permission denied" in done.stderr:
         pytest.skip("this machine does not allow mount namespaces")
+    return done
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_no_error_while_what_is_read_fits(shards, tmp_path):
+    done = run_on_small_disk(shards, tmp_path, sum(split_bytes(shards)["train"]) // 2)
     assert done.returncode == 0, done.stderr
     assert "the disk is full" in done.stdout
     assert "ERROR" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_too_small_for_what_is_read_is_an_error_with_its_sizes(shards, tmp_path):
+    done = run_on_small_disk(shards, tmp_path, int(2.4 * max(split_bytes(shards)["train"])))
+    assert done.returncode != 0
+    assert re.search(
+        r"DataError: data.stage: \S+ is full before data.stage_limit is reached: [\d.]+ KB are free, and the shards "
+        r"that are read now need [\d.]+ KB more. Free disk space, or use a smaller data.window.",
+        done.stderr,
+    ), done.stderr
 
 
 def test_a_limit_without_a_folder_and_sizes_that_are_none_are_named(shards, tmp_path):

@@ -66,7 +66,7 @@ def test_a_run_whose_checkpoints_another_version_wrote_is_refused_and_keeps_them
     (folder / "manifest.json").write_text('{"format": 4, "files": {}}')
     with pytest.raises(
         CheckpointFormatError,
-        match=r"has format 4, and this version reads formats \(5, 6\): resume it with the version",
+        match=r"has format 4, and this version reads formats \(5, 6\): resume it",
     ):
         checkpoint.latest_valid(tmp_path, lambda _: None)
     assert folder.is_dir()

@@ -15,13 +15,16 @@ from pipeline.data.files import File
 from pipeline.data.index import DatasetIndex
 from pipeline.data.order import WindowedOrder
 from pipeline.data.plan import PlannedBatch
+from pipeline.data.space import free_bytes
 from pipeline.data.streaming.folder import CacheFolder, Client, Registration, Shards, try_lock
 from pipeline.data.streaming.policy import NO_SHARD
 from pipeline.errors import DataError
+from pipeline.formatting import format_bytes
 
 _POLL_S = 0.02
 _CHECK_FETCHER_S = 0.5
 _MAX_PATIENCE_S = 600.0
+_MAX_WAIT = 2.5  # times the patience: the end of a wait for which no error was reported
 _MAX_STARTS = 5  # of the process that fetches, while one shard is awaited
 _LOG_LINES = 5
 
@@ -160,7 +163,8 @@ class ShardCache:
         window = self._order.window_of(epoch, offset)
         if self._window != (epoch, window):
             self._window, self._kept = (epoch, window), frozenset(windows.shards(window).tolist())
-            self._open_files = {number: file for number, file in self._open_files.items() if number in self._kept}
+            opened = list(self._open_files.items())  # at once: other threads may open shards
+            self._open_files = {number: file for number, file in opened if number in self._kept}
         if not self._closed.is_set():
             self._registration.set_position(position)
 
@@ -195,12 +199,13 @@ class ShardCache:
             pass
 
     def _raise_if_hopeless(self, number: int, waited_s: float, starts: int) -> None:
-        if starts <= _MAX_STARTS and waited_s < 2.5 * self._patience_s:
+        if starts <= _MAX_STARTS and waited_s < _MAX_WAIT * self._patience_s:
             return
         log = self._folder.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
         raise DataError(
             f"shard {self._shards.names[number]} did not come to data.stage={self._base} within {waited_s:.0f} s, and "
-            f"the process that fetches was started {starts} times. Several runs on a node need a data.stage_limit for "
+            f"the process that fetches was started {starts} times; {format_bytes(free_bytes(self._base))} are free. "
+            f"Several runs on a node need a data.stage_limit for "
             f"the windows of all of them, or another data.stage. The end of {self._folder.log}:\n  " + "\n  ".join(log)
         )
 
@@ -214,12 +219,13 @@ class ShardCache:
         try:
             if not try_lock(descriptor):
                 return False
-            module = [sys.executable, "-m", "pipeline.data.streaming.fetcher", str(self._folder.root), str(descriptor)]
+            # -P: not from the working folder, which may have other modules of these names
+            command = [sys.executable, "-P", "-m", "pipeline.data.streaming.fetcher", str(self._folder.root)]
             project = str(Path(__file__).resolve().parents[3])
             paths = os.pathsep.join(filter(None, [project, os.environ.get("PYTHONPATH")]))
             with self._folder.log.open("ab") as log:
                 subprocess.run(
-                    [sys.executable, "-I", "-S", "-c", _DETACH, *module],
+                    [sys.executable, "-I", "-S", "-c", _DETACH, *command],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -20,14 +20,14 @@ from pipeline.data.sources import PARALLEL_COPIES, DiskError
 from pipeline.data.space import free_bytes
 from pipeline.data.streaming.download import Download, FetchError, Stopped
 from pipeline.data.streaming.folder import CacheFolder, ClientView, Shards, new_clients
-from pipeline.data.streaming.policy import Need, Priorities, plan_actions, prioritize
+from pipeline.data.streaming.policy import NO_SHARD, Need, Priorities, plan_actions, prioritize
 from pipeline.files import write_text
 from pipeline.formatting import format_bytes
 
 _POLL_S = 0.1
 _LINGER_S = 5.0  # after the last rank
 _POSTPONE_S = 10.0  # of a shard that could not be fetched
-_FULL_DISK_S = 60.0  # until the limit is tried again after the disk was full
+_FULL_DISK_S = 600.0  # until the limit is tried again after the disk was full
 _LOG_BYTES = 16 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -61,6 +61,7 @@ class Fetcher:
             while not self._stop.is_set():
                 self._update_clients()
                 self._collect()
+                self._check_demands()
                 now = time.monotonic()
                 if self._clients:
                     idle_since = None
@@ -83,10 +84,9 @@ class Fetcher:
             file = self._folder.root / name
             file.parent.mkdir(parents=True, exist_ok=True)
             self._folder.partial_file(name).unlink(missing_ok=True)
-            if file.is_file():
-                self._present_S[number] = file.stat().st_size == self._bytes_S[number]
-                if not self._present_S[number]:
-                    file.unlink()
+            self._present_S[number] = self._is_on_disk(number)
+            if not self._present_S[number]:
+                file.unlink(missing_ok=True)
         log.info("started with %d of %d shards on disk", self._present_S.sum(), len(self._bytes_S))
 
     def _update_clients(self) -> None:
@@ -124,6 +124,18 @@ class Fetcher:
                 self._folder.error(number).unlink(missing_ok=True)
                 log.info("fetched %s, %s", self._shards.names[number], self._usage())
 
+    def _check_demands(self) -> None:
+        """Fetches shards again that somebody else has removed from the disk."""
+        for view in self._clients.values():
+            number = view.demand
+            if number != NO_SHARD and self._present_S[number] and not self._is_on_disk(number):
+                self._present_S[number] = False
+                log.warning("%s is not on disk any more", self._shards.names[number])
+
+    def _is_on_disk(self, number: int) -> bool:
+        file = self._folder.root / self._shards.names[number]
+        return file.is_file() and file.stat().st_size == self._bytes_S[number]
+
     def _act(self, pool: ThreadPoolExecutor, now: float) -> None:
         """Evicts and starts downloads."""
         priorities, clients = self._prioritize(), [view.client for view in self._clients.values()]
@@ -135,7 +147,7 @@ class Fetcher:
         present_S, fetching_S = self._present_S, self._fetching_S
         actions = plan_actions(priorities, self._bytes_S, present_S, fetching_S, is_postponed_S, limit, slots)
         for number in actions.evict:
-            (self._folder.root / self._shards.names[number]).unlink()
+            (self._folder.root / self._shards.names[number]).unlink(missing_ok=True)
             self._present_S[number] = False
             log.info("evicted %s, %s", self._shards.names[number], self._usage())
         patience_s = min(client.patience_s for client in clients)
@@ -222,4 +234,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))  # the second argument is the descriptor of the locked file, which stays open
+    main(Path(sys.argv[1]))  # it has inherited the locked file, which stays open

@@ -27,7 +27,7 @@ import numpy as np
 
 from pipeline.data.philox import Ints
 from pipeline.data.streaming.policy import NO_SHARD, UNKNOWN
-from pipeline.files import PARTIAL_PREFIX, write_text
+from pipeline.files import PARTIAL_PREFIX, atomic_file
 
 _PROGRESS_BYTES = 16
 
@@ -99,7 +99,10 @@ class Shards:
             "sha256": self.sha256,
             "first_rows": self.first_rows_S1.tolist(),
         }
-        write_text(folder.private / "shards.json", json.dumps(content))
+        file = folder.private / "shards.json"
+        # Containers that share the folder may have equal process ids.
+        with atomic_file(file, file.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(4)}")) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
 
     @staticmethod
     def load(folder: CacheFolder) -> "Shards":
