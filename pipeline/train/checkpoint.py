@@ -88,8 +88,8 @@ def manifest_entries(folder: Path) -> dict[str, Any]:
         if manifest["format"] not in _READABLE:
             raise CheckpointFormatError(
                 f"checkpoint {folder} has format {manifest['format']}, and this version reads formats {_READABLE}: "
-                f"resume it with the version that wrote it, or start a new run under another run.name. `densenet eval`, "
-                f"`export` and model.weights still read its weights."
+                f"resume it with the version that wrote it, or start a new run under another run.name. "
+                f"`densenet eval`, `export` and model.weights still read its weights."
             )
         found = {
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
