@@ -1,8 +1,9 @@
 """How cost grows with samples, ranks and epochs, without images and without training.
 
-    python -m benchmarks.growth [--largest 8]
+    python -m benchmarks.growth [--largest 9]
 
-Samples (10,000 to 10 million; the sampler alone to 10^`--largest`): a synthetic index, as in `benchmarks.index_scale`.
+Samples (10,000 to 10 million; the order of an epoch to 10^`--largest`, next to a sort of at most 10^8): a synthetic
+index, as in `benchmarks.index_scale`.
 Ranks (1 to 1,024): the plan of one rank, and a real event channel that answers as many calls as there are ranks. Epochs
 (1 to 100): the journal of a run that logs 100 steps per epoch, read at a restart.
 """
@@ -16,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import save_result, seconds
+from benchmarks.epoch_order import first_batch, peak_memory, sorted_order, whole_order
 from benchmarks.index_scale import EPOCH, measure, write_set
 from launch.cluster.local_ray import embedded_ray
 from pipeline.config import RunConfig
 from pipeline.data.dataset import index_file
-from pipeline.data.plan import TrainPlan, micro_batch, permutation
+from pipeline.data.plan import TrainPlan, micro_batch
 from pipeline.evaluation.counts import EvalResult
 from pipeline.tracking.run import Tracker
 from pipeline.train.events import Evaluated, Step
@@ -30,23 +32,18 @@ SAMPLES = (10_000, 100_000, 1_000_000, 10_000_000)
 RANKS = (1, 8, 64, 512, 1024)
 EPOCHS = (1, 10, 100)
 SAMPLES_PER_SHARD, STEPS_PER_EPOCH, DEVICE_BATCH, ROUNDS = 1165, 100, 32, 5
+LARGEST_SORT = 10**8  # 1.6 GB
 
 
 def main() -> None:
     """Measures all three."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--largest", type=int, default=8, help="power of ten of the largest permutation; 0.8 GB for 8")
+    parser.add_argument("--largest", type=int, default=9, help="power of ten of the longest epoch; one minute for 9")
     options = parser.parse_args()
     for samples in SAMPLES:
         grow_samples(samples)
     for power in range(4, options.largest + 1):
-        save(
-            "samples",
-            "order of an epoch",
-            10**power,
-            seconds(lambda power=power: permutation(0, EPOCH, 10**power)),
-            "s",
-        )
+        grow_order(10**power)
     for ranks in RANKS:
         grow_ranks(ranks)
     grow_channel()
@@ -82,11 +79,24 @@ def grow_samples(samples: int) -> None:
     )
 
 
+def grow_order(samples: int) -> None:
+    """Measures the order of an epoch: time and memory of its first batch, time of all of it; the same for a sort."""
+    first = statistics.median(seconds(lambda e=e: first_batch(samples, e)) for e in range(ROUNDS))  # type: ignore[misc]
+    save("samples", "order of an epoch: first batch", samples, 1e3 * first, "ms")
+    memory = peak_memory(lambda: first_batch(samples, EPOCH)) / 1e6
+    save("samples", "order of an epoch: memory", samples, memory, "MB")
+    save("samples", "order of an epoch", samples, seconds(lambda: whole_order(samples, EPOCH + 1)), "s")
+    if samples <= LARGEST_SORT:
+        save("samples", "order by sorting", samples, seconds(lambda: sorted_order(samples, EPOCH)), "s")
+        memory = peak_memory(lambda: sorted_order(samples, EPOCH)) / 1e6
+        save("samples", "order by sorting: memory", samples, memory, "MB")
+
+
 def grow_ranks(ranks: int) -> None:
     """Measures the time in which the last rank plans a micro-batch."""
     sides_N = np.full(1_281_167, 500)
     plan = TrainPlan(0, sides_N, sides_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
-    plan.batch(micro_batch(0, 0, ranks - 1, ranks, DEVICE_BATCH, 1), 224)  # caches the epoch's order
+    plan.batch(micro_batch(0, 0, ranks - 1, ranks, DEVICE_BATCH, 1), 224)  # creates the epoch's order
     times = [
         seconds(lambda step=step: plan.batch(micro_batch(step, 0, ranks - 1, ranks, DEVICE_BATCH, 1), 224))  # type: ignore[misc]
         for step in range(1, ROUNDS + 1)

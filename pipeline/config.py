@@ -152,6 +152,7 @@ CheckpointIdentity = Literal[
     "classes",
     "training images",
     "data",
+    "sample order",
 ]
 
 

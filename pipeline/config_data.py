@@ -6,8 +6,21 @@ from typing import Annotated, Any, Literal
 import fsspec
 from pydantic import Field, model_validator
 
-from pipeline.config_fields import Auto, Count, Fraction, Interpolation, Location, Name, Rgb, Section, Uri, registered
+from pipeline.config_fields import (
+    Auto,
+    ByteSize,
+    Count,
+    Fraction,
+    Interpolation,
+    Location,
+    Name,
+    Rgb,
+    Section,
+    Uri,
+    registered,
+)
 from pipeline.extension_points import AUGMENTATIONS, DATA_SOURCES, is_generated
+from pipeline.formatting import parse_bytes
 from pipeline.limits import MAX_PIXELS
 
 
@@ -37,6 +50,11 @@ class Data(Section):
     )
     stage: Annotated[str | None, Location("local")] = Field(
         None, description="local folder on each node's own disk, to which shards are copied before training"
+    )
+    stage_limit: ByteSize | None = Field(
+        None,
+        description="maximum disk space in `stage` on each node (200GB, 1.5TB): with the windowed shuffle, shards are "
+        "fetched ahead of use and evicted after it; null: everything is copied",
     )
     on_corrupt: Literal["error", "skip"] = Field(
         "error", description="corrupt training images: `error` ends the run, `skip` replaces them by other images"
@@ -93,6 +111,11 @@ class Data(Section):
             _check_scheme(self.root)
             if self.stage is None:
                 raise ValueError(f"root={self.root} is a URI: set stage to a folder on each node's own disk")
+        if self.stage_limit is not None and self.stage is None:
+            raise ValueError(
+                f"stage_limit={self.stage_limit} limits the disk space of staged shards: set stage to a folder on each "
+                f"node's own disk, or omit stage_limit"
+            )
         epochs = [epoch for epoch, _ in self.progressive_resize]
         if (
             epochs != sorted(set(epochs))
@@ -104,6 +127,16 @@ class Data(Section):
                 f"progressive_resize={pairs} must be [epoch, size] pairs with increasing epochs and sizes >= 8"
             )
         return self
+
+    @property
+    def stage_limit_bytes(self) -> int | None:
+        """`stage_limit` in bytes."""
+        return None if self.stage_limit is None else parse_bytes(str(self.stage_limit))
+
+    @property
+    def streams(self) -> bool:
+        """Whether training reads shards from a cache of limited size, instead of a folder with all of them."""
+        return self.stage_limit is not None and self.shuffle == "windowed"
 
     @property
     def max_image_size(self) -> int:

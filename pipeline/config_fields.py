@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from pipeline.formatting import parse_bytes
 from pipeline.registry import Registry
 
 Auto = Literal["auto"]
@@ -38,6 +39,12 @@ def _no_password(uri: str) -> str:
     return uri
 
 
+def _number_of_bytes(size: int | str) -> int | str:
+    if parse_bytes(str(size)) < 1:
+        raise ValueError("must be at least 1 byte")
+    return size
+
+
 def valid_by(error_of: Callable[[str], str | None]) -> AfterValidator:
     """Returns a validator that rejects a name for which `error_of` returns an error."""
 
@@ -58,6 +65,8 @@ def registered(registry: Registry[Any]) -> AfterValidator:
 Name = Annotated[str, AfterValidator(_plain_name)]
 
 Uri = Annotated[str, AfterValidator(_no_password)]
+
+ByteSize = Annotated[int | str, AfterValidator(_number_of_bytes)]  # as given: an integer, or text such as 200GB
 
 
 @dataclass(frozen=True)

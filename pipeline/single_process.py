@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline.config import RunConfig
 from pipeline.config_fields import Device
+from pipeline.data.staging import stage_splits
 from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation.counts import EvalResult
 from pipeline.model.timm_models import check_model
@@ -92,11 +93,12 @@ def fit(config: RunConfig, *, resume: str | Path | None = None, report: Report |
             emit(event)
 
         stack.enter_context(single_process_group(device))
+        train_index, val_index = stage_splits(config.data, setup.train_index, setup.val_index)
         train_rank(
             config,
             setup.derived,
-            setup.train_index,
-            setup.val_index,
+            train_index,
+            val_index,
             run_dir=run_dir,
             device=device,
             report=on_event,

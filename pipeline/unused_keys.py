@@ -112,6 +112,11 @@ _RULES = (
         "it chooses between mixup and CutMix, and one of them is off (alpha 0)",
     ),
     _Rule(("data.window",), lambda c, d: c.data.shuffle == "windowed", "data.shuffle is {c.data.shuffle}"),
+    _Rule(
+        ("data.stage_limit",),
+        lambda c, d: c.data.shuffle == "windowed",
+        "data.shuffle is full, so everything is copied, and it fits; windowed starts without waiting for the copy",
+    ),
     _Rule(("train.nan_limit",), lambda c, d: c.train.on_nan != "stop", "train.on_nan is stop"),
     _Rule(("train.on_out_of_memory",), lambda c, d: d.device == "cuda", "it applies to GPUs, this run is on the CPU"),
     _Rule(

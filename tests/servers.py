@@ -3,14 +3,19 @@
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import fsspec
 import pytest
@@ -67,13 +72,53 @@ class MlflowServer:
             return False
 
 
+class UnreliableDownloads:
+    """A layer in front of an S3 store that delays downloads of shards, breaks some, and counts them.
+
+    `error_of` gets a shard's name and how often it was requested, and returns "500", "reset" (of the connection),
+    "truncated", or None.
+    """
+
+    def __init__(self) -> None:
+        self.delay_s = 0.0
+        self.error_of: Callable[[str, int], str | None] = lambda name, request: None
+        self.requests: Counter[str] = Counter()
+        self.application: Any = None
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """Answers a request, by WSGI."""
+        name = environ["PATH_INFO"].rpartition("/")[2]
+        if environ["REQUEST_METHOD"] != "GET" or not name.endswith(".tar"):
+            return self.application(environ, start_response)
+        self.requests[name] += 1
+        threading.Event().wait(self.delay_s)
+        error = self.error_of(name, self.requests[name])
+        if error == "500":
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return []
+        if error == "reset":
+            no_linger = struct.pack("ii", 1, 0)
+            environ["werkzeug.socket"].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+            raise ConnectionResetError  # the server closes the connection
+        content = self.application(environ, start_response)
+        return _half(b"".join(content)) if error == "truncated" else content
+
+
+def _half(content: bytes) -> Iterator[bytes]:
+    yield content[: len(content) // 2]
+    raise ConnectionResetError  # the server closes the connection
+
+
 @contextmanager
-def s3_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def s3_store(monkeypatch: pytest.MonkeyPatch, downloads: UnreliableDownloads | None = None) -> Iterator[None]:
     """An S3 store with an empty bucket `bucket`, which fsspec finds through environment variables."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    if downloads is not None:
+        assert server._server is not None
+        downloads.application, server._server.app = server._server.app, downloads
     try:
         host, port = server.get_host_and_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")

@@ -60,6 +60,7 @@ NO_EFFECT = {
     "augment.mixup_alpha=0.2 augment.mix_prob=0": "augment.mixup_alpha=0.2 has no effect: augment.mix_prob is 0",
     "augment.cutmix_alpha=1 augment.mix_switch_prob=0.3": "augment.mix_switch_prob=0.3 has no effect",
     "data.window=4": "data.window=4 has no effect: data.shuffle is full",
+    "data.stage=/fast data.stage_limit=200GB": "data.stage_limit=200GB has no effect: data.shuffle is full",
     "train.nan_limit=3": "train.nan_limit=3 has no effect: train.on_nan is stop",
     "train.profile_steps=[5,999999]": "train.profile_steps=[5, 999999] has no effect: the run ends at step 351563",
     "checkpoint.every_samples=99999999": "checkpoint.every_samples=99999999 has no effect: the run ends at 900",

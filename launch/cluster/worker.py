@@ -14,7 +14,7 @@ import ray.train
 
 from pipeline.config import RunConfig
 from pipeline.data.index import DatasetIndex
-from pipeline.data.staging import stage
+from pipeline.data.staging import stage_splits
 from pipeline.derived import Derived, derive_for_workers
 from pipeline.errors import DataError, UserError
 from pipeline.model.pretrained import Pretrained
@@ -88,7 +88,7 @@ def _train(task: Task, report: Report) -> None:
         derived = derive_for_workers(derived, config, context.get_world_size())
     _check_code(task.code, config.run.plugins)
     _check_output(config, run_dir)
-    train_index, val_index = (_node_index(config, ray.get(index)) for index in (task.train_index, task.val_index))
+    train_index, val_index = _node_indexes(config, ray.get(task.train_index), ray.get(task.val_index))
     train_rank(
         config,
         derived,
@@ -139,21 +139,24 @@ def _check_output(config: RunConfig, run_dir: Path) -> None:
         )
 
 
-def _node_index(config: RunConfig, index: DatasetIndex) -> DatasetIndex:
-    """Returns the index of the data that this node reads: in data.root, or the copy on its own disk (data.stage).
+def _node_indexes(
+    config: RunConfig, train_index: DatasetIndex, val_index: DatasetIndex
+) -> tuple[DatasetIndex, DatasetIndex]:
+    """Returns the indexes of the data that this node reads: in data.root, or the copy on its own disk (data.stage).
 
     Raises:
         DataError: This node sees no data, or other data than the driver.
     """
     if config.data.stage is not None:
-        return stage(index, str(config.data.root), Path(config.data.stage))
-    reason = index.find_difference(_CHECKED_FILES, compare_sizes=config.data.on_corrupt == "error")
-    if reason is not None:
-        raise DataError(
-            f"{_node_name()} does not see the data that the driver sees in data.root={config.data.root}: {reason}. Put "
-            f"the data under one path that all nodes see, or set data.stage."
-        )
-    return index
+        return stage_splits(config.data, train_index, val_index)
+    for index in (train_index, val_index):
+        reason = index.find_difference(_CHECKED_FILES, compare_sizes=config.data.on_corrupt == "error")
+        if reason is not None:
+            raise DataError(
+                f"{_node_name()} does not see the data that the driver sees in data.root={config.data.root}: {reason}. "
+                f"Put the data under one path that all nodes see, or set data.stage."
+            )
+    return train_index, val_index
 
 
 def _stop_check(channel: Any) -> Callable[[], bool]:

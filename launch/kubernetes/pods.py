@@ -1,5 +1,6 @@
 """Fits the pods of an overlay's RayJob to a config: workers and resources, volumes, credentials, preStop hook."""
 
+import math
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipeline.errors import UserError
 from pipeline.locations import is_uri, locations
 
 GPU = "nvidia.com/gpu"
+_GIB = 2**30
+_FILE_SYSTEM = 1.1  # size of a volume to that of the files in it
 STAGE = "/stage"  # mount of the component `stage`
 _POD_MOUNTS = ("/tmp", "/dev/shm", "/etc/densenet", STAGE)  # mounts that pods do not share
 _SQLITE = "sqlite:///"
@@ -32,7 +35,7 @@ def fit_pods(job: dict[str, Any], config: RunConfig, overlay: str, settings: Set
     _check_locations(config, worker["containers"][0])
     _fit_workers(group, config, overlay, settings)
     _set_credentials([head, worker], config, settings)
-    _set_stage_class(worker, config, settings)
+    _set_stage_volume(worker, config, settings)
     _set_grace_period(worker, config, settings)
 
 
@@ -116,8 +119,8 @@ def _set_credentials(pods: list[dict[str, Any]], config: RunConfig, settings: Se
             pod["containers"][0]["envFrom"] = sources
 
 
-def _set_stage_class(pod: dict[str, Any], config: RunConfig, settings: Settings) -> None:
-    """Sets the storage class of the node-local volume, which the component `stage` has added for `data.stage`."""
+def _set_stage_volume(pod: dict[str, Any], config: RunConfig, settings: Settings) -> None:
+    """Sets storage class and size of the node-local volume, which the component `stage` has added for `data.stage`."""
     if config.data.stage is None:
         if settings.stage_class is not None:
             raise UserError(f"--set stage-class needs data.stage={STAGE}, which is not set.")
@@ -131,6 +134,9 @@ def _set_stage_class(pod: dict[str, Any], config: RunConfig, settings: Settings)
         )
     (claim,) = (volume["ephemeral"]["volumeClaimTemplate"] for volume in pod["volumes"] if volume["name"] == "stage")
     claim["spec"]["storageClassName"] = settings.stage_class
+    if config.data.stage_limit_bytes is not None:
+        size = Fraction(math.ceil(config.data.stage_limit_bytes * _FILE_SYSTEM / _GIB) * _GIB)
+        claim["spec"]["resources"]["requests"]["storage"] = format_quantity(size, binary=True)
 
 
 def _set_grace_period(pod: dict[str, Any], config: RunConfig, settings: Settings) -> None:

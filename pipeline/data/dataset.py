@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
                 split["samples"],
                 split["bytes"],
                 split["index"] if version == _FORMAT else f"index/{name}.parquet",
-                {path: Shard(**shard) for path, shard in split["shards"].items()},
+                {path: Shard(shard["bytes"], shard["sha256"]) for path, shard in split["shards"].items()},
             )
             for name, split in content.pop("splits").items()
         }
@@ -144,7 +145,7 @@ def check_shards(root: Path, split: Split) -> None:
     problems = []
     for name, shard in split.shards.items():
         try:
-            size = (root / name).stat().st_size
+            size = os.stat(f"{root}/{name}").st_size
         except OSError as error:
             problems.append(f"{name}: {error.strerror}")
             continue

@@ -3,6 +3,7 @@
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 _OPEN_FILES = 256
 
@@ -27,6 +28,13 @@ class File:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+
+class Opener(Protocol):
+    """Opens files by path, at any time and from any thread."""
+
+    def open(self, path: Path, /) -> File:
+        """Returns the open file; the same path may give another object."""
 
 
 class Files:

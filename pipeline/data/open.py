@@ -3,11 +3,10 @@
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from pipeline.config import RunConfig
 from pipeline.config_data import MAX_PIXELS
@@ -18,10 +17,12 @@ from pipeline.data.dataset import check_sizes, open_split, open_splits, read_man
 from pipeline.data.folders import list_classes
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
-from pipeline.data.philox import Ints
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, rank_eval_batches
+from pipeline.data.streaming.cache import ShardCache, open_cache
+from pipeline.data.streaming.limits import check_limit
 from pipeline.errors import DataError, UserError
 from pipeline.extension_points import is_generated
+from pipeline.formatting import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from pipeline.data.dali import Batch, Loader
@@ -35,6 +36,7 @@ def open_dataset(
     *,
     train: str = "train",
     stage: str | Path | None = None,
+    stage_limit: int | str | None = None,
     cache: str | Path = "outputs",
     classes: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -46,21 +48,25 @@ def open_dataset(
             (`s3://bucket/set`); or `digits://`, the demo's handwritten digits.
         train: Name of the training split; its classes define the labels of all splits.
         stage: For a URI: folder on this machine's local disk, to which shards are copied.
+        stage_limit: Maximum disk space in `stage`: bytes, or text such as `200GB`. Then training batches with
+            `data.shuffle=windowed` read shards that are fetched ahead of use and evicted after it, also from a folder;
+            the other splits are copied whole, and count. An index that is returned does not read images.
         cache: Folder for cached indexes of class folders and URIs; use the `run.output` of training runs.
         classes: File with the classes to use, one per line; a second column is a class's new name, to merge classes.
         max_pixels: Maximum number of pixels of an image; larger ones are errors.
 
     Raises:
+        UserError: `stage_limit` is not a size, or has no `stage`.
         DataError: the data set does not exist, or has the wrong layout.
     """
-    return Dataset(
-        root,
-        train,
-        None if stage is None else Path(stage),
-        Path(cache).absolute(),
-        None if classes is None else Path(classes),
-        max_pixels,
-    )
+    if stage_limit is not None and stage is None:
+        raise UserError(f"stage_limit={stage_limit} limits the disk space in stage: pass stage=FOLDER too.")
+    try:
+        limit = None if stage_limit is None else parse_bytes(str(stage_limit))
+    except ValueError as error:
+        raise UserError(f"stage_limit={error}.") from error
+    folder, class_list = (None if path is None else Path(path) for path in (stage, classes))
+    return Dataset(root, train, folder, Path(cache).absolute(), class_list, max_pixels, limit)
 
 
 def resolve_data_root(root: str | Path, cache: Path) -> Path:
@@ -75,10 +81,17 @@ class Dataset:
     """
 
     def __init__(
-        self, root: str | Path, train: str, stage: Path | None, cache: Path, classes: Path | None, max_pixels: int
+        self,
+        root: str | Path,
+        train: str,
+        stage: Path | None,
+        cache: Path,
+        classes: Path | None,
+        max_pixels: int,
+        stage_limit: int | None = None,
     ) -> None:
         self._train, self._stage, self._cache, self._max_pixels = train, stage, cache, max_pixels
-        self._class_list = classes
+        self._class_list, self._stage_limit = classes, stage_limit
         self._uri: str | None = None
         self._indexes: dict[str, DatasetIndex] = {}
         if "://" in str(root) and not is_generated(str(root)):
@@ -91,6 +104,10 @@ class Dataset:
             raise DataError(f"{root} is not a folder: use a data set's folder, or one that contains SPLIT/CLASS/*.")
         self.splits: tuple[str, ...] = tuple(manifest.splits) if manifest is not None else self._split_folders()
         self._manifest = manifest
+        self._shard_bytes = {
+            name: sum(shard.bytes for shard in split.shards.values())
+            for name, split in (manifest.splits if manifest is not None else {}).items()
+        }
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -170,7 +187,14 @@ class Dataset:
         _check_device(device)
         if image_size is not None and image_size not in _SIDES:
             raise UserError(f"image_size={image_size} must be from {_SIDES.start} to {_SIDES.stop - 1} pixels.")
-        index = self.index(split)
+        index, streams = self.index(split), False
+        if self._stage_limit is not None:
+            config = self._with_stage(config)
+            streams = training and config.data.streams
+            if training:
+                check_limit(config.data, index, self._other_bytes(split))
+            if not streams:
+                index = self._stage_whole(index, split)
         rank_batch = batch_size // world_size
         if not training:
             for name, value in (("start", start or None), ("stop", stop), ("epochs", epochs)):
@@ -182,7 +206,7 @@ class Dataset:
             planned = (plan.batch(ids_B) for ids_B in rank_eval_batches(len(index), rank, world_size, rank_batch))
             count = (rank + 1) * len(index) // world_size - rank * len(index) // world_size
             return Batches(
-                partial(_create_loader, config, index, rank_batch, device, None), planned, -(-count // rank_batch)
+                index, partial(_create_loader, config, rank_batch, device, None), planned, -(-count // rank_batch)
             )
         sampler = train_plan(config, index, seed)
         steps = _steps(start, stop, epochs, len(index), batch_size)
@@ -200,7 +224,41 @@ class Dataset:
         planned = (
             sampler.batch(positions_B, sizes.image_size_at(positions_B[0] / len(index))) for positions_B in positions
         )
-        return Batches(partial(_create_loader, config, index, rank_batch, device, sampler), planned, steps)
+        create_cache = None
+        if streams:
+            create_cache = partial(
+                open_cache,
+                config.data,
+                sampler.seed,
+                index,
+                self._other_bytes(split),
+                stop=start + steps * batch_size,
+            )
+        return Batches(
+            index, partial(_create_loader, config, rank_batch, device, sampler), planned, steps, create_cache
+        )
+
+    def _with_stage(self, config: RunConfig) -> RunConfig:
+        """Returns the config with this data set's root and staging."""
+        stage = {"root": self._uri or str(self.root), "stage": str(self._stage), "stage_limit": self._stage_limit}
+        return config.model_copy(update={"data": config.data.model_copy(update=stage)})
+
+    def _other_bytes(self, split: str) -> int:
+        """Returns the size of the other splits' shards, bytes."""
+        return sum(size for other, size in self._shard_bytes.items() if other != split)
+
+    def _stage_whole(self, index: DatasetIndex, split: str) -> DatasetIndex:
+        """Copies a split below `stage` if it fits the limit."""
+        from pipeline.data.staging import stage
+
+        assert self._stage is not None and self._stage_limit is not None
+        size = self._shard_bytes.get(split, 0)
+        if size > self._stage_limit:
+            raise DataError(
+                f"stage_limit={format_bytes(self._stage_limit)} is less than the {format_bytes(size)} of {split}, "
+                f"which is copied whole: raise it."
+            )
+        return stage(index, self._uri or str(self.root), self._stage)
 
     def _split_folders(self) -> tuple[str, ...]:
         """Returns the folders that contain class folders, the training split first."""
@@ -213,7 +271,7 @@ class Dataset:
             raise DataError(f"{self.root} has no split '{split}', it has {', '.join(self.splits)}: correct the name.")
         cache = self._cache / "index"
         if self._uri is not None:
-            return self._stage_split(self._uri, split)
+            return self._open_remote(self._uri, split)
         if self._manifest is not None or split == self._train or self._train not in self.splits:
             return open_split(self.root, split, cache, self._max_pixels, self._class_list)
         warn = partial(warnings.warn, stacklevel=4)
@@ -237,7 +295,7 @@ class Dataset:
         fetch_indexes(uri, (), self._cache / "index")
         return remote_cache_folder(uri, self._cache / "index")
 
-    def _stage_split(self, uri: str, split: str) -> DatasetIndex:
+    def _open_remote(self, uri: str, split: str) -> DatasetIndex:
         from pipeline.data.staging import fetch_indexes, stage
 
         (index,) = fetch_indexes(uri, (split,), self._cache / "index")
@@ -245,7 +303,7 @@ class Dataset:
         if self._class_list is not None:
             index = with_classes(index, self._class_list, self._cache / "index")
         assert self._stage is not None
-        return stage(index, uri, self._stage)
+        return index if self._stage_limit is not None else stage(index, uri, self._stage)
 
 
 class Batches:
@@ -256,10 +314,17 @@ class Batches:
     the reason, by row in the index.
     """
 
-    def __init__(self, create_loader: Callable[[], "Loader"], planned: Iterator[PlannedBatch], count: int) -> None:
+    def __init__(
+        self,
+        index: DatasetIndex,
+        create_loader: Callable[[DatasetIndex], "Loader"],
+        planned: Iterator[PlannedBatch],
+        count: int,
+        create_cache: "Callable[[], ShardCache] | None" = None,
+    ) -> None:
         self.skipped: dict[int, str] = {}
         self._count = count
-        self._batches = _run(create_loader, planned, self.skipped)
+        self._batches = _run(index, create_loader, planned, self.skipped, create_cache)
 
     def __len__(self) -> int:
         return self._count
@@ -282,10 +347,20 @@ class Batches:
 
 
 def _run(
-    create_loader: Callable[[], "Loader"], planned: Iterator[PlannedBatch], skipped: dict[int, str]
+    index: DatasetIndex,
+    create_loader: Callable[[DatasetIndex], "Loader"],
+    planned: Iterator[PlannedBatch],
+    skipped: dict[int, str],
+    create_cache: "Callable[[], ShardCache] | None",
 ) -> Generator["Batch"]:
     """Runs a loader that lives as long as this generator; there is no reference cycle, so `del` closes it."""
-    with create_loader() as loader:
+    with ExitStack() as stack:
+        if create_cache is not None:
+            cache = stack.enter_context(create_cache())
+            index, planned = cache.readable(index), cache.follow(planned)
+        loader = stack.enter_context(create_loader(index))
+        if create_cache is not None:
+            stack.callback(cache.close)  # before the loader, which waits for its threads
         for batch in loader.run(planned):
             skipped.update(loader.skipped)
             yield batch
@@ -307,14 +382,10 @@ def train_plan(config: RunConfig, index: DatasetIndex, seed: int | None = None) 
         scale=data.scale,
         ratio=data.ratio,
         hflip=data.hflip,
-        files_N=_files_of(index) if data.shuffle == "windowed" else None,
+        first_rows_S1=index.first_rows_S1 if data.shuffle == "windowed" else None,
         window=data.window,
         augment=config.augment,
     )
-
-
-def _files_of(index: DatasetIndex) -> Ints:
-    return np.repeat(np.arange(len(index.files)), np.diff(index.first_rows_S1))
 
 
 def eval_plan(config: RunConfig, index: DatasetIndex, crop: int | None = None) -> EvalPlan:
@@ -324,7 +395,7 @@ def eval_plan(config: RunConfig, index: DatasetIndex, crop: int | None = None) -
 
 
 def _create_loader(
-    config: RunConfig, index: DatasetIndex, batch_size: int, device: Device, sampler: TrainPlan | None
+    config: RunConfig, batch_size: int, device: Device, sampler: TrainPlan | None, index: DatasetIndex
 ) -> "Loader":
     """Creates a loader for training with `sampler`; without it, for evaluation."""
     from pipeline.data.dali import Loader

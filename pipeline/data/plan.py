@@ -1,57 +1,26 @@
 """Stateless samplers: the shuffled sample order, random-resized crops and flips, as functions of (seed, epoch, sample).
 
-Position `p` of the run's sample order gives `epoch, i = divmod(p, N)`, the epoch's permutation gives the sample, and a
-counter-based generator keyed by (seed, epoch, sample) gives its crop window and flip. So the global batches do not
-depend on the number of workers, on gradient accumulation or on restarts, and training resumes at any sample.
+Position `p` of the run's sample order gives `epoch, i = divmod(p, N)`, the epoch's permutation (`pipeline.data.order`)
+gives the sample, and a counter-based generator keyed by (seed, epoch, sample) gives its crop window and flip. So the
+global batches do not depend on the number of workers, on gradient accumulation or on restarts, and training resumes at
+any sample.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config_data import Augment
 from pipeline.data.augment import Augmentations, draw_counts, plan_augmentations
-from pipeline.data.philox import CROP, REPLACE, SHUFFLE, SHUFFLE_SHARDS, Ints, draw, philox
+from pipeline.data.order import FullOrder, Order, WindowedOrder
+from pipeline.data.philox import CROP, REPLACE, Ints, draw
 
 Sides = NDArray[np.int32] | NDArray[np.int64]  # widths or heights of all samples, pixels
 
 _TRIES = 10
-_CHUNK = 1 << 14  # samples whose random words fit the CPU cache
-
-
-def permutation(seed: int, epoch: int, num_samples: int, windows_N: Ints | None = None, purpose: int = SHUFFLE) -> Ints:
-    """Returns the permutation of the samples in an epoch: sorts them by random keys.
-
-    A 64-bit key holds the sample's id in its lowest bits and random bits above. With `windows_N`, samples are sorted by
-    window first, and shuffled within each window.
-    """
-    id_bits = max(1, (num_samples - 1).bit_length())
-    window_bits = 0 if windows_N is None else int(windows_N.max()).bit_length()
-    keys_N = np.empty(num_samples, np.uint64)
-    for start in range(0, num_samples, _CHUNK):
-        ids = np.arange(start, min(start + _CHUNK, num_samples), dtype=np.uint64)
-        words = philox((ids, np.uint64(epoch), np.uint64(0), np.uint64(purpose)), seed)  # type: ignore[arg-type]
-        keys_N[start : start + len(ids)] = (words[0] << np.uint64(32) | words[1]) >> np.uint64(window_bits)
-    if windows_N is not None and window_bits:
-        keys_N |= windows_N.astype(np.uint64) << np.uint64(64 - window_bits)
-    low = np.uint64((1 << id_bits) - 1)
-    # The id in the lowest bits makes all keys distinct, so that any sorting algorithm gives the same order.
-    ordered_N = np.sort((keys_N & ~low) | np.arange(num_samples, dtype=np.uint64))
-    return (ordered_N & low).astype(np.int64)
-
-
-def windowed_permutation(seed: int, epoch: int, files_N: Ints, window: int) -> Ints:
-    """Returns an epoch's permutation for storage with slow random access: few shards are open at a time.
-
-    Shuffles the shards, groups them into windows of `window` shards, and shuffles samples within each window.
-    """
-    num_files = int(files_N.max()) + 1
-    position_of_file = np.empty(num_files, np.int64)
-    position_of_file[permutation(seed, epoch, num_files, purpose=SHUFFLE_SHARDS)] = np.arange(num_files)
-    return permutation(seed, epoch, len(files_N), windows_N=position_of_file[files_N] // window)
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,8 @@ class PlannedBatch:
 class TrainPlan:
     """The training sampler: shuffled order, random-resized crops and flips; arguments as in `config_data.Data`.
 
-    `files_N` gives each sample's shard, for the windowed shuffle in windows of `window` shards; None: full shuffle.
+    With `first_rows_S1`, the shuffle is within windows of `window` shards, and shard s has the samples from
+    `first_rows_S1[s]` to `first_rows_S1[s + 1]`; None: full shuffle.
     """
 
     seed: int
@@ -96,7 +66,7 @@ class TrainPlan:
     scale: tuple[float, float]
     ratio: tuple[float, float]
     hflip: float
-    files_N: Ints | None = field(default=None, repr=False)
+    first_rows_S1: Ints | None = field(default=None, repr=False)
     window: int = 1
     augment: Augment = field(default_factory=Augment)
 
@@ -104,21 +74,19 @@ class TrainPlan:
         return len(self.widths_N)
 
     @cached_property
-    def _cached_order(self) -> Callable[[int], Ints]:
-        return lru_cache(2)(self._epoch_order)
-
-    def _epoch_order(self, epoch: int) -> Ints:
-        if self.files_N is None:
-            return permutation(self.seed, epoch, len(self))
-        return windowed_permutation(self.seed, epoch, self.files_N, self.window)
+    def order(self) -> Order:
+        """The order of each epoch."""
+        if self.first_rows_S1 is None:
+            return FullOrder(self.seed, len(self))
+        return WindowedOrder(self.seed, self.first_rows_S1, self.window)
 
     def locate(self, positions_B: Ints) -> tuple[Ints, Ints]:
         """Returns epochs and sample ids at positions of the run's sample order."""
         epochs_B, offsets_B = np.divmod(positions_B, len(self))
         ids_B = np.empty_like(positions_B)
-        for epoch in np.unique(epochs_B):
+        for epoch in np.unique(epochs_B).tolist():
             mask_B = epochs_B == epoch
-            ids_B[mask_B] = self._cached_order(int(epoch))[offsets_B[mask_B]]
+            ids_B[mask_B] = self.order.ids(epoch, offsets_B[mask_B])
         return epochs_B, ids_B
 
     def batch(self, positions_B: Ints, side: int) -> PlannedBatch:
@@ -130,9 +98,12 @@ class TrainPlan:
         return self._plan(planned.positions_B, planned.epochs_B, ids_B, planned.side)
 
     def replacements(self, epoch: int, sample: int) -> Iterator[int]:
-        """Yields 32 random candidates to replace a corrupt sample in an epoch, in order of preference."""
+        """Yields 32 random candidates to replace a corrupt sample in an epoch, in order of preference.
+
+        With the windowed shuffle they are from the sample's window, whose shards are read at that time anyway.
+        """
         u_41T = draw(self.seed, np.array([epoch]), np.array([sample]), {REPLACE: 8})[REPLACE]
-        yield from (u_41T * len(self)).astype(np.int64).ravel().tolist()
+        yield from self.order.replacements(epoch, sample, u_41T.ravel()).tolist()
 
     def _plan(self, positions_B: Ints, epochs_B: Ints, ids_B: Ints, side: int) -> PlannedBatch:
         """Plans crop windows as torchvision's `RandomResizedCrop`.

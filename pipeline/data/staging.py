@@ -1,8 +1,6 @@
 """Remote data: fetches the indexes of a data set at a URI, and stages shards on a node's local disk."""
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,17 +8,16 @@ from typing import Any
 import fsspec
 from filelock import FileLock
 
+from pipeline.config_data import Data
 from pipeline.data.dataset import MANIFEST, open_index, parse_manifest
 from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.index_file import names_file
+from pipeline.data.sources import PARALLEL_COPIES, copy_file, errors_name_uri
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
 from pipeline.extension_points import is_generated
-from pipeline.extras import install_hint
 from pipeline.files import PARTIAL_PREFIX, atomic_file, write_text
 
-_PARALLEL_COPIES = 8  # shards at once: object stores limit the bandwidth of a single stream
-_BLOCK = 8 << 20
 _ATTEMPTS = 2
 
 
@@ -42,7 +39,7 @@ def fetch_indexes(root: str, splits: tuple[str, ...], cache: Path) -> list[Datas
     """
     folder = remote_cache_folder(root, cache)
     (folder / "index").mkdir(parents=True, exist_ok=True)
-    with _errors_name_uri(root):
+    with errors_name_uri(root):
         files, base = fsspec.core.url_to_fs(root)
         text = files.cat_file(f"{base}/{MANIFEST}").decode()
         manifest = parse_manifest(text, f"{root}/{MANIFEST}")
@@ -78,15 +75,29 @@ def stage(index: DatasetIndex, source: str, base: Path) -> DatasetIndex:
     folder = base / index.fingerprint[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"), ThreadPoolExecutor(_PARALLEL_COPIES, "stage") as pool:
+        with FileLock(folder / "lock"), ThreadPoolExecutor(PARALLEL_COPIES, "stage") as pool:
             missing = {name: shard for name, shard in index.shards.items() if not _is_staged(folder / name, shard)}
             check_space(folder, sum(shard.bytes for shard in missing.values()), "the staged shards")
-            with _errors_name_uri(source):
+            with errors_name_uri(source):
                 files, root = fsspec.core.url_to_fs(source)
                 list(pool.map(lambda item: _copy(files, root, folder, *item), missing.items()))
     except OSError as error:
         raise DataError(f"data.stage={base}: {error.filename or ''} {error.strerror or error}.") from error
     return index.with_root(folder)
+
+
+def stage_splits(data: Data, train_index: DatasetIndex, val_index: DatasetIndex) -> tuple[DatasetIndex, DatasetIndex]:
+    """Stages both splits where `data.stage` is set; a training split that is streamed (`Data.streams`) stays as it is.
+
+    Raises:
+        DataError: as `stage`.
+    """
+    if data.stage is None:
+        return train_index, val_index
+    source, base = str(data.root), Path(data.stage)
+    if not data.streams:
+        train_index = stage(train_index, source, base)
+    return train_index, stage(val_index, source, base)
 
 
 def _is_staged(file: Path, shard: Shard) -> bool:
@@ -99,29 +110,6 @@ def _copy(files: Any, root: str, folder: Path, name: str, shard: Shard) -> None:
     # Under the lock, so the fixed name overwrites what a killed process left.
     with atomic_file(target, target.with_name(f"{PARTIAL_PREFIX}{target.name}")) as temporary:
         for _ in range(_ATTEMPTS):
-            digest = hashlib.sha256()
-            with files.open(f"{root}/{name}", "rb") as source, temporary.open("wb") as out:
-                while block := source.read(_BLOCK):
-                    digest.update(block)
-                    out.write(block)
-            if digest.hexdigest() == shard.sha256:
+            if copy_file(files, f"{root}/{name}", temporary).sha256 == shard.sha256:
                 return
         raise DataError(f"shard {name} does not match its SHA-256: run `densenet data verify` on the source.")
-
-
-@contextlib.contextmanager
-def _errors_name_uri(uri: str) -> Iterator[None]:
-    """Converts errors of file systems into a `DataError` that names the URI."""
-    try:
-        yield
-    except DataError:
-        raise
-    except ImportError as error:
-        raise DataError(
-            f"{uri} needs a package that is not installed ({error}); for S3: {install_hint('s3')}"
-        ) from error
-    except FileNotFoundError as error:
-        raise DataError(f"{uri}: {error} does not exist. Use a data set from `densenet data prepare`.") from error
-    except Exception as error:  # each fsspec file system raises its own errors
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{uri} cannot be read: {type(error).__name__}: {reason}") from error

@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 from pipeline.config import RunConfig
-from pipeline.data.space import format_bytes
 from pipeline.errors import UserError
 from pipeline.extension_points import OPTIMIZERS
+from pipeline.formatting import format_bytes
 from pipeline.model.timm_models import size
 from pipeline.tracking.stores import sqlite_file, stores_from_config
 from pipeline.train.checkpoint import checkpoint_root, checkpoints

@@ -14,6 +14,8 @@ from pipeline.data.dali import Batch, Loader
 from pipeline.data.index import DatasetIndex
 from pipeline.data.open import eval_plan, train_plan
 from pipeline.data.plan import PlannedBatch, TrainPlan, micro_batch
+from pipeline.data.streaming.cache import open_cache
+from pipeline.data.streaming.limits import shard_bytes
 from pipeline.derived import Derived
 
 
@@ -33,6 +35,17 @@ class Inputs:
     ) -> None:
         data = config.data
         self._config, self._derived, self._device = config, derived, device
+        self._cache = None
+        if data.streams:
+            self._cache = open_cache(
+                data,
+                config.run.seed,
+                train_index,
+                shard_bytes(val_index),
+                stop=derived.total_samples,
+                hang_timeout_s=config.cluster.hang_timeout_s,
+            )
+            train_index = self._cache.readable(train_index)
         self.train_index = train_index
         self.plan = train_plan(config, train_index)
         self.eval_plan = eval_plan(config, val_index)
@@ -47,13 +60,16 @@ class Inputs:
         self._reported = 0  # skipped samples
 
     def close(self) -> None:
-        """Closes both loaders."""
+        """Closes both loaders; first ends their waits for shards."""
+        if self._cache is not None:
+            self._cache.close()
         self.eval_loader.close()
         self.loader.close()
 
     def batches(self, first_step: int) -> Generator[Batch]:
         """Yields this rank's micro-batches from `first_step` (counted from 0) to the end of the run."""
-        return self.loader.run(self._planned(first_step))
+        planned = self._planned(first_step)
+        return self.loader.run(planned if self._cache is None else self._cache.follow(planned))
 
     def images(self, step: int) -> list[str]:
         """Returns this rank's images in a step (counted from 0), as paths, or shard and member."""

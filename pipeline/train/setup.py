@@ -14,6 +14,7 @@ from pipeline.data.dataset import check_classes, check_sizes, open_splits
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
 from pipeline.data.staging import fetch_indexes, is_remote
+from pipeline.data.streaming.limits import check_limit, shard_bytes
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
 from pipeline.locations import is_uri, with_locations
@@ -101,6 +102,7 @@ def set_up(
             f"data.shuffle=windowed shuffles within windows of shards, but data.root={config.data.root} holds class "
             f"folders, each with one class: use data.shuffle=full, or prepare shards."
         )
+    check_limit(config.data, train_index, shard_bytes(val_index))
     check_deepspeed(config, derived)
     _check_storage(config)
     if config.engine.sync_batch_norm and derived.device == "cpu":

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pipeline.config import CheckpointIdentity, RunConfig
 from pipeline.data.index import DatasetIndex
+from pipeline.data.order import ORDER_VERSION
 from pipeline.derived import Derived
 from pipeline.errors import UserError
 from pipeline.evaluation.counts import EvalResult
@@ -26,6 +27,7 @@ from pipeline.train.storage import Storage, StorageError, checkpoint_storage
 from pipeline.train.writer import CheckpointFiles, CheckpointWriter
 
 _OPTIMIZER = "optimizer.safetensors"
+_SAMPLE_ORDER: CheckpointIdentity = "sample order"
 _FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 
 
@@ -152,8 +154,17 @@ def restore_state(config: RunConfig, derived: Derived, train_index: DatasetIndex
         UserError: the checkpoint belongs to another run, or has other values of settings that must not change.
     """
     record = read_state(folder)
-    saved, current = record["identity"], _identity(config, derived, train_index)
+    # Checkpoints from before the order had a version have the first one.
+    saved, current = {_SAMPLE_ORDER: 1} | record["identity"], _identity(config, derived, train_index)
     allowed = config.checkpoint.allow_changed
+    if saved[_SAMPLE_ORDER] != current[_SAMPLE_ORDER] and _SAMPLE_ORDER not in allowed:
+        raise UserError(
+            f"cannot resume from checkpoint {folder}: another release with another sample order wrote it (version "
+            f"{saved[_SAMPLE_ORDER]}; this release has version {current[_SAMPLE_ORDER]}), so the rest of its epoch "
+            f"would repeat some images and omit others. Finish the run with that release, or start a new run under "
+            f"another run.name with model.weights={folder}. If repeated images are acceptable, as at the end of an "
+            f"epoch, list '{_SAMPLE_ORDER}' in checkpoint.allow_changed."
+        )
     changed = [
         f"{key} was {saved[key]} and is {current[key]}"
         for key in current
@@ -212,6 +223,7 @@ def _identity(config: RunConfig, derived: Derived, train_index: DatasetIndex) ->
         "classes": derived.num_classes,
         "training images": derived.train_samples,
         "data": train_index.fingerprint[:16],
+        _SAMPLE_ORDER: ORDER_VERSION,
     }
 
 

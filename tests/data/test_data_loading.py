@@ -10,10 +10,13 @@ import psutil
 import pytest
 import torch
 
+from pipeline.config import RunConfig
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, windowed_permutation
+from pipeline.data.open import train_plan as configured_plan
+from pipeline.data.order import WindowedOrder
+from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.errors import DataError
@@ -197,30 +200,15 @@ def test_fifty_epochs_leak_no_memory_threads_or_files(tmp_path):
     assert shared_memory(process) == shared
 
 
-def test_windowed_shuffle_has_every_sample_once_and_few_shards_at_a_time():
-    files_N = np.repeat(np.arange(40), 25)
-    orders = [windowed_permutation(3, epoch, files_N, 5) for epoch in range(3)]
-    for order in orders:
-        assert sorted(order) == list(range(1000))
-        for start in range(0, 1000, 125):
-            assert len(set(files_N[order[start : start + 125]])) == 5
-    assert not np.array_equal(orders[0], orders[1])
-    groups = [{frozenset(files_N[order[s : s + 125]]) for s in range(0, 1000, 125)} for order in orders]
-    assert groups[0] != groups[1]  # windows contain other shards in each epoch
-    assert np.array_equal(orders[0], windowed_permutation(3, 0, files_N, 5))
-    within = orders[0][:125]
-    assert (np.diff(files_N[within]) != 0).mean() > 0.6  # mixed, not one shard after the other
-
-
 def test_windowed_shuffle_with_windows_of_one_shard_and_of_all_shards(tmp_path):
     index = prepare_index(tmp_path, "shards")
-    files_N = np.repeat(np.arange(len(index.files)), np.diff(index.first_rows_S1))
-    assert len(index.files) > 2
-    plan = TrainPlan(3, index.widths_N, index.heights_N, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, files_N=files_N, window=1)
+    plan = configured_plan(RunConfig.model_validate({"data": {"shuffle": "windowed", "window": 1}}), index)
+    assert plan.first_rows_S1 is not None and len(plan.first_rows_S1) == len(index.shards) + 1 > 3
     _, ids_B = plan.locate(np.arange(len(index)))
-    assert (np.diff(files_N[ids_B]) != 0).sum() == len(index.files) - 1  # one shard after the other
+    shards_B = plan.first_rows_S1.searchsorted(ids_B, "right") - 1
+    assert (np.diff(shards_B) != 0).sum() == len(index.shards) - 1  # one shard after the other
     assert sorted(ids_B) == list(range(len(index)))
-    assert (
-        windowed_permutation(3, 0, np.zeros(10, np.int64), 4).tolist()
-        == windowed_permutation(3, 0, np.zeros(10, np.int64), 9).tolist()
-    )
+    all_shards = [
+        WindowedOrder(3, plan.first_rows_S1, window).ids(0, np.arange(len(index))).tolist() for window in (40, 90)
+    ]
+    assert all_shards[0] == all_shards[1]

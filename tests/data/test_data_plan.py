@@ -5,7 +5,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch, philox, rank_eval_batches
+from pipeline.data.philox import philox
+from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch, rank_eval_batches
 
 
 def words(text: str) -> tuple[np.ndarray, ...]:
@@ -127,6 +128,31 @@ def test_images_without_a_fitting_attempt_get_the_largest_centered_window(width,
     b = plan(1, widths_N=np.array([width]), heights_N=np.array([height]), scale=(0.9, 1.0)).batch(np.arange(1), 32)
     assert tuple(b.window_shapes_B2[0]) == window
     assert tuple(b.window_starts_B2[0]) == ((height - window[0]) // 2, (width - window[1]) // 2)
+
+
+def test_sides_of_32_bits_give_the_same_plan():
+    sides = np.random.default_rng(1).integers(40_000, 65_500, (2, 50))  # areas exceed 32 bits
+    wide, narrow = (
+        plan(50, widths_N=sides_2N[0], heights_N=sides_2N[1]).batch(np.arange(50), 32)
+        for sides_2N in (sides, sides.astype(np.int32))
+    )
+    assert np.array_equal(wide.window_shapes_B2, narrow.window_shapes_B2)
+    wide, narrow = (
+        EvalPlan(*sides_2N, 40_000, 32).batch(np.arange(50)) for sides_2N in (sides, sides.astype(np.int32))
+    )
+    assert np.array_equal(wide.sizes_B2, narrow.sizes_B2)
+
+
+def test_replacements_are_any_samples_or_those_of_the_window():
+    first_rows_S1 = np.arange(0, 101, 10)
+    full, windowed = plan(100), plan(100, first_rows_S1=first_rows_S1, window=2)
+    sample = int(windowed.locate(np.array([100]))[1][0])
+    window = windowed.locate(np.arange(100, 120))[1]
+    assert len(set(full.replacements(1, sample)) - set(window.tolist())) > 10
+    candidates = list(windowed.replacements(1, sample))
+    assert len(candidates) == 32
+    assert set(candidates) <= set(window.tolist())
+    assert len({candidate // 10 for candidate in candidates}) == 2, "of both shards"
 
 
 def test_eval_sizes_and_origins_follow_torchvisions_rule():

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.data.dataset import open_splits, read_manifest
 from pipeline.data.images import ignore_pil_warnings
+from pipeline.data.order import ORDER_VERSION
 from pipeline.data.tools.data_card import DATA_CARD
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
@@ -244,7 +245,7 @@ def test_shares_on_several_machines_write_the_same_bytes_as_one_process(layout, 
     assert [share.manifest for share in done] == [None, None]
     assert done[1].parts_missing > 0
     assert run(source, target, share=(2, 3)).parts_reused == done[0].parts, "finished parts are written again"
-    with pytest.raises(DataError, match="another number of shares: repeat that command"):
+    with pytest.raises(DataError, match="another number of shares or by an earlier version"):
         run(source, target)
     last = run(source, target, share=(1, 3))
     assert last.parts + done[0].parts + done[1].parts == whole.parts
@@ -268,8 +269,26 @@ def test_a_finished_set_is_not_rewritten_and_another_is_refused(ilsvrc, tmp_path
     before = contents(tmp_path / "set")
     assert run(ilsvrc, tmp_path / "set").manifest == first.manifest
     assert contents(tmp_path / "set") == before
-    with pytest.raises(DataError, match="already contains a data set of other images or other options"):
+    with pytest.raises(DataError, match="already contains a data set of other images, of other options, or in"):
         run(ilsvrc, tmp_path / "set", PrepareOptions(shard_bytes=20_000, seed=9))
+
+
+def test_a_preparation_is_not_continued_in_another_sample_order(ilsvrc, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr("pipeline.data.tools.prepare.ORDER_VERSION", ORDER_VERSION - 1)
+        assert run(ilsvrc, tmp_path / "set", share=(0, 3)).parts_missing > 0
+        run(ilsvrc, tmp_path / "whole")
+    before = sorted((tmp_path / "set").glob("*/*.tar"))
+    with pytest.raises(DataError, match="earlier version, whose sample order differs: repeat that command, with that"):
+        run(ilsvrc, tmp_path / "set", share=(1, 3))
+    assert sorted((tmp_path / "set").glob("*/*.tar")) == before
+    with pytest.raises(DataError, match="in the sample order of an earlier version: choose another folder"):
+        run(ilsvrc, tmp_path / "whole")
+    options = PrepareOptions(to="folders")
+    with monkeypatch.context() as earlier:
+        earlier.setattr("pipeline.data.tools.prepare.ORDER_VERSION", ORDER_VERSION - 1)
+        run(ilsvrc, tmp_path / "folders", options)
+    run(ilsvrc, tmp_path / "folders", options)  # whose images have no order
 
 
 def test_corrupt_images_are_all_named_or_skipped(tmp_path):

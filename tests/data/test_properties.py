@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.data.dataset import index_file, open_splits
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_file import load_index, save_index
-from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch, permutation, rank_eval_batches, windowed_permutation
+from pipeline.data.plan import EvalPlan, TrainPlan, micro_batch, rank_eval_batches
 from pipeline.data.tables import table_of
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
@@ -27,26 +27,6 @@ from tests.data import synthetic
 seeds = st.integers(0, 2**32 - 1)
 sides = st.integers(1, 5000)
 QUICK = settings(max_examples=60)
-
-
-@QUICK
-@given(seed=seeds, epoch=st.integers(0, 2**31), samples=st.integers(1, 3000))
-def test_an_epoch_has_every_sample_once(seed, epoch, samples):
-    order = permutation(seed, epoch, samples)
-    assert np.array_equal(np.sort(order), np.arange(samples))
-    assert np.array_equal(order, permutation(seed, epoch, samples))
-
-
-@QUICK
-@given(seed=seeds, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=40), window=st.integers(1, 50))
-def test_a_windowed_epoch_has_every_sample_once_and_few_shards_open(seed, sizes, window):
-    files_N = np.repeat(np.arange(len(sizes)), sizes)
-    order = windowed_permutation(seed, 3, files_N, window)
-    assert np.array_equal(np.sort(order), np.arange(len(files_N)))
-    first = {int(file): int(np.flatnonzero(files_N[order] == file)[0]) for file in range(len(sizes))}
-    last = {int(file): int(np.flatnonzero(files_N[order] == file)[-1]) for file in range(len(sizes))}
-    for position in range(0, len(order), max(1, len(order) // 10)):
-        assert sum(first[file] <= position <= last[file] for file in first) <= window
 
 
 @QUICK

@@ -18,8 +18,9 @@ from pipeline.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import best_checkpoint, checkpoint_root
 from pipeline.train.events import Event, Resumed, Step, Stopped, Warned
+from pipeline.train.state import create_engine
 from pipeline.train.watchdog import Watchdog
-from tests.train.settings import new_trainer, settings
+from tests.train.settings import CPU, new_trainer, settings
 
 Indexes = tuple[DatasetIndex, DatasetIndex]
 WEIGHTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -200,6 +201,29 @@ def test_a_run_does_not_resume_on_data_that_has_grown(one_rank, indexes, tmp_pat
         UserError, match=r"training images was \d+ and is \d+; data was .* \(with model.weights=.* weights\)"
     ):
         run((train, val), tmp_path / "second", at(tmp_path / "first", MIDDLE))
+
+
+@pytest.mark.slow
+def test_a_run_in_an_earlier_sample_order_is_not_resumed_but_its_weights_are_read(one_rank, indexes, tmp_path):
+    data = indexes()
+    run(data, tmp_path / "first")
+    middle = at(tmp_path / "first", MIDDLE)
+    state = checkpoint.read_state(middle)
+    del state["identity"]["sample order"]  # as in checkpoints of the first order
+    checkpoint.write_json(middle / "state.json", state)
+    (middle / checkpoint.MANIFEST).unlink()
+    middle.rename(checkpoint.partial_folder(middle))
+    checkpoint.commit(middle)
+    message = (
+        rf"wrote it \(version 1; this .* version 2\).* Finish the run with that release, .* model.weights={middle}"
+    )
+    with pytest.raises(UserError, match=message):
+        run(data, tmp_path / "second", middle)
+    assert checkpoint.verify(middle) is None
+    config, derived = settings(*data)
+    create_engine(config, derived, CPU, pytest.fail, weights=middle)
+    allowed = PLAN["checkpoint"] | {"allow_changed": ["sample order"]}
+    assert isinstance(run(data, tmp_path / "second", middle, checkpoint=allowed)[0], Resumed)
 
 
 def hanging(indexes: Indexes, run_dir: Path) -> None:

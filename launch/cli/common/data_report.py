@@ -11,7 +11,6 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from launch.cli.common.tables import print_table
 from pipeline.data.dataset import Manifest
-from pipeline.data.space import format_bytes
 from pipeline.data.tools.append import AppendResult
 from pipeline.data.tools.diff import KINDS, Difference
 from pipeline.data.tools.image_checks import FINDING_KINDS
@@ -21,7 +20,7 @@ from pipeline.data.tools.stats import Stats
 from pipeline.data.tools.verify import Report
 from pipeline.errors import UserError, listed
 from pipeline.files import write_text
-from pipeline.formatting import duration
+from pipeline.formatting import duration, format_bytes
 
 _MAX_SHOWN = 5  # findings of each kind; the JSON report has all of them
 _MAX_EXAMPLES = 10  # of each kind of difference; the JSON report has all of them

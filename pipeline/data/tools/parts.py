@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, check_size, decode, encode, header, ignore_pil_warnings, shrink, to_rgb
 from pipeline.data.index import Shard
-from pipeline.data.plan import permutation
+from pipeline.data.order import permutation
 from pipeline.data.space import check_space
 from pipeline.data.tables import load_table, save_table, table_of
 from pipeline.data.tools import tars
@@ -119,7 +119,7 @@ def divide(table: pa.Table, first: Part) -> list[tuple[Part, Rows]]:
     """
     options, count = first.options, len(table)
     if options.to == "shards":
-        rows_N = permutation(options.seed, 0, count)
+        rows_N = permutation(options.seed, 0, count)(np.arange(count))
         num_parts = max(1, -(-pc.sum(table["length"]).as_py() // options.shard_bytes))
     else:
         rows_N = np.arange(count)

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from pipeline.config_data import MAX_PIXELS
 from pipeline.data.class_names import require_two_classes
 from pipeline.data.dataset import MANIFEST, Manifest, read_manifest, save_split
+from pipeline.data.order import ORDER_VERSION
 from pipeline.data.tools.data_card import UNKNOWN, Origin, write_data_card
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.parts import (
@@ -101,14 +102,16 @@ def prepare(
         if finished is not None:
             if finished.made.get("job") != job:
                 raise DataError(
-                    f"{target} already contains a data set of other images or other options: choose another folder."
+                    f"{target} already contains a data set of other images, of other options, or in the sample order "
+                    f"of an earlier version: choose another folder."
                 )
             finished = _with_origin(finished, target, origin)
             return PrepareResult(finished, 0, 0, finished.made["ignored"], notes=notes)
         with FileLock(work / "turn"):
             message = (
-                f"{target} contains an unfinished preparation of other images, with other options or another number of "
-                f"shares: repeat that command, or remove {target} to start from scratch."
+                f"{target} contains an unfinished preparation of other images, with other options, with another number "
+                f"of shares or by an earlier version, whose sample order differs: repeat that command, with that "
+                f"version, or remove {target} to start from scratch."
             )
             check_same_job(work, f"{job} {share[1]}", message)
         if options.to == "folders":
@@ -188,7 +191,8 @@ def work_folder(target: Path, share: tuple[int, int]) -> Iterator[Path]:
 
 def job_hash(scan: Scan, options: PrepareOptions) -> str:
     """Returns a hash of everything that determines the output."""
-    digest = hashlib.sha256(json.dumps([scan.layout, scan.classes, asdict(options)]).encode())
+    order = ORDER_VERSION if options.to == "shards" else None
+    digest = hashlib.sha256(json.dumps([scan.layout, scan.classes, asdict(options), order]).encode())
     for split, table in scan.splits.items():
         digest.update(split.encode())
         for name in ("path", "name"):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline.config_data import MAX_PIXELS
 from pipeline.data.files import Files
 from pipeline.data.images import NotAnImage, decode, ignore_pil_warnings, to_rgb
-from pipeline.data.plan import permutation
+from pipeline.data.order import permutation
 from pipeline.data.tools.image_checks import Chunk, iter_chunks
 from pipeline.data.tools.layouts import detect_layout
 from pipeline.data.tools.pool import Pool
@@ -69,7 +69,7 @@ def stats(root: Path, samples: int, pool: Pool, layout: str | None = None, max_p
     scan = source_layout.scan(root, None, pool)
     splits = {}
     for split, table in scan.splits.items():
-        chosen = np.sort(permutation(0, 0, len(table))[: samples or None])
+        chosen = np.sort(permutation(0, 0, len(table))(np.arange(len(table))[: samples or None]))
         tasks = list(iter_chunks(scan.root, split, table.take(chosen), decode=True, max_pixels=max_pixels))
         parts = pool.map(_measure, tasks, f"decoding {split}", [len(task.rows) for task in tasks])
         sizes = np.concatenate([part[0] for part in parts])

@@ -310,6 +310,7 @@ def test_local_disks_buckets_and_an_existing_mlflow_server(render):
     (volume,) = [volume for volume in workers["volumes"] if volume["name"] == "stage"]
     claim = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
     assert (claim["storageClassName"], claim["accessModes"]) == ("nvme", ["ReadWriteOnce"])
+    assert claim["resources"]["requests"]["storage"] == "200Gi"
     assert {"name": "stage", "mountPath": "/stage"} in workers["containers"][0]["volumeMounts"]
     assert "stage" not in [volume["name"] for volume in head["volumes"]]
     assert [pod["containers"][0]["envFrom"] for pod in (head, workers)] == 2 * [[{"secretRef": {"name": "keys"}}]]
@@ -323,6 +324,14 @@ def test_local_disks_buckets_and_an_existing_mlflow_server(render):
     assert [pod["containers"][0]["envFrom"] for _, pod in list(pods(job_of(documents)))[1:]] == [[], []]
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
     assert policy["spec"]["egress"][-1] == {"ports": [{"port": 443}]}, "MLflow is in the namespace"
+
+
+def test_the_volume_for_staging_is_as_large_as_the_limit(render):
+    overrides = ("data.stage=/stage", "data.stage_limit=1.5TB", "data.shuffle=windowed")
+    _, _, (_, workers) = pods(job_of(render("multi-node", *overrides, "--set=stage-class=nvme")))
+    (volume,) = [volume for volume in workers["volumes"] if volume["name"] == "stage"]
+    size = volume["ephemeral"]["volumeClaimTemplate"]["spec"]["resources"]["requests"]["storage"]
+    assert size == "1537Gi", "1.1 times the limit, in whole GiB"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from pipeline.config import RunConfig
 from pipeline.data.dataset import open_splits
-from pipeline.data.plan import TrainPlan
+from pipeline.data.open import train_plan
 from pipeline.data.staging import stage
 
 pytestmark = pytest.mark.slow
@@ -119,7 +120,7 @@ def test_densenet121_on_real_imagenet_images(shell, tmp_path, imagenet_samples):
     done = shell("densenet", "data", "prepare", str(tmp_path / "imagenet"), str(root), "--shard-size", "1")
     assert done.returncode == 0, done.stdout
     index, _ = open_splits(str(root), "train", "val", tmp_path)
-    plan = TrainPlan(0, index.widths_N, index.heights_N, (0.08, 1.0), (0.75, 1.33), 0.5, index.files_N, window=2)
+    plan = train_plan(RunConfig.model_validate({"data": {"shuffle": "windowed", "window": 2}}), index)
     third = int(plan.locate(np.array([2]))[1][0])
     staged = stage(index, str(root), fast)
     with staged.path(third).open("r+b") as file:
