@@ -173,7 +173,8 @@ def restore_state(config: RunConfig, derived: Derived, train_index: DatasetIndex
     if changed:
         raise UserError(
             f"cannot resume from checkpoint {folder}: {'; '.join(changed)}. Undo the change, start a new run under "
-            f"another run.name, or list the key in checkpoint.allow_changed if you know the change to be harmless."
+            f"another run.name (with model.weights={folder} from its weights), or list the key in "
+            f"checkpoint.allow_changed if you know the change to be harmless."
         )
     known = {field.name: record[field.name] for field in fields(RunState)}
     known |= {key: EvalResult(**known[key]) for key in ("best", "last") if known[key]}

@@ -8,6 +8,7 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -192,6 +193,15 @@ def test_allow_changed_accepts_a_changed_setting(one_rank, indexes, tmp_path):
     allowed = PLAN["checkpoint"] | {"allow_changed": ["run.seed"]}
     events = run(data, tmp_path / "second", middle, run={"seed": 6}, checkpoint=allowed)
     assert isinstance(events[0], Resumed)
+
+
+def test_a_run_does_not_resume_on_data_that_has_grown(one_rank, indexes, tmp_path):
+    train, val = indexes()
+    run((train.subset(np.arange(len(train) - 4)), val), tmp_path / "first")
+    with pytest.raises(
+        UserError, match=r"training images was \d+ and is \d+; data was .* \(with model.weights=.* weights\)"
+    ):
+        run((train, val), tmp_path / "second", at(tmp_path / "first", MIDDLE))
 
 
 @pytest.mark.slow
