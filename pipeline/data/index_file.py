@@ -76,14 +76,14 @@ def load_index(file: Path, check: bool | None = None) -> IndexFile:
         metadata = reader.schema.metadata or {}
         text, first_rows = metadata[_HEADER], metadata[_FIRST_ROWS]
         if int(metadata[b"checksum"]) != zlib.crc32(text + first_rows) or batch is None:
-            raise ValueError("its header is damaged")
+            raise ValueError("its header is corrupt")
         header = json.loads(text)
         if header["version"] != _VERSION:
             raise DataError(f"{file} is an index of another version: create it again with `densenet data index`.")
         if check or (check is None and batch.nbytes <= _CHECKED_BYTES):
             batch.validate(full=True)
             if {name: _checksum(batch[name]) for name in batch.schema.names} != header["checksums"]:
-                raise ValueError("its columns are damaged")
+                raise ValueError("its columns are corrupt")
         summary = Summary(**header["summary"] | {"counts_K": tuple(header["summary"]["counts_K"])})
         arrays: Any = {a: batch[n].to_numpy() for a, (n, _) in COLUMNS.items() if n in batch.schema.names}
         columns = Columns(

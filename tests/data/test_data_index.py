@@ -298,7 +298,7 @@ def test_large_indexes_are_opened_by_path_in_other_processes(folders, monkeypatc
         pickle.loads(pickled)
 
 
-def test_damage_in_a_large_index_is_found_by_verify_alone(folders, tmp_path, monkeypatch):
+def test_a_corrupt_large_index_is_found_by_verify_alone(folders, tmp_path, monkeypatch):
     shards_set = tmp_path / "shards"
     with Pool(1) as pool:
         prepare(folders(), shards_set, PrepareOptions(shard_bytes=9_000), pool)
@@ -307,9 +307,9 @@ def test_damage_in_a_large_index_is_found_by_verify_alone(folders, tmp_path, mon
     labels = content.index(open_set(shards_set)[0].labels_N.tobytes())
     content[labels] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"train.arrow cannot be read as an index \(its columns are damaged\)"):
+    with pytest.raises(DataError, match=r"train.arrow cannot be read as an index \(its columns are corrupt\)"):
         open_set(shards_set)
     monkeypatch.setattr("pipeline.data.index_file._CHECKED_BYTES", 10)
     open_set(shards_set)
-    with Pool(1) as pool, pytest.raises(DataError, match="its columns are damaged"):
+    with Pool(1) as pool, pytest.raises(DataError, match="its columns are corrupt"):
         verify(shards_set, pool)
