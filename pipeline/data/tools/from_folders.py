@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.data.columns import split_paths
 from pipeline.data.dataset import MANIFEST, open_index, read_manifest
 from pipeline.data.folders import (
     ImageFile,
@@ -14,7 +17,7 @@ from pipeline.data.folders import (
 )
 from pipeline.data.ignored import IgnoredFiles
 from pipeline.data.label_lists import Row, find_label_lists, is_label_list, read_list
-from pipeline.data.tables import SCHEMA
+from pipeline.data.tables import SCHEMA, table_of
 from pipeline.data.tools.imagenet_labels import DEVKIT, KAGGLE_CLASSES, KAGGLE_VAL, devkit_labels, kaggle_labels
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.scan import (
@@ -23,7 +26,6 @@ from pipeline.data.tools.scan import (
     count_other_entries,
     find_split_folders,
     is_flat,
-    labeled_table,
     table_by_file_name,
 )
 from pipeline.errors import DataError, listed
@@ -41,9 +43,10 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
     for split in manifest.splits:
         table = open_index(root, manifest, split, check=True).to_table()
         if manifest.layout == "folders":
-            rows = zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True)
-            names = [f"{manifest.classes[label]}/{path.rpartition('/')[2]}" for path, label in rows]
-            table = table.set_column(SCHEMA.get_field_index("name"), "name", pa.array(names, pa.string()))
+            files = split_paths(table["path"].cast(pa.string()))[1]
+            classes = pa.array(manifest.classes, pa.string()).take(table["label"])
+            names = pc.binary_join_element_wise(classes, files, "/")
+            table = table.set_column(SCHEMA.get_field_index("name"), "name", names)
         tables[split] = table
     return Scan("prepared", root, manifest.classes, tables)
 
@@ -116,7 +119,27 @@ def scan_kaggle(root: Path, work: Path | None, pool: Pool) -> Scan:
 
 
 def _table(listing: Listing, classes: tuple[str, ...], parent: Path = Path()) -> pa.Table:
-    return labeled_table([(image.label, _location(image, parent)) for image in listing.images()], classes)
+    """Returns the table of class folders, which are listed in the order of classes and names."""
+    paths, names, labels, lengths = [], [], [], []
+    for part in listing.folders:
+        files = part.names.cast(pa.string())
+        paths.append(_prefixed((parent / part.folder).as_posix(), files))
+        names.append(_prefixed(classes[part.label], files))
+        labels.append(np.full(len(part), part.label, np.int32))
+        lengths.append(part.lengths_F)
+    path = pa.concat_arrays([pa.array([], pa.string()), *paths])
+    return table_of(
+        {
+            "path": pa.DictionaryArray.from_arrays(np.arange(len(path), dtype=np.int32), path),
+            "name": pa.chunked_array(names, pa.string()),
+            "length": np.concatenate([np.empty(0, np.int64), *lengths]),
+            "label": np.concatenate([np.empty(0, np.int32), *labels]),
+        }
+    )
+
+
+def _prefixed(folder: str, files: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise(folder, files, "/")
 
 
 def _location(image: ImageFile, parent: Path) -> ImageLocation:
