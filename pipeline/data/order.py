@@ -107,12 +107,13 @@ class Windows:
         shards_S: the shards in order; window w has those from w * size to (w + 1) * size.
         size: number of shards per window; the last window may have fewer.
         first_offsets_W1: offset in the epoch of each window's first sample, and the number of samples, int64.
+        first_offsets_S1: the same for these shards, before the samples of a window are shuffled.
     """
 
     shards_S: Ints
     size: int
     first_offsets_W1: Ints
-    _first_offsets_S1: Ints = field(repr=False)
+    first_offsets_S1: Ints
 
     def __len__(self) -> int:
         return len(self.first_offsets_W1) - 1
@@ -168,8 +169,8 @@ class WindowedOrder:
 
     def _samples(self, windows: Windows, places_B: Ints) -> Ints:
         """Returns the samples at places in the shuffled shards, before samples are shuffled."""
-        shards_B = windows._first_offsets_S1.searchsorted(places_B, "right") - 1
-        return self.first_rows_S1[windows.shards_S[shards_B]] + places_B - windows._first_offsets_S1[shards_B]
+        shards_B = windows.first_offsets_S1.searchsorted(places_B, "right") - 1
+        return self.first_rows_S1[windows.shards_S[shards_B]] + places_B - windows.first_offsets_S1[shards_B]
 
     @cached_property
     def _cached_windows(self) -> Callable[[int], Windows]:
