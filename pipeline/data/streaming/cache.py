@@ -95,6 +95,8 @@ class ShardCache:
         self._kept: frozenset[int] = frozenset()
         self._window: tuple[int, int] | None = None
         self._open_files: dict[int, File] = {}
+        self._error: str | None = None
+        self._failed = 0.0  # when it was raised, s
         self._demand_lock, self._closed = threading.Lock(), threading.Event()
         client = Client(source, order.seed, order.window, stop, limit, self._patience_s, time.time_ns())
         try:
@@ -170,7 +172,10 @@ class ShardCache:
 
     def _wait(self, path: Path, number: int) -> File:
         """Waits for one shard at a time: the process that fetches gives it priority."""
+        requested = time.monotonic()
         with self._demand_lock:
+            if self._error is not None and self._failed > requested:
+                raise DataError(self._error)  # at once: the threads of a batch would fail one after the other
             started, started_ns, starts, checked = time.monotonic(), time.time_ns(), 0, -np.inf
             try:
                 while (file := self._open_existing(path, number)) is None:
@@ -185,6 +190,9 @@ class ShardCache:
                         self._raise_if_hopeless(number, now - started, starts)
                     self._closed.wait(_POLL_S)
                 return file
+            except DataError as error:
+                self._error, self._failed = str(error), time.monotonic()
+                raise
             finally:
                 if not self._closed.is_set():
                     self._registration.set_demand(NO_SHARD)

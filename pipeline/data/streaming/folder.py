@@ -146,7 +146,8 @@ class Registration:
             self._progress = np.frombuffer(mmap.mmap(progress.fileno(), _PROGRESS_BYTES), np.int64)
         temporary = self._file.with_name(f"{PARTIAL_PREFIX}{self._file.name}")
         self._descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        assert try_lock(self._descriptor)
+        is_locked = try_lock(self._descriptor)
+        assert is_locked, "no other process knows this file"
         os.write(self._descriptor, json.dumps(asdict(client)).encode())
         temporary.rename(self._file)  # locked and complete from its first appearance
 
