@@ -32,7 +32,7 @@ import json, sys, time
 from pathlib import Path
 import numpy as np, psutil
 from pipeline.data.dataset import open_splits
-from pipeline.data.open import train_plan
+from pipeline.data.batches import train_plan
 from pipeline.config import RunConfig
 root, position, batch, batches = sys.argv[1], *map(int, sys.argv[2:5])
 process = psutil.Process()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.config_file import load_config
+    from pipeline.data.batches import Batches
     from pipeline.data.dali import Batch
-    from pipeline.data.open import Batches, Dataset, open_dataset
+    from pipeline.data.open import Dataset, open_dataset
     from pipeline.errors import ConfigError, DataError, TrainingError, UserError
     from pipeline.evaluation.evaluate import Evaluation
     from pipeline.evaluation.scores import Scores
@@ -51,7 +52,7 @@ _MODULES = {
     "open_model": "export.open",
     "RunConfig": "config",
     "Batch": "data.dali",
-    "Batches": "data.open",
+    "Batches": "data.batches",
     "Dataset": "data.open",
     "Evaluation": "evaluation.evaluate",
     "Exported": "export.open",

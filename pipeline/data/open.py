@@ -1,9 +1,6 @@
 """The public data API: a data set's stateless samplers and data loader, for any training loop."""
 
-import os
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,21 +8,22 @@ from typing import TYPE_CHECKING
 from pipeline.config import RunConfig
 from pipeline.config_data import MAX_PIXELS
 from pipeline.config_fields import Device
+from pipeline.data.batches import Batches, create_loader, eval_plan, train_plan
 from pipeline.data.class_list import read_class_list, relabel
 from pipeline.data.class_subset import with_classes
 from pipeline.data.dataset import check_sizes, open_split, open_splits, read_manifest
 from pipeline.data.folders import list_classes
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch, rank_eval_batches
-from pipeline.data.streaming.cache import ShardCache, open_cache
+from pipeline.data.plan import micro_batch, rank_eval_batches
+from pipeline.data.streaming.cache import open_cache
 from pipeline.data.streaming.limits import check_limit
 from pipeline.errors import DataError, UserError
 from pipeline.extension_points import is_generated
 from pipeline.formatting import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from pipeline.data.dali import Batch, Loader
+    pass
 
 _WHOLE = "all"  # the split name of a folder that directly contains class folders
 _SIDES = range(8, 1025)
@@ -206,7 +204,7 @@ class Dataset:
             planned = (plan.batch(ids_B) for ids_B in rank_eval_batches(len(index), rank, world_size, rank_batch))
             count = (rank + 1) * len(index) // world_size - rank * len(index) // world_size
             return Batches(
-                index, partial(_create_loader, config, rank_batch, device, None), planned, -(-count // rank_batch)
+                index, partial(create_loader, config, rank_batch, device, None), planned, -(-count // rank_batch)
             )
         sampler = train_plan(config, index, seed)
         steps = _steps(start, stop, epochs, len(index), batch_size)
@@ -234,9 +232,7 @@ class Dataset:
                 self._other_bytes(split),
                 stop=start + steps * batch_size,
             )
-        return Batches(
-            index, partial(_create_loader, config, rank_batch, device, sampler), planned, steps, create_cache
-        )
+        return Batches(index, partial(create_loader, config, rank_batch, device, sampler), planned, steps, create_cache)
 
     def _with_stage(self, config: RunConfig) -> RunConfig:
         """Returns the config with this data set's root and staging."""
@@ -304,122 +300,6 @@ class Dataset:
             index = with_classes(index, self._class_list, self._cache / "index")
         assert self._stage is not None
         return index if self._stage_limit is not None else stage(index, uri, self._stage)
-
-
-class Batches:
-    """An iterator of batches, with a length. Threads prefetch the next batches while the loop uses the current one.
-
-    Resources are freed at the end of the loop; after an early exit, by `close`, by a `with` block around the loop, or
-    when the last reference is gone. `skipped` has the corrupt images replaced so far (`data.on_corrupt=skip`), with
-    the reason, by row in the index.
-    """
-
-    def __init__(
-        self,
-        index: DatasetIndex,
-        create_loader: Callable[[DatasetIndex], "Loader"],
-        planned: Iterator[PlannedBatch],
-        count: int,
-        create_cache: "Callable[[], ShardCache] | None" = None,
-    ) -> None:
-        self.skipped: dict[int, str] = {}
-        self._count = count
-        self._batches = _run(index, create_loader, planned, self.skipped, create_cache)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> "Batch":
-        return next(self._batches)
-
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops the threads and frees memory; ends the iteration."""
-        self._batches.close()
-
-
-def _run(
-    index: DatasetIndex,
-    create_loader: Callable[[DatasetIndex], "Loader"],
-    planned: Iterator[PlannedBatch],
-    skipped: dict[int, str],
-    create_cache: "Callable[[], ShardCache] | None",
-) -> Generator["Batch"]:
-    """Runs a loader that lives as long as this generator; there is no reference cycle, so `del` closes it."""
-    with ExitStack() as stack:
-        if create_cache is not None:
-            cache = stack.enter_context(create_cache())
-            index, planned = cache.readable(index), cache.follow(planned)
-        loader = stack.enter_context(create_loader(index))
-        if create_cache is not None:
-            stack.callback(cache.close)  # before the loader, which waits for its threads
-        for batch in loader.run(planned):
-            skipped.update(loader.skipped)
-            yield batch
-
-
-def train_plan(config: RunConfig, index: DatasetIndex, seed: int | None = None) -> TrainPlan:
-    """Creates the training sampler of a config; `seed` defaults to the config's.
-
-    Raises:
-        UserError: the config requests the windowed shuffle, but there are no shards.
-    """
-    data = config.data
-    if data.shuffle == "windowed" and not index.shards:
-        raise UserError("data.shuffle=windowed shuffles within windows of shards, and there are none: use full.")
-    return TrainPlan(
-        seed=config.run.seed if seed is None else seed,
-        widths_N=index.widths_N,
-        heights_N=index.heights_N,
-        scale=data.scale,
-        ratio=data.ratio,
-        hflip=data.hflip,
-        first_rows_S1=index.first_rows_S1 if data.shuffle == "windowed" else None,
-        window=data.window,
-        augment=config.augment,
-    )
-
-
-def eval_plan(config: RunConfig, index: DatasetIndex, crop: int | None = None) -> EvalPlan:
-    """Creates the evaluation sampler of a config; another `crop` keeps its ratio to the resize."""
-    resize = config.eval.resize if crop is None else int(crop * config.eval.resize / config.eval.crop)
-    return EvalPlan(index.widths_N, index.heights_N, resize, crop or config.eval.crop)
-
-
-def _create_loader(
-    config: RunConfig, batch_size: int, device: Device, sampler: TrainPlan | None, index: DatasetIndex
-) -> "Loader":
-    """Creates a loader for training with `sampler`; without it, for evaluation."""
-    from pipeline.data.dali import Loader
-
-    data, device_id = config.data, None
-    if device == "cuda":
-        import torch
-
-        device_id = torch.cuda.current_device()
-    return Loader(
-        index,
-        device=device,
-        device_id=device_id,
-        threads=len(os.sched_getaffinity(0)) if data.threads == "auto" else data.threads,
-        readers=data.readers,
-        max_batch_size=batch_size,
-        interpolation=data.interpolation if sampler is not None else config.eval.interpolation,
-        mean=data.mean,
-        std=data.std,
-        augment=config.augment if sampler is not None else None,
-        replacement_plan=sampler if data.on_corrupt == "skip" else None,
-        channels=config.model.in_chans,
-        num_classes=config.model.num_classes,
-    )
 
 
 def _check_batch_size(batch_size: int, rank: int, world_size: int) -> None:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from pipeline.config import RunConfig
 from pipeline.config_data import Augment
 from pipeline.config_fields import Interpolation
+from pipeline.data.batches import eval_plan, train_plan
 from pipeline.data.dali import Batch, Loader
 from pipeline.data.index import DatasetIndex
-from pipeline.data.open import eval_plan, train_plan
 from pipeline.data.plan import PlannedBatch, TrainPlan, micro_batch
 from pipeline.data.streaming.cache import open_cache
 from pipeline.data.streaming.limits import shard_bytes

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.data.batches import train_plan as configured_plan
 from pipeline.data.dali import Loader
 from pipeline.data.dataset import open_splits
 from pipeline.data.index import DatasetIndex
-from pipeline.data.open import train_plan as configured_plan
 from pipeline.data.order import WindowedOrder
 from pipeline.data.plan import EvalPlan, PlannedBatch, TrainPlan, micro_batch
 from pipeline.data.tools.pool import Pool

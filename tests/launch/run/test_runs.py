@@ -12,8 +12,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from pipeline.config import RunConfig
+from pipeline.data.batches import train_plan
 from pipeline.data.dataset import open_splits
-from pipeline.data.open import train_plan
 from pipeline.data.staging import stage
 
 pytestmark = pytest.mark.slow
