@@ -313,3 +313,15 @@ def test_a_corrupt_large_index_is_found_by_verify_alone(folders, tmp_path, monke
     open_set(shards_set)
     with Pool(1) as pool, pytest.raises(DataError, match="its columns are corrupt"):
         verify(shards_set, pool)
+
+
+def test_long_listings_and_header_checks_report_their_progress(folders, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.data.progress._INTERVAL_S", 0)
+    open_set(folders())
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" files, ")[0] for line in lines[:3]] == [
+        "listing train: 14",
+        "listing train: 28",
+        "listing train: 41",
+    ]
+    assert any(line.startswith("indexing train: 41 of 41 files, ") for line in lines)
