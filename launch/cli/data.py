@@ -80,18 +80,38 @@ def prepare(
 
 
 @app.command()
-def index(root: Root, workers: Workers = CORES, layout: Layout = None, max_pixels: MaxPixels = MAX_PIXELS) -> None:
+def index(
+    source: Annotated[
+        str,
+        typer.Argument(help="folder of a source in a supported layout; with --to also a URI", show_default=False),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="new folder for the index of WebDataset shards or Parquet files that stay at SOURCE"),
+    ] = None,
+    workers: Workers = CORES,
+    layout: Layout = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+) -> None:
     """Index class folders, shards or archives in place.
 
-    Writes the index with sizes and checksums into the folder and copies nothing.
+    Writes the index with sizes and checksums into the folder and copies nothing. With --to, reads WebDataset shards or
+    Parquet files at a URI, each once; training fetches them from there. Repeat the command to resume it.
 
-    Example: densenet data index /data/folders
+    Example: densenet data index s3://bucket/shards --to /data/index
     """
     from launch.cli.common.data_report import print_indexed, process_pool
+    from pipeline.data.tools.index_at_address import index_at_address
     from pipeline.data.tools.index_in_place import index_in_place
 
+    if to is None and "://" in source:
+        raise UserError(f"{source} is a URI: pass --to FOLDER, a new folder for the index.")
+    root = to or Path(source)
     with process_pool(console, workers) as pool:
-        manifest, notes = index_in_place(root, pool, layout, max_pixels)
+        if to is not None:
+            manifest, notes = index_at_address(source, to, pool, layout, max_pixels)
+        else:
+            manifest, notes = index_in_place(root, pool, layout, max_pixels)
     print_indexed(console, root, manifest, notes)
 
 
