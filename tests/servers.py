@@ -88,7 +88,7 @@ class UnreliableDownloads:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         """Answers a request, by WSGI."""
         name = environ["PATH_INFO"].rpartition("/")[2]
-        if environ["REQUEST_METHOD"] != "GET" or not name.endswith(".tar"):
+        if environ["REQUEST_METHOD"] != "GET" or not name.endswith((".tar", ".parquet")):
             return self.application(environ, start_response)
         self.requests[name] += 1
         threading.Event().wait(self.delay_s)

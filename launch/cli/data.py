@@ -167,7 +167,14 @@ def diff(
 
 @app.command()
 def index(
-    root: Root,
+    source: Annotated[
+        str,
+        typer.Argument(help="folder of a source in a supported layout; with --to also a URI", show_default=False),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="new folder for the index of WebDataset shards or Parquet files that stay at SOURCE"),
+    ] = None,
     classes: Classes = None,
     min_images: MinImages = 0,
     val_per_class: ValPerClass = 0,
@@ -178,17 +185,30 @@ def index(
 ) -> None:
     """Index class folders, shards or archives in place.
 
-    Writes the index with sizes and checksums into the folder and copies nothing.
+    Writes the index with sizes and checksums into the folder and copies nothing. With --to, reads WebDataset shards or
+    Parquet files at a URI, each once; training fetches them from there. Repeat the command to resume it.
 
-    Example: densenet data index /data/folders
+    Example: densenet data index s3://bucket/shards --to /data/index
     """
     from launch.cli.common.data_report import print_indexed, process_pool
+    from pipeline.data.tools.index_at_address import index_at_address
     from pipeline.data.tools.index_in_place import index_in_place
     from pipeline.data.tools.selection import Selection
 
+    if to is None and "://" in source:
+        raise UserError(f"{source} is a URI: pass --to FOLDER, a new folder for the index.")
+    selection = Selection(classes, min_images, val_per_class, seed)
+    if to is not None and selection.to_json():
+        raise UserError(
+            f"--to={to} indexes all images: omit --classes, --min-images and --val-per-class, and choose classes in "
+            f"training by data.classes."
+        )
+    root = to or Path(source)
     with process_pool(console, workers) as pool:
-        selection = Selection(classes, min_images, val_per_class, seed)
-        manifest, notes = index_in_place(root, pool, layout, max_pixels, selection)
+        if to is not None:
+            manifest, notes = index_at_address(source, to, pool, layout, max_pixels)
+        else:
+            manifest, notes = index_in_place(root, pool, layout, max_pixels, selection)
     print_indexed(console, root, manifest, notes)
 
 

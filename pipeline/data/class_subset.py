@@ -41,6 +41,6 @@ def with_classes(index: DatasetIndex, file: Path, cache: Path) -> DatasetIndex:
                 f"the index of the classes in {file} cannot be saved in {cache}: {error.strerror or error}. Set "
                 f"run.output to a writable folder."
             ) from error
-    subset = DatasetIndex.open(index.root, target)
+    subset = DatasetIndex.open(index.root, target, address=index.address)
     subset.shards = {name: index.shards[name] for name in subset.files if name in index.shards}
     return subset

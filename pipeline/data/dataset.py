@@ -1,4 +1,4 @@
-"""A prepared data set: `dataset.json`, `index/SPLIT.arrow`, and the data in `SPLIT/` as shards or class folders.
+"""A data set: `dataset.json`, `index/SPLIT.arrow`, and the data next to them or at an address that `dataset.json` has.
 
 `dataset.json` is written last, so a folder with this file is complete.
 """
@@ -49,16 +49,31 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `dataset.json`; `made` describes source and options for people."""
+    """The content of `dataset.json`; `made` describes source and options for people.
+
+    The shards are in the data set's folder, or below `address`, a folder or URI.
+    """
 
     layout: Literal["shards", "folders"]
     classes: tuple[str, ...]
     splits: dict[str, Split]
     made: dict[str, Any]
+    address: str | None = None
+
+    def check_local(self, root: Path) -> None:
+        """Raises `DataError` if the shards are not in the data set's folder `root`."""
+        if self.address is not None:
+            raise DataError(
+                f"{root} has only the index of the shards at {self.address}, which were checked when they were "
+                f"indexed. Training reads them there, through data.stage; for this, copy them to a folder and use that."
+            )
 
     def save(self, root: Path) -> None:
         """Writes `dataset.json`."""
-        write_text(root / MANIFEST, json.dumps({"format": _FORMAT} | asdict(self), indent=1) + "\n")
+        content = {"format": _FORMAT} | asdict(self)
+        if self.address is None:
+            del content["address"]
+        write_text(root / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
@@ -127,7 +142,7 @@ def open_index(root: Path, manifest: Manifest, split: str, check: bool | None = 
     if file.suffix == ".parquet":
         index = DatasetIndex.of_table(root.absolute(), manifest.classes, load_table(file), expected.shards)
     else:
-        index = DatasetIndex.open(root.absolute(), file, expected.shards, check=check)
+        index = DatasetIndex.open(root.absolute(), file, expected.shards, address=manifest.address, check=check)
     if (len(index), index.total_bytes, index.classes) != (expected.samples, expected.bytes, manifest.classes):
         raise DataError(
             f"{file} has {len(index)} samples, {root / MANIFEST} has {expected.samples}: "
@@ -136,14 +151,14 @@ def open_index(root: Path, manifest: Manifest, split: str, check: bool | None = 
     return index
 
 
-def check_shards(root: Path, split: Split) -> None:
-    """Compares the shards' file sizes with the manifest.
+def check_shards(root: Path, manifest: Manifest, split: str) -> None:
+    """Compares the sizes of a split's shards with the manifest, unless they are at another address.
 
     Raises:
         DataError: shards are missing or have another size; the message names the first few.
     """
-    problems = []
-    for name, shard in split.shards.items():
+    problems, shards = [], manifest.splits[split].shards if manifest.address is None else {}
+    for name, shard in shards.items():
         try:
             size = os.stat(f"{root}/{name}").st_size
         except OSError as error:
@@ -153,7 +168,7 @@ def check_shards(root: Path, split: Split) -> None:
             problems.append(f"{name}: {size} bytes, {shard.bytes} in the index")
     if problems:
         raise DataError(
-            f"{len(problems)} of {len(split.shards)} shards in {root} are not those that were indexed:\n  "
+            f"{len(problems)} of {len(shards)} shards in {root} are not those that were indexed:\n  "
             + listed(problems, "\n  ")
             + "\nCopy or prepare them again; `densenet data verify` checks everything."
         )
@@ -195,9 +210,10 @@ def open_split(
     if manifest is None:
         index = scan_split(root, split, cache, max_pixels)
     else:
+        manifest.check_local(root)
         index = open_index(root, manifest, split)
         check_sizes(index, max_pixels)
-        check_shards(root, manifest.splits[split])
+        check_shards(root, manifest, split)
     return index if classes is None else with_classes(index, classes, cache)
 
 
@@ -228,7 +244,7 @@ def open_splits(
         indexes = open_index(folder, manifest, train), open_index(folder, manifest, val)
         for name, index in zip((train, val), indexes, strict=True):
             check_sizes(index, max_pixels)
-            check_shards(folder, manifest.splits[name])
+            check_shards(folder, manifest, name)
     if classes is not None:
         indexes = with_classes(indexes[0], classes, cache), with_classes(indexes[1], classes, cache)
     check_classes(*indexes, (train, val), str(root), warn)

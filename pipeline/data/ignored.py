@@ -1,5 +1,7 @@
 """Ignored files: counts by reason, with a few names, so that no file is skipped silently."""
 
+from typing import Any
+
 _NAMES = 3
 
 
@@ -22,6 +24,17 @@ class IgnoredFiles:
         for reason, (more, others) in other._by_reason.items():
             count, names = self._by_reason.get(reason, (0, ()))
             self._by_reason[reason] = count + more, (names + others)[:_NAMES]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a JSON object, for `from_json`."""
+        return dict(self._by_reason)
+
+    @staticmethod
+    def from_json(by_reason: dict[str, Any]) -> "IgnoredFiles":
+        """Returns the counts and names of `to_json`."""
+        ignored = IgnoredFiles()
+        ignored._by_reason = {reason: (count, tuple(names)) for reason, (count, names) in by_reason.items()}
+        return ignored
 
     def counts(self) -> dict[str, int]:
         """Returns the number of files for each reason."""

@@ -40,7 +40,8 @@ class DatasetIndex:
     """One split of a data set below `root`.
 
     `classes` are the training classes; a label is an index into them. Samples of one shard are consecutive. `shards`
-    has each shard's size and hash by path (empty for class folders).
+    has each shard's size and hash by path (empty for class folders). `address` is the folder or URI that has the shards
+    if they are not below `root`; then they are readable only in a copy.
     """
 
     def __init__(
@@ -50,27 +51,42 @@ class DatasetIndex:
         columns: Columns,
         shards: dict[str, Shard] | None = None,
         *,
+        address: str | None = None,
         file: Path | None = None,
         summary: Summary | None = None,
         opener: Opener | None = None,
     ) -> None:
         self.root, self.classes, self.columns, self.shards = root, classes, columns, shards or {}
+        self.address = address
         self._file, self._summary, self._opener = file, summary, opener or Files()
 
     @classmethod
     def of_table(
-        cls, root: Path, classes: tuple[str, ...], table: pa.Table, shards: dict[str, Shard] | None = None
+        cls,
+        root: Path,
+        classes: tuple[str, ...],
+        table: pa.Table,
+        shards: dict[str, Shard] | None = None,
+        *,
+        address: str | None = None,
     ) -> "DatasetIndex":
         """Returns the index of a table in `pipeline.data.tables.SCHEMA`, in memory."""
-        return cls(root, classes, columns_of(table), shards)
+        return cls(root, classes, columns_of(table), shards, address=address)
 
     @classmethod
     def open(
-        cls, root: Path, file: Path, shards: dict[str, Shard] | None = None, *, check: bool | None = None
+        cls,
+        root: Path,
+        file: Path,
+        shards: dict[str, Shard] | None = None,
+        *,
+        address: str | None = None,
+        check: bool | None = None,
     ) -> "DatasetIndex":
         """Maps an index file into memory; for `check` see `pipeline.data.index_file.load_index`."""
         opened = load_index(file, check)
-        return cls(root, opened.classes, opened.columns, shards, file=file, summary=opened.summary)
+        columns, summary = opened.columns, opened.summary
+        return cls(root, opened.classes, columns, shards, address=address, file=file, summary=summary)
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -78,18 +94,25 @@ class DatasetIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the columns, which Ray shares among a node's processes; of a large index file, its path."""
         if self._file is not None and self.columns.nbytes > _PICKLED_BYTES:
-            return _reopened, (self.root, self._file, self.shards, self.fingerprint)
-        return _unpickled, (self.root, self.classes, self.columns, self.shards, self._file, self._summary)
+            return _reopened, (self.root, self._file, self.shards, self.address, self.fingerprint)
+        return _unpickled, (self.root, self.classes, self.columns, self.shards, self.address, self._file, self._summary)
 
     def with_root(self, root: Path, opener: Opener | None = None) -> "DatasetIndex":
         """Returns an index of the same data below another root; `opener` opens its shards."""
         return DatasetIndex(
-            root, self.classes, self.columns, self.shards, file=self._file, summary=self._summary, opener=opener
+            root,
+            self.classes,
+            self.columns,
+            self.shards,
+            address=self.address,
+            file=self._file,
+            summary=self._summary,
+            opener=opener,
         )
 
     def subset(self, rows_N: Int64s) -> "DatasetIndex":
         """Returns an index of the samples `rows_N`, in that order."""
-        return DatasetIndex(self.root, self.classes, self.columns.take(rows_N), self.shards)
+        return DatasetIndex(self.root, self.classes, self.columns.take(rows_N), self.shards, address=self.address)
 
     def to_table(self) -> pa.Table:
         """Returns a table in `pipeline.data.tables.SCHEMA`."""
@@ -199,9 +222,9 @@ class DatasetIndex:
         return None
 
 
-def _reopened(root: Path, file: Path, shards: dict[str, Shard], fingerprint: str) -> DatasetIndex:
+def _reopened(root: Path, file: Path, shards: dict[str, Shard], address: str | None, fingerprint: str) -> DatasetIndex:
     """Opens a large index by its path, in another process, maybe on another node."""
-    index = DatasetIndex.open(root, file, shards)
+    index = DatasetIndex.open(root, file, shards, address=address)
     if index.fingerprint != fingerprint:
         raise DataError(
             f"{file} is the index of other data on this node than on the driver's: put it on storage that all "
@@ -215,7 +238,8 @@ def _unpickled(
     classes: tuple[str, ...],
     columns: Columns,
     shards: dict[str, Shard],
+    address: str | None,
     file: Path | None,
     summary: Summary | None,
 ) -> DatasetIndex:
-    return DatasetIndex(root, classes, columns, shards, file=file, summary=summary)
+    return DatasetIndex(root, classes, columns, shards, address=address, file=file, summary=summary)

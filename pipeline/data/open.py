@@ -11,7 +11,7 @@ from pipeline.config_fields import Device
 from pipeline.data.batches import Batches, create_loader, eval_plan, train_plan
 from pipeline.data.class_list import read_class_list, relabel
 from pipeline.data.class_subset import with_classes
-from pipeline.data.dataset import check_sizes, open_split, open_splits, read_manifest
+from pipeline.data.dataset import check_sizes, open_index, open_split, open_splits, read_manifest
 from pipeline.data.folders import list_classes
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
@@ -45,7 +45,8 @@ def open_dataset(
         root: Folder of a prepared data set, folder with SPLIT/CLASS/*, or folder with CLASS/*; a URI
             (`s3://bucket/set`); or `digits://`, the demo's handwritten digits.
         train: Name of the training split; its classes define the labels of all splits.
-        stage: For a URI: folder on this machine's local disk, to which shards are copied.
+        stage: For a URI, or an index of shards at another address: folder on this machine's local disk, to which shards
+            are copied.
         stage_limit: Maximum disk space in `stage`: bytes, or text such as `200GB`. Then training batches with
             `data.shuffle=windowed` read shards that are fetched ahead of use and evicted after it, also from a folder;
             the other splits are copied whole, and count. An index that is returned does not read images.
@@ -100,6 +101,10 @@ class Dataset:
         manifest = read_manifest(self.root)
         if manifest is None and not self.root.is_dir():
             raise DataError(f"{root} is not a folder: use a data set's folder, or one that contains SPLIT/CLASS/*.")
+        if manifest is not None and manifest.address is not None:
+            from pipeline.data.staging import require_stage
+
+            require_stage(manifest.address, str(root), stage, "stage")
         self.splits: tuple[str, ...] = tuple(manifest.splits) if manifest is not None else self._split_folders()
         self._manifest = manifest
         self._shard_bytes = {
@@ -266,8 +271,8 @@ class Dataset:
         if split not in self.splits:
             raise DataError(f"{self.root} has no split '{split}', it has {', '.join(self.splits)}: correct the name.")
         cache = self._cache / "index"
-        if self._uri is not None:
-            return self._open_remote(self._uri, split)
+        if self._uri is not None or (self._manifest is not None and self._manifest.address is not None):
+            return self._open_remote(split)
         if self._manifest is not None or split == self._train or self._train not in self.splits:
             return open_split(self.root, split, cache, self._max_pixels, self._class_list)
         warn = partial(warnings.warn, stacklevel=4)
@@ -291,15 +296,18 @@ class Dataset:
         fetch_indexes(uri, (), self._cache / "index")
         return remote_cache_folder(uri, self._cache / "index")
 
-    def _open_remote(self, uri: str, split: str) -> DatasetIndex:
+    def _open_remote(self, split: str) -> DatasetIndex:
         from pipeline.data.staging import fetch_indexes, stage
 
-        (index,) = fetch_indexes(uri, (split,), self._cache / "index")
+        assert self._stage is not None and self._manifest is not None
+        if self._uri is not None:
+            (index,) = fetch_indexes(self._uri, (split,), self._cache / "index")
+        else:
+            index = open_index(self.root, self._manifest, split)
         check_sizes(index, self._max_pixels)
         if self._class_list is not None:
             index = with_classes(index, self._class_list, self._cache / "index")
-        assert self._stage is not None
-        return index if self._stage_limit is not None else stage(index, uri, self._stage)
+        return index if self._stage_limit is not None else stage(index, self._uri or str(self.root), self._stage)
 
 
 def _check_batch_size(batch_size: int, rank: int, world_size: int) -> None:

@@ -12,7 +12,7 @@ from pipeline.config_data import Data
 from pipeline.data.dataset import MANIFEST, open_index, parse_manifest
 from pipeline.data.index import DatasetIndex, Shard
 from pipeline.data.index_file import names_file
-from pipeline.data.sources import PARALLEL_COPIES, copy_file, errors_name_uri
+from pipeline.data.sources import PARALLEL_COPIES, copy_shard, errors_name_uri
 from pipeline.data.space import check_space
 from pipeline.errors import DataError
 from pipeline.extension_points import is_generated
@@ -62,6 +62,8 @@ def _fetch_index(files: Any, base: str, folder: Path, name: str) -> None:
 def stage(index: DatasetIndex, source: str, base: Path) -> DatasetIndex:
     """Copies an index's shards from `source` (a folder or a URI) below `base`, and returns the index of the copy.
 
+    The index's own address, if it has one, replaces `source`.
+
     Of several processes on a node, one copies and the others wait. A shard's SHA-256 is checked before the shard is
     renamed to its final name, so an existing shard is complete; it is not copied again.
 
@@ -72,7 +74,7 @@ def stage(index: DatasetIndex, source: str, base: Path) -> DatasetIndex:
         raise DataError(
             f"data.stage copies shards, but {source} has class folders: prepare shards or unset data.stage."
         )
-    folder = base / index.fingerprint[:16]
+    source, folder = index.address or source, base / index.fingerprint[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"), ThreadPoolExecutor(PARALLEL_COPIES, "stage") as pool:
@@ -84,6 +86,15 @@ def stage(index: DatasetIndex, source: str, base: Path) -> DatasetIndex:
     except OSError as error:
         raise DataError(f"data.stage={base}: {error.filename or ''} {error.strerror or error}.") from error
     return index.with_root(folder)
+
+
+def require_stage(address: str | None, root: str, stage: object, key: str = "data.stage") -> None:
+    """Raises `DataError` if a data set's shards are at another address, and there is no folder to copy them to."""
+    if address is not None and stage is None:
+        raise DataError(
+            f"{root} is an index of the shards at {address}: set {key} to a folder on each node's own disk, to which "
+            f"they are copied before their use."
+        )
 
 
 def stage_splits(data: Data, train_index: DatasetIndex, val_index: DatasetIndex) -> tuple[DatasetIndex, DatasetIndex]:
@@ -110,6 +121,9 @@ def _copy(files: Any, root: str, folder: Path, name: str, shard: Shard) -> None:
     # Under the lock, so the fixed name overwrites what a killed process left.
     with atomic_file(target, target.with_name(f"{PARTIAL_PREFIX}{target.name}")) as temporary:
         for _ in range(_ATTEMPTS):
-            if copy_file(files, f"{root}/{name}", temporary).sha256 == shard.sha256:
+            if copy_shard(files, root, name, temporary).sha256 == shard.sha256:
                 return
-        raise DataError(f"shard {name} does not match its SHA-256: run `densenet data verify` on the source.")
+        raise DataError(
+            f"shard {name} does not match its SHA-256: run `densenet data verify` on the source, or index it again if "
+            f"it has changed."
+        )

@@ -96,7 +96,7 @@ def attach_curves(tracker: Tracker, setup: RunSetup) -> None:
 def attach_sample_predictions(tracker: Tracker, setup: RunSetup, best: Path) -> None:
     """Logs the best model's predictions for some images, where the driver can read the data."""
     index: DatasetIndex = setup.val_index
-    if is_remote(str(setup.config.data.root)):
+    if index.address is not None or is_remote(str(setup.config.data.root)):
         return
     from pipeline.evaluation.samples import sample_predictions  # torch, timm and DALI: imported only here
 

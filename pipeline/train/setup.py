@@ -13,7 +13,8 @@ from pipeline.data.class_subset import with_classes
 from pipeline.data.dataset import check_classes, check_sizes, open_splits
 from pipeline.data.generated import generate_data
 from pipeline.data.index import DatasetIndex
-from pipeline.data.staging import fetch_indexes, is_remote
+from pipeline.data.shuffle_quality import shuffle_warning
+from pipeline.data.staging import fetch_indexes, is_remote, require_stage
 from pipeline.data.streaming.limits import check_limit, shard_bytes
 from pipeline.derived import Derived, derive
 from pipeline.errors import UserError
@@ -88,6 +89,7 @@ def set_up(
         root = generate_data(config.data.root, output)
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
     train_index, val_index = _open_data(config, output / "index", all_warnings.append)
+    require_stage(train_index.address, str(config.data.root), config.data.stage)
     derived = derive(
         config,
         workers=workers,
@@ -103,6 +105,8 @@ def set_up(
             f"folders, each with one class: use data.shuffle=full, or prepare shards."
         )
     check_limit(config.data, train_index, shard_bytes(val_index))
+    if config.data.shuffle == "windowed":
+        all_warnings += filter(None, [shuffle_warning(train_index, config.data.window)])
     check_deepspeed(config, derived)
     _check_storage(config)
     if config.engine.sync_batch_norm and derived.device == "cpu":

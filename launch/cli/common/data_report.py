@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from launch.cli.common.tables import print_table
-from pipeline.data.dataset import Manifest
+from pipeline.config_data import Data
+from pipeline.data.dataset import Manifest, open_index
+from pipeline.data.shuffle_quality import window_classes
 from pipeline.data.tools.append import AppendResult
 from pipeline.data.tools.diff import KINDS, Difference
 from pipeline.data.tools.image_checks import FINDING_KINDS
@@ -62,7 +64,12 @@ def print_indexed(console: Console, root: Path, manifest: Manifest, notes: list[
     print_notes(console, notes)
     for name, split in manifest.splits.items():
         console.print(f"{name:6}{split.samples:,} images, {format_bytes(split.bytes)}")
-    console.print(f"{root} is ready for training: data.root={root}", soft_wrap=True)
+    window = Data().window
+    if len(manifest.splits["train"].shards) > window:
+        classes = window_classes(open_index(root, manifest, "train"), window)
+        console.print(f"data.shuffle=windowed: {classes}", style="yellow" if classes.is_poor else None, soft_wrap=True)
+    stage = "" if manifest.address is None else " data.stage=DIR"
+    console.print(f"{root} is ready for training: data.root={root}{stage}", soft_wrap=True)
 
 
 def write_json(file: Path, content: object) -> None:

@@ -44,7 +44,7 @@ def open_cache(
     return ShardCache(
         index,
         WindowedOrder(seed, index.first_rows_S1, data.window),
-        str(data.root),
+        index.address or str(data.root),
         Path(str(data.stage)),
         stop=stop,
         limit=data.stage_limit_bytes - val,

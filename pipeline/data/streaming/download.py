@@ -5,23 +5,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
-from pipeline.data.sources import DiskError, copy_file, describe
+from pipeline.data.hashed_file import DiskError
+from pipeline.data.parquet_images import parquet_name
+from pipeline.data.sources import copy_shard, describe, is_refused
+from pipeline.errors import DataError
 from pipeline.files import atomic_file
+
+Result = TypeVar("Result")
 
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.2, 30.0
 _CHECKSUM_TRIES = 3
-_REFUSED = (
-    "NoCredentials",
-    "PartialCredentials",
-    "CredentialRetrieval",
-    "DefaultCredentials",
-    "Refresh",
-    "Authentication",
-)
 
 
 class Stopped(Exception):
@@ -51,19 +48,37 @@ class Download:
             DiskError: it cannot be written.
             Stopped: `stop` is set.
         """
+
+        def attempt(files: Any, root: str) -> None:
+            with atomic_file(target, temporary):
+                self._copy(files, root, name, size, sha256, temporary)
+
+        self.retry(name, attempt, patience_s)
+
+    def retry(self, name: str, function: Callable[[Any, str], Result], patience_s: float) -> Result:
+        """Returns the result of `function`, which gets the fsspec file system and the source's path in it.
+
+        Calls it again after errors that may pass, for `patience_s` seconds; `name` is that of the shard in errors.
+
+        Raises:
+            FetchError: the shard is missing, refused, corrupt, or the network did not recover.
+            DataError, DiskError, Stopped: as raised by `function`.
+        """
         started, mismatches, attempt = time.monotonic(), 0, 0
         while True:
             try:
-                with atomic_file(target, temporary):
-                    return self._try(name, size, sha256, temporary)
-            except (FetchError, DiskError, Stopped):
+                self._check_stop()
+                return function(*self._file_system(name))
+            except (FetchError, DataError, DiskError, Stopped):
                 raise
             except _Mismatch as error:
                 mismatches += 1
                 reason = str(error)
                 if mismatches == _CHECKSUM_TRIES:
                     raise self._error(
-                        name, f"{reason} in {mismatches} tries", "run `densenet data verify` on the source"
+                        name,
+                        f"{reason} in {mismatches} tries",
+                        "run `densenet data verify` on the source, or index it again if it has changed",
                     ) from error
             except Exception as error:  # each fsspec file system raises its own errors
                 reason = describe(error)
@@ -80,11 +95,14 @@ class Download:
             self._log(f"try {attempt} of {name} failed ({reason}); the next one is in {delay_s:.1f} s")
             self._stop.wait(delay_s)
 
-    def _try(self, name: str, size: int, sha256: str, temporary: Path) -> None:
-        self._check_stop()
-        files, root = self._file_system(name)
-        copied = copy_file(files, f"{root}/{name}", temporary, self._check_stop)
+    def _copy(self, files: Any, root: str, name: str, size: int, sha256: str, temporary: Path) -> None:
+        try:
+            copied = copy_shard(files, root, name, temporary, self._check_stop)
+        except DataError as error:
+            raise _Mismatch(f"it cannot be unpacked ({str(error).rstrip('.')})") from error
         if copied.bytes != size:
+            if parquet_name(name) is not None:
+                raise _Mismatch(f"its images have {copied.bytes:,} bytes, the index has {size:,}")
             stored = files.size(f"{root}/{name}")
             if stored not in (None, size):
                 raise self._error(
@@ -108,7 +126,7 @@ class Download:
         """Raises `FetchError` for errors that another try cannot change."""
         if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
             raise self._error(name, "it does not exist", "copy the data set there again") from error
-        if isinstance(error, PermissionError) or type(error).__name__.startswith(_REFUSED):
+        if is_refused(error):
             raise self._error(
                 name, reason, "set the credentials in the environment, and check what they permit"
             ) from error
@@ -118,4 +136,4 @@ class Download:
 
 
 class _Mismatch(Exception):
-    """A complete shard has another SHA-256."""
+    """A shard that was received completely is another one than the indexed."""

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.hashed_file import DiskError
 from pipeline.data.order import WindowedOrder
-from pipeline.data.sources import PARALLEL_COPIES, DiskError
+from pipeline.data.sources import PARALLEL_COPIES
 from pipeline.data.space import free_bytes
 from pipeline.data.streaming.download import Download, FetchError, Stopped
 from pipeline.data.streaming.folder import CacheFolder, ClientView, Shards, new_clients

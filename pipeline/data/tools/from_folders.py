@@ -39,6 +39,7 @@ def scan_prepared(root: Path, work: Path | None, pool: Pool) -> Scan:
     manifest = read_manifest(root)
     if manifest is None:
         raise DataError(f"{root} has no {MANIFEST}: it is not a data set of this project.")
+    manifest.check_local(root)
     tables = {}
     for split in manifest.splits:
         table = open_index(root, manifest, split, check=True).to_table()

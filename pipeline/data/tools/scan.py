@@ -99,7 +99,20 @@ def table_by_file_name(
 def tables_by_label_number(
     images: dict[str, list[tuple[int, ImageLocation]]], class_names: tuple[str, ...] | None, where: Path
 ) -> tuple[tuple[str, ...], dict[str, pa.Table]]:
-    """Returns the classes and tables of splits whose labels are numbers.
+    """Returns the classes and tables of splits whose labels are numbers, as `classes_by_label_number`."""
+    numbers = {split: [(number, image.name) for number, image in rows] for split, rows in images.items()}
+    classes, labels = classes_by_label_number(numbers, class_names, str(where))
+    tables = {
+        split: labeled_table([(labels[number], image) for number, image in rows], classes)
+        for split, rows in images.items()
+    }
+    return classes, tables
+
+
+def classes_by_label_number(
+    images: dict[str, list[tuple[int, str]]], class_names: tuple[str, ...] | None, where: str
+) -> tuple[tuple[str, ...], dict[int, int]]:
+    """Returns the classes of splits whose labels are numbers, and each number's label; `images` has (number, name).
 
     If every training image's name has a WordNet id, and each number stands for one id, the classes are the sorted ids
     and the labels their ranks, whatever the numbers were. Otherwise the numbers are the labels, and `class_names` their
@@ -111,7 +124,7 @@ def tables_by_label_number(
     numbers = {split: {number for number, _ in rows} for split, rows in images.items()}
     used = set.union(*numbers.values())
     if min(used) < 0:
-        negative = [image.name for rows in images.values() for number, image in rows if number < 0]
+        negative = [name for rows in images.values() for number, name in rows if number < 0]
         raise DataError(
             f"{where}: {len(negative)} images have negative labels, as test sets do ({listed(negative)}): exclude them."
         )
@@ -121,24 +134,18 @@ def tables_by_label_number(
     ids = _wordnet_ids(images)
     if ids is not None:
         classes = tuple(sorted(ids.values()))
-        rank = {number: classes.index(wnid) for number, wnid in ids.items()}
-    else:
-        classes = class_names or tuple(str(number) for number in range(max(used) + 1))
-        if max(used) >= len(classes):
-            raise DataError(f"{where}: label {max(used)} is out of range: there are {len(classes)} class names.")
-        rank = {number: number for number in used}
-    tables = {
-        split: labeled_table([(rank[number], image) for number, image in rows], classes)
-        for split, rows in images.items()
-    }
-    return classes, tables
+        return classes, {number: classes.index(wnid) for number, wnid in ids.items()}
+    classes = class_names or tuple(str(number) for number in range(max(used) + 1))
+    if max(used) >= len(classes):
+        raise DataError(f"{where}: label {max(used)} is out of range: there are {len(classes)} class names.")
+    return classes, {number: number for number in used}
 
 
-def _wordnet_ids(images: dict[str, list[tuple[int, ImageLocation]]]) -> dict[int, str] | None:
+def _wordnet_ids(images: dict[str, list[tuple[int, str]]]) -> dict[int, str] | None:
     """Returns the WordNet id of each label, from the training images' names; None unless they match one to one."""
     ids: dict[int, str] = {}
-    for number, image in images["train"]:
-        match = _WNID.search(image.name)
+    for number, name in images["train"]:
+        match = _WNID.search(name)
         if match is None or ids.setdefault(number, match[0]) != match[0]:
             return None
     return ids if len(set(ids.values())) == len(ids) else None
@@ -192,20 +199,30 @@ def find_split_files(root: Path, extension: str, ignored: IgnoredFiles) -> dict[
     Raises:
         DataError: a file's split is unclear, train has no file, or entries are not files or cannot be listed.
     """
-    splits: dict[str, list[Path]] = {"train": [], "val": []}
-    unclear = []
     found = tree(root)
     problems = [f"{path} {problem}" for path, problem in found.problems.items()]
     if problems:
         raise DataError(f"{root} has unreadable entries: {listed(problems)}. Fix or remove them.")
     ignored.merge(found.ignored)
-    for path in found.files:
+    splits = paths_by_split(found.files, extension, str(root), ignored)
+    return {split: [root / path for path in paths] for split, paths in splits.items()}
+
+
+def paths_by_split(paths: Collection[str], extension: str, where: str, ignored: IgnoredFiles) -> dict[str, list[str]]:
+    """Returns the paths of train and val by the words in them; counts others in `ignored`. `where` is for errors.
+
+    Raises:
+        DataError: a file's split is unclear, or a split has no file.
+    """
+    splits: dict[str, list[str]] = {"train": [], "val": []}
+    unclear = []
+    for path in paths:
         words = words_of(path)
         matching = [split for split, names in SPLIT_WORDS.items() if words & names]
         if not path.endswith(f".{extension}"):
             ignored.add(f"files that are not .{extension} files", path)
         elif len(matching) == 1:
-            splits[matching[0]].append(root / path)
+            splits[matching[0]].append(path)
         elif "test" in words:
             ignored.add("files of a test split", path)
         else:
@@ -213,10 +230,10 @@ def find_split_files(root: Path, extension: str, ignored: IgnoredFiles) -> dict[
     if unclear or not splits["train"]:
         counts = ", ".join(f"{len(files)} of {split}" for split, files in splits.items())
         unclear_files = f"; split unclear: {listed(unclear)}" if unclear else ""
-        packed = [path for path in found.files if is_compressed(path)]
+        packed = [path for path in paths if is_compressed(path)]
         unpack = f" Unpack {listed(packed)} first." if packed else ""
         raise DataError(
-            f"{root}: the words train, val or validation in the paths of .{extension} files name their split: "
+            f"{where}: the words train, val or validation in the paths of .{extension} files name their split: "
             f"{counts}{unclear_files}. Rename them.{unpack}"
         )
     return {split: files for split, files in splits.items() if files}
