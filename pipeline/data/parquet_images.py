@@ -24,8 +24,8 @@ from pipeline.errors import DataError
 
 UNPACKED = ".parquet.images"
 _SUFFIX = ".images"
-_BATCH_ROWS = 128  # about 15 MB of ImageNet
-_READ_AHEAD = 8 << 20  # bytes; the stores' defaults are up to 50 MB per open file
+_BATCH_ROWS = 32  # about 4 MB of ImageNet
+_BLOCK = 8 << 20  # bytes, of a read; the stores' defaults are up to 50 MB
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
@@ -73,13 +73,14 @@ def open_parquet(stream: Any, where: str) -> pq.ParquetFile:
         DataError: it is not a Parquet file.
     """
     with _parquet_errors(where):
-        return pq.ParquetFile(stream, pre_buffer=False)  # which would read all row groups into memory
+        # Read in blocks, not with `pre_buffer`, which would read all row groups into memory.
+        return pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BLOCK)
 
 
 @contextlib.contextmanager
 def open_parquet_at(files: Any, source: str, where: str) -> Iterator[pq.ParquetFile]:
     """Opens a Parquet file of an fsspec file system, as `open_parquet`, and closes it."""
-    with files.open(source, "rb", block_size=_READ_AHEAD) as stream, open_parquet(stream, where) as file:
+    with files.open(source, "rb", block_size=_BLOCK) as stream, open_parquet(stream, where) as file:
         yield file
 
 

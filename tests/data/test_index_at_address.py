@@ -20,9 +20,11 @@ from PIL import Image
 import pipeline
 from pipeline.data.dataset import MANIFEST, Manifest, open_index, read_manifest
 from pipeline.data.index import DatasetIndex
+from pipeline.data.order import WindowedOrder
 from pipeline.data.parquet_images import copy_images
 from pipeline.data.sources import copy_shard
 from pipeline.data.staging import fetch_indexes, stage
+from pipeline.data.streaming.cache import ShardCache
 from pipeline.data.tools.index_at_address import index_at_address
 from pipeline.data.tools.index_in_place import index_in_place
 from pipeline.data.tools.pool import Pool
@@ -30,6 +32,7 @@ from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
+from pipeline.train.setup import set_up
 from tests.data import synthetic
 from tests.servers import UnreliableDownloads, s3_store
 
@@ -40,6 +43,7 @@ pytestmark = pytest.mark.filterwarnings(
 CLASSES = ("ant", "bee", "cat")
 SHARDS, PER_SHARD, VAL = 9, 8, 6
 BATCH = 6
+MODEL = {"name": "densenet_tiny"}
 CONFIG = {"data": {"shuffle": "windowed", "window": 1, "image_size": 32}}
 
 Samples = list[tuple[int, bytes]]
@@ -184,10 +188,10 @@ def test_parquet_without_class_names_has_the_classes_of_a_prepared_set(memory, t
 
 @pytest.mark.slow
 def test_two_epochs_of_parquet_through_a_cache_of_a_third(downloads, tmp_path):
-    """With failed requests, broken connections and truncated downloads, in the index command and in training."""
+    """With failed requests and truncated downloads, in the index command and in training."""
     address = write(source_files("parquet"), "s3://bucket/set")
     local = write(source_files("parquet"), str(tmp_path / "copy"))
-    errors = {"train-00001.parquet": "500", "train-00003.parquet": "reset", "train-00005.parquet": "truncated"}
+    errors = {"train-00001.parquet": "500", "train-00005.parquet": "truncated"}
     downloads.error_of = lambda name, request: errors.get(name) if request == 1 else None
     index(address, tmp_path / "set")
     index(local, tmp_path / "local")
@@ -264,15 +268,16 @@ def test_a_parquet_file_that_has_changed_since_ends_streaming(stored, message, t
         file.unlink()
     else:
         file.write_bytes(stored)
-    limit = sum(file.stat().st_size for file in (source / "data").glob("*.parquet"))
-    with pytest.raises(
-        DataError, match=rf"shard data/train-00004.parquet.images of {source} cannot be fetched: {message}"
+    train, name = opened(tmp_path / "set", "train"), "data/train-00004.parquet.images"
+    order = WindowedOrder(0, train.first_rows_S1, 1)
+    with (
+        ShardCache(train, order, str(source), tmp_path / "fast", stop=len(train), limit=10**9) as cache,
+        pytest.raises(DataError, match=rf"shard {name} of {source} cannot be fetched: {message}"),
     ):
-        read(tmp_path / "set", tmp_path / "fast", limit, epochs=1)
+        cache.readable(train).read(4 * PER_SHARD)
 
 
-def test_parquet_is_unpacked_with_the_memory_of_a_row_group(tmp_path):
-    """Also images in large_binary columns, in files whose rows have more fields."""
+def test_images_are_unpacked_from_any_struct_column_with_bytes(tmp_path):
     rows = samples("train")[0]
     image = pa.array([content for _, content in rows], pa.large_binary())
     column = pa.StructArray.from_arrays([pa.array(range(len(rows))), image], ["id", "bytes"])
@@ -383,6 +388,18 @@ def test_training_needs_a_stage_folder(memory, tmp_path):
     config = pipeline.load_config({"data": {"root": str(tmp_path / "set")}, "run": {"output": str(tmp_path / "out")}})
     with pytest.raises(DataError, match=r"set is an index of the shards at memory://bucket/set: set data.stage to a"):
         pipeline.fit(config)
+
+
+def test_training_on_shards_ordered_by_class_warns_if_they_are_read_in_windows(memory, tmp_path):
+    files = {f"train-{label}{i}.tar": shard([(label, JPEG)] * 4) for label in range(3) for i in range(4)}
+    index(write(files | {"val.tar": shard([(0, JPEG), (1, JPEG), (2, JPEG)])}, memory), tmp_path / "set")
+    data = {"root": str(tmp_path / "set"), "stage": str(tmp_path / "fast"), "window": 1, "image_size": 32}
+    for shuffle in ("full", "windowed"):
+        sections = {"data": data | {"shuffle": shuffle}, "train": {"global_batch_size": 4}, "model": MODEL}
+        config = pipeline.load_config(sections | {"run": {"output": str(tmp_path / "out")}})
+        setup = set_up(config, device="cpu", workers=1, cpus_per_worker=1, embedded=True)
+        found = [line for line in setup.warnings if "windows of 1 shards have 1.0 classes on average" in line]
+        assert len(found) == (shuffle == "windowed")
 
 
 def test_an_index_keeps_its_address(memory, tmp_path):

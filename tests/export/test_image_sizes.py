@@ -22,8 +22,9 @@ from pipeline.data.images import NotAnImage, TooLarge, decode
 from pipeline.data.plan import EvalPlan
 from pipeline.data.resize import Resizer, resized_region
 from pipeline.data.tools.index_in_place import index_in_place
+from pipeline.data.tools.parts import convert
 from pipeline.data.tools.pool import Pool
-from pipeline.data.tools.prepare import PrepareOptions, convert, prepare
+from pipeline.data.tools.prepare import PrepareOptions, prepare
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError, UserError
 from pipeline.export.open import open_model

@@ -59,7 +59,7 @@ def plain_count(val_index: DatasetIndex, classes: int) -> EvalResult:
     config, _ = settings(val_index, val_index)
     top1 = top5 = 0
     loss = 0.0
-    for i, label in enumerate(val_index.labels_N):
+    for i, label in enumerate(val_index.labels_N.tolist()):
         with Image.open(val_index.path(i)) as image:
             image = tv.normalize(tv.to_tensor(image.convert("RGB")), config.data.mean, config.data.std)
         with torch.no_grad():

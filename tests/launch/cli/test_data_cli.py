@@ -60,6 +60,17 @@ def test_class_folders_are_indexed_in_place(shell, tmp_path):
     assert (tmp_path / "set" / "dataset.json").is_file()
 
 
+@pytest.mark.slow
+def test_parquet_files_are_indexed_where_they_are(shell, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "set"
+    synthetic.write_parquet(source, synthetic.images())
+    done = shell("densenet", "data", "index", str(source), "--to", str(target), "--workers", "2")
+    assert done.returncode == 0, done.stdout
+    assert "train 32 images" in done.stdout
+    assert f"{target} is ready for training: data.root={target} data.stage=DIR" in done.stdout
+    assert json.loads((target / "dataset.json").read_text())["address"] == str(source)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +81,8 @@ def test_class_folders_are_indexed_in_place(shell, tmp_path):
         (("verify", "{tmp}"), "has no known layout; it contains: nothing"),
         (("stats", "{tmp}", "--layout", "nope"), "layout 'nope' is unknown"),
         (("index", "{tmp}"), "has no known layout"),
+        (("index", "s3://bucket/set"), "error: s3://bucket/set is a URI: pass --to FOLDER, a new folder for the index"),
+        (("index", "{tmp}", "--to", "{tmp}/x"), "has no .tar and no .parquet files, but contains: nothing"),
     ],
 )
 def test_bad_input_is_an_error_message(arguments, message, shell, tmp_path):
