@@ -39,6 +39,7 @@ from pipeline.data.tables import SCHEMA, load_table, save_table, table_of
 from pipeline.data.tools.from_parquet import common_class_names
 from pipeline.data.tools.image_checks import Chunk, check_images
 from pipeline.data.tools.pool import Pool
+from pipeline.data.tools.rows import Rows
 from pipeline.data.tools.scan import Scan, classes_by_label_number, paths_by_split
 from pipeline.data.tools.shard_samples import read_samples
 from pipeline.data.tools.tars import read_members
@@ -197,7 +198,7 @@ def _index_shard(task: _Task) -> list[str]:
         except FetchError as error:
             raise DataError(f"{error} Finished shards are kept.") from error
         table = table_of({"path": [task.shard] * len(scanned.rows["name"])} | scanned.rows)
-        checks = check_images(Chunk(Path(folder), task.split, table, decode=False, max_pixels=task.max_pixels))
+        checks = check_images(Chunk(Path(folder), task.split, Rows(table), decode=False, max_pixels=task.max_pixels))
     corrupt = [f"{finding.where}: {finding.detail}" for finding in checks.findings if finding.is_error]
     if corrupt:
         return corrupt
