@@ -38,7 +38,7 @@ class Data(Section):
 
     root: Annotated[Uri | None, Location("input")] = Field(
         None,
-        description="path or URI (s3://...) of a prepared or indexed data set, or folder with SPLIT/CLASS folders",
+        description="path or URI (s3://...) of a prepared data set, or a folder with class folders in each split",
     )
     train: Name = Field("train", description="name of the training split")
     val: Name = Field("val", description="name of the evaluation split")
