@@ -38,14 +38,16 @@ class Data(Section):
 
     root: Annotated[Uri | None, Location("input")] = Field(
         None,
-        description="path or URI (s3://...) of a prepared data set, or a folder with class folders in each split",
+        description="path or URI (s3://...) of a data set with an index, or folder with class folders in each split",
     )
     train: Name = Field("train", description="name of the training split")
     val: Name = Field("val", description="name of the evaluation split")
     classes: Annotated[str | None, Location("input")] = Field(
         None, description="text file with the classes to train on, one per line; a second column merges classes"
     )
-    license: str | None = Field(None, description="license of the data, recorded with the registered model")
+    license: str | None = Field(
+        None, description="license of the data, recorded with the registered model; null: the one in dataset.json"
+    )
     stage: Annotated[str | None, Location("local")] = Field(
         None, description="local folder on each node's own disk, to which shards are copied before training"
     )
