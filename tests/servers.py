@@ -1,6 +1,7 @@
 """Real servers on loopback for tests: MLflow's, PostgreSQL, and an S3 store."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -88,7 +89,7 @@ class UnreliableDownloads:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         """Answers a request, by WSGI."""
         name = environ["PATH_INFO"].rpartition("/")[2]
-        if environ["REQUEST_METHOD"] != "GET" or not name.endswith((".tar", ".parquet")):
+        if environ["REQUEST_METHOD"] != "GET" or not re.search(r"\d\.(tar|parquet)\Z", name):
             return self.application(environ, start_response)
         self.requests[name] += 1
         threading.Event().wait(self.delay_s)

@@ -211,7 +211,7 @@ def test_indexing_names_corrupt_images(class_folders):
 
 def test_parquet_files_must_be_prepared_before_verification(tmp_path):
     synthetic.write_parquet(tmp_path / "set", synthetic.images())
-    with pytest.raises(DataError, match="convert them first with `densenet data prepare`"):
+    with pytest.raises(DataError, match="convert them with `densenet data prepare`, or train"):
         run_verify(tmp_path / "set")
 
 
