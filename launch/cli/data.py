@@ -198,15 +198,10 @@ def index(
     if to is None and "://" in source:
         raise UserError(f"{source} is a URI: pass --to FOLDER, a new folder for the index.")
     selection = Selection(classes, min_images, val_per_class, seed)
-    if to is not None and selection.to_json():
-        raise UserError(
-            f"--to={to} indexes all images: omit --classes, --min-images and --val-per-class, and choose classes in "
-            f"training by data.classes."
-        )
     root = to or Path(source)
     with process_pool(console, workers) as pool:
         if to is not None:
-            manifest, notes = index_at_address(source, to, pool, layout, max_pixels)
+            manifest, notes = index_at_address(source, to, pool, layout, max_pixels, selection)
         else:
             manifest, notes = index_in_place(root, pool, layout, max_pixels, selection)
     print_indexed(console, root, manifest, notes)

@@ -29,6 +29,7 @@ from pipeline.data.tools.index_at_address import index_at_address
 from pipeline.data.tools.index_in_place import index_in_place
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
+from pipeline.data.tools.selection import Selection
 from pipeline.data.tools.stats import stats
 from pipeline.data.tools.verify import verify
 from pipeline.errors import DataError
@@ -300,7 +301,7 @@ JPEG = samples("val")[0][0][1]
         ({"train/a/x.jpg": JPEG}, r"no .parquet files, but contains: train/a/x.jpg. Correct .*data prepare` converts"),
         ({"train.tar": b"", "val.parquet": b""}, "has .tar and .parquet files: choose one with --layout webdataset or"),
         ({MANIFEST: b"", "train.tar": b""}, "is a data set with an index already: use data.root=memory://bucket/set"),
-        ({"train.tar": shard([(0, JPEG)])}, "1 of train, 0 of val. Rename them"),
+        ({"train.tar": shard([(0, JPEG), (1, JPEG)])}, "has no validation split: choose one with --val-per-class"),
         (
             {"train.tar": synthetic.tar({"x.jpg": JPEG}), "val.tar": b""},
             "set/train.tar: 1 images have no label in",
@@ -414,3 +415,20 @@ def test_an_index_keeps_its_address(memory, tmp_path):
     chosen = data.index("train")
     assert (chosen.classes, chosen.address) == (("ant", "cat"), memory)
     assert chosen.read(1).tobytes() == samples("train")[0][2][1]
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_a_validation_split_and_classes_can_be_chosen(memory, tmp_path, layout):
+    files = {name: content for name, content in source_files(layout).items() if "validation" not in name}
+    (tmp_path / "classes.txt").write_text("1 b\n2 c\n" if layout == "webdataset" else "bee b\ncat c\n")
+    selection = Selection(tmp_path / "classes.txt", val_per_class=4)
+    manifest, _ = index(write(files, memory), tmp_path / "index", selection=selection)
+    assert manifest.classes == ("b", "c")
+    assert [manifest.splits[split].samples for split in ("train", "val")] == [SHARDS * PER_SHARD * 2 // 3 - 8, 8]
+    data = pipeline.open_dataset(tmp_path / "index", stage=tmp_path / "stage", cache=tmp_path / "cache")
+    contents = {content: label for rows in samples("train") for label, content in rows}
+    for split in ("train", "val"):
+        opened = data.index(split)
+        read = [contents.pop(opened.read(i).tobytes()) for i in range(len(opened))]
+        assert [label - 1 for label in read] == opened.labels_N.tolist()
+    assert set(contents.values()) == {0}

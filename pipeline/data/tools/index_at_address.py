@@ -41,6 +41,7 @@ from pipeline.data.tools.image_checks import Chunk, check_images
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.rows import Rows
 from pipeline.data.tools.scan import Scan, classes_by_label_number, paths_by_split
+from pipeline.data.tools.selection import EVERYTHING, Selection, select
 from pipeline.data.tools.shard_samples import read_samples
 from pipeline.data.tools.tars import read_members
 from pipeline.errors import DataError, listed
@@ -87,7 +88,12 @@ class _Scanned:
 
 
 def index_at_address(
-    source: str, target: Path, pool: Pool, layout: str | None = None, max_pixels: int = MAX_PIXELS
+    source: str,
+    target: Path,
+    pool: Pool,
+    layout: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    selection: Selection = EVERYTHING,
 ) -> tuple[Manifest, list[str]]:
     """Indexes WebDataset shards or Parquet files below `source`, a URI or a folder, into the new folder `target`.
 
@@ -118,7 +124,7 @@ def index_at_address(
                 f"{len(corrupt)} corrupt images in {address}:\n  " + listed(corrupt, "\n  ") + "\nReplace or remove "
                 "them, and repeat the command: the shards without corrupt images are not read again."
             )
-        return _complete(address, layout, target, tasks, ignored)
+        return _complete(address, layout, target, tasks, ignored, selection)
 
 
 def _check_target(target: Path, address: str) -> None:
@@ -252,7 +258,7 @@ def _labels(task: _Task, numbers_N: Any) -> Any:
 
 
 def _complete(
-    address: str, layout: str, target: Path, tasks: list[_Task], ignored: IgnoredFiles
+    address: str, layout: str, target: Path, tasks: list[_Task], ignored: IgnoredFiles, selection: Selection
 ) -> tuple[Manifest, list[str]]:
     """Writes the indexes from all records, and then the manifest, which marks the data set as complete."""
     records = {task: json.loads(pq.read_schema(task.record).metadata[b"record"]) for task in tasks}
@@ -262,13 +268,13 @@ def _complete(
         if record["columns"] is not None:
             names = record["columns"].pop("class_names")
             columns[task.where] = ImageColumns(class_names=names and tuple(names), **record["columns"])
-    tables, shards = dict[str, pa.Table](), dict[str, dict[str, Shard]]()
+    tables = dict[str, pa.Table]()
+    shards = {task.shard: Shard(**record["shard"]) for task, record in records.items()}
     for split in dict.fromkeys(task.split for task in tasks):
         parts = {task: load_table(task.record) for task in tasks if task.split == split}
         for task, table in parts.items():
             if not len(table):
                 ignored.add("shards without samples", task.path)
-        shards[split] = {task.shard: Shard(**records[task]["shard"]) for task, table in parts.items() if len(table)}
         tables[split] = pa.concat_tables(parts.values()).unify_dictionaries().combine_chunks().replace_schema_metadata()
         if not len(tables[split]):
             raise DataError(f"{address} has no {split} image.")
@@ -280,11 +286,21 @@ def _complete(
     classes, labels = classes_by_label_number(numbers, class_names, address)
     require_two_classes(classes, address)
     tables = {split: _labeled(table, classes, labels) for split, table in tables.items()}
-    splits = {split: save_split(target, split, table, classes, shards[split]) for split, table in tables.items()}
-    made = {"from": layout, "to": "index", "not_taken": ignored.lines()}
-    manifest = Manifest("shards", classes, splits, made, address)
+    scan = select(Scan(layout, target, classes, tables, ignored=ignored), selection)
+    splits = {
+        split: save_split(target, split, table, scan.classes, {path: shards[path] for path in _paths(table)})
+        for split, table in scan.splits.items()
+    }
+    made: dict[str, Any] = {"from": layout, "to": "index", "not_taken": ignored.lines()}
+    if selection.to_json():
+        made["selection"] = selection.to_json()
+    manifest = Manifest("shards", scan.classes, splits, made, address)
     manifest.save(target)
-    return manifest, Scan(layout, target, classes, tables, ignored=ignored).notes()
+    return manifest, scan.notes()
+
+
+def _paths(table: pa.Table) -> list[str]:
+    return pc.unique(table["path"].cast(pa.string())).to_pylist()
 
 
 def _labeled(table: pa.Table, classes: tuple[str, ...], labels: dict[int, int]) -> pa.Table:
