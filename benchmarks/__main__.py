@@ -17,6 +17,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "loader": ("--images",),
     "end_to_end": ("--images",),
     "prepare": ("--images",),
+    "streaming": ("--images",),
     "plan": (),
     "index_scale": (),
     "growth": (),
