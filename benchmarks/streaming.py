@@ -1,6 +1,6 @@
 """Training images from an object store through a cache of a third of the data, next to the same from a local folder.
 
-    python -m benchmarks.streaming [--images FOLDER] [--rounds 3] [--count 2048]
+    python -m benchmarks.streaming [--images FOLDER] [--rounds 2] [--count 6144]
 
 The store is a process on the same cores, which adds a latency to each request. Two epochs are measured after one that
 fills the cache: images per second, and the part of the data that came from the cache, next to the optimum.
@@ -31,8 +31,8 @@ from benchmarks.loader_peers import BATCH, CORES, SIDE
 from pipeline.data.tools.pool import Pool
 from pipeline.data.tools.prepare import PrepareOptions, prepare
 
-BENCHMARK = "training images, cache of a third of the data"
-SHARD_BYTES = 4_000_000
+BENCHMARK = "training images, shards of 12 MB, cache of a third of the data"
+SHARD_BYTES = 12_000_000
 WINDOW = 4  # shards
 CONFIG = {"data": {"shuffle": "windowed", "window": WINDOW, "image_size": SIDE}}
 EPOCHS = 3
@@ -45,8 +45,8 @@ def main() -> None:
     """Measures the local folder and the object store, with each latency."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=2048, help="training images; a multiple of the batch size")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--count", type=int, default=6144, help="training images; a multiple of the batch size")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
