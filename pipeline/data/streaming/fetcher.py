@@ -228,7 +228,7 @@ def main(root: Path) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     try:
         Fetcher(folder, stop).run()
-    except Exception:
+    except Exception:  # raised again; the log is all that a waiting rank can show of this detached process
         log.exception("the process ends")
         raise
     log.info("ended")
